@@ -1,0 +1,151 @@
+"""What every pipeline agrees on: `Batch`, `Loader`, normalisation, crop and evaluation geometry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Normalize = Literal["imagenet", "unit"]
+Flip = Literal["independent", "shared"]
+
+# Evaluation resizes the short side to int(size / 0.875) and takes the centre (ResNet, section 3.4).
+EVAL_CROP_RATIO = 0.875
+
+# Mean and standard deviation of RGB in 0..255. "unit" leaves [0, 1], which the original code trains on.
+MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+}
+
+CROP_AREA = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+
+
+class Batch(NamedTuple):
+    """One step's samples at every size.
+
+    images: one (N, 3, s, s) tensor per size, the largest first, channels-last in memory, normalised.
+    labels: (N,) int64. All on one device.
+    """
+
+    images: tuple[Tensor, ...]
+    labels: Tensor
+
+
+class Loader(Protocol):
+    """Batches of one epoch, resumable at any step."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoaderSpec:
+    """What a backend is told, whatever it reads from. `batch_size` is per process."""
+
+    data: Path
+    sizes: tuple[int, ...]
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    normalize: Normalize = "imagenet"
+    flip: Flip = "independent"
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+class Loaders(NamedTuple):
+    """`train` is None where only an evaluation was asked for."""
+
+    train: Loader | None
+    val: Loader
+    classes: list[str]
+
+
+class Rectangle(NamedTuple):
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Draws(NamedTuple):
+    """The random numbers of N training samples, in the order in which the crop uses them."""
+
+    area: NDArray[np.float64]  # (N, 10) shares of the image
+    ratio: NDArray[np.float64]  # (N, 10) width / height
+    position: NDArray[np.float64]  # (N, 2) top and left, as shares of the room that is left
+    flip: NDArray[np.bool_]  # (N, S), one a size
+
+    @staticmethod
+    def lanes(sizes: int) -> int:
+        return 2 * CROP_TRIES + 2 + sizes
+
+    @classmethod
+    def from_uniforms(cls, uniforms: NDArray[np.float64], flip: Flip) -> Draws:
+        """`uniforms`: (N, lanes(S)) in [0, 1)."""
+        area, ratio, position, flips = np.split(
+            uniforms, (CROP_TRIES, 2 * CROP_TRIES, 2 * CROP_TRIES + 2), axis=1
+        )
+        low, high = np.log(CROP_RATIO)
+        if flip == "shared":
+            flips = np.repeat(flips[:, :1], flips.shape[1], axis=1)
+        return cls(
+            area=CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area,
+            ratio=np.exp(low + (high - low) * ratio),
+            position=position,
+            flip=flips < 0.5,
+        )
+
+
+def random_resized_crop(height: int, width: int, draws: Draws, sample: int) -> Rectangle:
+    """The training crop of an image: the first of ten tries that fits, else the centre.
+
+    Area 8 % to 100 % of the image, ratio 3/4 to 4/3 (log-uniform): Inception's crop (Szegedy et al.
+    2015, section 6) as torchvision's RandomResizedCrop has it.
+    """
+    for area, ratio in zip(draws.area[sample], draws.ratio[sample], strict=True):
+        crop_w = math.floor(math.sqrt(area * (height * width) * ratio) + 0.5)
+        crop_h = math.floor(math.sqrt(area * (height * width) / ratio) + 0.5)
+        if 0 < crop_w <= width and 0 < crop_h <= height:
+            top = math.floor(draws.position[sample, 0] * (height - crop_h + 1))
+            left = math.floor(draws.position[sample, 1] * (width - crop_w + 1))
+            return Rectangle(top, left, crop_h, crop_w)
+    crop_h = min(height, math.floor(width / CROP_RATIO[0] + 0.5))
+    crop_w = min(width, math.floor(height * CROP_RATIO[1] + 0.5))
+    return Rectangle((height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w)
+
+
+def eval_short_side(size: int) -> int:
+    """Length of the short side before the centre crop of `size` pixels."""
+    return int(size / EVAL_CROP_RATIO)
+
+
+def normalize_uint8(
+    images: Tensor, device: torch.device, dtype: torch.dtype, normalize: Normalize
+) -> Tensor:
+    """(N, s, s, 3) uint8 -> (N, 3, s, s) of `dtype` on `device`, channels-last, without a transpose."""
+    mean, std = (torch.tensor(v, device=device) for v in MEAN_STD[normalize])
+    pixels = images.to(device, non_blocking=True).to(torch.float32)
+    return pixels.sub_(mean).div_(std).to(dtype).permute(0, 3, 1, 2)

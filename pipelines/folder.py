@@ -1,0 +1,113 @@
+"""Image folders: one sub-folder per class, as torchvision's ImageFolder reads them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from pipelines.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """`labels[i]`, an index into `classes`, belongs to `paths[i]`; classes and paths are sorted."""
+
+    root: Path
+    classes: list[str]
+    paths: list[str]
+    labels: NDArray[np.int64]
+
+
+def scan(root: Path) -> ImageFolder:
+    """Find the images below the class folders of `root`, at any depth.
+
+    Raises UsageError if `root` is missing, holds no class folders, or a class holds no image.
+    """
+    if not root.is_dir():
+        raise UsageError(f"--data: there is no folder {root}")
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    if not classes:
+        what = "images but no class folders" if _images_below(root) else "no images"
+        raise UsageError(f"--data: {root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = _images_below(root / name)
+        if not images:
+            raise UsageError(f"--data: the class folder {root / name} holds no image")
+        paths += images
+        labels += [label] * len(images)
+    return ImageFolder(root, classes, paths, np.array(labels, dtype=np.int64))
+
+
+def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | None, ImageFolder]:
+    """`data`/train and `data`/val, which must have the same classes; train is None if not asked for."""
+    if not data.is_dir():
+        raise UsageError(f"--data: there is no folder {data}")
+    splits = ("train", "val") if with_train else ("val",)
+    for split in splits:
+        if not (data / split).is_dir():
+            found = sorted(e.name for e in os.scandir(data) if e.is_dir())[:5]
+            raise UsageError(
+                f"--data: {data} has no folder {split!r} "
+                f"(it has {', '.join(found) if found else 'no folders'})"
+            )
+    val = scan(data / "val")
+    if not with_train:
+        return None, val
+    train = scan(data / "train")
+    if train.classes != val.classes:
+        only_train = sorted(set(train.classes) - set(val.classes))
+        only_val = sorted(set(val.classes) - set(train.classes))
+        raise UsageError(
+            f"--data: the classes of {data}/train and {data}/val differ: "
+            f"only in train: {_some(only_train)}; only in val: {_some(only_val)}"
+        )
+    return train, val
+
+
+def explain_failure(paths: list[str], error: Exception) -> DataError:
+    """The error to raise when a batch could not be read: it names the first image that is broken."""
+    for path in paths:
+        if reason := broken(path):
+            return DataError(f"broken image {path}: {reason}; repair it or remove it")
+    return DataError(f"cannot read one of {_some(paths)}: {_first_line(error)}")
+
+
+def broken(path: str) -> str | None:
+    """Why the image at `path` does not decode, or None if it does."""
+    try:
+        if os.path.getsize(path) == 0:
+            return "the file is empty"
+        with Image.open(path) as image:
+            image.convert("RGB")
+    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
+        return _first_line(error)
+    return None
+
+
+def _images_below(folder: Path) -> list[str]:
+    """Sorted paths of the image files below `folder`, folders that are links included."""
+    return sorted(
+        os.path.join(directory, name)
+        for directory, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

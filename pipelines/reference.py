@@ -1,0 +1,125 @@
+"""torchvision + DataLoader with the original method's exact semantics: what the fast pipelines must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as F
+from torchvision.transforms.functional import InterpolationMode
+
+from pipelines.batch import (
+    Batch,
+    Loaders,
+    LoaderSpec,
+    eval_short_side,
+    normalize_uint8,
+    random_resized_crop,
+)
+from pipelines.errors import DataError
+from pipelines.folder import ImageFolder, explain_failure, scan_train_val
+from pipelines.sampling import Indices, ScheduledLoader, draw, schedule_for
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Reading with torchvision and PIL."""
+
+    workers: int = 0
+    """Processes that read and decode; 0 decodes in the training process."""
+
+
+def make_loaders(
+    options: ReferenceOptions, spec: LoaderSpec, with_train: bool = True
+) -> Loaders:
+    """Loaders over `spec.data`/train and /val. Raises UsageError on a malformed folder."""
+    train, val = scan_train_val(spec.data, with_train)
+    return Loaders(
+        ReferenceLoader(options, spec, train, training=True) if train else None,
+        ReferenceLoader(options, spec, val, training=False),
+        val.classes,
+    )
+
+
+class ReferenceLoader(ScheduledLoader):
+    def __init__(
+        self, options: ReferenceOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
+    ) -> None:
+        super().__init__(schedule_for(spec, len(folder.paths), training))
+        self._options, self._spec, self._folder = options, spec, folder
+
+    def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        spec = self._spec
+        loader = DataLoader(
+            _FiveSizes(spec, self._folder, self.schedule.training, epoch),
+            batch_sampler=_lists(self.schedule.batches(epoch, first_step)),
+            num_workers=self._options.workers,
+            collate_fn=_collate,
+            pin_memory=spec.device.type == "cuda",
+        )
+        for item in loader:
+            if isinstance(item, DataError):
+                raise item
+            images, labels = item
+            yield Batch(
+                tuple(normalize_uint8(x, spec.device, spec.dtype, spec.normalize) for x in images),
+                labels.to(spec.device, non_blocking=True),
+            )
+
+
+class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
+    """Sample index -> one (s, s, 3) uint8 tensor per size and the label, or the error to raise.
+
+    The error is returned, because a DataLoader wraps what a worker raises into its traceback.
+    """
+
+    def __init__(
+        self, spec: LoaderSpec, folder: ImageFolder, training: bool, epoch: int
+    ) -> None:
+        self._spec, self._folder, self._training, self._epoch = spec, folder, training, epoch
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int] | DataError:
+        path = self._folder.paths[index]
+        try:
+            with Image.open(path) as image:
+                rgb = image.convert("RGB")
+        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
+            return explain_failure([path], error)
+        views = self._training_views(rgb, index) if self._training else self._eval_views(rgb)
+        pixels = [torch.from_numpy(np.array(view)) for view in views]
+        return pixels, int(self._folder.labels[index])
+
+    def _training_views(self, image: Image.Image, index: int) -> Iterator[Image.Image]:
+        spec = self._spec
+        draws = draw(spec.seed, self._epoch, np.array([index]), len(spec.sizes), spec.flip)
+        rectangle = random_resized_crop(image.height, image.width, draws, 0)
+        crop = F.crop(image, *rectangle)
+        for size, flip in zip(spec.sizes, draws.flip[0], strict=True):
+            view = F.resize(crop, [size, size], InterpolationMode.BILINEAR)
+            yield F.hflip(view) if flip else view
+
+    def _eval_views(self, image: Image.Image) -> Iterator[Image.Image]:
+        for size in self._spec.sizes:
+            view = F.resize(image, [eval_short_side(size)], InterpolationMode.BILINEAR)
+            yield F.center_crop(view, [size])
+
+
+def _lists(batches: Iterator[Indices]) -> list[list[int]]:
+    return [batch.tolist() for batch in batches]
+
+
+def _collate(
+    samples: list[tuple[list[Tensor], int] | DataError],
+) -> tuple[list[Tensor], Tensor] | DataError:
+    good = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        good.append(sample)
+    views, labels = zip(*good, strict=True)
+    return [torch.stack(size) for size in zip(*views, strict=True)], torch.tensor(labels)

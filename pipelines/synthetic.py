@@ -1,0 +1,63 @@
+"""Batches that already lie on the device: for timing the computation alone, and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.batch import Batch, Loaders, LoaderSpec
+from pipelines.sampling import ScheduledLoader, schedule_for
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """Random images; nothing is read."""
+
+    train_images: int = 1024
+    """Training images of an epoch."""
+
+    val_images: int = 256
+    """Validation images."""
+
+    classes: int = 1000
+    """Number of classes."""
+
+
+def make_loaders(
+    options: SyntheticOptions, spec: LoaderSpec, with_train: bool = True
+) -> Loaders:
+    """Loaders whose batches are normal noise; a sample's label is its index modulo the classes."""
+
+    def loader(images: int, training: bool) -> SyntheticLoader:
+        return SyntheticLoader(spec, images, options.classes, training)
+
+    return Loaders(
+        loader(options.train_images, True) if with_train else None,
+        loader(options.val_images, False),
+        [str(c) for c in range(options.classes)],
+    )
+
+
+class SyntheticLoader(ScheduledLoader):
+    """The same images in every batch: made once, so that a step costs no more than the labels."""
+
+    def __init__(self, spec: LoaderSpec, images: int, classes: int, training: bool) -> None:
+        super().__init__(schedule_for(spec, images, training))
+        self._spec, self._classes = spec, classes
+        generator = torch.Generator(spec.device).manual_seed(spec.seed)
+        self._images = tuple(
+            torch.randn(spec.batch_size, s, s, 3, generator=generator, device=spec.device)
+            .to(spec.dtype)
+            .permute(0, 3, 1, 2)
+            for s in spec.sizes
+        )
+
+    def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        for indices in self.schedule.batches(epoch, first_step):
+            labels = torch.from_numpy(indices % self._classes)
+            yield Batch(
+                tuple(x[: len(indices)] for x in self._images),
+                labels.to(self._spec.device, non_blocking=True),
+            )
