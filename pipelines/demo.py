@@ -1,0 +1,145 @@
+"""The demo data set: ten classes of rendered JPEGs, told apart by coarse shape and fine texture.
+
+Five shapes, each filled with horizontal or vertical stripes. The stripes repeat about 24 times over the
+short side: at 64 pixels they can be counted, at 32 they blur, so that a lower resolution costs accuracy.
+Each split has one of each odd kind that ImageNet has, too: a CMYK JPEG, a PNG named .JPEG, a grayscale,
+a progressive and an EXIF-rotated JPEG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.errors import UsageError
+
+Mask = NDArray[np.bool_]
+Plane = NDArray[np.float64]
+
+EXIF_ORIENTATION = 0x0112
+ROTATE_90 = 6
+
+
+def _disc(x: Plane, y: Plane) -> Mask:
+    return x**2 + y**2 < 1
+
+
+def _ring(x: Plane, y: Plane) -> Mask:
+    return (x**2 + y**2 < 1) & (x**2 + y**2 > 0.3)
+
+
+def _square(x: Plane, y: Plane) -> Mask:
+    return np.maximum(abs(x), abs(y)) < 0.85
+
+
+def _triangle(x: Plane, y: Plane) -> Mask:
+    return (y < 0.8) & (y > 2 * abs(x) - 1)
+
+
+def _cross(x: Plane, y: Plane) -> Mask:
+    return (np.minimum(abs(x), abs(y)) < 0.33) & (np.maximum(abs(x), abs(y)) < 1)
+
+
+SHAPES: dict[str, Callable[[Plane, Plane], Mask]] = {
+    "cross": _cross,
+    "disc": _disc,
+    "ring": _ring,
+    "square": _square,
+    "triangle": _triangle,
+}
+TEXTURES = ("horizontal", "vertical")
+CLASSES = [f"{shape}_{texture}" for shape in SHAPES for texture in TEXTURES]
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Write the demo data set: train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
+
+    output: Path
+    """Folder to write to; it must not hold a data set yet."""
+
+    train: int = 100
+    """Training images per class."""
+
+    val: int = 20
+    """Validation images per class."""
+
+    seed: int = 0
+    """The same seed gives the same pixels."""
+
+
+def write(options: DemoOptions) -> None:
+    """Write both splits. Raises UsageError if `output` holds one already."""
+    for number, (split, images) in enumerate((("train", options.train), ("val", options.val))):
+        folder = options.output / split
+        if folder.exists():
+            raise UsageError(f"--output: {folder} exists already")
+        for label, name in enumerate(CLASSES):
+            (folder / name).mkdir(parents=True)
+            for i in range(images):
+                rng = np.random.default_rng((options.seed, number, label, i))
+                # The odd kinds are the first images of the first classes, one each.
+                save = ODD_KINDS[label] if i == 0 and label < len(ODD_KINDS) else _save_plain
+                save(folder / name / f"{name}_{i:04}.JPEG", render(name, rng))
+
+
+def render(name: str, rng: np.random.Generator) -> Image.Image:
+    """An RGB image of class `name`, 100 to 500 pixels a side."""
+    shape, texture = name.split("_")
+    height, width = rng.integers(100, 501, 2)
+    short = min(height, width)
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    radius = short * rng.uniform(0.32, 0.45)
+    center = [rng.uniform(0.4, 0.6) * side for side in (height, width)]
+    mask = SHAPES[shape]((x - center[1]) / radius, (y - center[0]) / radius)
+
+    along = y if texture == "horizontal" else x
+    period = short / rng.uniform(21, 27)
+    stripes = (np.sin(2 * np.pi * (along / period + rng.random())) > 0).astype(np.float64)
+    # Two shades of one colour for the stripes, another one for the background, well apart.
+    base = rng.uniform(90, 165, 3)
+    shift = rng.uniform(50, 75) * rng.choice([-1, 1], 3)
+    back = (base - shift) + rng.normal(0, 4, (height, width, 1))
+    fore = base + shift * (0.2 + 0.8 * (2 * stripes[..., None] - 1) * 0.6 + 0.4)
+    pixels = np.where(mask[..., None], fore, back)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _save_plain(path: Path, image: Image.Image, **options: Any) -> None:
+    image.save(path, "JPEG", quality=90, **options)
+
+
+def _save_cmyk(path: Path, image: Image.Image) -> None:
+    _save_plain(path, image.convert("CMYK"))
+
+
+def _save_png(path: Path, image: Image.Image) -> None:
+    image.save(path, "PNG")
+
+
+def _save_gray(path: Path, image: Image.Image) -> None:
+    _save_plain(path, image.convert("L"))
+
+
+def _save_exif(path: Path, image: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = ROTATE_90
+    _save_plain(path, image, exif=exif)
+
+
+def _save_progressive(path: Path, image: Image.Image) -> None:
+    _save_plain(path, image, progressive=True)
+
+
+ODD_KINDS = (_save_cmyk, _save_png, _save_gray, _save_exif, _save_progressive)
+
+
+if __name__ == "__main__":
+    write(tyro.cli(DemoOptions))

@@ -1,0 +1,1 @@
+"""Resolution Switchable Networks (Wang et al., ECCV 2020). Knows no data backend."""

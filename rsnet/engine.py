@@ -1,0 +1,201 @@
+"""The training step, the epoch and the evaluation. The single backward is here and nowhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.batch import Batch, Loader
+from pipelines.errors import DataError
+from rsnet.metrics import Accuracy, FiniteGuard, TermMeans
+from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.optim import LrSchedule
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the steps since the last report were like. Times in seconds a step, of this process."""
+
+    step: int
+    steps_in_epoch: int  # done in this epoch
+    lr: float
+    terms: dict[str, float]
+    images_per_s: float  # of this process
+    data_time: float  # waiting for the loader
+    step_time: float
+
+
+class Trainer:
+    """An objective with its optimizer: what `train_one_epoch` changes and a checkpoint keeps.
+
+    amp: the autocast dtype, or None for float32. float16 comes with a loss scaler.
+    accumulate: batches whose gradients make up one update.
+    clip_grad: largest norm of the gradients, or None.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LrSchedule,
+        device: torch.device,
+        amp: torch.dtype | None = None,
+        accumulate: int = 1,
+        clip_grad: float | None = None,
+    ) -> None:
+        self.objective = objective
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.device = device
+        self.amp = amp
+        self.accumulate = accumulate
+        self.clip_grad = clip_grad
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+        self.guard = FiniteGuard(device)
+        self.step = 0
+
+    def forward_backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
+        """Add one batch's gradients; `last` of those that make up an update. Does not synchronise."""
+        with nullcontext() if last else self._no_all_reduce():
+            with autocast(self.device, self.amp):
+                terms: dict[str, Tensor] = self.objective(batch.images, batch.labels)
+            tripped = self.guard.check(terms, self.step)
+            loss = terms["total"] / self.accumulate
+            if self.scaler.is_enabled():
+                # The scaler skips an update whose gradients are NaN; without one see `update`.
+                loss = loss * torch.where(tripped > 0, torch.nan, 1.0)
+            else:
+                self.optimizer.found_inf = tripped  # type: ignore[attr-defined]
+            self.scaler.scale(loss).backward()
+        return terms
+
+    def update(self) -> None:
+        """One optimizer step, which fused SGD skips on the device if `found_inf` is 1."""
+        lr = self.schedule.at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _no_all_reduce(self) -> AbstractContextManager[None]:
+        if isinstance(self.objective, DistributedDataParallel):
+            return self.objective.no_sync()
+        return nullcontext()
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Autocast without its weight cache, which would add up the five gradients of a shared weight in
+    half precision; without it they are summed in float32."""
+    return torch.autocast(
+        device.type, dtype=dtype or torch.float32, enabled=dtype is not None, cache_enabled=False
+    )
+
+
+def train_one_epoch(
+    trainer: Trainer, loader: Loader, log_interval: int, report: Callable[[Progress], None]
+) -> None:
+    """Train on every batch that fills an update. Calls `report`, and synchronises, every
+    `log_interval` updates and after the last.
+
+    Raises DataError if a loss was not finite: the weights are those before that step.
+    """
+    trainer.objective.train()
+    means = TermMeans()
+    steps = len(loader) // trainer.accumulate
+    clock = _Clock(loader)
+    done = reported = 0
+    images = 0
+    for i, batch in enumerate(islice(clock, steps * trainer.accumulate), start=1):
+        last = i % trainer.accumulate == 0
+        means.add(trainer.forward_backward(batch, last))
+        images += len(batch.labels)
+        if not last:
+            continue
+        lr = trainer.schedule.at(trainer.step)
+        trainer.update()
+        done += 1
+        if done % log_interval and done != steps:
+            continue
+        terms = means.compute()  # synchronises, so that the clock below measures finished work
+        _raise_if_not_finite(trainer)
+        total, waited = clock.lap()
+        span = done - reported
+        report(
+            Progress(
+                trainer.step, done, lr, terms, images / total, waited / span, total / span
+            )
+        )
+        reported, images = done, 0
+
+
+@torch.no_grad()
+def evaluate(
+    model: ResolutionSwitchable,
+    loader: Loader,
+    device: torch.device,
+    amp: torch.dtype | None = None,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> dict[str, dict[str, float]]:
+    """Top-1, top-5 and loss at every size and of the ensemble, over all ranks' images.
+
+    Every image counts once. Calls `on_batch` with the number of images of each batch.
+    """
+    was_training = model.training
+    model.eval()
+    accuracy = Accuracy(model.sizes, device)
+    for batch in loader:
+        with autocast(device, amp):
+            logits = model.forward_all(batch.images)
+        accuracy.add(logits, batch.labels, model.alpha)
+        on_batch(len(batch.labels))
+    model.train(was_training)
+    return accuracy.compute()
+
+
+class _Clock:
+    """Iterates over a loader and adds up the time that it takes to deliver."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap: all, and waiting."""
+        now = time.perf_counter()
+        result = now - self._start, self._waited
+        self._start, self._waited = now, 0.0
+        return result
+
+
+def _raise_if_not_finite(trainer: Trainer) -> None:
+    if (verdict := trainer.guard.verdict()) is None:
+        return
+    step, terms = verdict
+    names = ", ".join(t for t in terms if t != "total")
+    raise DataError(
+        f"the loss is not finite at step {step}: {names or 'total'}; the weights were not updated with it. "
+        "Lower --lr, set --clip-grad, or try --amp off"
+    )

@@ -1,0 +1,1 @@
+"""Networks whose resolution is chosen at run time."""

@@ -1,0 +1,131 @@
+"""Private BatchNorm per resolution; everything else shared (Wang et al. 2020, section 3.1)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class SwitchableBatchNorm2d(nn.Module):
+    """n private copies of a BatchNorm layer, of which `active` is applied.
+
+    `active` is a plain attribute: torch.compile and torch.export read it as a constant, deepcopy and
+    DDP need not know of it. Nothing but the norm is private: the activation of timm's BatchNormAct2d
+    is one module in all copies.
+    """
+
+    def __init__(self, norm: _BatchNorm, n: int) -> None:
+        super().__init__()
+        # All of `norm` that is not its own parameter or buffer stays shared by identity.
+        memo = {id(child): child for child in norm.children()}
+        self.by_resolution = nn.ModuleList(copy.deepcopy(norm, dict(memo)) for _ in range(n))
+        self.active = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.by_resolution[self.active](x))
+
+
+def make_switchable(network: nn.Module, n: int) -> nn.Module:
+    """Turn every BatchNorm layer of `network` into n private ones, in place.
+
+    Any subclass of PyTorch's BatchNorm counts: SyncBatchNorm, timm's BatchNormAct2d. A layer that
+    stands in several places stays one layer. Returns `network` (or its replacement, if it is a
+    BatchNorm itself), as `nn.SyncBatchNorm.convert_sync_batchnorm` does.
+
+    Raises ValueError for n < 1, for a network without BatchNorm, or one that is switchable already.
+    """
+    if n < 1:
+        raise ValueError(f"a switchable network needs at least one resolution, not {n}")
+    if any(isinstance(m, SwitchableBatchNorm2d) for m in network.modules()):
+        raise ValueError("the network is switchable already")
+    if not any(isinstance(m, _BatchNorm) for m in network.modules()):
+        raise ValueError(f"{type(network).__name__} has no BatchNorm to make private")
+    return _replace(network, n, {})
+
+
+def _replace(module: nn.Module, n: int, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    done[id(module)] = module
+    if isinstance(module, _BatchNorm):
+        done[id(module)] = SwitchableBatchNorm2d(module, n)
+    else:
+        # named_children() leaves out a child's second name, which has to be replaced, too.
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[name] = _replace(child, n, done)
+    return done[id(module)]
+
+
+class ResolutionSwitchable(nn.Module):
+    """A network with private BatchNorm for each of `sizes`, and the ensemble's weights.
+
+    sizes: sorted from the largest, whatever order they come in; a size finds its BatchNorm by value.
+    alpha: (S,), the ensemble's weights before the softmax (section 3.3), 1 at the start.
+
+    Raises ValueError for sizes that are empty, repeated or not positive.
+    """
+
+    def __init__(self, network: nn.Module, sizes: Sequence[int]) -> None:
+        super().__init__()
+        if not sizes or len(set(sizes)) != len(sizes) or min(sizes) < 1:
+            raise ValueError(f"sizes must be distinct and positive, not {list(sizes)}")
+        self.sizes = tuple(sorted(sizes, reverse=True))
+        self.network = make_switchable(network, len(self.sizes))
+        self.alpha = nn.Parameter(torch.ones(len(self.sizes)))
+        self._norms = [m for m in self.network.modules() if isinstance(m, SwitchableBatchNorm2d)]
+
+    def select(self, size: int) -> None:
+        """Make `size` the resolution whose BatchNorm is applied. Raises ValueError if it has none."""
+        if size not in self.sizes:
+            known = " ".join(map(str, self.sizes))
+            raise ValueError(f"no BatchNorm for size {size}; this network has {known}")
+        index = self.sizes.index(size)
+        for norm in self._norms:
+            norm.active = index
+
+    def forward(self, x: Tensor, size: int | None = None) -> Tensor:
+        """(N, 3, s, s) -> (N, classes), with the BatchNorm of `size`, which is s if not given."""
+        self.select(x.shape[-1] if size is None else size)
+        return cast(Tensor, self.network(x))
+
+    def forward_all(self, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One (N, 3, s, s) per size, the largest first -> one (N, classes) per size.
+
+        The largest is first, so that its gradients, the last of the backward, are few when DDP's
+        all-reduce of the shared weights begins.
+        """
+        return tuple(self(x, size) for x, size in zip(images, self.sizes, strict=True))
+
+    def ensemble_weights(self) -> Tensor:
+        """(S,), positive, sum 1."""
+        return self.alpha.float().softmax(dim=0)
+
+
+def select_sizes(
+    state: dict[str, Tensor], trained: Sequence[int], wanted: Sequence[int]
+) -> dict[str, Tensor]:
+    """The part of a state dict of sizes `trained` (largest first) that a network of `wanted` needs.
+
+    Raises ValueError if one of `wanted` is not among `trained`.
+    """
+    missing = [s for s in wanted if s not in trained]
+    if missing:
+        raise ValueError(f"sizes {missing} are not among the trained {list(trained)}")
+    source = [list(trained).index(size) for size in sorted(wanted, reverse=True)]
+    part: dict[str, Tensor] = {}
+    for key, value in state.items():
+        head, infix, tail = key.partition(".by_resolution.")
+        if not infix:
+            part[key] = value
+            continue
+        index, rest = tail.split(".", 1)
+        if int(index) in source:
+            part[f"{head}.by_resolution.{source.index(int(index))}.{rest}"] = value
+    part["alpha"] = state["alpha"][source]
+    return part

@@ -1,0 +1,151 @@
+"""`parallel_<name>`: torchvision's and timm's networks with BatchNorm, by name."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model_builder, list_models
+
+from pipelines.errors import UsageError
+from rsnet.models.switchable import ResolutionSwitchable
+
+PREFIX = "parallel_"
+TIMM_PREFIX = PREFIX + "timm/"
+
+# The original's names that torchvision spells differently.
+_ALIASES = {"mobilenetv2": "mobilenet_v2"}
+
+# No BatchNorm; or, as MaxViT, only at the one size that its attention windows divide.
+_UNFIT = re.compile(r"alexnet|convnext|maxvit|squeezenet|swin|vgg\d+$|vit_")
+
+# The original trains without dropout; auxiliary heads would be private to nothing.
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "mobilenet_v2": {"dropout": 0.0},
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def list_archs() -> list[str]:
+    """The names of torchvision's networks that can be made switchable, without building any."""
+    names = (n for n in list_models(module=torchvision.models) if not _UNFIT.match(n))
+    aliases = {v: k for k, v in _ALIASES.items()}
+    return sorted(PREFIX + aliases.get(n, n) for n in names)
+
+
+def build(
+    arch: str, num_classes: int, sizes: Sequence[int], width_mult: float = 1.0
+) -> ResolutionSwitchable:
+    """The network `arch`, initialised as its library does it, with private BatchNorm per size.
+
+    torchvision's ResNets and MobileNetV2 start as the original's do: Kaiming fan-out convolutions, no
+    zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test compares the formulas).
+
+    Raises UsageError for an unknown arch, a width that it does not have, or sizes too small for it.
+    """
+    if arch.startswith(TIMM_PREFIX):
+        network = _build_timm(arch, num_classes, width_mult)
+    else:
+        network = _build_torchvision(arch, num_classes, width_mult)
+    try:
+        model = ResolutionSwitchable(network, sizes)
+    except ValueError as error:
+        raise UsageError(f"--arch {arch}: {error}") from error
+    _check_sizes(model, arch)
+    return model
+
+
+def gflops(model: nn.Module, size: int) -> float:
+    """Forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image; counts on meta tensors."""
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        on_meta(torch.empty(1, 3, size, size, device="meta"))
+    return float(counter.get_total_flops()) / 1e9
+
+
+def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Module:
+    if arch not in list_archs():
+        raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_archs())}")
+    name = arch.removeprefix(PREFIX)
+    name = _ALIASES.get(name, name)
+    builder = get_model_builder(name)
+    options = dict(_OVERRIDES.get(name, {}))
+    if width_mult != 1.0:
+        if "width_mult" not in inspect.signature(_network_class(builder)).parameters:
+            raise UsageError(f"--width-mult {width_mult}: {arch} has no width to multiply")
+        options["width_mult"] = width_mult
+    return builder(weights=None, num_classes=num_classes, **options)
+
+
+def _network_class(builder: Any) -> Any:
+    """The class that a torchvision builder returns, by its annotation."""
+    return inspect.signature(builder, eval_str=True).return_annotation
+
+
+def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(f"--arch {arch}: timm is not installed; `uv sync --extra timm`") from None
+    if width_mult != 1.0:
+        raise UsageError(f"--width-mult {width_mult}: choose a width by its timm name instead")
+    name = arch.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(name):
+        known = [TIMM_PREFIX + n for n in timm.list_models()]
+        raise UsageError(f"--arch {arch}: unknown to timm; {_suggest(arch, known)}")
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    return network
+
+
+def _suggest(arch: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(arch, known, n=3, cutoff=0.5)
+    if not near and PREFIX + arch in known:
+        near = [PREFIX + arch]
+    return f"did you mean {' or '.join(near)}?" if near else f"the {len(known)} known are in the README"
+
+
+def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
+    """Raise UsageError if the network cannot run at one of its sizes, or sees next to nothing there."""
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    smallest = model.sizes[-1]
+    stride = _total_stride(on_meta)
+    # Under half the stride, the last two stages see one pixel: their 3x3 filters are 1x1 filters.
+    if smallest < stride // 2:
+        raise UsageError(
+            f"--sizes: {smallest} is too small for {arch}, which shrinks its input {stride} times; "
+            f"use {stride // 2} or more"
+        )
+    for size in model.sizes:
+        try:
+            with torch.no_grad():
+                on_meta(torch.empty(1, 3, size, size, device="meta"))
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--sizes: {arch} does not work at {size} ({reason})") from error
+
+
+def _total_stride(on_meta: ResolutionSwitchable, probe: int = 320) -> int:
+    """How many times smaller the last spatial feature map is than a probe image."""
+    smallest = probe
+
+    def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal smallest
+        if output.shape[-1] > 1:
+            smallest = min(smallest, output.shape[-1])
+
+    hooks = [m.register_forward_hook(watch) for m in on_meta.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        on_meta(torch.empty(1, 3, probe, probe, device="meta"), on_meta.sizes[0])
+    for hook in hooks:
+        hook.remove()
+    return round(probe / smallest)

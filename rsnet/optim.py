@@ -1,0 +1,58 @@
+"""The optimizer and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+LrDecay = Literal["cosine", "step", "linear", "schedule"]
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """The learning rate as the original has it: decays by iteration, or by epoch for step and schedule.
+
+    steps, warmup_steps: optimizer steps. milestones: epochs, for "schedule". step_epochs: for "step".
+    """
+
+    lr: float
+    decay: LrDecay
+    steps: int
+    steps_per_epoch: int
+    warmup_steps: int = 0
+    gamma: float = 0.1
+    step_epochs: int = 30
+    milestones: tuple[int, ...] = ()
+
+    def at(self, step: int) -> float:
+        """The rate of optimizer step `step`, counted from 0.
+
+        Warm-up rises linearly to `lr`, which its last step reaches; the decay counts from step 0, so that
+        warm-up does not shift it.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        epoch = step // self.steps_per_epoch
+        if self.decay == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        if self.decay == "linear":
+            return self.lr * (1 - step / self.steps)
+        if self.decay == "step":
+            return float(self.lr * self.gamma ** (epoch // self.step_epochs))
+        return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))
+
+
+def make_sgd(
+    model: nn.Module, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """SGD on every parameter, all with weight decay: BatchNorm and alpha, too, as the original has it.
+
+    One fused kernel per dtype, which can skip an update on the device (`found_inf`).
+    """
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
+    )

@@ -1,0 +1,158 @@
+"""The run directory: what was asked for, where it ran, one JSON line per logged step; and the console."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pipelines.errors import UsageError
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "wandb")
+
+
+class RunDir:
+    """A folder that belongs to one run. `active` is False on ranks that write nothing.
+
+    Raises UsageError if the folder cannot be written, or holds a run that is not to be continued.
+    """
+
+    def __init__(self, path: Path, continues: bool, active: bool) -> None:
+        self.path = path
+        self.active = active
+        self.last = path / "checkpoints" / "last.pt"
+        self.best = path / "checkpoints" / "best.pt"
+        if not active:
+            return
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            occupied = (path / "metrics.jsonl").exists() and not continues
+            if not occupied:
+                (path / "metrics.jsonl").touch()
+        except OSError as error:
+            raise UsageError(f"--output: cannot write to {path}: {error.strerror}") from error
+        if occupied:
+            raise UsageError(
+                f"--output: {path} holds a run already; continue it with --resume auto, "
+                "or give another folder"
+            )
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        if self.active:
+            (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+
+    def append_text(self, name: str, text: str) -> None:
+        if self.active:
+            with (self.path / name).open("a") as file:
+                file.write(text)
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self.append_text("metrics.jsonl", json.dumps({"time": time.time(), **metrics}) + "\n")
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What a run's figures depend on besides its options."""
+    is_cuda = device.type == "cuda"
+    return {
+        "git_sha": _git_sha(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda if is_cuda else None,
+        "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or "cpu",
+        "cpus": len(os.sched_getaffinity(0)),
+        "world_size": world_size,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class Display:
+    """Progress on a terminal as a bar, elsewhere as plain lines; silent if not `active`."""
+
+    def __init__(self, active: bool) -> None:
+        self._active = active
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started = 0.0
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._active:
+            self._console.print(text, markup=False)
+
+    def start(self, title: str, total: int, done: int = 0) -> None:
+        """Begin a phase of `total` units."""
+        self.stop()
+        self._title, self._total, self._first = title, total, done
+        self._started = self._last_line = time.perf_counter()
+        if self._active and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[info]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, info="")
+            self._bar.start()
+
+    def update(self, done: int, info: str, every: float = 0.0) -> None:
+        """`done` of the units are finished; a plain line at most each `every` seconds."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, info=info)
+            return
+        now = time.perf_counter()
+        if now - self._last_line < every and done < self._total:
+            return
+        self._last_line = now
+        left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
+        self.say(f"{self._title} {done}/{self._total}  {info}  eta {_duration(left)}")
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{secs:02}"
+
+
+def _git_sha() -> str | None:
+    """The commit of this code, with "+" if it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", *arguments), cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

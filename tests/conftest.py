@@ -1,0 +1,47 @@
+"""Small image folders that tests make themselves, and a clean process state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+def write_photo(path: Path, height: int, width: int, seed: int, quality: int = 90) -> None:
+    """A smooth random picture with some noise: what a JPEG decoder and a resize filter can get wrong."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+    noisy = np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noisy).save(path, "JPEG", quality=quality)
+
+
+def write_folder(root: Path, per_class: dict[str, int], seed: int = 0) -> Path:
+    """`per_class[name]` photos of 40 to 200 pixels a side in root/name."""
+    rng = np.random.default_rng(seed)
+    for name, count in per_class.items():
+        for i in range(count):
+            height, width = (int(n) for n in rng.integers(40, 201, 2))
+            write_photo(root / name / f"{i:03}.JPEG", height, width, seed=seed * 1000 + i)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of three classes: 23 training and 17 validation photos."""
+    root = tmp_path_factory.mktemp("photos")
+    write_folder(root / "train", {"ant": 9, "bee": 8, "cat": 6}, seed=1)
+    write_folder(root / "val", {"ant": 5, "bee": 7, "cat": 5}, seed=2)
+    return root

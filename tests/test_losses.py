@@ -1,0 +1,83 @@
+"""The losses against the original's numbers and a plain reimplementation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rsnet.losses import distillation, ensemble_logits, loss_terms
+from tests import parity
+
+CASES = sorted(parity.numbers("loss"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_the_originals(case):
+    sizes, kd_type = case.split("/")
+    s = int(sizes)
+    expected = parity.numbers("loss")[case]
+    logits = [(3 * parity.wave((6, 11), 10 + i)).float().requires_grad_() for i in range(s)]
+    alpha = (1 + 0.5 * parity.wave((s,), 20)).float().requires_grad_()
+    labels = torch.tensor([0, 5, 10, 2, 7, 5])
+    kd = None if kd_type == "None" else kd_type
+    terms = loss_terms(logits, labels, alpha, range(s), kd)
+    terms["total"].backward()
+    assert terms["total"].item() == pytest.approx(expected["loss"], abs=2e-5)
+    assert alpha.grad.tolist() == pytest.approx(expected["grad_alpha"], abs=2e-6)
+    norms = [z.grad.norm().item() for z in logits]
+    assert norms == pytest.approx(expected["grad_norm_logits"], abs=2e-6)
+
+
+def test_total_is_the_sum_of_the_named_terms():
+    logits = [torch.randn(4, 7) for _ in range(3)]
+    terms = loss_terms(logits, torch.arange(4), torch.ones(3), (64, 48, 32), "ens_topdown")
+    total = terms.pop("total")
+    assert list(terms) == ["ce/64", "ce/48", "ce/32", "ce/ensemble", "kd"]
+    assert total.item() == pytest.approx(sum(t.item() for t in terms.values()))
+
+
+def test_topdown_distillation_is_the_pairwise_sum():
+    logits = [torch.randn(3, 5) for _ in range(4)]
+    ensemble = torch.randn(3, 5)
+
+    def kl(teacher, student):
+        rows = []
+        for t, z in zip(teacher.tolist(), student.tolist(), strict=True):
+            p = [math.exp(v) / sum(map(math.exp, t)) for v in t]
+            q = [math.exp(v) / sum(map(math.exp, z)) for v in z]
+            rows.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+        return sum(rows) / len(rows)
+
+    pairs = [(ensemble, z) for z in logits]
+    pairs += [(logits[k], logits[j]) for j in range(4) for k in range(j)]
+    expected = 2 / 5 * sum(kl(t, z) for t, z in pairs)
+    assert distillation(logits, ensemble, "ens_topdown").item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_alpha_learns_from_the_ensemble():
+    logits = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
+    alpha = torch.zeros(2, requires_grad=True)
+    ensemble_logits(logits, alpha)[0, 0].backward()
+    assert all(z.grad is None for z in logits)
+    assert alpha.grad.abs().sum() > 0
+
+
+def test_teachers_get_no_gradient():
+    large, small = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    distillation([large.detach(), small], large, "ens_topdown").backward()
+    assert large.grad is None
+
+
+def test_label_smoothing_is_pytorchs():
+    logits, labels = torch.randn(4, 6), torch.arange(4)
+    terms = loss_terms([logits], labels, torch.ones(1), (32,), None, label_smoothing=0.1)
+    expected = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, labels)
+    torch.testing.assert_close(terms["ce/32"], expected)
+
+
+def test_half_precision_logits_give_a_float32_loss():
+    logits = [torch.randn(2, 3, dtype=torch.bfloat16) for _ in range(2)]
+    terms = loss_terms(logits, torch.tensor([0, 1]), torch.ones(2), (32, 16), "ens")
+    assert {t.dtype for t in terms.values()} == {torch.float32}
