@@ -103,11 +103,9 @@ def render(name: str, rng: np.random.Generator) -> Image.Image:
     along = y if texture == "horizontal" else x
     period = short / rng.uniform(21, 27)
     stripes = (np.sin(2 * np.pi * (along / period + rng.random())) > 0).astype(np.float64)
-    # Two shades of one colour for the stripes, another one for the background, well apart.
-    base = rng.uniform(90, 165, 3)
-    shift = rng.uniform(50, 75) * rng.choice([-1, 1], 3)
-    back = (base - shift) + rng.normal(0, 4, (height, width, 1))
-    fore = base + shift * (0.2 + 0.8 * (2 * stripes[..., None] - 1) * 0.6 + 0.4)
+    # A bright shape on a dark ground, both in any hue; the stripes are a third as deep as the contrast.
+    back = rng.uniform(20, 90, 3) + rng.normal(0, 4, (height, width, 1))
+    fore = rng.uniform(150, 230, 3) * (0.75 + 0.25 * (2 * stripes[..., None] - 1))
     pixels = np.where(mask[..., None], fore, back)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
