@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder, list_models
 
 from pipelines.errors import UsageError
+from rsnet.models.single_pixel import use_single_pixel_convolutions
 from rsnet.models.switchable import ResolutionSwitchable
 
 PREFIX = "parallel_"
@@ -56,6 +57,7 @@ def build(
         network = _build_timm(arch, num_classes, width_mult)
     else:
         network = _build_torchvision(arch, num_classes, width_mult)
+    use_single_pixel_convolutions(network)
     try:
         model = ResolutionSwitchable(network, sizes)
     except ValueError as error:

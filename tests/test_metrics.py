@@ -1,0 +1,59 @@
+"""Counters against counting by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rsnet.metrics import Accuracy, FiniteGuard, TermMeans
+
+CPU = torch.device("cpu")
+
+
+def test_accuracy_counts_every_sample_once_whatever_the_batches():
+    sizes, n, classes = (64, 32), 37, 11
+    logits = [torch.randn(n, classes) for _ in sizes]
+    labels = torch.randint(0, classes, (n,))
+    alpha = torch.tensor([0.3, 1.7])
+    accuracy = Accuracy(sizes, CPU)
+    for part in torch.split(torch.arange(n), 8):
+        accuracy.add([z[part] for z in logits], labels[part], alpha)
+    results = accuracy.compute()
+
+    w = [math.exp(a) / sum(map(math.exp, alpha.tolist())) for a in alpha.tolist()]
+    every = {"64": logits[0], "32": logits[1], "ensemble": w[0] * logits[0] + w[1] * logits[1]}
+    assert list(results) == list(every)
+    for name, z in every.items():
+        ranks = [sorted(row, reverse=True).index(row[y]) for row, y in zip(z.tolist(), labels, strict=True)]
+        losses = [-(row[y] - row.logsumexp(0)).item() for row, y in zip(z, labels, strict=True)]
+        assert results[name]["top1"] == pytest.approx(100 * sum(r == 0 for r in ranks) / n)
+        assert results[name]["top5"] == pytest.approx(100 * sum(r < 5 for r in ranks) / n)
+        assert results[name]["loss"] == pytest.approx(sum(losses) / n, rel=1e-5)
+
+
+def test_top5_of_fewer_classes_is_all_of_them():
+    accuracy = Accuracy((32,), CPU)
+    accuracy.add([torch.randn(4, 3)], torch.tensor([0, 1, 2, 0]), torch.ones(1))
+    assert accuracy.compute()["32"]["top5"] == 100
+
+
+def test_term_means_start_anew_after_each_reading():
+    means = TermMeans()
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    means.add({"a": torch.tensor(3.0), "b": torch.tensor(7.0)})
+    assert means.compute() == {"a": 2, "b": 6}
+    means.add({"a": torch.tensor(10.0), "b": torch.tensor(0.0)})
+    assert means.compute() == {"a": 10, "b": 0}
+
+
+def test_the_guard_names_the_first_step_and_its_terms():
+    guard = FiniteGuard(CPU)
+    good = {"ce/64": torch.tensor(1.0), "kd": torch.tensor(2.0)}
+    assert guard.check(good, 0) == 0
+    assert guard.verdict() is None
+    assert guard.check(good | {"kd": torch.tensor(torch.inf)}, 1) == 1
+    assert guard.check(good, 2) == 1
+    assert guard.check(good | {"ce/64": torch.tensor(torch.nan)}, 3) == 1
+    assert guard.verdict() == (1, ["kd"])

@@ -1,0 +1,68 @@
+"""The learning rate of every step, against the formulas written plainly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rsnet.models.zoo import build
+from rsnet.optim import LrSchedule, make_sgd
+
+
+def _rates(decay, **more):
+    schedule = LrSchedule(0.4, decay, steps=120, steps_per_epoch=1, **more)
+    return [schedule.at(step) for step in range(120)]
+
+
+def test_cosine_falls_by_iteration_to_zero():
+    expected = [0.2 * (1 + math.cos(math.pi * t / 120)) for t in range(120)]
+    assert _rates("cosine") == pytest.approx(expected)
+    assert LrSchedule(0.4, "cosine", 120, 1).at(120) == pytest.approx(0)
+
+
+def test_linear_falls_by_iteration_to_zero():
+    assert _rates("linear") == pytest.approx([0.4 * (120 - t) / 120 for t in range(120)])
+
+
+def test_step_decays_every_so_many_epochs():
+    rates = _rates("step", step_epochs=30, gamma=0.1)
+    assert rates == pytest.approx([0.4] * 30 + [0.04] * 30 + [0.004] * 30 + [0.0004] * 30)
+
+
+def test_schedule_decays_at_its_epochs():
+    rates = _rates("schedule", milestones=(30, 60, 85, 95, 105), gamma=0.1)
+    lengths = [30, 30, 25, 10, 10, 15]
+    expected = [0.4 * 0.1**i for i, n in enumerate(lengths) for _ in range(n)]
+    assert rates == pytest.approx(expected)
+
+
+def test_epoch_decays_count_epochs_not_steps():
+    schedule = LrSchedule(1.0, "step", steps=100, steps_per_epoch=10, step_epochs=2, gamma=0.5)
+    assert [schedule.at(t) for t in (0, 19, 20, 39, 40)] == [1, 1, 0.5, 0.5, 0.25]
+
+
+def test_warmup_rises_linearly_and_does_not_shift_the_decay():
+    plain, warm = _rates("cosine"), _rates("cosine", warmup_steps=5)
+    assert warm[:5] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4])
+    assert warm[5:] == plain[5:]
+
+
+def test_sgd_holds_every_parameter_exactly_once_with_decay():
+    model = build("parallel_resnet18", 10, (32, 16))
+    groups = make_sgd(model, 0.1, 0.9, 1e-4).param_groups
+    held = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert len(held) == len(list(model.parameters()))
+    assert {group["weight_decay"] for group in groups} == {1e-4}
+
+
+def test_a_marked_update_is_skipped_on_the_device():
+    weight = torch.nn.Parameter(torch.ones(3))
+    model = torch.nn.ParameterList([weight])
+    sgd = make_sgd(model, 0.1, 0.9, 0.1)
+    weight.grad = torch.full((3,), torch.nan)
+    sgd.found_inf = torch.ones(())
+    sgd.step()
+    assert weight.tolist() == [1, 1, 1]
