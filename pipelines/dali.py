@@ -124,7 +124,11 @@ class DaliLoader(ScheduledLoader):
 
     def _to_torch(self, output: Any) -> Tensor:
         """(N, s, s, 3) of DALI -> (N, 3, s, s) that is channels-last, without a copy."""
-        return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2).to(self._spec.dtype)
+        return (
+            torch.utils.dlpack.from_dlpack(output.as_tensor())
+            .permute(0, 3, 1, 2)
+            .to(self._spec.dtype)
+        )
 
 
 class _Feed:
@@ -134,11 +138,13 @@ class _Feed:
         self._spec, self._folder, self._training = spec, folder, training
         self.stop()
 
+    _batches: Iterator[Indices]
+
     def start(self, batches: Iterator[Indices], epoch: int) -> None:
         self._batches, self._epoch = batches, epoch
 
     def stop(self) -> None:
-        self._batches: Iterator[Indices] = iter(())
+        self._batches = iter(())
         self._epoch = 0
         self.in_flight: deque[Indices] = deque()
 
@@ -170,9 +176,7 @@ def _build(graph: Any, feed: _Feed, options: DaliOptions, spec: LoaderSpec) -> A
 
 
 def _training_graph(feed: _Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
-    paths, area, ratio, position, flips = fn.external_source(
-        source=feed, num_outputs=5, batch=True
-    )
+    paths, area, ratio, position, flips = fn.external_source(source=feed, num_outputs=5, batch=True)
     encoded = fn.io.file.read(paths)
     start, shape = _crop_rectangle(encoded, area, ratio, position)
     # The decoder reads the rectangle only, which saves most of the inverse transform and all of the copy.

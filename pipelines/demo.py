@@ -8,6 +8,8 @@ a progressive and an EXIF-rotated JPEG.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +65,7 @@ class DemoOptions:
     """Write the demo data set: train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
 
     output: Path
-    """Folder to write to; it must not hold a data set yet."""
+    """Folder to make."""
 
     train: int = 100
     """Training images per class."""
@@ -76,18 +78,21 @@ class DemoOptions:
 
 
 def write(options: DemoOptions) -> None:
-    """Write both splits. Raises UsageError if `output` holds one already."""
+    """Write both splits, whole or not at all. Raises UsageError if `output` exists already."""
+    if options.output.exists():
+        raise UsageError(f"--output: {options.output} exists already")
+    partial = options.output.with_name(options.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     for number, (split, images) in enumerate((("train", options.train), ("val", options.val))):
-        folder = options.output / split
-        if folder.exists():
-            raise UsageError(f"--output: {folder} exists already")
         for label, name in enumerate(CLASSES):
-            (folder / name).mkdir(parents=True)
+            folder = partial / split / name
+            folder.mkdir(parents=True)
             for i in range(images):
                 rng = np.random.default_rng((options.seed, number, label, i))
                 # The odd kinds are the first images of the first classes, one each.
                 save = ODD_KINDS[label] if i == 0 and label < len(ODD_KINDS) else _save_plain
-                save(folder / name / f"{name}_{i:04}.JPEG", render(name, rng))
+                save(folder / f"{name}_{i:04}.JPEG", render(name, rng))
+    partial.rename(options.output)
 
 
 def render(name: str, rng: np.random.Generator) -> Image.Image:
@@ -140,4 +145,7 @@ ODD_KINDS = (_save_cmyk, _save_png, _save_gray, _save_exif, _save_progressive)
 
 
 if __name__ == "__main__":
-    write(tyro.cli(DemoOptions))
+    try:
+        write(tyro.cli(DemoOptions))
+    except UsageError as error:
+        sys.exit(f"pipelines.demo: error: {error}")

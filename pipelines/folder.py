@@ -83,7 +83,7 @@ def explain_failure(paths: list[str], error: Exception) -> DataError:
 def broken(path: str) -> str | None:
     """Why the image at `path` does not decode, or None if it does."""
     try:
-        if os.path.getsize(path) == 0:
+        if Path(path).stat().st_size == 0:
             return "the file is empty"
         with Image.open(path) as image:
             image.convert("RGB")

@@ -34,9 +34,7 @@ class ReferenceOptions:
     """Processes that read and decode; 0 decodes in the training process."""
 
 
-def make_loaders(
-    options: ReferenceOptions, spec: LoaderSpec, with_train: bool = True
-) -> Loaders:
+def make_loaders(options: ReferenceOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
     """Loaders over `spec.data`/train and /val. Raises UsageError on a malformed folder."""
     train, val = scan_train_val(spec.data, with_train)
     return Loaders(
@@ -78,9 +76,7 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
     The error is returned, because a DataLoader wraps what a worker raises into its traceback.
     """
 
-    def __init__(
-        self, spec: LoaderSpec, folder: ImageFolder, training: bool, epoch: int
-    ) -> None:
+    def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool, epoch: int) -> None:
         self._spec, self._folder, self._training, self._epoch = spec, folder, training, epoch
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int] | DataError:

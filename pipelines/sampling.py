@@ -26,7 +26,8 @@ def uniforms(seed: int, epoch: int, indices: Indices, lanes: int) -> NDArray[np.
         key = _mix(_mix(np.uint64(seed) + _GAMMA) + np.uint64(epoch) * _GAMMA)
         lane = np.arange(1, lanes + 1, dtype=np.uint64) * _GAMMA
         bits = _mix(_mix(key + indices.astype(np.uint64)[:, None] * _GAMMA) + lane)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -75,9 +76,7 @@ class Schedule:
     @property
     def share(self) -> range:
         """The evaluation samples of this rank."""
-        first, last = (
-            self.samples * r // self.world_size for r in (self.rank, self.rank + 1)
-        )
+        first, last = (self.samples * r // self.world_size for r in (self.rank, self.rank + 1))
         return range(first, last)
 
     @property
@@ -154,7 +153,7 @@ class ScheduledLoader(ABC):
             )
         self._epoch, self._step, self._first_step = state["epoch"], step, step
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most backends have nothing to give back
         """Give threads, processes and memory back."""
 
 

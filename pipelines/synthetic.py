@@ -25,9 +25,7 @@ class SyntheticOptions:
     """Number of classes."""
 
 
-def make_loaders(
-    options: SyntheticOptions, spec: LoaderSpec, with_train: bool = True
-) -> Loaders:
+def make_loaders(options: SyntheticOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
     """Loaders whose batches are normal noise; a sample's label is its index modulo the classes."""
 
     def loader(images: int, training: bool) -> SyntheticLoader:

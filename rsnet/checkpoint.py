@@ -59,7 +59,9 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"--resume: there is no checkpoint {path}")
     if _hash_file(path).is_file() and _sha256(path) not in _hash_file(path).read_text().split():
-        raise DataError(f"--resume: {path} is damaged: its SHA-256 is not in {_hash_file(path).name}")
+        raise DataError(
+            f"--resume: {path} is damaged: its SHA-256 is not in {_hash_file(path).name}"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
@@ -70,7 +72,9 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_match(trained: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, training: bool) -> None:
+def require_match(
+    trained: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, training: bool
+) -> None:
     """Raise UsageError if a network `wanted` cannot take over the weights of one `trained`.
 
     Training goes on with the same arch, classes and sizes; an evaluation may take some of the sizes.

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -20,21 +20,26 @@ from rsnet.config import TrainConfig
 Options = TypeVar("Options")
 
 
-def parse(options_type: type[Options], argv: Sequence[str] | None = None) -> tuple[TrainConfig, Options]:
+def parse(
+    options_type: type[Options], argv: Sequence[str] | None = None
+) -> tuple[TrainConfig, Options]:
     """The command line as a `TrainConfig` and the backend's own options.
 
     Raises UsageError, in one line, for what is mistyped; prints the help and exits for --help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
 
-    groups = {"train": TrainConfig, "loader": options_type}
+    groups: dict[str, Any] = {"train": TrainConfig, "loader": options_type}
     both_types = dataclasses.make_dataclass(
-        "Both", [(name, tyro.conf.OmitArgPrefixes[group]) for name, group in groups.items()]
+        "Both",
+        [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in groups.items()],
     )
     both_types.__doc__ = TrainConfig.__doc__
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
+            both: Any
+            unknown: list[str]
             both, unknown = tyro.cli(both_types, args=arguments, return_unknown_args=True)
     except SystemExit as stop:
         if not stop.code:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,9 +100,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of the label that is spread over all classes."""
 
-    normalize: Annotated[
-        Literal["imagenet", "unit"] | None, arg(metavar="{imagenet,unit}")
-    ] = None
+    normalize: Annotated[Literal["imagenet", "unit"] | None, arg(metavar="{imagenet,unit}")] = None
     """imagenet: mean and std; unit: [0, 1], what the original's checkpoints expect. Unset: imagenet."""
 
     flip: Literal["independent", "shared"] = "independent"
@@ -146,7 +144,9 @@ class TrainConfig:
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise UsageError(f"{flag} {shown}".rstrip() + f": {rule}")
         if self.evaluate and self.resume is None:
-            raise UsageError("--evaluate: say which checkpoint, with --resume PATH or --resume auto")
+            raise UsageError(
+                "--evaluate: say which checkpoint, with --resume PATH or --resume auto"
+            )
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,12 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         return bool(sizes) and min(sizes) > 0 and len(set(sizes)) == len(sizes)
 
     return [
-        ("--sizes", c.sizes, distinct_positive, "give one or more sizes, positive and all different"),
+        (
+            "--sizes",
+            c.sizes,
+            distinct_positive,
+            "give one or more sizes, positive and all different",
+        ),
         ("--num-classes", c.num_classes, lambda n: n >= 2, "at least 2"),
         ("--width-mult", c.width_mult, positive, "must be a positive number"),
         ("--epochs", c.epochs, positive, "at least 1 epoch is needed"),

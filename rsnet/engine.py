@@ -73,7 +73,7 @@ class Trainer:
                 loss = loss * torch.where(tripped > 0, torch.nan, 1.0)
             else:
                 self.optimizer.found_inf = tripped  # type: ignore[attr-defined]
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return terms
 
     def update(self) -> None:
@@ -132,11 +132,7 @@ def train_one_epoch(
         _raise_if_not_finite(trainer)
         total, waited = clock.lap()
         span = done - reported
-        report(
-            Progress(
-                trainer.step, done, lr, terms, images / total, waited / span, total / span
-            )
-        )
+        report(Progress(trainer.step, done, lr, terms, images / total, waited / span, total / span))
         reported, images = done, 0
 
 
@@ -146,11 +142,11 @@ def evaluate(
     loader: Loader,
     device: torch.device,
     amp: torch.dtype | None = None,
-    on_batch: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """Top-1, top-5 and loss at every size and of the ensemble, over all ranks' images.
 
-    Every image counts once. Calls `on_batch` with the number of images of each batch.
+    Every image counts once. Calls `on_batch` after each batch.
     """
     was_training = model.training
     model.eval()
@@ -159,7 +155,7 @@ def evaluate(
         with autocast(device, amp):
             logits = model.forward_all(batch.images)
         accuracy.add(logits, batch.labels, model.alpha)
-        on_batch(len(batch.labels))
+        on_batch()
     model.train(was_training)
     return accuracy.compute()
 

@@ -89,7 +89,10 @@ class Accuracy:
         self._samples += len(labels)
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """{"224": {"top1": %, "top5": %, "loss": mean}, ..., "ensemble": ...} over all ranks. Synchronises."""
+        """{"224": {"top1": %, "top5": %, "loss": mean}, ..., "ensemble": ...}, over all ranks.
+
+        Synchronises.
+        """
         samples = torch.tensor(self._samples, dtype=torch.int64, device=self._hits.device)
         n = int(distributed.all_reduce_sum(samples).item())
         hits = (100.0 * distributed.all_reduce_sum(self._hits).double() / n).tolist()

@@ -46,9 +46,7 @@ class LrSchedule:
         return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))
 
 
-def make_sgd(
-    model: nn.Module, lr: float, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
+def make_sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
     """SGD on every parameter, all with weight decay: BatchNorm and alpha, too, as the original has it.
 
     One fused kernel per dtype, which can skip an update on the device (`found_inf`).

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from rsnet.metrics import ENSEMBLE
 
-COLUMNS = ["size", "GFLOPs", "top1", "top5", "loss"]
+COLUMNS: list[str | int] = ["size", "GFLOPs", "top1", "top5", "loss"]
 
 Results = Mapping[str, Mapping[str, float]]
 

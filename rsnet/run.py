@@ -1,11 +1,11 @@
-"""The composition root: from options to a trained, evaluated and logged network. It alone knows everything."""
+"""The composition root: from a command line to a trained or evaluated network. It alone knows all rooms."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -13,20 +13,16 @@ from pipelines.batch import Loaders, LoaderSpec
 from pipelines.errors import DataError, UsageError
 from rsnet import checkpoint, distributed, report
 from rsnet.cli import as_command, parse
-from rsnet.config import DEFAULT_ARCH, ResolvedConfig, TrainConfig, as_plain, output_of, resolve
-from rsnet.engine import Progress, Trainer, evaluate, train_one_epoch
+from rsnet.config import DEFAULT_ARCH, ResolvedConfig, TrainConfig, output_of, resolve
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import build, gflops
-from rsnet.objective import Objective
-from rsnet.optim import LrSchedule, make_sgd
 from rsnet.report import Results
-from rsnet.runlog import Display, RunDir, environment
-from rsnet.wandb_log import WandbLog
+from rsnet.runlog import Display, RunDir
+from rsnet.session import AMP_DTYPES, TrainingRun, shown_evaluation
 
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
 
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 EXIT_INTERRUPTED = 130
 
 
@@ -68,8 +64,10 @@ def run(
     display = Display(distributed.is_main())
     loaders = make_loaders(options, _spec(resolved, device), not resolved.evaluate)
     try:
-        model = _build(resolved, loaders.classes).to(device, memory_format=torch.channels_last)
-        network = checkpoint.describe(resolved, loaders.classes, _outputs(resolved, loaders.classes))
+        model = _build(resolved, loaders.classes).to(device).to(memory_format=torch.channels_last)
+        network = checkpoint.describe(
+            resolved, loaders.classes, _outputs(resolved, loaders.classes)
+        )
         if source and content:
             checkpoint.require_match(
                 content["network"], network, source, training=not resolved.evaluate
@@ -78,197 +76,13 @@ def run(
         display.say(as_command(script, resolved, options))
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
-        session = _Session(script, resolved, options, model, loaders, device, display, network)
+        session = TrainingRun(script, resolved, options, model, loaders, device, display, network)
         return session.train(source, content)
     finally:
         display.stop()
         for loader in (loaders.train, loaders.val):
             if loader is not None:
                 loader.close()
-
-
-class _Session:
-    """One training run: what its steps share."""
-
-    def __init__(
-        self,
-        script: str,
-        config: ResolvedConfig,
-        options: Any,
-        model: ResolutionSwitchable,
-        loaders: Loaders,
-        device: torch.device,
-        display: Display,
-        network: dict[str, Any],
-    ) -> None:
-        assert loaders.train is not None
-        self.script, self.config, self.options = script, config, options
-        self.model, self.loaders, self.train_loader = model, loaders, loaders.train
-        self.device, self.display, self.network = device, display, network
-        self.steps_per_epoch = len(self.train_loader) // config.accumulate
-        if self.steps_per_epoch == 0:
-            raise UsageError(
-                f"--accumulate {config.accumulate}: an epoch has only {len(self.train_loader)} batches"
-            )
-        self.trainer = self._trainer()
-        self.cost = report.cost(model.sizes, [gflops(model, s) for s in model.sizes])
-        self.epoch = 0  # epochs that are finished
-        self.best: list[float] = []
-
-    def train(self, source: Path | None, content: dict[str, Any] | None) -> Results:
-        """All epochs that are left, each with an evaluation and a checkpoint."""
-        config = self.config
-        continues = config.resume == "auto" or (
-            source is not None and source.parent.parent.resolve() == config.output.resolve()
-        )
-        self.run_dir = RunDir(config.output, continues, distributed.is_main())
-        if content:
-            self._restore(content)
-            self.display.say(f"resumed {source} after epoch {self.epoch}")
-        self._write_header()
-        self.wandb = WandbLog(
-            config.wandb if distributed.is_main() else "disabled",
-            config.output,
-            config.wandb_project,
-            config.wandb_name,
-            as_plain(config) | as_plain(self.options) | {"global_batch": self._global_batch()},
-            content["wandb_id"] if content else None,
-            self.display.say,
-        )
-        failed = True
-        try:
-            results = self._epochs()
-            self._finish(results)
-            failed = False
-        finally:
-            self.display.stop()
-            self.wandb.finish(failed)
-        return results
-
-    def _epochs(self) -> Results:
-        results: Results | None = None
-        for epoch in range(self.epoch, self.config.epochs):
-            self.train_loader.set_epoch(epoch)
-            self.display.start(f"epoch {epoch + 1}/{self.config.epochs}", self.steps_per_epoch)
-            train_one_epoch(
-                self.trainer, self.train_loader, self.config.log_interval, self._log_progress
-            )
-            self.display.stop()
-            results = self._evaluate()
-            self.epoch = epoch + 1
-            self._log_results(results)
-            self._save(results)
-        return results or self._evaluate()
-
-    def _evaluate(self) -> Results:
-        return _shown_evaluation(
-            self.model, self.loaders, self.device, AMP_DTYPES[self.config.amp], self.display
-        )
-
-    def _trainer(self) -> Trainer:
-        c = self.config
-        objective = Objective(self.model, c.kd_type if c.kd else None, c.label_smoothing)
-        return Trainer(
-            distributed.wrap(objective, self.device),
-            make_sgd(self.model, c.lr, c.momentum, c.weight_decay),
-            LrSchedule(
-                lr=c.lr,
-                decay=c.lr_decay,
-                steps=c.epochs * self.steps_per_epoch,
-                steps_per_epoch=self.steps_per_epoch,
-                warmup_steps=c.warmup * self.steps_per_epoch,
-                gamma=c.gamma,
-                step_epochs=c.step,
-                milestones=c.schedule,
-            ),
-            self.device,
-            AMP_DTYPES[c.amp],
-            c.accumulate,
-            c.clip_grad,
-        )
-
-    def _global_batch(self) -> int:
-        return self.config.batch_size * distributed.world_size() * self.config.accumulate
-
-    def _write_header(self) -> None:
-        typed = " ".join(sys.argv)
-        resolved = as_command(self.script, self.config, self.options)
-        self.run_dir.append_text("command.txt", f"# typed: {typed}\n{resolved}\n")
-        self.run_dir.write_json("config.json", as_plain(self.config) | as_plain(self.options))
-        self.run_dir.write_json("env.json", environment(self.device, distributed.world_size()))
-        self.display.say(
-            f"global batch {self._global_batch()} = {self.config.batch_size} images x "
-            f"{distributed.world_size()} processes x {self.config.accumulate} accumulated; "
-            f"{self.steps_per_epoch} steps an epoch; {self.device}, amp {self.config.amp}"
-        )
-
-    def _log_progress(self, p: Progress) -> None:
-        world = distributed.world_size()
-        alpha = self.model.ensemble_weights().tolist()
-        metrics = {
-            "step": p.step,
-            "epoch": self.epoch + p.steps_in_epoch / self.steps_per_epoch,
-            "lr": p.lr,
-            **{f"train/{name}": value for name, value in p.terms.items()},
-            **{f"alpha/{s}": a for s, a in zip(self.model.sizes, alpha, strict=True)},
-            "perf/images_per_s": p.images_per_s * world,
-            "perf/data_time": p.data_time,
-            "perf/step_time": p.step_time,
-            "perf/gpu_mem_gb": _peak_memory_gb(self.device),
-        }
-        self.run_dir.append_metrics(metrics)
-        self.wandb.log(metrics)
-        speed = p.images_per_s * world
-        self.display.update(
-            p.steps_in_epoch, f"loss {p.terms['total']:.4f}  lr {p.lr:.5f}  {speed:.0f} img/s"
-        )
-
-    def _log_results(self, results: Results) -> None:
-        metrics: dict[str, Any] = {"step": self.trainer.step, "epoch": self.epoch}
-        for name, values in results.items():
-            metrics |= {f"val/{what}@{name}": value for what, value in values.items()}
-        self.run_dir.append_metrics(metrics)
-        self.wandb.log(metrics)
-        top1 = "  ".join(f"{name} {r['top1']:.2f}" for name, r in results.items())
-        self.display.say(f"epoch {self.epoch}/{self.config.epochs}  top-1 %: {top1}")
-
-    def _finish(self, results: Results) -> None:
-        if not distributed.is_main():
-            return
-        self.display.say(report.table(results, self.cost))
-        plot = self.config.output / "accuracy_flops.png"
-        report.plot(plot, self.config.arch, results, self.cost)
-        self.run_dir.write_json("results.json", {"gflops": self.cost, **results})
-        self.wandb.log_results(report.COLUMNS, report.rows(results, self.cost), plot)
-        self.display.say(f"run directory {self.config.output}, plot {plot}")
-
-    def _save(self, results: Results) -> None:
-        """last.pt always; best.pt by top-1 + top-5 at the largest size, ties by the mean over the sizes."""
-        scores = [results[str(s)]["top1"] + results[str(s)]["top5"] for s in self.model.sizes]
-        score = [scores[0], sum(scores) / len(scores)]
-        is_best = score > self.best
-        self.best = max(score, self.best)
-        if distributed.is_main():
-            content = {
-                "network": self.network,
-                "model": self.model.state_dict(),
-                "optimizer": self.trainer.optimizer.state_dict(),
-                "scaler": self.trainer.scaler.state_dict(),
-                "epoch": self.epoch,
-                "step": self.trainer.step,
-                "best": self.best,
-                "config": as_plain(self.config),
-                "wandb_id": self.wandb.run_id,
-            }
-            for path in [self.run_dir.last, *([self.run_dir.best] if is_best else [])]:
-                checkpoint.save(path, content)
-        distributed.barrier()
-
-    def _restore(self, content: dict[str, Any]) -> None:
-        self.trainer.optimizer.load_state_dict(content["optimizer"])
-        self.trainer.scaler.load_state_dict(content["scaler"])
-        self.trainer.step = content["step"]
-        self.epoch, self.best = content["epoch"], content["best"]
 
 
 def _evaluate_only(
@@ -280,33 +94,13 @@ def _evaluate_only(
     display: Display,
 ) -> Results:
     """Print the table; with --output also write it there, and the plot."""
-    results = _shown_evaluation(model, loaders, device, AMP_DTYPES[resolved.amp], display)
+    results = shown_evaluation(model, loaders, device, AMP_DTYPES[resolved.amp], display)
     cost = report.cost(model.sizes, [gflops(model, s) for s in model.sizes])
     display.say(report.table(results, cost))
     if config.output is not None and distributed.is_main():
         run_dir = RunDir(resolved.output, continues=True, active=True)
         run_dir.write_json("evaluation.json", {"gflops": cost, **results})
         report.plot(resolved.output / "evaluation.png", resolved.arch, results, cost)
-    return results
-
-
-def _shown_evaluation(
-    model: ResolutionSwitchable,
-    loaders: Loaders,
-    device: torch.device,
-    amp: torch.dtype | None,
-    display: Display,
-) -> Results:
-    display.start("val", len(loaders.val))
-    done = 0
-
-    def on_batch(images: int) -> None:
-        nonlocal done
-        done += 1
-        display.update(done, "", every=10.0)
-
-    results = evaluate(model, loaders.val, device, amp, on_batch)
-    display.stop()
     return results
 
 
@@ -350,10 +144,6 @@ def _checkpoint_path(config: TrainConfig) -> Path | None:
 def _has_bf16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 itself; emulated, it is slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     can = torch.cpu.get_capabilities()
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0

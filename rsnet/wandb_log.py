@@ -78,7 +78,7 @@ class WandbLog:
         if self._run:
             self._run.log(dict(metrics))
 
-    def log_results(self, columns: list[str], rows: list[list[Any]], plot: Path) -> None:
+    def log_results(self, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
         """The final table and the plot."""
         if self._run:
             table = wandb.Table(columns=columns, data=rows)
@@ -91,9 +91,10 @@ class WandbLog:
 
 
 def _default_mode() -> tuple[Mode, str]:
-    from_environment = os.environ.get("WANDB_MODE")
-    if from_environment in ("online", "offline", "disabled"):
-        return from_environment, "WANDB_MODE"
+    modes: tuple[Mode, ...] = ("online", "offline", "disabled")
+    for mode in modes:
+        if os.environ.get("WANDB_MODE") == mode:
+            return mode, "WANDB_MODE"
     if wandb.login(prompt=False, verify=False):
         return "online", "a key is configured"
     return "offline", "no key is configured"

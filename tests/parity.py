@@ -89,7 +89,9 @@ def original_names(model: ResolutionSwitchable, keys: dict[str, list[int]]) -> d
 def _in_network_order(layer: str) -> list[Any]:
     """A block's shortcut comes after its other layers; MobileNetV2's last `conv` after its features."""
     first = {"conv": 2}.get(layer.split(".")[0], 1)
-    parts = [(0, int(p), "") if p.isdigit() else (p == "downsample", 0, p) for p in layer.split(".")]
+    parts = [
+        (0, int(p), "") if p.isdigit() else (p == "downsample", 0, p) for p in layer.split(".")
+    ]
     return [first if len(parts) > 1 else 0 if layer in ("conv1", "bn1") else 3, *parts]
 
 
@@ -100,7 +102,8 @@ def network(arch: str) -> ResolutionSwitchable:
     names = original_names(model, n["keys"])
     state = {names[k]: v for k, v in state_of(n["keys"]).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all(m.endswith("num_batches_tracked") for m in missing)
+    assert not unexpected
+    assert all(m.endswith("num_batches_tracked") for m in missing)
     return model
 
 

@@ -81,7 +81,10 @@ def test_odd_files_decode_to_the_same_picture(tmp_path, device):
     for split in ("train", "val"):
         for i, save in enumerate(ODD_KINDS):
             (tmp_path / split / str(i)).mkdir(parents=True)
-            save(tmp_path / split / str(i) / "x.JPEG", render("ring_vertical", np.random.default_rng(i)))
+            save(
+                tmp_path / split / str(i) / "x.JPEG",
+                render("ring_vertical", np.random.default_rng(i)),
+            )
     spec = _spec(tmp_path, device, batch_size=1)
     for split in ("train", "val"):
         assert (_differences(spec, split) < TOLERANCE[device]).all()

@@ -23,7 +23,9 @@ def data(tmp_path: Path) -> Path:
 def test_images_classes_and_order_are_torchvisions(data):
     write_photo(data / "train" / "bee" / "deeper" / "x.JPG", 50, 50, seed=1)
     (data / "train" / "bee" / "notes.txt").write_text("no image")
-    (data / "train" / "ant" / "y.PNG").write_bytes((data / "train" / "ant" / "000.JPEG").read_bytes())
+    (data / "train" / "ant" / "y.PNG").write_bytes(
+        (data / "train" / "ant" / "000.JPEG").read_bytes()
+    )
     ours, theirs = scan(data / "train"), TorchvisionFolder(data / "train")
     assert ours.classes == theirs.classes
     assert sorted(zip(ours.paths, ours.labels.tolist(), strict=True)) == sorted(theirs.samples)
@@ -75,7 +77,8 @@ def _other_classes(data):
 
 
 @pytest.mark.parametrize(
-    "damage", [_no_data, _empty, _no_val, _val_without_images, _flat_val, _empty_class, _other_classes]
+    "damage",
+    [_no_data, _empty, _no_val, _val_without_images, _flat_val, _empty_class, _other_classes],
 )
 def test_a_malformed_folder_is_explained(data, damage):
     message = damage(data)

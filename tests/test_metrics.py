@@ -26,7 +26,10 @@ def test_accuracy_counts_every_sample_once_whatever_the_batches():
     every = {"64": logits[0], "32": logits[1], "ensemble": w[0] * logits[0] + w[1] * logits[1]}
     assert list(results) == list(every)
     for name, z in every.items():
-        ranks = [sorted(row, reverse=True).index(row[y]) for row, y in zip(z.tolist(), labels, strict=True)]
+        ranks = [
+            sorted(row, reverse=True).index(row[y])
+            for row, y in zip(z.tolist(), labels, strict=True)
+        ]
         losses = [-(row[y] - row.logsumexp(0)).item() for row, y in zip(z, labels, strict=True)]
         assert results[name]["top1"] == pytest.approx(100 * sum(r == 0 for r in ranks) / n)
         assert results[name]["top5"] == pytest.approx(100 * sum(r < 5 for r in ranks) / n)

@@ -185,7 +185,9 @@ def test_a_loader_continues_where_its_state_was_taken(make, spec):
     again.load_state_dict(state)
     rest = list(again)
     assert len(rest) == len(expected) - 2
-    assert all(torch.equal(a.images[1], b.images[1]) for a, b in zip(rest, expected[2:], strict=True))
+    assert all(
+        torch.equal(a.images[1], b.images[1]) for a, b in zip(rest, expected[2:], strict=True)
+    )
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 5), ("samples", 99)])

@@ -46,7 +46,6 @@ def test_crops_are_distributed_as_torchvisions(height, width):
     ours = np.array([random_resized_crop(height, width, draws, i) for i in range(n)])
     image = np.empty((3, height, width), dtype=np.uint8)
 
-
     blank = torch.from_numpy(image)
     crop = RandomResizedCrop(224)
     theirs = np.array([crop.get_params(blank, crop.scale, crop.ratio) for _ in range(n)])

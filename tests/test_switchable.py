@@ -54,7 +54,9 @@ def test_the_selected_batchnorm_is_applied():
 
 def test_only_batchnorm_becomes_private():
     plain = torchvision.models.resnet18(num_classes=5)
-    others = {n: p for n, p in plain.named_parameters() if "bn" not in n and "downsample.1" not in n}
+    others = {
+        n: p for n, p in plain.named_parameters() if "bn" not in n and "downsample.1" not in n
+    }
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
     model = make_switchable(plain, 3)
     assert model is plain

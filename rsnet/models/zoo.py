@@ -86,7 +86,8 @@ def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Mod
         if "width_mult" not in inspect.signature(_network_class(builder)).parameters:
             raise UsageError(f"--width-mult {width_mult}: {arch} has no width to multiply")
         options["width_mult"] = width_mult
-    return builder(weights=None, num_classes=num_classes, **options)
+    network: nn.Module = builder(weights=None, num_classes=num_classes, **options)
+    return network
 
 
 def _network_class(builder: Any) -> Any:
@@ -113,7 +114,11 @@ def _suggest(arch: str, known: list[str]) -> str:
     near = difflib.get_close_matches(arch, known, n=3, cutoff=0.5)
     if not near and PREFIX + arch in known:
         near = [PREFIX + arch]
-    return f"did you mean {' or '.join(near)}?" if near else f"the {len(known)} known are in the README"
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"the {len(known)} known are in the README"
+    )
 
 
 def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
