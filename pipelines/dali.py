@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from torch import Tensor
+from tyro.conf import arg
 
 from pipelines.batch import (
     CROP_RATIO,
@@ -34,7 +35,7 @@ from pipelines.sampling import Indices, ScheduledLoader, draw, schedule_for
 class DaliOptions:
     """Reading with DALI."""
 
-    workers: int = 4
+    workers: Annotated[int, arg(aliases=("-j",))] = 4
     """CPU threads that read and decode."""
 
     decoder_hw_load: float = 0.65

@@ -1,0 +1,262 @@
+"""The training step against a plain one, and what it must not do."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipelines.batch import Batch, LoaderSpec
+from pipelines.errors import DataError
+from pipelines.synthetic import SyntheticOptions, make_loaders
+from rsnet.engine import Trainer, autocast, evaluate, train_one_epoch
+from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.objective import Objective
+from rsnet.optim import LrSchedule, make_sgd
+
+SIZES = (40, 32, 24)
+CPU = torch.device("cpu")
+
+
+def _tiny() -> nn.Module:
+    """Two convolutions with BatchNorm, so that a test is done in milliseconds."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def _trainer(model: ResolutionSwitchable, lr: float = 0.1, **more) -> Trainer:
+    sgd = make_sgd(model, lr, 0.9, 1e-3)
+    schedule = LrSchedule(lr, "schedule", steps=100, steps_per_epoch=10)
+    return Trainer(Objective(model, "ens_topdown"), sgd, schedule, CPU, **more)
+
+
+def _loader(images: int = 64, batch_size: int = 8, dtype: torch.dtype = torch.float32):
+    spec = LoaderSpec("", SIZES, batch_size, CPU, dtype)
+    return make_loaders(SyntheticOptions(images, 20, 5), spec)
+
+
+def _plain_step(networks, alpha, velocity, batch, lr):
+    """The method written out: networks that share all but their norms, every term by hand."""
+    logits = [net(x) for net, x in zip(networks, batch.images, strict=True)]
+    weights = torch.exp(alpha) / torch.exp(alpha).sum()
+    ensemble = sum(w * z.detach() for w, z in zip(weights, logits, strict=True))
+    loss = sum(F.cross_entropy(z, batch.labels) for z in [*logits, ensemble])
+    n = len(logits)
+    for j, student in enumerate(logits):
+        for teacher in [ensemble, *logits[:j]]:
+            p = teacher.detach().softmax(1)
+            pair = (p * (p.log() - student.log_softmax(1))).sum() / len(p)
+            loss = loss + 2 / (n + 1) * pair
+    parameters = list({id(p): p for net in networks for p in net.parameters()}.values()) + [alpha]
+    for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        v = velocity.setdefault(id(p), torch.zeros_like(p))
+        v.mul_(0.9).add_(grad + 1e-3 * p.detach())
+        p.data.sub_(lr * v)
+    return loss.item()
+
+
+def test_steps_equal_the_method_written_out():
+    model = ResolutionSwitchable(_tiny(), SIZES).double()
+    networks = []
+    for i in range(3):
+        net = copy.deepcopy(model.network)
+        for name, module in list(net.named_children()):
+            if hasattr(module, "by_resolution"):
+                setattr(net, name, module.by_resolution[i])
+            elif networks:
+                setattr(net, name, networks[0].get_submodule(name))
+        networks.append(net)
+    alpha = model.alpha.detach().clone().requires_grad_()
+    trainer, velocity = _trainer(model), {}
+    trainer.objective.train()
+    for _ in range(4):
+        images = tuple(torch.randn(6, 3, s, s, dtype=torch.float64) for s in SIZES)
+        batch = Batch(images, torch.randint(0, 5, (6,)))
+        ours = trainer.forward_backward(batch, last=True)["total"].item()
+        trainer.update()
+        assert ours == pytest.approx(_plain_step(networks, alpha, velocity, batch, 0.1), rel=1e-6)
+    torch.testing.assert_close(model.alpha.detach(), alpha.detach(), rtol=1e-6, atol=0)
+    for name, net in zip("012", networks, strict=True):
+        ours = model.network[1].by_resolution[int(name)]
+        torch.testing.assert_close(ours.weight, net[1].weight)
+        torch.testing.assert_close(ours.running_var, net[1].running_var)
+    torch.testing.assert_close(model.network[3].weight, networks[0][3].weight)
+
+
+def test_gradients_of_shared_weights_add_up_in_float32():
+    """With autocast's weight cache the five gradients would be summed in bfloat16."""
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    images = tuple(torch.randn(4, 3, s, s) for s in SIZES)
+    batch = Batch(images, torch.arange(4))
+    single = []
+    for i, size in enumerate(SIZES):
+        twin = copy.deepcopy(model)
+        with autocast(CPU, torch.bfloat16):
+            loss = F.cross_entropy(twin(images[i], size).float(), batch.labels)
+        loss.backward()
+        single.append(twin.network[0].weight.grad)
+    with autocast(CPU, torch.bfloat16):
+        logits = model.forward_all(images)
+    sum(F.cross_entropy(z.float(), batch.labels) for z in logits).backward()
+    exact = sum(single)
+    error = (model.network[0].weight.grad - exact).norm() / exact.norm()
+    assert error < 1e-5
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Without BatchNorm, whose statistics are a batch's own: it is left in evaluation mode."""
+    one, two = (ResolutionSwitchable(_tiny(), SIZES).eval() for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    images = tuple(torch.randn(8, 3, s, s) for s in SIZES)
+    labels = torch.randint(0, 5, (8,))
+    whole, halves = _trainer(one), _trainer(two, accumulate=2)
+    whole.forward_backward(Batch(images, labels), last=True)
+    whole.update()
+    for part, last in ((slice(4), False), (slice(4, 8), True)):
+        halves.forward_backward(Batch(tuple(x[part] for x in images), labels[part]), last)
+    halves.update()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_clipping_bounds_the_update():
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = Trainer(
+        Objective(model, None),
+        make_sgd(model, 1.0, 0.0, 0.0),
+        LrSchedule(1.0, "schedule", 10, 10),
+        CPU,
+        clip_grad=1e-3,
+    )
+    trainer.forward_backward(Batch(tuple(torch.randn(4, 3, s, s) for s in SIZES), torch.arange(4)), True)
+    trainer.update()
+    moved = [(a.detach() - b).norm() for a, b in zip(model.parameters(), before, strict=True)]
+    assert math.hypot(*moved) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_epoch_reports_means_and_counts_its_steps():
+    trainer, reports = _trainer(ResolutionSwitchable(_tiny(), SIZES)), []
+    train_one_epoch(trainer, _loader().train, 3, reports.append)
+    assert [r.steps_in_epoch for r in reports] == [3, 6, 8]
+    assert trainer.step == 8
+    terms = {"ce/40", "ce/32", "ce/24", "ce/ensemble", "kd", "total"}
+    assert all(set(r.terms) == terms for r in reports)
+    assert all(r.images_per_s > 0 and r.step_time >= r.data_time >= 0 for r in reports)
+
+
+def test_batches_that_do_not_fill_an_update_are_left_out():
+    trainer = _trainer(ResolutionSwitchable(_tiny(), SIZES), accumulate=3)
+    train_one_epoch(trainer, _loader().train, 100, lambda _: None)
+    assert trainer.step == 8 // 3
+
+
+def test_training_learns_a_tiny_data_set():
+    trainer, losses = _trainer(ResolutionSwitchable(_tiny(), SIZES)), []
+    loader = _loader(8, 8).train
+    for _ in range(30):
+        train_one_epoch(trainer, loader, 1, lambda r: losses.append(r.terms["ce/40"]))
+    assert losses[-1] < 0.3 * losses[0]
+
+
+class _CountsReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: reading a value of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero):
+            self.reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_no_step_waits_for_the_device(amp):
+    trainer = _trainer(ResolutionSwitchable(_tiny(), SIZES), amp=amp, clip_grad=1.0)
+    train_one_epoch(trainer, _loader().train, 100, lambda _: None)  # the optimizer's first step differs
+    with _CountsReads() as counter:
+        for batch in _loader().train:
+            trainer.forward_backward(batch, last=True)
+            trainer.update()
+    assert counter.reads == 0
+
+
+@pytest.mark.parametrize("amp", [None, torch.float16])
+def test_a_loss_that_is_not_finite_stops_before_the_update(amp):
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    trainer = _trainer(model, amp=amp)
+    loader = _loader(64, 8)
+    poisoned = []
+    for i, batch in enumerate(loader.train):
+        bad = torch.full_like(batch.images[1], torch.nan) if i == 3 else batch.images[1]
+        poisoned.append(Batch((batch.images[0], bad, batch.images[2]), batch.labels))
+    weights: list[list[torch.Tensor]] = []
+
+    class Watched(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                weights.append([p.detach().clone() for p in model.parameters()])
+                yield batch
+
+    with pytest.raises(DataError, match=r"not finite at step 3: ce/32, ce/ensemble, kd;"):
+        train_one_epoch(trainer, Watched(poisoned), 100, lambda _: None)
+    for p, before in zip(model.parameters(), weights[3], strict=True):
+        assert torch.equal(p, before)
+
+
+def test_evaluation_leaves_the_network_as_it_was():
+    model = ResolutionSwitchable(_tiny(), SIZES).train()
+    before = copy.deepcopy(model.state_dict())
+    results = evaluate(model, _loader().val, CPU)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert list(results) == ["40", "32", "24", "ensemble"]
+
+
+def test_evaluation_is_a_plain_loop_over_the_images():
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    results = evaluate(model, _loader().val, CPU)
+    model.eval()
+    right = total = 0
+    for batch in _loader().val:
+        right += (model(batch.images[1], 32).argmax(1) == batch.labels).sum().item()
+        total += len(batch.labels)
+    assert results["32"]["top1"] == pytest.approx(100 * right / total)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
+def test_channels_last_survives_every_convolution(arch):
+    network = torchvision.models.get_model(arch, num_classes=5)
+    model = ResolutionSwitchable(network, SIZES).to(memory_format=torch.channels_last)
+    lost = []
+
+    def check(module, _inputs, output):
+        if not output.is_contiguous(memory_format=torch.channels_last):
+            lost.append(module)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_hook(check)
+    images = tuple(
+        torch.randn(2, 3, s, s).to(memory_format=torch.channels_last) for s in SIZES
+    )
+    with autocast(CPU, torch.bfloat16):
+        model.forward_all(images)
+    assert not lost

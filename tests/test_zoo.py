@@ -1,0 +1,124 @@
+"""Names to networks, their initialisation and their cost."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from pipelines.errors import UsageError
+from rsnet.models.switchable import SwitchableBatchNorm2d
+from rsnet.models.zoo import build, gflops, list_archs
+
+# Forward GFLOP an image at 224, 192, 160, 128, 96, counted by hand-made tables elsewhere.
+GFLOPS = {
+    "parallel_resnet18": (3.63, 2.67, 1.85, 1.19, 0.67),
+    "parallel_resnet50": (8.18, 6.01, 4.18, 2.67, 1.51),
+    "parallel_mobilenetv2": (0.60, 0.44, 0.31, 0.20, 0.11),
+}
+
+
+@pytest.mark.parametrize("arch", GFLOPS)
+def test_gflops_are_the_known_ones(arch):
+    model = build(arch, 1000, (224, 192, 160, 128, 96))
+    assert [gflops(model, s) for s in model.sizes] == pytest.approx(GFLOPS[arch], abs=0.011)
+
+
+@pytest.mark.parametrize(
+    ("arch", "share"),
+    [("parallel_resnet18", 0.3), ("parallel_resnet50", 0.8), ("parallel_mobilenetv2", 3.9)],
+)
+def test_private_batchnorm_adds_the_papers_share_of_parameters(arch, share):
+    five, one = (build(arch, 1000, s) for s in ((224, 192, 160, 128, 96), (224,)))
+    count = [sum(p.numel() for p in m.parameters()) for m in (five, one)]
+    assert 100 * (count[0] / count[1] - 1) == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("arch", ["parallel_resnet18", "parallel_mobilenetv2"])
+def test_initialisation_is_the_originals(arch):
+    model = build(arch, 1000, (64, 32))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # N(0, sqrt(2 / (k * k * out))): Kaiming, fan-out, also for depthwise convolutions.
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            w = module.weight
+            assert w.std().item() == pytest.approx(
+                math.sqrt(2 / fan_out), rel=5 / math.sqrt(2 * w.numel())
+            )
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+    if arch == "parallel_mobilenetv2":
+        linear = model.network.classifier[1]
+        assert linear.weight.std().item() == pytest.approx(0.01, rel=0.01)
+        assert (linear.bias == 0).all()
+        assert model.network.classifier[0].p == 0
+
+
+@pytest.mark.parametrize(
+    "arch", ["parallel_densenet121", "parallel_regnet_y_400mf", "parallel_timm/resnet10t"]
+)
+def test_other_families_become_switchable(arch):
+    model = build(arch, 7, (64, 48)).eval()
+    assert any(isinstance(m, SwitchableBatchNorm2d) for m in model.modules())
+    assert model(torch.randn(1, 3, 48, 48)).shape == (1, 7)
+
+
+def test_every_listed_arch_has_batchnorm_and_no_other_has():
+    """The list is by name, to be quick; small members stand for their families."""
+    small = {
+        "alexnet", "convnext_tiny", "squeezenet1_0", "swin_t", "vit_b_32", "vgg11", "vgg11_bn",
+        "densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v3_small", "regnet_x_400mf",
+        "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "wide_resnet50_2",
+    }  # fmt: skip
+    for name in small:
+        network = torchvision.models.get_model(name)
+        has = any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+        assert has == (f"parallel_{name}" in list_archs()), name
+
+
+def test_width_multiplies_where_the_network_has_it():
+    half = build("parallel_mobilenetv2", 10, (64,), width_mult=0.5)
+    reference = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.5)
+    assert half.network.classifier[1].weight.shape == reference.classifier[1].weight.shape
+    with pytest.raises(UsageError, match="--width-mult 0.5: parallel_resnet18 has no width"):
+        build("parallel_resnet18", 10, (64,), width_mult=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("parallel_resnet51", r"did you mean .*parallel_resnet50"),
+        ("resnet50", r"did you mean parallel_resnet50"),
+        ("parallel_mobilenet_v2", r"did you mean parallel_mobilenetv2"),
+        ("parallel_timm/resnet18x", r"did you mean parallel_timm/resnet18"),
+        ("parallel_timm/vit_tiny_patch16_224", "has no BatchNorm"),
+        ("parallel_vit_b_16", "unknown"),
+    ],
+)
+def test_an_unknown_arch_suggests_near_names(arch, message):
+    with pytest.raises(UsageError, match=message):
+        build(arch, 10, (64,))
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "message"),
+    [
+        ("parallel_resnet18", (32, 15), "15 is too small for parallel_resnet18, .* use 16 or more"),
+        ("parallel_vgg11_bn", (64, 16), "parallel_vgg11_bn does not work at 16"),
+        ("parallel_inception_v3", (64,), "parallel_inception_v3 does not work at 64"),
+    ],
+)
+def test_sizes_too_small_for_the_network_are_refused(arch, sizes, message):
+    with pytest.raises(UsageError, match=message):
+        build(arch, 10, sizes)
+
+
+def test_a_deepcopy_of_a_built_network_computes_the_same():
+    model = build("parallel_resnet18", 5, (32, 16)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
