@@ -39,9 +39,11 @@ class WandbLog:
             say(f"W&B: disabled ({reason})")
             return
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        settings: dict[str, Any] = {"silent": True, "console": "off"}
-        if "WANDB_INIT_TIMEOUT" not in os.environ:
-            settings["init_timeout"] = INIT_TIMEOUT_S
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)),
+        )
 
         def start(mode: Mode) -> Any:
             return wandb.init(
@@ -52,7 +54,7 @@ class WandbLog:
                 config=dict(config),
                 id=run_id,
                 resume="allow",
-                settings=wandb.Settings(**settings),
+                settings=settings,
             )
 
         if mode == "online":

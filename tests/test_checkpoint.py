@@ -108,7 +108,10 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "parallel_resnet50"}, "--arch is parallel_resnet18 there and parallel_resnet50 here"),
+        (
+            {"arch": "parallel_resnet50"},
+            "--arch is parallel_resnet18 there and parallel_resnet50 here",
+        ),
         ({"num_classes": 5}, "--num-classes is 3 there and 5 here"),
         ({"classes": ["ant", "bee", "dog"]}, "class 2 is cat there and dog here"),
         ({"sizes": [48, 40]}, "--sizes is 48 40 32 there and 48 40 here"),

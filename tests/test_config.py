@@ -31,7 +31,10 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
     [
         ("--sizes", "--sizes: give one or more sizes"),
         ("--sizes 0", "--sizes 0: give one or more sizes"),
-        ("--sizes 64 32 64", "--sizes 64 32 64: give one or more sizes, positive and all different"),
+        (
+            "--sizes 64 32 64",
+            "--sizes 64 32 64: give one or more sizes, positive and all different",
+        ),
         ("--sizes big", "--sizes"),
         ("--epochs 0", "--epochs 0: at least 1"),
         ("--lr nan", "--lr nan: must be a positive number"),
@@ -68,8 +71,10 @@ def test_missing_data_is_named():
 
 def test_the_originals_short_names_work():
     config, options = parse(
-        DaliOptions, "-d /x -a parallel_resnet18 -b 8 --wd 0.1 -t ens -e -c out -p 7 -j 3".split()
-        + ["--resume", "x.pt"]
+        DaliOptions,
+        shlex.split(
+            "-d /x -a parallel_resnet18 -b 8 --wd 0.1 -t ens -e -c out -p 7 -j 3 --resume x.pt"
+        ),
     )
     assert (str(config.data), config.arch, config.batch_size) == ("/x", "parallel_resnet18", 8)
     assert (config.weight_decay, config.kd_type, config.evaluate) == (0.1, "ens", True)
@@ -97,7 +102,12 @@ def test_the_learning_rate_follows_the_global_batch():
 
 
 def test_given_options_win_over_recipe_and_checkpoint():
-    trained = {"arch": "parallel_resnet18", "sizes": [64, 32], "normalize": "unit", "width_mult": 1.0}
+    trained = {
+        "arch": "parallel_resnet18",
+        "sizes": [64, 32],
+        "normalize": "unit",
+        "width_mult": 1.0,
+    }
     assert _resolve(trained=trained).sizes == (64, 32)
     assert _resolve(trained=trained).arch == "parallel_resnet18"
     assert _resolve(trained=trained).normalize == "unit"

@@ -62,7 +62,7 @@ def _plain_step(networks, alpha, velocity, batch, lr):
             p = teacher.detach().softmax(1)
             pair = (p * (p.log() - student.log_softmax(1))).sum() / len(p)
             loss = loss + 2 / (n + 1) * pair
-    parameters = list({id(p): p for net in networks for p in net.parameters()}.values()) + [alpha]
+    parameters = [*{id(p): p for net in networks for p in net.parameters()}.values(), alpha]
     for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         v = velocity.setdefault(id(p), torch.zeros_like(p))
         v.mul_(0.9).add_(grad + 1e-3 * p.detach())
@@ -144,7 +144,9 @@ def test_clipping_bounds_the_update():
         CPU,
         clip_grad=1e-3,
     )
-    trainer.forward_backward(Batch(tuple(torch.randn(4, 3, s, s) for s in SIZES), torch.arange(4)), True)
+    trainer.forward_backward(
+        Batch(tuple(torch.randn(4, 3, s, s) for s in SIZES), torch.arange(4)), True
+    )
     trainer.update()
     moved = [(a.detach() - b).norm() for a, b in zip(model.parameters(), before, strict=True)]
     assert math.hypot(*moved) == pytest.approx(1e-3, rel=1e-3)
@@ -190,7 +192,9 @@ class _CountsReads(TorchDispatchMode):
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_no_step_waits_for_the_device(amp):
     trainer = _trainer(ResolutionSwitchable(_tiny(), SIZES), amp=amp, clip_grad=1.0)
-    train_one_epoch(trainer, _loader().train, 100, lambda _: None)  # the optimizer's first step differs
+    train_one_epoch(
+        trainer, _loader().train, 100, lambda _: None
+    )  # the optimizer's first step differs
     with _CountsReads() as counter:
         for batch in _loader().train:
             trainer.forward_backward(batch, last=True)
@@ -254,9 +258,7 @@ def test_channels_last_survives_every_convolution(arch):
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.register_forward_hook(check)
-    images = tuple(
-        torch.randn(2, 3, s, s).to(memory_format=torch.channels_last) for s in SIZES
-    )
+    images = tuple(torch.randn(2, 3, s, s).to(memory_format=torch.channels_last) for s in SIZES)
     with autocast(CPU, torch.bfloat16):
         model.forward_all(images)
     assert not lost

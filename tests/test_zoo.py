@@ -85,7 +85,7 @@ def test_width_multiplies_where_the_network_has_it():
     half = build("parallel_mobilenetv2", 10, (64,), width_mult=0.5)
     reference = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.5)
     assert half.network.classifier[1].weight.shape == reference.classifier[1].weight.shape
-    with pytest.raises(UsageError, match="--width-mult 0.5: parallel_resnet18 has no width"):
+    with pytest.raises(UsageError, match=r"--width-mult 0\.5: parallel_resnet18 has no width"):
         build("parallel_resnet18", 10, (64,), width_mult=0.5)
 
 

@@ -1,0 +1,122 @@
+"""Which room may import which: read from the source, so that no import is overlooked."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *(ROOT / "pipelines").rglob("*.py"), *(ROOT / "rsnet").rglob("*.py")]
+)
+ANYONE = {"pipelines.batch", "pipelines.errors"}
+# What of the project a module of rsnet may import. Those not named are free, as run and session are.
+ARROWS = {
+    "rsnet.config": {"pipelines.errors"},
+    "rsnet.cli": {"pipelines.errors", "rsnet.config"},
+    "rsnet.losses": set(),
+    "rsnet.optim": set(),
+    "rsnet.distributed": {"pipelines.errors"},
+    "rsnet.objective": {"rsnet.losses", "rsnet.models.switchable"},
+    "rsnet.metrics": {"rsnet.distributed", "rsnet.losses"},
+    "rsnet.engine": ANYONE | {"rsnet.metrics", "rsnet.optim", "rsnet.models.switchable"},
+    "rsnet.checkpoint": ANYONE | {"rsnet.config", "rsnet.models.switchable"},
+    "rsnet.runlog": {"pipelines.errors"},
+    "rsnet.wandb_log": set(),
+    "rsnet.report": {"rsnet.metrics"},
+    "rsnet.models.switchable": set(),
+    "rsnet.models.single_pixel": set(),
+    "rsnet.models.zoo": {
+        "pipelines.errors",
+        "rsnet.models.switchable",
+        "rsnet.models.single_pixel",
+    },
+}
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imports(path: Path) -> set[str]:
+    """Absolute names of the imported modules; `from package import module` as package.module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            base = node.module or ""
+            for alias in node.names:
+                inner = ROOT / base.replace(".", "/") / f"{alias.name}.py"
+                found.add(f"{base}.{alias.name}" if inner.exists() else base)
+    return found
+
+
+def _ours(path: Path) -> set[str]:
+    return {name for name in _imports(path) if name.split(".")[0] in ("pipelines", "rsnet")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_module)
+def test_pipelines_know_no_model(path):
+    if _module(path).startswith("pipelines"):
+        assert not {name for name in _imports(path) if name.split(".")[0] == "rsnet"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_module)
+def test_rsnet_knows_no_backend(path):
+    if _module(path).startswith("rsnet"):
+        assert {name for name in _ours(path) if name.startswith("pipelines")} <= ANYONE
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_room_imports_only_what_it_may(name):
+    (path,) = (p for p in SOURCES if _module(p) == name)
+    assert _ours(path) <= ARROWS[name]
+
+
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        ("nvidia", {"pipelines.dali"}),
+        ("ffcv", set()),
+        ("wandb", {"rsnet.wandb_log"}),
+        ("timm", {"rsnet.models.zoo"}),
+        ("tyro", {"rsnet.config", "rsnet.cli", "pipelines.dali", "pipelines.demo"}),
+    ],
+)
+def test_a_library_is_imported_in_its_own_rooms_only(library, rooms):
+    found = {_module(p) for p in SOURCES if any(n.split(".")[0] == library for n in _imports(p))}
+    assert found <= rooms
+
+
+def test_environment_variables_of_torchrun_are_read_in_one_place():
+    readers = {
+        _module(p)
+        for p in SOURCES
+        if any(f'"{v}"' in p.read_text() for v in ("RANK", "WORLD_SIZE"))
+    }
+    assert readers == {"rsnet.distributed"}
+
+
+def test_there_is_one_backward():
+    calls = [p for p in SOURCES for line in p.read_text().splitlines() if ".backward(" in line]
+    assert [_module(p) for p in calls] == ["rsnet.engine"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_module)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=_module)
+def test_entry_scripts_only_compose(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 40
+    assert _ours(path) <= {"pipelines.dali", "rsnet.config", "rsnet.run"}
+    assert not any(
+        isinstance(node, ast.For | ast.While | ast.FunctionDef | ast.ClassDef)
+        for node in ast.walk(ast.parse(source))
+    )

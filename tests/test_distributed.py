@@ -1,0 +1,40 @@
+"""Two processes by torchrun, over gloo: the same samples, the same weights, exact evaluation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
+    def run(processes: int, name: str) -> Path:
+        output = tmp_path / name
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "train_dali.py"), "--data", str(photos),
+             "--arch", "parallel_resnet18", "--sizes", "32", "24", "--epochs", "1", "--workers", "1",
+             "--batch-size", str(8 // processes), "--wandb", "disabled", "--output", str(output)],
+            capture_output=True, text=True, timeout=300, check=False,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("global batch 8") == 1  # only one rank speaks
+        return output
+
+    two = run(2, "two")
+    metrics = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [2, 2]
+    # 17 validation images: counted once, accuracies are multiples of 1/17.
+    for name in ("32", "24", "ensemble"):
+        hits = metrics[-1][f"val/top1@{name}"] * 17 / 100
+        assert abs(hits - round(hits)) < 1e-6
+    config = json.loads((two / "config.json").read_text())
+    assert abs(config["lr"] - 0.1 * 8 / 256) < 1e-12
+    state = torch.load(two / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert not any(key.startswith("module.") for key in state)
