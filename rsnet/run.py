@@ -145,5 +145,7 @@ def _has_bf16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 itself; emulated, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    can = torch.cpu.get_capabilities()
+    can: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in the oldest torch that is supported
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))

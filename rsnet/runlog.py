@@ -44,12 +44,11 @@ class RunDir:
             return
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            occupied = (path / "metrics.jsonl").exists() and not continues
-            if not occupied:
-                (path / "metrics.jsonl").touch()
+            (path / "metrics.jsonl").touch()
         except OSError as error:
             raise UsageError(f"--output: cannot write to {path}: {error.strerror}") from error
-        if occupied:
+        # A run that broke off before its first logged step left nothing to lose.
+        if (path / "metrics.jsonl").stat().st_size > 0 and not continues:
             raise UsageError(
                 f"--output: {path} holds a run already; continue it with --resume auto, "
                 "or give another folder"
@@ -101,10 +100,10 @@ class Display:
         if self._active:
             self._console.print(text, markup=False)
 
-    def start(self, title: str, total: int, done: int = 0) -> None:
+    def start(self, title: str, total: int) -> None:
         """Begin a phase of `total` units."""
         self.stop()
-        self._title, self._total, self._first = title, total, done
+        self._title, self._total = title, total
         self._started = self._last_line = time.perf_counter()
         if self._active and self._console.is_terminal:
             self._bar = Progress(
@@ -117,20 +116,26 @@ class Display:
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task(title, total=total, completed=done, info="")
+            self._task = self._bar.add_task(title, total=total, info="")
             self._bar.start()
 
     def update(self, done: int, info: str, every: float = 0.0) -> None:
-        """`done` of the units are finished; a plain line at most each `every` seconds."""
+        """`done` of the units are finished; with `every`, a plain line each so many seconds."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=info)
             return
         now = time.perf_counter()
-        if now - self._last_line < every and done < self._total:
+        if every and (now - self._last_line < every or done == self._total):
             return
         self._last_line = now
-        left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
-        self.say(f"{self._title} {done}/{self._total}  {info}  eta {_duration(left)}")
+        left = (now - self._started) / done * (self._total - done)
+        self.say(
+            "  ".join(
+                filter(
+                    None, (f"{self._title} {done}/{self._total}", info, f"eta {_duration(left)}")
+                )
+            )
+        )
 
     def stop(self) -> None:
         if self._bar is not None:
