@@ -6,6 +6,7 @@ generators are not used, because they depend on the number of shards and cannot 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class _Feed:
     def __call__(self) -> list[Any]:
         indices = next(self._batches)
         self.in_flight.append(indices)
-        paths = [np.frombuffer(self._folder.paths[i].encode(), np.uint8) for i in indices]
+        paths = [np.frombuffer(os.fsencode(self._folder.paths[i]), np.uint8) for i in indices]
         if not self._training:
             return [paths]
         spec = self._spec

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,17 @@ from rich.progress import (
 
 from pipelines.errors import UsageError
 
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "wandb")
+PACKAGES = (
+    "ffcv",
+    "numpy",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "pillow",
+    "timm",
+    "torch",
+    "torchvision",
+    "wandb",
+)
 
 
 class RunDir:
@@ -75,7 +85,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
         "git_sha": _git_sha(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "cuda": torch.version.cuda if is_cuda else None,
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or "cpu",
         "cpus": len(os.sched_getaffinity(0)),
@@ -141,6 +151,13 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _duration(seconds: float) -> str:

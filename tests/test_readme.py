@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.dali import DaliOptions
+from pipelines.dali import DaliOptions, make_loaders
 from rsnet.cli import parse
 from rsnet.models.zoo import list_archs
+from rsnet.run import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,6 +36,20 @@ def test_a_training_command_is_understood(command):
     config, _ = parse(DaliOptions, words[words.index("train_dali.py") + 1 :])
     if config.arch is not None:
         assert config.arch in list_archs()
+
+
+def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
+    """In the order of the README, on a small folder with small sizes, without torchrun."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--epochs", "1", "--batch-size", "4", "--workers", "1", "--wandb", "disabled"]
+    for command in TRAINING:
+        words = shlex.split(command.replace("/imagenet", str(photos)))
+        if words[0] != "python":
+            continue
+        sizes = [] if "--sizes" in words else ["--sizes", "160", "32"]
+        monkeypatch.setattr("sys.argv", [*words[1:], *sizes, *small])
+        assert main("train_dali.py", DaliOptions, make_loaders) == 0
+    assert "     160" in capsys.readouterr().out
 
 
 def test_the_demos_command_in_the_makefile_is_understood():

@@ -79,6 +79,7 @@ def test_a_finished_run_is_only_entered_to_continue_it(tmp_path):
 def test_the_environment_names_versions_device_and_commit():
     env = environment(torch.device("cpu"), 2)
     assert env["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert any(name.startswith("nvidia-dali") for name in env["packages"])
     assert env["world_size"] == 2
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,26 @@ def test_a_broken_image_ends_the_run_with_its_path(train, tmp_path):
     assert code == 1
     assert f"broken image {bad}: " in err
     assert err.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_it_can_go_on(photos, tmp_path):
+    command = [
+        sys.executable, ROOT / "train_dali.py", "--data", photos, *RUN, "--output", tmp_path / "run",
+        "--epochs", "500", "--wandb", "offline",
+    ]  # fmt: skip
+    environ = os.environ | {"WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/500"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "train_dali.py: interrupted; --resume auto goes on after the last epoch"
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
 def test_a_folder_that_is_read_only_is_refused(train, photos, tmp_path):
