@@ -75,6 +75,7 @@ class DaliLoader(ScheduledLoader):
         self._feed = _Feed(spec, folder, training)
         self._options = options
         self._pipeline: Any = None
+        self._started = False
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
@@ -85,6 +86,7 @@ class DaliLoader(ScheduledLoader):
         for step in range(first_step, self.schedule.steps):
             try:
                 if step == first_step:
+                    self._started = True
                     self._pipeline.schedule_run()
                 outputs = self._pipeline.share_outputs(**self._stream())
                 images = tuple(self._to_torch(output) for output in outputs)
@@ -100,20 +102,19 @@ class DaliLoader(ScheduledLoader):
 
     def close(self) -> None:
         """End DALI's threads and free its memory; a later iteration builds it anew."""
-        if self._pipeline is not None:
-            self._pipeline._shutdown()  # deleting alone leaves the threads to the garbage collector
-            self._pipeline = None
+        self._pipeline, self._started = None, False
         self._feed.stop()
 
     def _drain(self) -> None:
         """Throw away what an earlier, abandoned iteration had asked for."""
         self._feed.stop()
+        if not self._started:
+            return
         while not self._pipeline.empty():
             self._pipeline.share_outputs()
             self._pipeline.release_outputs()
-        if not self._pipeline._first_iter:
-            self._pipeline.schedule_run()  # the feed is empty: this marks the end of the epoch
-            self._pipeline.reset()
+        self._pipeline.schedule_run()  # the feed is empty: this marks the end of the epoch
+        self._pipeline.reset()
 
     def _paths(self, indices: Indices) -> list[str]:
         return [self._folder.paths[i] for i in indices]
