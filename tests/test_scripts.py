@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.dali import DaliOptions, make_loaders
+from pipelines.dali import DaliLoader, DaliOptions, make_loaders
 from rsnet import session
 from rsnet.run import main
 from tests.conftest import write_folder
@@ -146,6 +146,21 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(train, photos, trained
     assert ended["step"] == whole["step"] == 4
     for name, value in whole["model"].items():
         torch.testing.assert_close(ended["model"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_every_epoch_has_its_own_order_also_after_resuming(train, photos, monkeypatch):
+    epochs = []
+    original = DaliLoader.set_epoch
+
+    def record(self, epoch):
+        epochs.append(epoch)
+        original(self, epoch)
+
+    monkeypatch.setattr(DaliLoader, "set_epoch", record)
+    arguments = ["--data", photos, *RUN, "--wandb", "disabled", "--resume", "auto"]
+    assert train(*arguments, "--epochs", 2)[0] == 0
+    assert train(*arguments, "--epochs", 3)[0] == 0
+    assert epochs == [0, 1, 2]
 
 
 def test_resume_auto_starts_where_there_is_nothing(train, photos):
