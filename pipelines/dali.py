@@ -9,49 +9,18 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
 from torch import Tensor
-from tyro.conf import arg
 
-from pipelines.batch import (
-    CROP_RATIO,
-    CROP_TRIES,
-    MEAN_STD,
-    Batch,
-    Loaders,
-    LoaderSpec,
-    eval_short_side,
-)
-from pipelines.errors import UsageError
+from pipelines.batch import Batch, Loaders, LoaderSpec
+from pipelines.dali_graph import DaliOptions, build, eval_graph, training_graph
 from pipelines.folder import ImageFolder, explain_failure, scan_train_val
 from pipelines.sampling import Indices, ScheduledLoader, draw, schedule_for
 
-
-@dataclass(frozen=True)
-class DaliOptions:
-    """Reading with DALI."""
-
-    workers: Annotated[int, arg(aliases=("-j",))] = 4
-    """CPU threads that read and decode."""
-
-    decoder_hw_load: float = 0.65
-    """Share of the images that the GPU's JPEG engine decodes (A100, H100, ...), 0 to 1."""
-
-    prefetch: int = 2
-    """Batches that are prepared ahead."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
-        if not 0 <= self.decoder_hw_load <= 1:
-            raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
-        if self.prefetch < 1:
-            raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+__all__ = ["DaliLoader", "DaliOptions", "make_loaders"]
 
 
 def make_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
@@ -79,8 +48,8 @@ class DaliLoader(ScheduledLoader):
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
-            graph = _training_graph if self.schedule.training else _eval_graph
-            self._pipeline = _build(graph, self._feed, self._options, self._spec)
+            graph = training_graph if self.schedule.training else eval_graph
+            self._pipeline = build(graph, self._feed, self._options, self._spec)
         self._drain()
         self._feed.start(self.schedule.batches(epoch, first_step), epoch)
         for step in range(first_step, self.schedule.steps):
@@ -97,8 +66,7 @@ class DaliLoader(ScheduledLoader):
                 self.close()  # DALI's pipelines do not survive an error
                 raise explain_failure(suspects, error) from error
             indices = self._feed.in_flight.popleft()
-            labels = torch.from_numpy(self._folder.labels[indices])
-            yield Batch(images, labels.to(self._spec.device, non_blocking=True))
+            yield Batch(images, self._labels(indices))
 
     def close(self) -> None:
         """End DALI's threads and free its memory; a later iteration builds it anew."""
@@ -115,6 +83,12 @@ class DaliLoader(ScheduledLoader):
             self._pipeline.release_outputs()
         self._pipeline.schedule_run()  # the feed is empty: this marks the end of the epoch
         self._pipeline.reset()
+
+    def _labels(self, indices: Indices) -> Tensor:
+        labels = torch.from_numpy(self._folder.labels[indices])
+        if self._spec.device.type == "cuda":
+            labels = labels.pin_memory()  # a copy from pageable memory would not be asynchronous
+        return labels.to(self._spec.device, non_blocking=True)
 
     def _paths(self, indices: Indices) -> list[str]:
         return [self._folder.paths[i] for i in indices]
@@ -161,139 +135,3 @@ class _Feed:
         draws = draw(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
         numbers = (draws.area, draws.ratio, draws.position, draws.flip.astype(np.int32))
         return [paths, *map(np.ascontiguousarray, numbers)]
-
-
-def _build(graph: Any, feed: _Feed, options: DaliOptions, spec: LoaderSpec) -> Any:
-    on_gpu = spec.device.type == "cuda"
-    pipeline = pipeline_def(graph)(
-        feed,
-        options,
-        spec,
-        batch_size=spec.batch_size,
-        num_threads=options.workers,
-        device_id=(spec.device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=options.prefetch,
-    )
-    pipeline.build()
-    return pipeline
-
-
-def _training_graph(feed: _Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
-    paths, area, ratio, position, flips = fn.external_source(source=feed, num_outputs=5, batch=True)
-    encoded = fn.io.file.read(paths)
-    start, shape = _crop_rectangle(encoded, area, ratio, position)
-    # The decoder reads the rectangle only, which saves most of the inverse transform and all of the copy.
-    crop = fn.decoders.image_slice(
-        encoded, start=start, shape=shape, axes=[0, 1], **_decoder(options, spec)
-    )
-    return tuple(
-        _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
-        for i, size in enumerate(spec.sizes)
-    )
-
-
-def _eval_graph(feed: _Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
-    (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
-    encoded = fn.io.file.read(paths)
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
-    image = fn.decoders.image(encoded, **_decoder(options, spec))
-    outputs = []
-    for size in spec.sizes:
-        lengths = [_long_or_short(shape[axis], shape[1 - axis], size) for axis in (0, 1)]
-        starts = [_center_start(length, size) for length in lengths]
-        outputs.append(
-            _normalized(
-                _resized(image, fn.cast(fn.stack(*lengths), dtype=types.FLOAT)),
-                spec,
-                crop=(size, size),
-                # DALI wants a share of the room that is left; rounding gives the whole number back.
-                crop_pos_y=starts[0] / math.max(lengths[0] - size, 1),
-                crop_pos_x=starts[1] / math.max(lengths[1] - size, 1),
-                rounding="round",
-            )
-        )
-    return tuple(outputs)
-
-
-def _crop_rectangle(encoded: Any, area: Any, ratio: Any, position: Any) -> tuple[Any, Any]:
-    """`batch.random_resized_crop` as a graph: (top, left) and (height, width), int32.
-
-    In double precision, as there, so that both give the same rectangle.
-    """
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
-    height, width = shape[0], shape[1]
-    pixels = _float(height) * _float(width)
-    heights = _rounded(math.sqrt(area * pixels / ratio))  # (10,), one a try
-    widths = _rounded(math.sqrt(area * pixels * ratio))
-    fits = (heights > 0) * (heights <= height) * (widths > 0) * (widths <= width)
-    tries = types.Constant(np.arange(CROP_TRIES, dtype=np.int32))
-    rank = _int(tries + CROP_TRIES * (1 - _int(fits)))
-    first = fn.reductions.min(rank)
-    chosen = _int(rank == first) * _int(fits)
-    found = _int(first < CROP_TRIES)
-    missed = 1 - found
-
-    fallback_h = math.min(height, _rounded(_float(width) / CROP_RATIO[0]))
-    fallback_w = math.min(width, _rounded(_float(height) * CROP_RATIO[1]))
-    crop_h = found * fn.reductions.max(heights * chosen) + missed * fallback_h
-    crop_w = found * fn.reductions.max(widths * chosen) + missed * fallback_w
-    room_h, room_w = height - crop_h, width - crop_w
-    top = found * _int(math.floor(position[0] * (room_h + 1))) + missed * (room_h // 2)
-    left = found * _int(math.floor(position[1] * (room_w + 1))) + missed * (room_w // 2)
-    return fn.stack(top, left), fn.stack(crop_h, crop_w)
-
-
-def _long_or_short(length: Any, other: Any, size: int) -> Any:
-    """A side after torchvision's Resize(int(size / 0.875)): the short one exactly, the long one cut."""
-    short = eval_short_side(size)
-    return math.max(short, short * length // other)
-
-
-def _center_start(length: Any, size: int) -> Any:
-    """torchvision's CenterCrop starts at round((length - size) / 2), halves to the even number."""
-    room = length - size
-    half = room // 2
-    return half + (room - 2 * half) * (half - 2 * (half // 2))
-
-
-def _decoder(options: DaliOptions, spec: LoaderSpec) -> dict[str, Any]:
-    # adjust_orientation: PIL ignores EXIF. jpeg_fancy_upsampling: the GPU decodes as the CPU does.
-    common = {"output_type": types.RGB, "adjust_orientation": False}
-    if spec.device.type != "cuda":
-        return common | {"device": "cpu"}
-    return common | {
-        "device": "mixed",
-        "hw_decoder_load": options.decoder_hw_load,
-        "jpeg_fancy_upsampling": True,
-    }
-
-
-def _resized(image: Any, size: Any) -> Any:
-    """Triangle filter with antialiasing, 8 bit: PIL's BILINEAR."""
-    return fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-
-
-def _normalized(image: Any, spec: LoaderSpec, **crop_and_mirror: Any) -> Any:
-    mean, std = MEAN_STD[spec.normalize]
-    # DALI has no bfloat16: half precision there, whose rounding is an eighth of bfloat16's.
-    half = spec.dtype != torch.float32 and spec.device.type == "cuda"
-    return fn.crop_mirror_normalize(
-        image,
-        mean=mean,
-        std=std,
-        dtype=types.FLOAT16 if half else types.FLOAT,
-        output_layout="HWC",
-        **crop_and_mirror,
-    )
-
-
-def _float(node: Any) -> Any:
-    return fn.cast(node, dtype=types.FLOAT64)
-
-
-def _int(node: Any) -> Any:
-    return fn.cast(node, dtype=types.INT32)
-
-
-def _rounded(node: Any) -> Any:
-    return _int(math.floor(node + 0.5))

@@ -77,7 +77,7 @@ def explain_failure(paths: list[str], error: Exception) -> DataError:
     for path in paths:
         if reason := broken(path):
             return DataError(f"broken image {path}: {reason}; repair it or remove it")
-    return DataError(f"cannot read one of {_some(paths)}: {_first_line(error)}")
+    return DataError(f"cannot read one of {_some(paths)}: {_cause(error)}")
 
 
 def broken(path: str) -> str | None:
@@ -107,6 +107,12 @@ def _some(names: list[str], most: int = 5) -> str:
         return "none"
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _cause(error: Exception) -> str:
+    """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
+    lines = str(error).partition("encountered:")[2].split("\n")
+    return next((line.strip() for line in lines if line.strip()), _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

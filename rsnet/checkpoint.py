@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,9 @@ def require_match(
         if trained[field] != wanted[field]:
             problems.append(f"{flag} is {trained[field]} there and {wanted[field]} here")
     if not problems and trained["classes"] != wanted["classes"]:
-        there, here = trained["classes"], wanted["classes"]
-        i = next(i for i in range(len(there)) if i >= len(here) or there[i] != here[i])
-        what = here[i] if i < len(here) else "missing"
-        problems.append(f"--data has other classes: class {i} is {there[i]} there and {what} here")
+        pairs = zip_longest(trained["classes"], wanted["classes"], fillvalue="missing")
+        i, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        problems.append(f"--data has other classes: class {i} is {there} there and {here} here")
     same = set(trained["sizes"]) == set(wanted["sizes"])
     subset = set(wanted["sizes"]) <= set(trained["sizes"])
     if not (same if training else subset):

@@ -71,7 +71,9 @@ def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:
     names = [f.name.replace("_", "-") for group in groups for f in dataclasses.fields(group)]
     word = next((w for w in words if w.startswith("-")), words[0])
     flag = word.split("=", 1)[0]
-    near = difflib.get_close_matches(flag, [f"--{name}" for name in names], n=1)
+    known = [f"--{name}" for name in names]
+    near = [k for k in known if k.startswith(flag) and len(flag) > 3]
+    near = near or difflib.get_close_matches(flag, known, n=1)
     advice = f"did you mean {near[0]}?" if near else "--help lists all options"
     raise UsageError(f"{flag}: there is no such option; {advice}")
 

@@ -176,13 +176,23 @@ def resolve(
     device_type: Literal["cuda", "cpu"],
     has_bf16: bool,
     trained: Mapping[str, Any] | None = None,
+    previous: Mapping[str, Any] | None = None,
 ) -> ResolvedConfig:
-    """Fill in, once, what was left unset: from the checkpoint's description `trained`, then the recipe."""
+    """Fill in, once, what was left unset: from the checkpoint, then the recipe.
+
+    trained: the checkpoint's description of its network. previous: its run's configuration, if that
+    run is to be continued.
+    """
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if previous:
+        # The learning rate belongs to its batch size: it is taken over with it or scaled anew.
+        taken = {"epochs", "weight_decay", "clip_grad"}
+        taken |= {"batch_size", "lr"} if config.batch_size is None else set()
+        given |= {k: previous[k] for k in taken if given[k] is None}
     known = trained or {}
     arch = config.arch or known.get("arch", DEFAULT_ARCH)
     recipe = recipe_of(arch)
-    batch_size = config.batch_size or DEFAULT_BATCH_SIZE[device_type]
+    batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     global_batch = batch_size * world_size * config.accumulate
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
     defaults = {
@@ -199,6 +209,8 @@ def resolve(
         "sizes": tuple(sorted(sizes, reverse=True)),
     }
     unset = {k: v for k, v in defaults.items() if given[k] is None}
+    if config.num_classes is None and "num_classes" in known:
+        unset["num_classes"] = known["num_classes"]
     if config.width_mult == 1.0:
         unset["width_mult"] = known.get("width_mult", 1.0)
     return ResolvedConfig(**(given | unset | fixed))
@@ -249,6 +261,6 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ("--warmup", c.warmup, not_negative, "must be 0 or a number of epochs"),
         ("--clip-grad", c.clip_grad, positive, "must be a positive number"),
         ("--label-smoothing", c.label_smoothing, share, "must be at least 0 and less than 1"),
-        ("--seed", c.seed, not_negative, "must not be negative"),
+        ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
         ("--log-interval", c.log_interval, positive, "at least 1 step"),
     ]

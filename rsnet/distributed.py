@@ -61,7 +61,8 @@ def barrier() -> None:
 def wrap(objective: nn.Module, device: torch.device) -> nn.Module:
     """DDP around `objective` where there are several processes.
 
-    Buffers are not broadcast: BatchNorm's statistics are each rank's own, and rank 0's are saved.
+    Buffers are not broadcast in every step: in training BatchNorm's statistics are each rank's own.
+    `share_buffers` makes them rank 0's, which are evaluated and saved.
     """
     if not dist.is_initialized():
         return objective
@@ -71,6 +72,13 @@ def wrap(objective: nn.Module, device: torch.device) -> nn.Module:
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

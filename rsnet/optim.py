@@ -36,6 +36,7 @@ class LrSchedule:
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
+        step = min(step, self.steps)
         epoch = step // self.steps_per_epoch
         if self.decay == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
@@ -51,6 +52,11 @@ def make_sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float) 
 
     One fused kernel per dtype, which can skip an update on the device (`found_inf`).
     """
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
+    if momentum > 0:
+        # Else a first update that is skipped, as float16's often is, leaves them uninitialised.
+        for parameter in model.parameters():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd

@@ -58,7 +58,10 @@ def run(
         device_type="cuda" if device.type == "cuda" else "cpu",
         has_bf16=_has_bf16(device),
         trained=content["network"] if content else None,
+        previous=content["config"] if content and not config.evaluate else None,
     )
+    if resolved.batch_size < 2 and not resolved.evaluate:
+        raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
     torch.manual_seed(resolved.seed)
     torch.backends.cudnn.benchmark = True  # five fixed input shapes: the search pays at once
     display = Display(distributed.is_main())

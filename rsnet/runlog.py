@@ -73,6 +73,16 @@ class RunDir:
             with (self.path / name).open("a") as file:
                 file.write(text)
 
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps after `step`, which an interrupted epoch logged and will log again."""
+        if not self.active:
+            return
+        path = self.path / "metrics.jsonl"
+        kept = [x for x in path.read_text().splitlines() if json.loads(x).get("step", 0) <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
         self.append_text("metrics.jsonl", json.dumps({"time": time.time(), **metrics}) + "\n")

@@ -62,7 +62,11 @@ class TrainingRun:
         self.run_dir = RunDir(config.output, continues, distributed.is_main())
         if content:
             self._restore(content)
-            self.display.say(f"resumed {source} after epoch {self.epoch}")
+            self._say_what_changed(source, content["config"])
+        run_id = None
+        if content and continues:
+            self.best, run_id = content["best"], content["wandb_id"]
+            self.run_dir.rewind(content["step"])
         self._write_header()
         self.wandb = WandbLog(
             config.wandb if distributed.is_main() else "disabled",
@@ -70,7 +74,7 @@ class TrainingRun:
             config.wandb_project,
             config.wandb_name,
             as_plain(config) | as_plain(self.options) | {"global_batch": self._global_batch()},
-            content["wandb_id"] if content else None,
+            run_id,
             self.display.say,
         )
         failed = True
@@ -92,6 +96,7 @@ class TrainingRun:
                 self.trainer, self.train_loader, self.config.log_interval, self._log_progress
             )
             self.display.stop()
+            distributed.share_buffers(self.model)
             results = self._evaluate()
             self.epoch = epoch + 1
             self._log_results(results)
@@ -202,11 +207,26 @@ class TrainingRun:
                 checkpoint.save(path, content)
         distributed.barrier()
 
+    def _say_what_changed(self, source: Path | None, before: dict[str, Any]) -> None:
+        now = as_plain(self.config)
+        aside = {"data", "output", "resume", "device", "log_interval"}
+        changed = [
+            f"--{k.replace('_', '-')} {before[k]} -> {now[k]}"
+            for k in now
+            if before.get(k) is not None
+            and now[k] != before[k]
+            and k not in aside
+            and "wandb" not in k
+        ]
+        what = f", with changed {', '.join(changed)}" if changed else ""
+        self.display.say(f"resumed {source} after epoch {self.epoch}{what}")
+
     def _restore(self, content: dict[str, Any]) -> None:
         self.trainer.optimizer.load_state_dict(content["optimizer"])
         self.trainer.scaler.load_state_dict(content["scaler"])
-        self.trainer.step = content["step"]
-        self.epoch, self.best = content["epoch"], content["best"]
+        self.epoch = content["epoch"]
+        # Not the checkpoint's step: with another global batch an epoch has another number of them.
+        self.trainer.step = self.epoch * self.steps_per_epoch
 
 
 def shown_evaluation(

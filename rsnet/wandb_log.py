@@ -67,8 +67,8 @@ class WandbLog:
             self._run = start("offline")
             say(f"W&B: offline in {Path(self._run.dir).parent} ({reason})")
         self._run.define_metric("epoch")
-        self._run.define_metric("train/*", step_metric="step")
-        self._run.define_metric("perf/*", step_metric="step")
+        for name in ("lr", "train/*", "alpha/*", "perf/*"):
+            self._run.define_metric(name, step_metric="step")
         self._run.define_metric("val/*", step_metric="epoch")
 
     @property
@@ -97,8 +97,11 @@ def _default_mode() -> tuple[Mode, str]:
     for mode in modes:
         if os.environ.get("WANDB_MODE") == mode:
             return mode, "WANDB_MODE"
-    if wandb.login(prompt=False, verify=False):
-        return "online", "a key is configured"
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return "online", "a key is configured"
+    except wandb.errors.Error as error:
+        return "offline", f"the key is not usable: {_first_line(error)}"
     return "offline", "no key is configured"
 
 

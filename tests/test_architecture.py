@@ -80,11 +80,11 @@ def test_a_room_imports_only_what_it_may(name):
 @pytest.mark.parametrize(
     ("library", "rooms"),
     [
-        ("nvidia", {"pipelines.dali"}),
+        ("nvidia", {"pipelines.dali_graph"}),
         ("ffcv", set()),
         ("wandb", {"rsnet.wandb_log"}),
         ("timm", {"rsnet.models.zoo"}),
-        ("tyro", {"rsnet.config", "rsnet.cli", "pipelines.dali", "pipelines.demo"}),
+        ("tyro", {"rsnet.config", "rsnet.cli", "pipelines.dali_graph", "pipelines.demo"}),
     ],
 )
 def test_a_library_is_imported_in_its_own_rooms_only(library, rooms):

@@ -114,6 +114,8 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         ),
         ({"num_classes": 5}, "--num-classes is 3 there and 5 here"),
         ({"classes": ["ant", "bee", "dog"]}, "class 2 is cat there and dog here"),
+        ({"classes": ["ant", "bee", "cat", "dog"]}, "class 3 is missing there and dog here"),
+        ({"classes": ["ant", "bee"]}, "class 2 is cat there and missing here"),
         ({"sizes": [48, 40]}, "--sizes is 48 40 32 there and 48 40 here"),
         ({"width_mult": 0.5}, "--width-mult is 1.0 there and 0.5 here"),
     ],

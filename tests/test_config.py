@@ -47,6 +47,8 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--label-smoothing 1", "--label-smoothing 1.0"),
         ("--clip-grad inf", "--clip-grad inf"),
         ("--seed -1", "--seed -1"),
+        ("--seed 9999999999999999999", "--seed 9999999999999999999"),
+        ("--batch 3", "--batch: there is no such option; did you mean --batch-size?"),
         ("--num-classes 1", "--num-classes 1"),
         ("--kd-type both", "invalid choice 'both' for argument '-t/--kd-type'"),
         ("--workers 0", "--workers 0: at least one thread"),
@@ -114,6 +116,22 @@ def test_given_options_win_over_recipe_and_checkpoint():
     given = _resolve("--sizes 32 --normalize imagenet --epochs 3 --wd 0", trained)
     assert (given.sizes, given.normalize, given.epochs) == ((32,), "imagenet", 3)
     assert given.weight_decay == 0
+
+
+def test_a_continued_run_keeps_what_it_was_started_with():
+    previous = as_plain(_resolve("--epochs 7 -b 64 --lr 0.3 --wd 0.01 --clip-grad 2"))
+    config, _ = _parse("--resume auto")
+    again = resolve(
+        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous
+    )
+    assert (again.epochs, again.batch_size, again.lr) == (7, 64, 0.3)
+    assert (again.weight_decay, again.clip_grad) == (0.01, 2)
+    config, _ = _parse("--resume auto -b 128 --epochs 9")
+    again = resolve(
+        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous
+    )
+    assert (again.epochs, again.batch_size) == (9, 128)
+    assert again.lr == pytest.approx(0.05)  # scaled to the new batch
 
 
 def test_sizes_are_sorted_from_the_largest():

@@ -66,3 +66,23 @@ def test_a_marked_update_is_skipped_on_the_device():
     sgd.found_inf = torch.ones(())
     sgd.step()
     assert weight.tolist() == [1, 1, 1]
+
+
+def test_a_first_update_that_is_skipped_leaves_no_trace():
+    """float16's first step often overflows: its momentum must not be what memory happened to hold."""
+    weight = torch.nn.Parameter(torch.ones(4096))
+    sgd = make_sgd(torch.nn.ParameterList([weight]), 0.1, 0.9, 0.0)
+    torch.full((4096,), torch.nan)  # what an uninitialised buffer may get
+    weight.grad = torch.full((4096,), torch.inf)
+    sgd.found_inf = torch.ones(())
+    sgd.step()
+    weight.grad = torch.ones(4096)
+    sgd.found_inf = torch.zeros(())
+    sgd.step()
+    torch.testing.assert_close(weight.detach(), torch.full((4096,), 0.9))
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_the_rate_stays_at_its_end_after_the_last_step(decay):
+    schedule = LrSchedule(0.4, decay, steps=100, steps_per_epoch=10)
+    assert schedule.at(150) == pytest.approx(0)

@@ -68,6 +68,15 @@ def test_metrics_are_one_json_line_each(tmp_path):
     assert [json.loads(line)["lr"] for line in lines] == [0.5, 0.25]
 
 
+def test_metrics_of_an_abandoned_epoch_are_dropped(tmp_path):
+    run = RunDir(tmp_path, continues=False, active=True)
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step})
+    run.rewind(2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 def test_a_finished_run_is_only_entered_to_continue_it(tmp_path):
     RunDir(tmp_path, continues=False, active=True)
     RunDir(tmp_path, continues=False, active=True).append_metrics({"step": 1})

@@ -163,6 +163,16 @@ def test_every_epoch_has_its_own_order_also_after_resuming(train, photos, monkey
     assert epochs == [0, 1, 2]
 
 
+def test_a_run_continued_elsewhere_has_its_own_best(train, photos, trained, tmp_path):
+    code, out, _ = train(
+        "--data", photos, *RUN, "--resume", trained / "checkpoints" / "last.pt", "--epochs", 3,
+        "--output", tmp_path / "fork", "--wandb", "disabled",
+    )  # fmt: skip
+    assert code == 0
+    assert "after epoch 2, with changed --epochs 2 -> 3" in out
+    assert (tmp_path / "fork" / "checkpoints" / "best.pt").exists()
+
+
 def test_resume_auto_starts_where_there_is_nothing(train, photos):
     code, out, _ = train(
         "--data", photos, *RUN, "--epochs", 1, "--resume", "auto", "--wandb", "disabled"
@@ -195,6 +205,7 @@ def test_another_run_is_not_continued_in_an_occupied_folder(train, photos, train
         (["--lr", "nan"], "--lr nan"),
         (["--epoch", "3"], "did you mean --epochs?"),
         (["--num-classes", "2"], "--num-classes 2: the data has 3 classes"),
+        (["--batch-size", "1"], "--batch-size 1: BatchNorm needs"),
         (["--batch-size", "24"], "--batch-size: one step takes 24 images"),
         (["--accumulate", "3"], "--accumulate 3: an epoch has only 2 batches"),
         (["--resume", "nowhere.pt"], "--resume: there is no checkpoint nowhere.pt"),

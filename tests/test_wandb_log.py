@@ -80,6 +80,14 @@ def test_without_a_key_a_run_is_offline(tmp_path):
     assert "no key is configured" in said[0]
 
 
+def test_a_malformed_key_is_said_and_the_run_is_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    said: list[str] = []
+    _start(tmp_path, None, said).finish()
+    assert "offline" in said[0]
+    assert "the key is not usable" in said[0]
+
+
 def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -114,11 +114,7 @@ def _suggest(arch: str, known: list[str]) -> str:
     near = difflib.get_close_matches(arch, known, n=3, cutoff=0.5)
     if not near and PREFIX + arch in known:
         near = [PREFIX + arch]
-    return (
-        f"did you mean {' or '.join(near)}?"
-        if near
-        else f"the {len(known)} known are in the README"
-    )
+    return f"did you mean {' or '.join(near)}?" if near else "such a name is parallel_resnet50"
 
 
 def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
