@@ -74,14 +74,19 @@ class RunDir:
                 file.write(text)
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, which an interrupted epoch logged and will log again."""
+        """Move the metrics of steps after `step`, which will be logged again, to metrics.abandoned.jsonl."""
         if not self.active:
             return
         path = self.path / "metrics.jsonl"
-        kept = [x for x in path.read_text().splitlines() if json.loads(x).get("step", 0) <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        kept: list[str] = []
+        abandoned: list[str] = []
+        for line in path.read_text().splitlines(keepends=True):
+            (kept if _is_step_up_to(step, line) else abandoned).append(line)
+        if abandoned:
+            self.append_text("metrics.abandoned.jsonl", "".join(abandoned))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -161,6 +166,14 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _is_step_up_to(step: int, line: str) -> bool:
+    """Whether a line of metrics is of such a step; a line that a crash cut short is of none."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:
+        return False
 
 
 def _version(package: str) -> str | None:

@@ -68,13 +68,19 @@ def test_metrics_are_one_json_line_each(tmp_path):
     assert [json.loads(line)["lr"] for line in lines] == [0.5, 0.25]
 
 
-def test_metrics_of_an_abandoned_epoch_are_dropped(tmp_path):
+def test_metrics_of_an_abandoned_epoch_are_moved_aside(tmp_path):
     run = RunDir(tmp_path, continues=False, active=True)
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
+    run.append_text("metrics.jsonl", '{"step": 4, "lr":')  # cut short by a crash
     run.rewind(2)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    kept, abandoned = (
+        (tmp_path / name).read_text().splitlines()
+        for name in ("metrics.jsonl", "metrics.abandoned.jsonl")
+    )
+    assert [json.loads(line)["step"] for line in kept] == [1, 2]
+    assert json.loads(abandoned[0])["step"] == 3
+    assert abandoned[1] == '{"step": 4, "lr":'
 
 
 def test_a_finished_run_is_only_entered_to_continue_it(tmp_path):
