@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from pipelines.dali import DaliLoader, DaliOptions, make_loaders
-from rsnet import session
+from rsnet import checkpoint, session
 from rsnet.run import main
 from tests.conftest import write_folder
 
@@ -161,6 +162,23 @@ def test_every_epoch_has_its_own_order_also_after_resuming(train, photos, monkey
     assert train(*arguments, "--epochs", 2)[0] == 0
     assert train(*arguments, "--epochs", 3)[0] == 0
     assert epochs == [0, 1, 2]
+
+
+def test_a_continued_run_keeps_its_best_score_and_its_wandb_run(train, photos, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    last = run / "checkpoints" / "last.pt"
+    checkpoint.save(last, checkpoint.load(last) | {"best": [201.0, 201.0], "wandb_id": "abc123"})
+    code, _, _ = train(
+        "--data", photos, *RUN, "--resume", "auto", "--epochs", 3, "--output", run,
+        "--wandb", "offline",
+    )  # fmt: skip
+    assert code == 0
+    content = checkpoint.load(last)
+    assert content["epoch"] == 3
+    assert content["best"] == [201, 201]
+    assert content["wandb_id"] == "abc123"
+    assert list(run.glob("wandb/offline-run-*-abc123"))
 
 
 def test_a_run_continued_elsewhere_has_its_own_best(train, photos, trained, tmp_path):
