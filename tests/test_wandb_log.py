@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from rsnet.wandb_log import WandbLog
@@ -15,7 +16,8 @@ from rsnet.wandb_log import WandbLog
 
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch, tmp_path):
-    """A machine on which W&B was never set up."""
+    """A machine on which W&B was never set up, and a process in which it never ran."""
+    wandb.teardown()
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
