@@ -15,10 +15,10 @@ from rsnet import checkpoint, distributed, report
 from rsnet.cli import as_command, parse
 from rsnet.config import DEFAULT_ARCH, ResolvedConfig, TrainConfig, output_of, resolve
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.models.zoo import build, gflops
+from rsnet.models.zoo import build
 from rsnet.report import Results
 from rsnet.runlog import Display, RunDir
-from rsnet.session import AMP_DTYPES, TrainingRun, shown_evaluation
+from rsnet.session import AMP_DTYPES, TrainingRun, cost_of, shown_evaluation
 
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
@@ -67,10 +67,10 @@ def run(
     display = Display(distributed.is_main())
     loaders = make_loaders(options, _spec(resolved, device), not resolved.evaluate)
     try:
-        model = _build(resolved, loaders.classes).to(device).to(memory_format=torch.channels_last)
-        network = checkpoint.describe(
-            resolved, loaders.classes, _outputs(resolved, loaders.classes)
-        )
+        outputs = _outputs(resolved, loaders.classes)
+        model = build(resolved.arch, outputs, resolved.sizes, resolved.width_mult)
+        model = model.to(device).to(memory_format=torch.channels_last)
+        network = checkpoint.describe(resolved, loaders.classes, outputs)
         if source and content:
             checkpoint.require_match(
                 content["network"], network, source, training=not resolved.evaluate
@@ -98,7 +98,7 @@ def _evaluate_only(
 ) -> Results:
     """Print the table; with --output also write it there, and the plot."""
     results = shown_evaluation(model, loaders, device, AMP_DTYPES[resolved.amp], display)
-    cost = report.cost(model.sizes, [gflops(model, s) for s in model.sizes])
+    cost = cost_of(model)
     display.say(report.table(results, cost))
     if config.output is not None and distributed.is_main():
         run_dir = RunDir(resolved.output, continues=True, active=True)
@@ -128,10 +128,6 @@ def _outputs(config: ResolvedConfig, classes: list[str]) -> int:
     return config.num_classes or len(classes)
 
 
-def _build(config: ResolvedConfig, classes: list[str]) -> ResolutionSwitchable:
-    return build(config.arch, _outputs(config, classes), config.sizes, config.width_mult)
-
-
 def _checkpoint_path(config: TrainConfig) -> Path | None:
     """The checkpoint to start from; None for --resume auto in a new run directory."""
     if config.resume is None:
@@ -148,7 +144,6 @@ def _has_bf16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 itself; emulated, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    can: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not in the oldest torch that is supported
+    # The oldest torch that is supported may not have it.
+    can: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))

@@ -49,7 +49,7 @@ class TrainingRun:
                 f"--accumulate {config.accumulate}: an epoch has only {len(self.train_loader)} batches"
             )
         self.trainer = self._trainer()
-        self.cost = report.cost(model.sizes, [gflops(model, s) for s in model.sizes])
+        self.cost = cost_of(model)
         self.epoch = 0  # epochs that are finished
         self.best: list[float] = []
 
@@ -227,6 +227,11 @@ class TrainingRun:
         self.epoch = content["epoch"]
         # Not the checkpoint's step: with another global batch an epoch has another number of them.
         self.trainer.step = self.epoch * self.steps_per_epoch
+
+
+def cost_of(model: ResolutionSwitchable) -> dict[str, float]:
+    """GFLOPs an image at every size and of the ensemble."""
+    return report.cost(model.sizes, [gflops(model, size) for size in model.sizes])
 
 
 def shown_evaluation(
