@@ -90,6 +90,15 @@ class Rectangle(NamedTuple):
     width: int
 
 
+class View(NamedTuple):
+    """A rectangle resized to height x width, of which a square at (top, left) is taken."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
 class Draws(NamedTuple):
     """The random numbers of N training samples, in the order in which the crop uses them."""
 
@@ -125,7 +134,8 @@ def random_resized_crop(height: int, width: int, draws: Draws, sample: int) -> R
     Area 8 % to 100 % of the image, ratio 3/4 to 4/3 (log-uniform): Inception's crop (Szegedy et al.
     2015, section 6) as torchvision's RandomResizedCrop has it.
     """
-    for area, ratio in zip(draws.area[sample], draws.ratio[sample], strict=True):
+    for attempt in range(CROP_TRIES):
+        area, ratio = draws.area[sample, attempt], draws.ratio[sample, attempt]
         crop_w = math.floor(math.sqrt(area * (height * width) * ratio) + 0.5)
         crop_h = math.floor(math.sqrt(area * (height * width) / ratio) + 0.5)
         if 0 < crop_w <= width and 0 < crop_h <= height:
@@ -142,10 +152,31 @@ def eval_short_side(size: int) -> int:
     return int(size / EVAL_CROP_RATIO)
 
 
-def normalize_uint8(
-    images: Tensor, device: torch.device, dtype: torch.dtype, normalize: Normalize
-) -> Tensor:
-    """(N, s, s, 3) uint8 -> (N, 3, s, s) of `dtype` on `device`, channels-last, without a transpose."""
-    mean, std = (torch.tensor(v, device=device) for v in MEAN_STD[normalize])
-    pixels = images.to(device, non_blocking=True).to(torch.float32)
-    return pixels.sub_(mean).div_(std).to(dtype).permute(0, 3, 1, 2)
+def eval_view(height: int, width: int, size: int) -> View:
+    """The evaluation's picture of `size` x `size`, as torchvision's Resize and CenterCrop take it."""
+    short = int(size / EVAL_CROP_RATIO)
+    resized_h = max(short, short * height // width)
+    resized_w = max(short, short * width // height)
+    # round() goes to the even number from the middle, here as there.
+    return View(resized_h, resized_w, round((resized_h - size) / 2), round((resized_w - size) / 2))
+
+
+class PixelNormalizer:
+    """RGB bytes to normalised numbers in one kernel, without a synchronisation of the device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, normalize: Normalize) -> None:
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in MEAN_STD[normalize])
+        self._scale = (1 / std).to(device, torch.float32)
+        self._bias = (-mean / std).to(device, torch.float32)
+        self._dtype = dtype
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(..., 3) uint8 on the device -> the same shape in the dtype, computed in float32."""
+        out = torch.empty(pixels.shape, dtype=self._dtype, device=pixels.device)
+        return torch.addcmul(self._bias, pixels, self._scale, out=out)
+
+
+def byte_table(dtype: torch.dtype, normalize: Normalize) -> Tensor:
+    """(3, 256): what each byte of each channel is normalised to."""
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None] for v in MEAN_STD[normalize])
+    return ((torch.arange(256) - mean) / std).to(torch.float32).to(dtype)

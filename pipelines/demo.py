@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.cli import command
 from pipelines.errors import UsageError
 
 Mask = NDArray[np.bool_]
@@ -144,8 +144,10 @@ def _save_progressive(path: Path, image: Image.Image) -> None:
 ODD_KINDS = (_save_cmyk, _save_png, _save_gray, _save_exif, _save_progressive)
 
 
+def _run(options: DemoOptions) -> int:
+    write(options)
+    return 0
+
+
 if __name__ == "__main__":
-    try:
-        write(tyro.cli(DemoOptions))
-    except UsageError as error:
-        sys.exit(f"pipelines.demo: error: {error}")
+    sys.exit(command("pipelines.demo", DemoOptions, _run))

@@ -17,8 +17,8 @@ from pipelines.batch import (
     Batch,
     Loaders,
     LoaderSpec,
+    PixelNormalizer,
     eval_short_side,
-    normalize_uint8,
     random_resized_crop,
 )
 from pipelines.errors import DataError
@@ -53,6 +53,7 @@ class ReferenceLoader(ScheduledLoader):
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         spec = self._spec
+        normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         loader = DataLoader(
             _FiveSizes(spec, self._folder, self.schedule.training, epoch),
             batch_sampler=_lists(self.schedule.batches(epoch, first_step)),
@@ -64,8 +65,9 @@ class ReferenceLoader(ScheduledLoader):
             if isinstance(item, DataError):
                 raise item
             images, labels = item
+            pixels = (x.to(spec.device, non_blocking=True) for x in images)
             yield Batch(
-                tuple(normalize_uint8(x, spec.device, spec.dtype, spec.normalize) for x in images),
+                tuple(normalized(x).permute(0, 3, 1, 2) for x in pixels),
                 labels.to(spec.device, non_blocking=True),
             )
 

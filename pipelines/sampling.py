@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,8 @@ class Schedule:
     seed: int
     training: bool
 
+    order_name: ClassVar[str] = "random"
+
     def __post_init__(self) -> None:
         if self.training and self.samples < self.global_batch:
             raise UsageError(
@@ -85,10 +87,14 @@ class Schedule:
             return self.samples // self.global_batch
         return -(-len(self.share) // self.batch_size)
 
+    def order(self, epoch: int) -> Indices:
+        """The training samples of an epoch, in the order in which the steps of all ranks take them."""
+        return np.random.default_rng((self.seed, epoch)).permutation(self.samples)
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Indices]:
         """The sample indices of each step from `first_step` on."""
         if self.training:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
+            order = self.order(epoch)
             offset, stride = self.rank * self.batch_size, self.global_batch
         else:
             order = np.arange(self.share.start, self.share.stop)
@@ -131,19 +137,21 @@ class ScheduledLoader(ABC):
             "position": self._step * self.schedule.global_batch,
             "seed": self.schedule.seed,
             "samples": self.schedule.samples,
+            "order": self.schedule.order_name,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the last batch that was handed out when `state` was taken.
 
-        Raises UsageError if `state` belongs to other samples or another seed, or if its position lies
-        within one of this schedule's steps.
+        Raises UsageError if `state` belongs to other samples, another seed or order, or if its position
+        lies within one of this schedule's steps.
         """
-        for field in ("seed", "samples"):
-            if state[field] != getattr(self.schedule, field):
+        own = self.state_dict()
+        for field in ("seed", "samples", "order"):
+            if state[field] != own[field]:
                 raise UsageError(
                     f"--resume: the checkpoint's data has {field} {state[field]}, "
-                    f"this run's {getattr(self.schedule, field)}"
+                    f"this run's {own[field]}"
                 )
         step, rest = divmod(state["position"], self.schedule.global_batch)
         if rest:

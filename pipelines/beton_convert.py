@@ -1,0 +1,253 @@
+"""Writing .beton files: whole and checked, or not at all.
+
+Samples lie in the order of the folder, so that the same (seed, epoch) shows the same images and crops as
+the other pipelines. The same images and options give the same bytes, whatever the number of threads.
+Threads encode and this one writes: there is no process that could die unnoticed, and no shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines import sidecar
+from pipelines.beton import ConvertOptions
+from pipelines.beton_encode import Encoded, Encoder, Settings
+from pipelines.beton_file import BetonWriter, open_beton
+from pipelines.beton_verify import reasons, stored_bytes
+from pipelines.errors import DataError, UsageError
+from pipelines.folder import ImageFolder, scan, scan_train_val
+from pipelines.parallel import ordered_map
+from pipelines.progress import Progress, readable
+from pipelines.sampling import Indices
+
+PROBES = 64  # images that are encoded for the estimate, and compared after writing
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The images of one split that are to be stored, and what tells them from others."""
+
+    split: str
+    folder: ImageFolder
+    chosen: Indices
+    fingerprint: str
+    bytes: int
+
+    @property
+    def probes(self) -> Indices:
+        return _spread(self.chosen, PROBES)
+
+    def path(self, index: int) -> str:
+        return self.folder.paths[index]
+
+
+def convert(options: ConvertOptions, data: Path, output: Path) -> None:
+    """Write each of the splits, unless the same is there already.
+
+    Raises UsageError (a malformed folder, a lack of space, another file in the way) and DataError (a
+    broken image without --skip-bad, a file that cannot be written).
+    """
+    settings = Settings(
+        options.write_mode,
+        options.max_resolution,
+        options.jpeg_quality,
+        options.compress_probability,
+    )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
+    with _alone(output):
+        sources = [s for s in _sources(options, data) if not _is_there(output, s, settings)]
+        encoder = Encoder(settings)
+        _check_space(output, sources, encoder, options.workers)
+        for source in sources:
+            _convert(output, source, settings, encoder, options)
+
+
+def _sources(options: ConvertOptions, data: Path) -> list[_Source]:
+    """The splits' images. Raises UsageError if a folder is malformed or the classes differ."""
+    if set(options.splits) == {"train", "val"}:
+        train, val = scan_train_val(data)
+        assert train is not None
+        folders = {"train": train, "val": val}
+    else:
+        folders = {split: scan(data / split) for split in options.splits}
+    sources = []
+    for split in options.splits:
+        folder = folders[split]
+        every = np.arange(len(folder.paths))
+        chosen = every if options.subset is None else _spread(every, options.subset)
+        digest, size = sidecar.fingerprint(folder.root, [folder.paths[i] for i in chosen])
+        sources.append(_Source(split, folder, chosen, digest, size))
+    return sources
+
+
+def _spread(indices: Indices, count: int) -> Indices:
+    """`count` of the indices, evenly spaced: folders are sorted by class, so all classes have a share."""
+    count = min(count, len(indices))
+    return indices[np.arange(count) * len(indices) // count]
+
+
+def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
+    """Whether the file exists already, made from the same images in the same way."""
+    path = output / f"{source.split}.beton"
+    if not path.exists():
+        return False
+    found = sidecar.read(path)
+    if (
+        found is None
+        or found.settings != dataclasses.asdict(settings)
+        or found.source["fingerprint"] != source.fingerprint
+        or found.classes != source.folder.classes
+    ):
+        raise UsageError(
+            f"--output: {path} exists already, made from other images or with other options; "
+            "remove it, or give another folder"
+        )
+    sidecar.check(found, path, len(open_beton(path)))
+    print(f"{path}: is there already, from the same images with the same options")
+    return True
+
+
+def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers: int) -> None:
+    """Raise UsageError if the files will not fit, by the growth of a few images spread over the data."""
+    total = 0.0
+    for source in sources:
+        probes = source.probes
+        before, after = 0, 0
+        for index, encoded in zip(probes, _encode(source, probes, encoder, workers), strict=True):
+            if isinstance(encoded, Encoded):
+                before += os.stat(source.path(index)).st_size  # noqa: PTH116
+                after += encoded.stored.data.size
+        size = source.bytes * after / max(before, 1)
+        print(f"{source.split}: {len(source.chosen)} images of {readable(source.bytes)}, "
+              f"about {readable(size)} to write")  # fmt: skip
+        total += size
+    free = shutil.disk_usage(output).free
+    if total > free:
+        raise UsageError(
+            f"--output: about {readable(total)} are to be written, {output} has {readable(free)} free"
+        )
+
+
+def _convert(
+    output: Path, source: _Source, settings: Settings, encoder: Encoder, options: ConvertOptions
+) -> None:
+    final = output / f"{source.split}.beton"
+    partial = final.with_name(final.name + ".partial")
+    started = time.perf_counter()
+    try:
+        skipped, stored = _write(partial, source, encoder, options)
+        _read_back(partial, source, skipped, encoder, options.workers)
+        content = sidecar.Sidecar(
+            samples=len(source.chosen) - len(skipped),
+            classes=source.folder.classes,
+            settings=dataclasses.asdict(settings),
+            bytes=partial.stat().st_size,
+            sha256=sidecar.sha256(partial),
+            source={"images": len(source.chosen), "fingerprint": source.fingerprint},
+            stored=stored,
+            skipped=[
+                {"image": os.path.relpath(source.path(index), source.folder.root), "reason": reason}
+                for index, reason in skipped.items()
+            ],
+        )
+        # In this order: a .beton never stands without its sidecar.
+        sidecar.write(sidecar.path_of(final), content)
+        partial.rename(final)
+    except OSError as error:
+        raise DataError(f"cannot write {partial}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    speed = content.samples / (time.perf_counter() - started)
+    kinds = ", ".join(f"{count} {how}" for how, count in sorted(stored.items()))
+    print(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
+          f"{readable(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
+    if skipped:
+        print(f"{final}: {len(skipped)} broken images were left out; its sidecar lists them")
+
+
+def _write(
+    partial: Path, source: _Source, encoder: Encoder, options: ConvertOptions
+) -> tuple[dict[int, str], dict[str, int]]:
+    """Write the file; returns what is wrong with the images left out, and how the others are stored."""
+    skipped: dict[int, str] = {}
+    stored: Counter[str] = Counter()
+    encoding = contextlib.closing(_encode(source, source.chosen, encoder, options.workers))
+    progress = Progress(source.split, len(source.chosen))
+    with partial.open("wb") as file, encoding as results, progress:
+        writer = BetonWriter(file, len(source.chosen))
+        for done, (index, encoded) in enumerate(zip(source.chosen.tolist(), results, strict=True)):
+            if isinstance(encoded, DataError):
+                if not options.skip_bad:
+                    raise DataError(
+                        f"broken image {source.path(index)}: {encoded}; "
+                        "repair it, remove it, or leave it out with --skip-bad"
+                    )
+                skipped[index] = str(encoded)
+            else:
+                stored[encoded.how] += 1
+                writer.add(encoded.stored, int(source.folder.labels[index]))
+            progress.update(done + 1, writer.bytes_written, len(skipped))
+        if not stored:
+            raise DataError(f"{source.folder.root}: all {len(skipped)} images are broken")
+        writer.finish()
+        os.fsync(file.fileno())
+    return skipped, dict(stored)
+
+
+def _read_back(
+    partial: Path, source: _Source, skipped: dict[int, str], encoder: Encoder, workers: int
+) -> None:
+    """Raise DataError unless a few samples of the written file are what their images give again."""
+    beton = open_beton(partial)
+    written = np.array([i for i in source.chosen.tolist() if i not in skipped])
+    positions = _spread(np.arange(len(written)), PROBES)
+    again = _encode(source, written[positions], encoder, workers)
+    found = reasons(beton, positions, workers)
+    with partial.open("rb", buffering=0) as file:
+        for position, encoded, reason in zip(positions, again, found, strict=True):
+            if (
+                reason is not None
+                or isinstance(encoded, DataError)
+                or not np.array_equal(
+                    stored_bytes(beton, file.fileno(), position), encoded.stored.data
+                )
+                or beton.labels[position] != source.folder.labels[written[position]]
+            ):
+                raise DataError(
+                    f"{partial}: sample {position} does not read back as it was written "
+                    f"({reason or 'other bytes'}); is the disk sound?"
+                )
+
+
+def _encode(
+    source: _Source, indices: Indices, encoder: Encoder, workers: int
+) -> Generator[Encoded | DataError]:
+    return ordered_map(lambda i: encoder(source.path(i), i), indices.tolist(), workers)
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel gives back however this process ends."""
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--output: another conversion is writing into {output}") from None
+        yield
+    finally:
+        os.close(handle)

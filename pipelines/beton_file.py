@@ -1,0 +1,194 @@
+"""FFCV's file format, version 2: opened only if it is whole, written in order.
+
+FFCV's reader opens half-written and truncated files without complaint, and its writer hangs for ever on
+one bad sample. The layout (header, field descriptors, samples, pages of data, allocation table) is described
+by the dtypes in `ffcv.types`, which both use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import DataError, UsageError
+from pipelines.turbojpeg import Bytes, kept_threads
+
+with kept_threads():
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import IMAGE_MODES
+    from ffcv.reader import Reader
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        TYPE_ID_HANDLER,
+        FieldDescType,
+        HeaderType,
+        get_metadata_type,
+    )
+
+RAW, JPG = int(IMAGE_MODES["raw"]), int(IMAGE_MODES["jpg"])
+FIELDS = {"image": RGBImageField(), "label": IntField()}
+# FFCV's own choice. It reads whole pages, so a sample never crosses a page; pages grow for a larger sample.
+PAGE_SIZE = 1 << 23
+
+
+class Samples(NamedTuple):
+    """Where the N samples of a file lie, as arrays of N; compiled code reads them, too."""
+
+    pointer: NDArray[np.uint64]
+    size: NDArray[np.uint64]
+    height: NDArray[np.int64]
+    width: NDArray[np.int64]
+    mode: NDArray[np.uint8]  # RAW or JPG
+
+    def take(self, indices: NDArray[np.int64]) -> Samples:
+        return Samples(*(column[indices] for column in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Beton:
+    path: Path
+    samples: Samples
+    labels: NDArray[np.int64]  # (N,)
+    page_size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def open_beton(path: Path) -> Beton:
+    """The table of contents of an image-and-label file, by this project's converter or by FFCV's writer.
+
+    Raises UsageError if there is no such file, DataError if it is not whole or of another kind.
+    """
+    if not path.is_file():
+        raise UsageError(f"--data: there is no file {path}")
+    _check_header(path)
+    try:
+        reader = Reader(str(path))
+        kinds = {name: type(field) for name, field in reader.handlers.items()}
+    except Exception as error:  # FFCV checks nothing: whatever numpy says of the bytes
+        raise _broken(path, f"its header is damaged ({error!r})") from None
+    if kinds != {name: type(field) for name, field in FIELDS.items()}:
+        raise _broken(path, f"its fields are {', '.join(kinds)} instead of an image and a label")
+    image, labels = (reader.metadata[name] for name in reader.metadata.dtype.names)
+    samples = Samples(
+        image["data_ptr"].copy(),
+        _sizes(path, image["data_ptr"], reader.alloc_table),
+        image["height"].astype(np.int64),
+        image["width"].astype(np.int64),
+        image["mode"].copy(),
+    )
+    raw = samples.mode == RAW
+    wrong = raw & (samples.size != (3 * samples.height * samples.width).astype(np.uint64))
+    wrong |= (samples.mode != RAW) & (samples.mode != JPG)
+    wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0)
+    if wrong.any():
+        raise _broken(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
+    return Beton(path, samples, labels.astype(np.int64), int(reader.page_size))
+
+
+def _check_header(path: Path) -> None:
+    """Before FFCV reads it: of a half-written file it would take all for the allocation table."""
+    size = path.stat().st_size
+    if size < HeaderType.itemsize:
+        raise _broken(path, f"it has {size} bytes only")
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    table, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
+    if header["version"] != CURRENT_VERSION or not 1 <= header["num_fields"] <= 64:
+        raise _broken(path, f"it is no FFCV file of version {CURRENT_VERSION}")
+    if table == 0:
+        raise _broken(path, "it was not written to its end")
+    if table + samples * ALLOC_TABLE_TYPE.itemsize != size or not samples:
+        raise _broken(path, f"it is cut off, or longer than it should be ({size} bytes)")
+
+
+def _sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:
+    """The number of bytes at each pointer, from the allocation table."""
+    order = np.argsort(table["ptr"])
+    rows = order[np.searchsorted(table["ptr"], pointers, sorter=order).clip(0, len(table) - 1)]
+    sizes: NDArray[np.uint64] = table["size"][rows]
+    ends = pointers + sizes
+    if (table["ptr"][rows] != pointers).any() or ends.max() > path.stat().st_size:
+        raise _broken(path, "its samples and its allocation table do not agree")
+    return sizes
+
+
+def _broken(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: {reason}; convert it anew with python -m pipelines.beton")
+
+
+class Stored(NamedTuple):
+    """A sample as it lies in a file: a JPEG's bytes, or (height, width, 3) raw pixels, flat."""
+
+    mode: int
+    height: int
+    width: int
+    data: Bytes
+
+
+class BetonWriter:
+    """Writes samples one after the other into an empty file with room for `capacity` of them.
+
+    Raises OSError as the file does. Nothing reads as FFCV's format before `finish`.
+    """
+
+    def __init__(self, file: BinaryIO, capacity: int) -> None:
+        self._file = file
+        self._samples = np.zeros(capacity, get_metadata_type(list(FIELDS.values())))
+        self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._fields = _descriptors()
+        self._page = PAGE_SIZE
+        self._count = 0
+        tables = HeaderType.itemsize + self._fields.nbytes + self._samples.nbytes
+        self._end = _up(int(tables), self._page)
+
+    def add(self, sample: Stored, label: int) -> None:
+        size = sample.data.size
+        while size > self._page:  # pages of the old size lie within pages of twice the size
+            self._page *= 2
+        start = self._end
+        if start // self._page != (start + size - 1) // self._page:
+            start = _up(start, self._page)
+        self._file.seek(start)
+        self._file.write(sample.data.data)
+        row = (sample.mode, sample.width, sample.height, start)
+        self._samples[self._count] = (row, label)
+        self._table[self._count] = (self._count, start, size)
+        self._count, self._end = self._count + 1, start + size
+
+    @property
+    def bytes_written(self) -> int:
+        return self._end
+
+    def finish(self) -> None:
+        """Write the tables and, last of all, the header."""
+        self._file.seek(self._end)
+        self._file.write(self._table[: self._count].tobytes())
+        header = np.zeros(1, HeaderType)
+        header["version"], header["num_fields"] = CURRENT_VERSION, len(FIELDS)
+        header["num_samples"], header["page_size"] = self._count, self._page
+        header["alloc_table_ptr"] = self._end
+        self._file.seek(HeaderType.itemsize)
+        self._file.write(self._fields.tobytes() + self._samples[: self._count].tobytes())
+        self._file.flush()
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+
+
+def _descriptors() -> NDArray[Any]:
+    type_ids = {handler: type_id for type_id, handler in TYPE_ID_HANDLER.items()}
+    descriptors = np.zeros(len(FIELDS), FieldDescType)
+    for descriptor, (name, field) in zip(descriptors, FIELDS.items(), strict=True):
+        descriptor["type_id"] = type_ids[type(field)]
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    return descriptors
+
+
+def _up(position: int, page: int) -> int:
+    return -(-position // page) * page

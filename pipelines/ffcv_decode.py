@@ -1,0 +1,96 @@
+"""One read and one decode of a sample, one crop rectangle, every size: compiled, without Python's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ffcv.libffcv import read
+from numba import njit
+from numpy.typing import NDArray
+
+from pipelines import batch, turbojpeg
+from pipelines.batch import Draws, Rectangle, View
+from pipelines.beton_file import RAW, Samples
+from pipelines.resample import Table, resize
+from pipelines.turbojpeg import ACCURATE_DCT, RGB, Bytes
+
+# What `training_views` and `eval_views` have in common, but for the draws.
+Views = Callable[..., None]
+
+FINE, CUT_OFF, UNDECODABLE = 0, 1, 2
+
+_read = njit(nogil=True)(read)
+_decompress = turbojpeg.decompress
+_random_resized_crop = njit(nogil=True)(batch.random_resized_crop)
+_eval_view = njit(nogil=True)(batch.eval_view)
+
+
+@njit(nogil=True)
+def training_views(
+    file: int,
+    decoder: int,
+    samples: Samples,
+    draws: Draws,
+    first: int,
+    last: int,
+    table: Table,
+    outs: tuple[NDArray[Any], ...],
+    status: Bytes,
+) -> None:
+    """Samples `first` to `last` - 1 of a batch of N, cropped and flipped as `draws` says.
+
+    file: descriptor; decoder: TurboJPEG handle; table: as in `resize`. outs: one array per size,
+    (N, s, 3 * s). status: (N,), FINE where they were filled.
+    """
+    for i in range(first, last):
+        status[i], pixels = _decode(file, decoder, samples, i)
+        if status[i] == FINE:
+            box = _random_resized_crop(samples.height[i], samples.width[i], draws, i)
+            for k in range(len(outs)):
+                out = outs[k][i]
+                view = View(len(out), len(out), 0, 0)
+                resize(pixels, box, view, draws.flip[i, k], table, out)
+
+
+@njit(nogil=True)
+def eval_views(
+    file: int,
+    decoder: int,
+    samples: Samples,
+    first: int,
+    last: int,
+    table: Table,
+    outs: tuple[NDArray[Any], ...],
+    status: Bytes,
+) -> None:
+    """As `training_views`, but each size is the centre of the image at the evaluation's scale."""
+    for i in range(first, last):
+        status[i], pixels = _decode(file, decoder, samples, i)
+        if status[i] == FINE:
+            height, width = samples.height[i], samples.width[i]
+            box = Rectangle(0, 0, height, width)
+            for k in range(len(outs)):
+                out = outs[k][i]
+                resize(pixels, box, _eval_view(height, width, len(out)), False, table, out)
+
+
+@njit(nogil=True)
+def _decode(file: int, decoder: int, samples: Samples, i: int) -> Any:
+    """The status and, if it is FINE, the pixels as (height, 3 * width)."""
+    height, width = samples.height[i], samples.width[i]
+    pixels = np.empty((height, 3 * width), np.uint8)
+    stored = pixels.reshape(-1)
+    if samples.mode[i] != RAW:
+        stored = np.empty(samples.size[i], np.uint8)
+    if _read(file, stored, samples.pointer[i]) != stored.size:
+        return CUT_OFF, pixels
+    if samples.mode[i] != RAW:
+        code = _decompress(
+            decoder, stored.ctypes.data, stored.size, pixels.ctypes.data,
+            width, 0, height, RGB, ACCURATE_DCT,
+        )  # fmt: skip
+        if code != 0:
+            return UNDECODABLE, pixels
+    return FINE, pixels

@@ -1,0 +1,63 @@
+"""Progress of a long conversion: a bar on a terminal, elsewhere a plain line now and then. On stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+LINE_EVERY = 10.0  # seconds
+
+
+class Progress:
+    """Images done of `total`, with images/s, time left, bytes and bad images."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total = title, total
+        console = Console(file=sys.stderr)
+        self._bar: RichProgress | None = None
+        if console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"), console=console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=total, info="")
+
+    def __enter__(self) -> Progress:
+        self._started = self._last_line = time.perf_counter()
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, size: int, bad: int) -> None:
+        now = time.perf_counter()
+        speed = done / max(now - self._started, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((self._total - done) / max(speed, 1e-9)))
+        info = f"{speed:.0f} images/s, {left} left, {readable(size)}, {bad} bad"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, info=info)
+        elif now - self._last_line >= LINE_EVERY:
+            self._last_line = now
+            print(f"{self._title}: {done}/{self._total}, {info}", file=sys.stderr, flush=True)
+
+
+def readable(size: float) -> str:
+    """Bytes as 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

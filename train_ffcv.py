@@ -1,0 +1,10 @@
+#!/usr/bin/env python
+"""Train an RS-Net on .beton files, read by FFCV; `python -m pipelines.beton` makes them from a folder."""
+
+import sys
+
+from pipelines.ffcv import FfcvOptions, make_loaders
+from rsnet.run import main
+
+if __name__ == "__main__":
+    sys.exit(main("train_ffcv.py", FfcvOptions, make_loaders))
