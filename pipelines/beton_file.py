@@ -59,6 +59,11 @@ class Beton:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def pages(self) -> NDArray[np.int64]:
+        """(N,) the page that each sample lies in."""
+        return (self.samples.pointer // np.uint64(self.page_size)).astype(np.int64)
+
 
 def open_beton(path: Path) -> Beton:
     """The table of contents of an image-and-label file, by this project's converter or by FFCV's writer.
@@ -120,6 +125,13 @@ def _sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:
 
 def _broken(path: Path, reason: str) -> DataError:
     return DataError(f"{path}: {reason}; convert it anew with python -m pipelines.beton")
+
+
+def broken_sample(beton: Beton, index: int, name: str, reason: str) -> DataError:
+    return DataError(
+        f"{beton.path}: sample {index} (class {name}) is broken: {reason}; "
+        f"python -m pipelines.beton --verify {beton.path} lists all that are"
+    )
 
 
 class Stored(NamedTuple):

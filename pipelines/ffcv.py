@@ -27,7 +27,8 @@ class FfcvOptions:
     """Batches that are prepared ahead."""
 
     os_cache: bool = True
-    """Leave what was read in the operating system's cache; --no-os-cache for data larger than memory."""
+    """Leave what was read in the operating system's cache; --no-os-cache drops the pages of the file that
+    an epoch is done with, for data larger than memory."""
 
     order: Order = "random"
     """random: all samples are shuffled. quasi-random: a gigabyte at a time, read in pages of 8 MB, for
@@ -41,6 +42,11 @@ class FfcvOptions:
             raise UsageError(f"--workers {self.workers}: at least one thread is needed")
         if self.prefetch < 1:
             raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+        if not self.os_cache and self.order == "random":
+            raise UsageError(
+                "--no-os-cache: in random order every page of the file is needed until the epoch ends; "
+                "add --order quasi-random"
+            )
 
 
 def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
@@ -49,7 +55,7 @@ def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True
     Raises UsageError if FFCV or a file is missing, DataError if a file is broken.
     """
     try:
-        from pipelines.ffcv_loader import open_loaders
+        from pipelines.ffcv_open import open_loaders
     except ImportError as error:
         raise not_installed(error) from error
     return open_loaders(options, spec, with_train)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ffcv.libffcv import read
 from numba import njit
 from numpy.typing import NDArray
 
@@ -14,7 +13,10 @@ from pipelines import batch, turbojpeg
 from pipelines.batch import Draws, Rectangle, View
 from pipelines.beton_file import RAW, Samples
 from pipelines.resample import Table, resize
-from pipelines.turbojpeg import ACCURATE_DCT, RGB, Bytes
+from pipelines.turbojpeg import ACCURATE_DCT, RGB, Bytes, kept_threads
+
+with kept_threads():
+    from ffcv.libffcv import read
 
 # What `training_views` and `eval_views` have in common, but for the draws.
 Views = Callable[..., None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from pipelines.beton import ConvertOptions
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -45,3 +49,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(root / "train", {"ant": 9, "bee": 8, "cat": 6}, seed=1)
     write_folder(root / "val", {"ant": 5, "bee": 7, "cat": 5}, seed=2)
     return root
+
+
+needs_ffcv = pytest.mark.skipif(
+    importlib.util.find_spec("ffcv") is None,
+    reason="FFCV is not installed; ./install.sh says which system packages it is built with",
+)
+
+
+@functools.cache
+def beton_of(folder: Path) -> Path:
+    """The .beton files of an image folder, beside it."""
+    from pipelines.beton_convert import convert
+
+    output = folder.with_name(folder.name + "_beton")
+    convert(ConvertOptions(workers=2), folder, output)
+    return output

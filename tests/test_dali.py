@@ -15,6 +15,7 @@ from pipelines.batch import LoaderSpec
 from pipelines.demo import ODD_KINDS, render
 from pipelines.errors import DataError, UsageError
 from tests.conftest import write_photo
+from tests.pictures import differences
 
 SIZES = (64, 48, 32)
 # Mean absolute difference of an image in 1/255. CPU: seen 0.28 for the worst of 500 ImageNet photos.
@@ -45,19 +46,7 @@ def _loaders(spec: LoaderSpec):
 
 
 def _differences(spec: LoaderSpec, split: str) -> torch.Tensor:
-    """Mean absolute difference of each image at each size, in 1/255."""
-    exact = reference.make_loaders(
-        reference.ReferenceOptions(), LoaderSpec(**(vars(spec) | {"device": torch.device("cpu")}))
-    )
-    loaders = _loaders(spec)
-    rows = []
-    for a, b in zip(getattr(loaders, split), getattr(exact, split), strict=True):
-        assert torch.equal(a.labels.cpu(), b.labels)
-        pairs = zip(a.images, b.images, strict=True)
-        rows.append(torch.stack([255 * (x.cpu() - y).abs().mean(dim=(1, 2, 3)) for x, y in pairs]))
-    for loader in loaders[:2]:
-        loader.close()
-    return torch.cat(rows, dim=1)
+    return differences(_loaders(spec), spec, split)
 
 
 @devices

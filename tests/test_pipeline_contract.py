@@ -14,20 +14,31 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import dali, reference, synthetic
+from pipelines import dali, ffcv, reference, synthetic
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.errors import UsageError
+from tests.conftest import beton_of, needs_ffcv
 
 SIZES = (64, 48, 32)
 # As many synthetic images as there are photos, with the same number of classes.
 BACKENDS: dict[str, Callable[..., Loaders]] = {
     "reference": lambda spec, *a: reference.make_loaders(reference.ReferenceOptions(), spec, *a),
     "dali": lambda spec, *a: dali.make_loaders(dali.DaliOptions(workers=2), spec, *a),
+    "ffcv": lambda spec, *a: ffcv.make_loaders(
+        ffcv.FfcvOptions(workers=2), replace(spec, data=beton_of(spec.data)), *a
+    ),
+    "quasi-random": lambda spec, *a: ffcv.make_loaders(
+        ffcv.FfcvOptions(workers=2, order="quasi-random", os_cache=False),
+        replace(spec, data=beton_of(spec.data)),
+        *a,
+    ),
     "synthetic": lambda spec, *a: synthetic.make_loaders(
         synthetic.SyntheticOptions(train_images=23, val_images=17, classes=3), spec, *a
     ),
 }
-READERS = [name for name in BACKENDS if name != "synthetic"]
+FFCV = ("ffcv", "quasi-random")
+NAMES = [pytest.param(n, marks=needs_ffcv) if n in FFCV else n for n in BACKENDS]
+READERS = NAMES[:-1]
 
 
 @pytest.fixture
@@ -35,7 +46,7 @@ def spec(photos: Path) -> LoaderSpec:
     return LoaderSpec(photos, SIZES, batch_size=4, device=torch.device("cpu"))
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=NAMES)
 def make(request: pytest.FixtureRequest) -> Any:
     """The backend's factory; what it makes is closed after the test."""
     made: list[Loaders] = []
@@ -190,7 +201,9 @@ def test_a_loader_continues_where_its_state_was_taken(make, spec):
     )
 
 
-@pytest.mark.parametrize(("field", "value"), [("seed", 5), ("samples", 99)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("seed", 5), ("samples", 99), ("order", "alphabetical")]
+)
 def test_a_state_of_other_data_is_refused(make, spec, field, value):
     train = make(spec).train
     with pytest.raises(UsageError, match=f"{field} {value}"):
