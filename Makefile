@@ -1,14 +1,18 @@
-# The two commands of the README: `make demo` and `make test`. Both install what is missing first.
+# The commands of the README: `make demo`, `make demo-ffcv` and `make test`. All install what is missing.
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 DEMO_RUN := demo/run-$(shell date +%Y%m%d-%H%M%S)
+DEMO_OPTIONS := --arch parallel_resnet18 --sizes 64 56 48 40 32 --epochs 5 --batch-size 25 --lr 0.004 \
+	--warmup 1 --workers 2 --log-interval 10 --wandb offline --output $(DEMO_RUN)
 
-.PHONY: demo test test-slow lint install
+.PHONY: demo demo-ffcv test test-slow lint install
 
 demo: install demo/data
-	$(PYTHON) train_dali.py --data demo/data --arch parallel_resnet18 --sizes 64 56 48 40 32 \
-		--epochs 5 --batch-size 25 --lr 0.004 --warmup 1 --workers 2 --log-interval 10 \
-		--wandb offline --output $(DEMO_RUN)
+	$(PYTHON) train_dali.py --data demo/data $(DEMO_OPTIONS)
+
+demo-ffcv: install demo/data
+	$(PYTHON) -m pipelines.beton --data demo/data --output demo/beton
+	$(PYTHON) train_ffcv.py --data demo/beton $(DEMO_OPTIONS)
 
 demo/data: | install
 	$(PYTHON) -m pipelines.demo --output $@

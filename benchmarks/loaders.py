@@ -1,31 +1,46 @@
-"""Images/s of the reference loader and of DALI on one folder, alternating in one run.
+"""Images/s of the loaders on the same photos, alternating in one run.
 
     python -m benchmarks.loaders --data /imagenet --workers 2
+    python -m benchmarks.loaders --data /imagenet --workers 2 --beton /imagenet_beton /imagenet_400
 
-The two read the same samples with the same crops. The figure to trust is the ratio: both are measured
-on the same machine within seconds of each other. Prints one JSON object.
+All read the same samples with the same crops, and give finished batches. For each folder of .beton files
+there is also the same decoding without any resize, and what a GPU's host has to do: the resized bytes,
+which the GPU normalises. The figures to trust are the ratios: all are measured on the same machine within
+seconds of each other. Prints one JSON object.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
+from numba import njit
 
-from pipelines import dali, reference
-from pipelines.batch import Loader, LoaderSpec
+from pipelines import dali, ffcv, reference
+from pipelines.batch import Loader, Loaders, LoaderSpec
+from pipelines.beton_file import Samples, open_beton
+from pipelines.ffcv_decode import FINE, decode, training_views
+from pipelines.sampling import Indices, draw
+from pipelines.turbojpeg import JpegDecoder
 
 
 @dataclass(frozen=True)
 class Options:
     data: Path
     """Folder with train/ and val/."""
+
+    beton: tuple[Path, ...] = ()
+    """Folders with train.beton and val.beton, made of the same images."""
 
     sizes: tuple[int, ...] = (224, 192, 160, 128, 96)
     """Output sizes."""
@@ -34,7 +49,7 @@ class Options:
     """Images a batch."""
 
     workers: int = 2
-    """The reference's processes, DALI's threads."""
+    """The reference's processes, DALI's and FFCV's threads."""
 
     rounds: int = 5
     """Epochs of each; the first is not counted."""
@@ -50,32 +65,94 @@ def images_per_s(loader: Loader, epoch: int) -> float:
     return images / (time.perf_counter() - start)
 
 
+class HostOnly:
+    """What the CPU does of FFCV's work: decoding alone, or all that a GPU leaves to it."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        self._beton = open_beton(folder / "train.beton")
+        self._options = options
+        self._decoders = [JpegDecoder() for _ in range(options.workers)]
+
+    def images_per_s(self, work: Callable[[int, int, Indices], None]) -> float:
+        """Over the training samples, an equal share a thread."""
+        count, workers = len(self._beton), self._options.workers
+        with self._beton.path.open("rb", buffering=0) as file, ThreadPoolExecutor(workers) as pool:
+
+            def run(worker: int) -> None:
+                decoder = self._decoders[worker].handle
+                for first in range(32 * worker, count, 32 * workers):
+                    indices = np.arange(first, min(first + 32, count))
+                    work(file.fileno(), decoder, indices)
+
+            start = time.perf_counter()
+            list(pool.map(run, range(workers)))
+            return count / (time.perf_counter() - start)
+
+    def decode(self, file: int, decoder: int, indices: Indices) -> None:
+        decode_all(file, decoder, self._beton.samples.take(indices))
+
+    def resize(self, file: int, decoder: int, indices: Indices) -> None:
+        sizes, count = self._options.sizes, len(indices)
+        outs = tuple(np.empty((count, s, 3 * s), np.uint8) for s in sizes)
+        status = np.empty(count, np.uint8)
+        draws = draw(0, 0, indices, len(sizes), "independent")
+        samples = self._beton.samples.take(indices)
+        training_views(file, decoder, samples, draws, 0, count, None, outs, status)
+        assert not status.any()
+
+
+@njit(nogil=True)
+def decode_all(file: int, decoder: int, samples: Samples) -> None:
+    for i in range(len(samples.pointer)):
+        status, _ = decode(file, decoder, samples, i)
+        assert status == FINE
+
+
 def main(o: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = LoaderSpec(o.data, o.sizes, o.batch_size, device)
-    sources = {
+    sources: dict[str, Loaders] = {
         "reference": reference.make_loaders(reference.ReferenceOptions(o.workers), spec),
         "dali": dali.make_loaders(dali.DaliOptions(o.workers), spec),
     }
+    hosts: dict[str, HostOnly] = {}
+    for folder in o.beton:
+        options = ffcv.FfcvOptions(o.workers)
+        name = f"ffcv {folder.name}"
+        sources[name] = ffcv.make_loaders(options, dataclasses.replace(spec, data=folder))
+        hosts[name] = HostOnly(folder, o)
     speeds: dict[str, list[float]] = {}
+
+    def note(epoch: int, name: str, speed: float) -> None:
+        if epoch > 0:
+            speeds.setdefault(name, []).append(speed)
+
     for epoch in range(o.rounds):
         for name, loaders in sources.items():
             for split in ("train", "val"):
-                speed = images_per_s(getattr(loaders, split), epoch)
-                if epoch > 0:
-                    speeds.setdefault(f"{name} {split}", []).append(speed)
+                note(epoch, f"{name} {split}", images_per_s(getattr(loaders, split), epoch))
+            if name in hosts:
+                host = hosts[name]
+                note(epoch, f"{name} host only", host.images_per_s(host.resize))
+                note(epoch, f"{name} decode only", host.images_per_s(host.decode))
     medians = {name: round(statistics.median(s), 1) for name, s in speeds.items()}
-    ratios = {
-        split: round(medians[f"dali {split}"] / medians[f"reference {split}"], 2)
-        for split in ("train", "val")
-    }
-    spread = {name: [round(min(s), 1), round(max(s), 1)] for name, s in speeds.items()}
     print(
         json.dumps(
             {
                 "images_per_s": medians,
-                "from_to": spread,
-                "dali_over_reference": ratios,
+                "from_to": {n: [round(min(s), 1), round(max(s), 1)] for n, s in speeds.items()},
+                "over_reference": {
+                    name: round(speed / medians[f"reference {split}"], 2)
+                    for name, speed in medians.items()
+                    if (split := name.split()[-1]) in ("train", "val")
+                },
+                "of_decode_only": {
+                    name: {
+                        what: round(medians[f"{name} {what}"] / medians[f"{name} decode only"], 2)
+                        for what in ("train", "host only")
+                    }
+                    for name in hosts
+                },
                 "device": str(device),
                 "cpus": len(os.sched_getaffinity(0)),
                 "sizes": o.sizes,

@@ -23,7 +23,7 @@ import numpy as np
 from pipelines import sidecar
 from pipelines.beton import ConvertOptions
 from pipelines.beton_encode import Encoded, Encoder, Settings
-from pipelines.beton_file import BetonWriter, open_beton
+from pipelines.beton_file import PAGE_SIZE, BetonWriter, open_beton
 from pipelines.beton_verify import reasons, stored_bytes
 from pipelines.errors import DataError, UsageError
 from pipelines.folder import ImageFolder, scan, scan_train_val
@@ -131,7 +131,8 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
             if isinstance(encoded, Encoded):
                 before += os.stat(source.path(index)).st_size  # noqa: PTH116
                 after += encoded.stored.data.size
-        size = source.bytes * after / max(before, 1)
+        # A page is for the tables; pages are not filled to their ends.
+        size = PAGE_SIZE + 1.05 * source.bytes * after / max(before, 1)
         print(f"{source.split}: {len(source.chosen)} images of {readable(source.bytes)}, "
               f"about {readable(size)} to write")  # fmt: skip
         total += size

@@ -47,7 +47,7 @@ def training_views(
     (N, s, 3 * s). status: (N,), FINE where they were filled.
     """
     for i in range(first, last):
-        status[i], pixels = _decode(file, decoder, samples, i)
+        status[i], pixels = decode(file, decoder, samples, i)
         if status[i] == FINE:
             box = _random_resized_crop(samples.height[i], samples.width[i], draws, i)
             for k in range(len(outs)):
@@ -69,7 +69,7 @@ def eval_views(
 ) -> None:
     """As `training_views`, but each size is the centre of the image at the evaluation's scale."""
     for i in range(first, last):
-        status[i], pixels = _decode(file, decoder, samples, i)
+        status[i], pixels = decode(file, decoder, samples, i)
         if status[i] == FINE:
             height, width = samples.height[i], samples.width[i]
             box = Rectangle(0, 0, height, width)
@@ -79,7 +79,7 @@ def eval_views(
 
 
 @njit(nogil=True)
-def _decode(file: int, decoder: int, samples: Samples, i: int) -> Any:
+def decode(file: int, decoder: int, samples: Samples, i: int) -> Any:
     """The status and, if it is FINE, the pixels as (height, 3 * width)."""
     height, width = samples.height[i], samples.width[i]
     pixels = np.empty((height, 3 * width), np.uint8)

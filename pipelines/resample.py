@@ -2,8 +2,8 @@
 
 A triangle filter as wide as the reduction, separable, in integers: weights of 8 bits, sums of 16. Vertically,
 vector instructions add sixteen pixels at a time. Horizontally, four rows share one 64-bit integer, so that
-one multiplication does a tap of four pixels. Measured on one core, five sizes of a 320 x 290 crop: 0.5 ms;
-PyTorch's uint8 kernel 0.6 to 0.8, PIL 3.6, OpenCV's INTER_AREA (a box filter) 3.0.
+one multiplication does a tap of four pixels. Measured on one core, five sizes of a 320 x 290 crop: 0.34 ms;
+PyTorch's uint8 kernel 0.57, PIL 3.6, OpenCV's INTER_AREA (a box filter) 3.0.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Bytes = NDArray[np.uint8]
 Table = NDArray[Any] | None
 
 _BITS = 8
-_ONE, _TWO, _THREE = (
-    np.uint64(1),
-    np.uint64(2),
-    np.uint64(3),
-)  # unsigned indices need no check for < 0
 _ROWS = 4  # that share one integer
+# Of the types that they are used with: else the compiler checks for negative indices, or finds no vector
+# instructions (then _pack takes three times as long).
+_ONE, _TWO, _THREE = np.uint64(1), np.uint64(2), np.uint64(3)
+_BYTE = np.uint16(_BITS)
+_LANES = tuple(np.uint64(16 * row) for row in range(_ROWS))
 _HALF = np.uint16(1 << (_BITS - 1))
 _HALVES = np.uint64(sum(int(_HALF) << (16 * row) for row in range(_ROWS)))
 
@@ -115,13 +115,13 @@ def _add_rows(
 @njit(nogil=True, cache=True)
 def _pack(sums: NDArray[np.uint16], packed: NDArray[np.uint64]) -> None:
     """Four rows into one: the rounded bytes of a column share an integer, 16 bits each."""
-    a, b, c, d = sums
+    a, b, c, d = sums[0], sums[1], sums[2], sums[3]
     for j in range(len(packed)):
         packed[j] = (
-            np.uint64(a[j] >> 8)
-            | (np.uint64(b[j] >> 8) << 16)
-            | (np.uint64(c[j] >> 8) << 32)
-            | (np.uint64(d[j] >> 8) << 48)
+            np.uint64(a[j] >> _BYTE)
+            | (np.uint64(b[j] >> _BYTE) << _LANES[1])
+            | (np.uint64(c[j] >> _BYTE) << _LANES[2])
+            | (np.uint64(d[j] >> _BYTE) << _LANES[3])
         )
 
 

@@ -41,7 +41,7 @@ class TrainConfig:
     """Train one network for several input resolutions."""
 
     data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
-    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE; of train_ffcv.py, with train.beton and val.beton."""
 
     arch: Annotated[str | None, arg(aliases=("-a",), metavar="NAME")] = None
     """parallel_<torchvision name> or parallel_timm/<timm name>. Unset: parallel_resnet50."""

@@ -1,0 +1,56 @@
+"""Top-1 of one checkpoint on one validation set, read by each of the three pipelines.
+
+    python -m benchmarks.same_checkpoint --checkpoint best.pt --data /imagenet --beton /imagenet_beton
+
+Prints one JSON object: for each size the three accuracies, and the largest difference of all.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pipelines import dali, ffcv, reference
+from rsnet.config import TrainConfig
+from rsnet.run import run
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Path
+    """A checkpoint of a run."""
+
+    data: Path
+    """Folder with val/."""
+
+    beton: Path
+    """Folder with val.beton, made of the same images."""
+
+    batch_size: int = 128
+    """Images a batch."""
+
+    workers: int = 2
+    """The reference's processes, DALI's and FFCV's threads."""
+
+
+def main(o: Options) -> None:
+    backends: dict[str, tuple[Any, Any, Path]] = {
+        "reference": (reference.ReferenceOptions(o.workers), reference.make_loaders, o.data),
+        "dali": (dali.DaliOptions(o.workers), dali.make_loaders, o.data),
+        "ffcv": (ffcv.FfcvOptions(o.workers), ffcv.make_loaders, o.beton),
+    }
+    top1: dict[str, dict[str, float]] = {}
+    for name, (options, make_loaders, data) in backends.items():
+        config = TrainConfig(data, evaluate=True, resume=str(o.checkpoint), batch_size=o.batch_size)
+        for size, scores in run(name, config, options, make_loaders).items():
+            top1.setdefault(str(size), {})[name] = round(scores["top1"], 2)
+    differences = [max(row.values()) - min(row.values()) for row in top1.values()]
+    print(json.dumps({"top1": top1, "largest_difference": round(max(differences), 2)}, indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
