@@ -8,64 +8,98 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.dali import DaliOptions, make_loaders
+from pipelines import beton, dali, ffcv
+from pipelines.beton import ConvertOptions
+from pipelines.cli import command as run_command
+from pipelines.cli import parse_options
 from rsnet.cli import parse
 from rsnet.models.zoo import list_archs
 from rsnet.run import main
+from tests.conftest import needs_ffcv
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
 ]
-TRAINING = [c for c in COMMANDS if "train_dali.py" in c]
+SCRIPTS = {
+    "train_dali.py": (dali.DaliOptions, dali.make_loaders),
+    "train_ffcv.py": (ffcv.FfcvOptions, ffcv.make_loaders),
+}
+TRAINING = [c for c in COMMANDS if any(script in c for script in SCRIPTS)]
+CONVERTING = [c for c in COMMANDS if "pipelines.beton" in c]
 
 
-def test_every_command_is_a_make_target_or_a_training_command():
+def _script(command: str) -> tuple[str, list[str]]:
+    """The training script of a command, and its arguments."""
+    words = shlex.split(command)
+    (at,) = (i for i, word in enumerate(words) if word in SCRIPTS)
+    return words[at], words[at + 1 :]
+
+
+def test_every_command_is_a_make_target_or_a_training_or_converting_command():
     makefile = (ROOT / "Makefile").read_text()
     for command in COMMANDS:
         if command.startswith("make "):
             assert f"\n{command.split()[1]}: " in makefile
         else:
-            assert command in TRAINING
+            assert command in TRAINING + CONVERTING
 
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_a_training_command_is_understood(command):
-    words = shlex.split(command)
-    config, _ = parse(DaliOptions, words[words.index("train_dali.py") + 1 :])
+    script, arguments = _script(command)
+    config, _ = parse(SCRIPTS[script][0], arguments)
     if config.arch is not None:
         assert config.arch in list_archs()
 
 
+@pytest.mark.parametrize("command", CONVERTING)
+def test_a_converting_command_is_understood(command):
+    parse_options(ConvertOptions, [ConvertOptions], shlex.split(command)[3:])
+
+
+@needs_ffcv
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """In the order of the README, on a small folder with small sizes, without torchrun."""
     monkeypatch.chdir(tmp_path)
     small = ["--epochs", "1", "--batch-size", "4", "--workers", "1", "--wandb", "disabled"]
-    for command in TRAINING:
-        words = shlex.split(command.replace("/imagenet", str(photos)))
-        if words[0] != "python":
-            continue
-        sizes = [] if "--sizes" in words else ["--sizes", "160", "32"]
-        monkeypatch.setattr("sys.argv", [*words[1:], *sizes, *small])
-        assert main("train_dali.py", DaliOptions, make_loaders) == 0
+    for number, command in enumerate(COMMANDS):
+        here = command.replace("/imagenet_", f"{tmp_path}/").replace("/imagenet", str(photos))
+        if command in CONVERTING:
+            assert run_command("x", ConvertOptions, beton.main, shlex.split(here)[3:]) == 0
+        elif command in TRAINING and command.startswith("python"):
+            script, arguments = _script(here)
+            if "--sizes" not in arguments:
+                arguments += ["--sizes", "160", "32"]
+            if script == "train_ffcv.py":
+                arguments += ["--output", str(number)]
+            monkeypatch.setattr("sys.argv", [script, *arguments, *small])
+            assert main(script, *SCRIPTS[script]) == 0
     assert "     160" in capsys.readouterr().out
 
 
-def test_the_demos_command_in_the_makefile_is_understood():
+def test_the_demos_commands_in_the_makefile_are_understood():
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    (line,) = (row for row in makefile.splitlines() if "train_dali.py" in row)
-    words = shlex.split(line.replace("$(DEMO_RUN)", "demo/run"))
-    parse(DaliOptions, words[words.index("train_dali.py") + 1 :])
+    options = re.search(r"DEMO_OPTIONS := (.*)", makefile).group(1).replace("$(DEMO_RUN)", "x")
+    lines = [row for row in makefile.splitlines() if "$(DEMO_OPTIONS)" in row]
+    assert len(lines) == 2
+    for line in lines:
+        script, arguments = _script(line.replace("$(DEMO_OPTIONS)", options))
+        parse(SCRIPTS[script][0], arguments)
+    (line,) = (row for row in makefile.splitlines() if "-m pipelines.beton" in row)
+    parse_options(ConvertOptions, [ConvertOptions], shlex.split(line)[3:])
 
 
 def test_the_options_in_the_table_exist(capsys):
     rows = [row for row in README.splitlines() if row.startswith("| `-")]
     flags = {f for row in rows for f in re.findall(r"`(--?[a-z-]+)`", row.split("|")[1])}
     assert len(flags) > 25
-    with pytest.raises(SystemExit):
-        parse(DaliOptions, ["--help"])
-    listed = set(re.findall(r"--?[a-z-]+", capsys.readouterr().out))
+    listed: set[str] = set()
+    for options_type, _ in SCRIPTS.values():
+        with pytest.raises(SystemExit):
+            parse(options_type, ["--help"])
+        listed |= set(re.findall(r"--?[a-z-]+", capsys.readouterr().out))
     assert flags <= listed
 
 
