@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -309,21 +311,34 @@ def test_trust_leaves_the_check_out(beton):
     assert _loaders(beton, trust=True).classes == ["0", "1", "2"]
 
 
+_FFCVS_WRITER = """
+import os, sys
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+from torchvision.datasets import ImageFolder
+
+source, target = sys.argv[1:]
+for split in ("train", "val"):
+    image = RGBImageField(write_mode="jpg", jpeg_quality=100)
+    writer = DatasetWriter(f"{target}/{split}.beton", {"image": image, "label": IntField()}, num_workers=1)
+    writer.from_indexed_dataset(ImageFolder(f"{source}/{split}"), chunksize=50)
+os._exit(0)
+"""
+
+
 def test_a_file_by_ffcvs_own_writer_is_read(photos, tmp_path):
     """What users have from elsewhere; FFCV encodes it anew, hence the tolerance."""
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-    from torchvision.datasets import ImageFolder
-
-    fields = {
-        "image": RGBImageField(write_mode="jpg", jpeg_quality=100),
-        "label": IntField(),
-    }
-    (tmp_path / "b").mkdir()
-    for split in ("train", "val"):
-        writer = DatasetWriter(str(tmp_path / "b" / f"{split}.beton"), fields, num_workers=1)
-        writer.from_indexed_dataset(ImageFolder(str(photos / split)), chunksize=50)
-    loaders = _loaders(tmp_path / "b")
+    # In a process group that is ended: FFCV's workers, which are forked, may wait for ever at their exit.
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FFCVS_WRITER, photos, tmp_path],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.wait(timeout=120) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    loaders = _loaders(tmp_path)
     assert loaders.classes == ["0", "1", "2"]
     assert (differences(loaders, _spec(photos), "val") < 3).all()
 
