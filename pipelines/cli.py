@@ -49,13 +49,21 @@ def command(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a command line; returns the exit code. A user's mistake is one line on stderr."""
+    return exit_code(name, lambda: run(parse_options(options_type, [options_type], argv)))
+
+
+def exit_code(name: str, action: Callable[[], int], advice: str = "") -> int:
+    """What `action` returns, or, after one line on stderr, the code of the error that ended it.
+
+    `advice` follows the line that says that the action was interrupted.
+    """
     try:
-        return run(parse_options(options_type, [options_type], argv))
+        return action()
     except (UsageError, DataError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +9,8 @@ from typing import TypeVar
 import torch
 
 from pipelines.batch import Loaders, LoaderSpec
-from pipelines.errors import DataError, UsageError
+from pipelines.cli import exit_code
+from pipelines.errors import UsageError
 from rsnet import checkpoint, distributed, report
 from rsnet.cli import as_command, parse
 from rsnet.config import DEFAULT_ARCH, ResolvedConfig, TrainConfig, output_of, resolve
@@ -23,23 +23,19 @@ from rsnet.session import AMP_DTYPES, TrainingRun, cost_of, shown_evaluation
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
 
-EXIT_INTERRUPTED = 130
-
 
 def main(script: str, options_type: type[Options], make_loaders: MakeLoaders[Options]) -> int:
     """Run `script`'s command line; returns the exit code. A user's mistake is one line on stderr."""
-    try:
+
+    def action() -> int:
         config, options = parse(options_type)
         run(script, config, options, make_loaders)
-    except (UsageError, DataError) as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted; --resume auto goes on after the last epoch", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 0
+
+    try:
+        return exit_code(script, action, "; --resume auto goes on after the last epoch")
     finally:
         distributed.shutdown()
-    return 0
 
 
 def run(
