@@ -60,12 +60,23 @@ def read(beton: Path) -> Sidecar | None:
                 f"{path}: written by version {content['version']} of the converter, this is version "
                 f"{VERSION}; convert the data anew with python -m pipelines.beton"
             )
-        return Sidecar(**content)
+        found = Sidecar(**content)
+        _check_types(found)
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it to have {beton.name} "
             "checked sample by sample instead"
         ) from None
+
+
+def _check_types(sidecar: Sidecar) -> None:
+    for field in dataclasses.fields(sidecar):
+        kind = str(field.type).partition("[")[0]
+        if type(getattr(sidecar, field.name)).__name__ != kind:
+            raise TypeError(f"{field.name} is no {kind}")
+    if not all(isinstance(name, str) for name in sidecar.classes):
+        raise TypeError("classes are no strings")
 
 
 def check(sidecar: Sidecar, beton: Path, samples: int) -> None:

@@ -184,15 +184,29 @@ def test_fifty_broken_off_epochs_leak_neither_thread_nor_memory(tmp_path):
     train.close()
 
 
-def test_closing_the_iterator_cancels_what_was_started(beton):
-    train = _loaders(beton).train
-    batches = iter(train)
+def test_leaving_an_epoch_cancels_what_has_not_begun(beton, monkeypatch):
+    from pipelines import ffcv_decode
+
+    calls = []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        time.sleep(0.05)
+        arguments[-1][:] = ffcv_decode.FINE
+
+    monkeypatch.setattr(ffcv_decode, "training_views", slow)
+    batches = iter(_loaders(beton, prefetch=6).train)  # two threads, seven tasks
     next(batches)
     batches.close()
+    time.sleep(0.5)
+    assert len(calls) < 6
+
+
+def test_close_ends_the_threads(beton):
+    train = _loaders(beton).train
+    next(iter(train))
     train.close()
-    deadline = time.monotonic() + 10
-    while any(t.name.startswith("ffcv") for t in threading.enumerate()):
-        assert time.monotonic() < deadline
+    assert not any(t.name.startswith("ffcv") for t in threading.enumerate())
 
 
 def _missing_file(beton):
@@ -215,6 +229,16 @@ def _sidecar_without_a_field(beton):
     del content["classes"]
     (beton / "val.beton.json").write_text(json.dumps(content))
     return "val.beton.json is damaged .TypeError.*classes"
+
+
+def _wrong_types(beton):
+    _edit(beton / "val.beton.json", samples="17")
+    return "val.beton.json is damaged .TypeError: samples is no int"
+
+
+def _numbered_classes(beton):
+    _edit(beton / "val.beton.json", classes=[0, 1, 2])
+    return "val.beton.json is damaged .TypeError: classes are no strings"
 
 
 def _other_size(beton):
@@ -275,9 +299,9 @@ def _edit(path: Path, **fields) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        _missing_file, _another_version, _damaged_sidecar, _sidecar_without_a_field, _other_size,
-        _other_classes, _classes_in_another_order, _too_few_classes, _cut_off, _half_written,
-        _something_else, _empty, _zeroed_table,
+        _missing_file, _another_version, _damaged_sidecar, _sidecar_without_a_field, _wrong_types,
+        _numbered_classes, _other_size, _other_classes, _classes_in_another_order, _too_few_classes,
+        _cut_off, _half_written, _something_else, _empty, _zeroed_table,
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_before_training(beton, damage):
