@@ -31,7 +31,15 @@ _HALF = np.uint16(1 << (_BITS - 1))
 _HALVES = np.uint64(sum(int(_HALF) << (16 * row) for row in range(_ROWS)))
 
 
-@njit(nogil=True, cache=True)
+def _compiled(function: Any) -> Any:
+    """Compiled, once for all processes where there is a place to keep the code: 3 s a start otherwise."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the sources' folder nor the home can be written to
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def resize(
     image: Bytes, box: Rectangle, view: View, mirror: bool, table: Table, out: NDArray[Any]
 ) -> None:
@@ -68,7 +76,7 @@ def resize(
             _look_up(line, table, out[y : y + _ROWS])
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _taps(source: int, resized: int, first: int, outputs: int) -> Any:
     """What each of `outputs` pixels from `first` on is made of, when `source` pixels become `resized`.
 
@@ -98,7 +106,7 @@ def _taps(source: int, resized: int, first: int, outputs: int) -> Any:
     return starts, weights, counts
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_rows(
     band: Bytes, start: int, count: int, weights: NDArray[np.uint16], sums: NDArray[np.uint16]
 ) -> None:
@@ -112,7 +120,7 @@ def _add_rows(
             sums[j] = np.uint16(sums[j] + w_above * above[j] + w_below * below[j])
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _pack(sums: NDArray[np.uint16], packed: NDArray[np.uint64]) -> None:
     """Four rows into one: the rounded bytes of a column share an integer, 16 bits each."""
     a, b, c, d = sums[0], sums[1], sums[2], sums[3]
@@ -125,7 +133,7 @@ def _pack(sums: NDArray[np.uint16], packed: NDArray[np.uint64]) -> None:
         )
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_columns(
     packed: NDArray[np.uint64],
     starts: NDArray[np.uint64],
@@ -147,7 +155,7 @@ def _add_columns(
         j += _THREE
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _unpack(line: NDArray[np.uint64], out: Bytes) -> None:
     a, b, c, d = out
     for j in range(len(line)):
@@ -160,7 +168,7 @@ def _unpack(line: NDArray[np.uint64], out: Bytes) -> None:
         d[j] = np.uint8(line[j] >> 56)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _look_up(line: NDArray[np.uint64], table: NDArray[Any], out: NDArray[Any]) -> None:
     for row in range(_ROWS):
         shift, values = np.uint64(16 * row + 8), out[row]

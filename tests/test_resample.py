@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -88,3 +92,17 @@ def test_a_table_replaces_each_channels_bytes(photo, dtype):
     resample.resize(pixels.reshape(200, -1), box, view, False, table, out)
     expected = _resized(photo, box, view, 32).astype(int) + np.array([0, 256, 512])
     np.testing.assert_array_equal(out.reshape(32, 32, 3), expected)
+
+
+def test_without_a_place_for_a_cache_it_still_compiles():
+    code = (
+        "from numba.core import caching; "
+        "caching.CompileResultCacheImpl._locator_classes = []; "
+        "from pipelines import resample; "
+        "resample._taps(8, 4, 0, 4)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
