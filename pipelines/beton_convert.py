@@ -129,7 +129,7 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
         before, after = 0, 0
         for index, encoded in zip(probes, _encode(source, probes, encoder, workers), strict=True):
             if isinstance(encoded, Encoded):
-                before += os.stat(source.path(index)).st_size  # noqa: PTH116
+                before += sidecar.size_of(source.path(index))
                 after += encoded.stored.data.size
         # A page is for the tables; pages are not filled to their ends.
         size = PAGE_SIZE + 1.05 * source.bytes * after / max(before, 1)

@@ -93,10 +93,18 @@ def fingerprint(root: Path, paths: Sequence[str]) -> tuple[str, int]:
     """SHA-256 of the names below `root` and sizes of the files, and the sum of the sizes."""
     digest, total = hashlib.sha256(), 0
     for path in paths:
-        size = os.stat(path).st_size  # noqa: PTH116 - pathlib is slow on a million files
+        size = size_of(path)
         digest.update(f"{os.path.relpath(path, root)}\0{size}\n".encode(errors="surrogateescape"))
         total += size
     return digest.hexdigest(), total
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file; 0 if it cannot be found, as a dangling link: its reader will say so."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - pathlib is slow on a million files
+    except OSError:
+        return 0
 
 
 def sha256(path: Path) -> str:

@@ -217,6 +217,16 @@ def test_broken_images_can_be_left_out(broken, tmp_path, convert):
     assert [label for *_, label in _samples(tmp_path / "b" / "train.beton")] == [0] * 4 + [1] * 3
 
 
+def test_a_dangling_link_is_a_broken_image(tmp_path, convert):
+    folder = write_folder(tmp_path / "a" / "val", {"ant": 3})
+    (folder / "ant" / "link.JPEG").symlink_to(tmp_path / "nowhere")
+    arguments = ["--data", tmp_path / "a", "--output", tmp_path / "b", "--splits", "val"]
+    code, _, err = convert(*arguments)
+    assert code == 1
+    assert f"broken image {folder}/ant/link.JPEG: No such file or directory" in err
+    assert convert(*arguments, "--skip-bad")[0] == 0
+
+
 def test_nothing_but_broken_images_is_an_error(tmp_path, convert):
     folder = write_folder(tmp_path / "a" / "val", {"ant": 2})
     for path in folder.rglob("*.JPEG"):

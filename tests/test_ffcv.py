@@ -180,7 +180,9 @@ def test_fifty_broken_off_epochs_leak_neither_thread_nor_memory(tmp_path):
     for epoch in range(50):
         break_off(epoch)
     assert threading.active_count() == threads
-    assert _resident_mb() - memory < 50  # each epoch starts four batches: 1,650 MB if they leaked
+    # Each epoch starts four batches: 1,650 MB if they leaked, 400 MB if one of them did. What threads
+    # still hold, and what malloc keeps, was up to 60 MB on a busy machine.
+    assert _resident_mb() - memory < 250
     train.close()
 
 
