@@ -64,12 +64,16 @@ def convert(options: ConvertOptions, data: Path, output: Path) -> None:
         options.jpeg_quality,
         options.compress_probability,
     )
+    sources = _sources(options, data)  # before anything is made
+    for split in ("train", "val"):
+        if output.resolve().is_relative_to((data / split).resolve()):
+            raise UsageError(f"--output: {output} lies among the images of {data / split}")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     with _alone(output):
-        sources = [s for s in _sources(options, data) if not _is_there(output, s, settings)]
+        sources = [source for source in sources if not _is_there(output, source, settings)]
         encoder = Encoder(settings)
         _check_space(output, sources, encoder, options.workers)
         for source in sources:
@@ -109,7 +113,7 @@ def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
     if (
         found is None
         or found.settings != dataclasses.asdict(settings)
-        or found.source["fingerprint"] != source.fingerprint
+        or found.source.get("fingerprint") != source.fingerprint
         or found.classes != source.folder.classes
     ):
         raise UsageError(
@@ -117,7 +121,9 @@ def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
             "remove it, or give another folder"
         )
     sidecar.check(found, path, len(open_beton(path)))
-    print(f"{path}: is there already, from the same images with the same options")
+    print(
+        f"{path}: is there already, with the same options, from images of the same names and sizes"
+    )
     return True
 
 
@@ -168,16 +174,27 @@ def _convert(
         # In this order: a .beton never stands without its sidecar.
         sidecar.write(sidecar.path_of(final), content)
         partial.rename(final)
+        _sync(output)
     except OSError as error:
-        raise DataError(f"cannot write {partial}: {error.strerror or error}") from None
+        raise DataError(
+            f"cannot write {error.filename or partial}: {error.strerror or error}"
+        ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     speed = content.samples / (time.perf_counter() - started)
     kinds = ", ".join(f"{count} {how}" for how, count in sorted(stored.items()))
     print(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
           f"{readable(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
     if skipped:
         print(f"{final}: {len(skipped)} broken images were left out; its sidecar lists them")
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _write(

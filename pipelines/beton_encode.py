@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +17,8 @@ from pipelines.beton_file import JPG, RAW, Stored
 from pipelines.errors import DataError
 from pipelines.sampling import uniforms
 from pipelines.turbojpeg import Bytes, JpegDecoder
+
+MAX_SIDE = 65500  # libjpeg's limit; FFCV's table has 16 bits for it
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,16 @@ class Encoder:
             return self._encode(jpeg, pixels, index)
         except DataError as error:
             return error
+        except MemoryError:
+            return DataError("it does not fit into the memory")
 
     def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
         """(its bytes, if the loader's decoder takes them without complaint; its pixels)."""
         if not hasattr(self._local, "decoder"):
             self._local.decoder = JpegDecoder()
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would wait for ever
+                raise DataError("it is no regular file")
             data = np.fromfile(path, np.uint8)
             if data.size == 0:
                 raise DataError("the file is empty")
@@ -70,6 +78,8 @@ class Encoder:
         if settings.max_resolution is not None and longest > settings.max_resolution:
             jpeg, pixels = None, _shrunk(pixels, settings.max_resolution)
             height, width = pixels.shape[:2]
+        if max(height, width) > MAX_SIDE:
+            raise DataError(f"{height} x {width} pixels are too many a side; use --max-resolution")
         if settings.write_mode == "raw" or (
             settings.write_mode == "proportion"
             and uniforms(0, 0, np.array([index]), 1)[0, 0] >= settings.compress_probability

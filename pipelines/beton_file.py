@@ -34,6 +34,7 @@ RAW, JPG = int(IMAGE_MODES["raw"]), int(IMAGE_MODES["jpg"])
 FIELDS = {"image": RGBImageField(), "label": IntField()}
 # FFCV's own choice. It reads whole pages, so a sample never crosses a page; pages grow for a larger sample.
 PAGE_SIZE = 1 << 23
+MAX_CLASSES = 1 << 20
 
 
 class Samples(NamedTuple):
@@ -71,7 +72,7 @@ def open_beton(path: Path) -> Beton:
     Raises UsageError if there is no such file, DataError if it is not whole or of another kind.
     """
     if not path.is_file():
-        raise UsageError(f"--data: there is no file {path}")
+        raise UsageError(f"there is no file {path}; python -m pipelines.beton makes it")
     _check_header(path)
     try:
         reader = Reader(str(path))
@@ -80,7 +81,8 @@ def open_beton(path: Path) -> Beton:
         raise _broken(path, f"its header is damaged ({error!r})") from None
     if kinds != {name: type(field) for name, field in FIELDS.items()}:
         raise _broken(path, f"its fields are {', '.join(kinds)} instead of an image and a label")
-    image, labels = (reader.metadata[name] for name in reader.metadata.dtype.names)
+    columns = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))
+    image, labels = (reader.metadata[columns[name]] for name in FIELDS)
     samples = Samples(
         image["data_ptr"].copy(),
         _sizes(path, image["data_ptr"], reader.alloc_table),
@@ -91,7 +93,7 @@ def open_beton(path: Path) -> Beton:
     raw = samples.mode == RAW
     wrong = raw & (samples.size != (3 * samples.height * samples.width).astype(np.uint64))
     wrong |= (samples.mode != RAW) & (samples.mode != JPG)
-    wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0)
+    wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():
         raise _broken(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
     return Beton(path, samples, labels.astype(np.int64), int(reader.page_size))

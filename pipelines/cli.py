@@ -17,7 +17,7 @@ from pipelines.errors import DataError, UsageError
 
 Options = TypeVar("Options")
 
-EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 def parse_options(
@@ -57,11 +57,16 @@ def exit_code(name: str, action: Callable[[], int], advice: str = "") -> int:
 
     `advice` follows the line that says that the action was interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return action()
     except (UsageError, DataError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a disk or folder that does not let us; the message names the path
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"{name}: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -25,6 +25,7 @@ FINE, CUT_OFF, UNDECODABLE = 0, 1, 2
 
 _read = njit(nogil=True)(read)
 _decompress = turbojpeg.decompress
+_read_header = turbojpeg.read_header
 _random_resized_crop = njit(nogil=True)(batch.random_resized_crop)
 _eval_view = njit(nogil=True)(batch.eval_view)
 
@@ -82,17 +83,20 @@ def eval_views(
 def decode(file: int, decoder: int, samples: Samples, i: int) -> Any:
     """The status and, if it is FINE, the pixels as (height, 3 * width)."""
     height, width = samples.height[i], samples.width[i]
-    pixels = np.empty((height, 3 * width), np.uint8)
-    stored = pixels.reshape(-1)
-    if samples.mode[i] != RAW:
-        stored = np.empty(samples.size[i], np.uint8)
+    stored = np.empty(samples.size[i], np.uint8)
     if _read(file, stored, samples.pointer[i]) != stored.size:
-        return CUT_OFF, pixels
-    if samples.mode[i] != RAW:
-        code = _decompress(
-            decoder, stored.ctypes.data, stored.size, pixels.ctypes.data,
-            width, 0, height, RGB, ACCURATE_DCT,
-        )  # fmt: skip
-        if code != 0:
-            return UNDECODABLE, pixels
-    return FINE, pixels
+        return CUT_OFF, stored.reshape(1, -1)
+    if samples.mode[i] == RAW:
+        return FINE, stored.reshape(height, 3 * width)
+    # The decoder takes any size that fits, and leaves what is around it as it was.
+    header = np.empty(4, np.int32)
+    at = header.ctypes.data
+    code = _read_header(decoder, stored.ctypes.data, stored.size, at, at + 4, at + 8, at + 12)
+    if code != 0 or header[0] != width or header[1] != height:
+        return UNDECODABLE, stored.reshape(1, -1)
+    pixels = np.empty((height, 3 * width), np.uint8)
+    code = _decompress(
+        decoder, stored.ctypes.data, stored.size, pixels.ctypes.data,
+        width, 0, height, RGB, ACCURATE_DCT,
+    )  # fmt: skip
+    return (FINE if code == 0 else UNDECODABLE), pixels

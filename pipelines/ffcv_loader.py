@@ -56,15 +56,18 @@ class FfcvLoader(ScheduledLoader):
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._workers is None:
             self._workers = _Workers(self._options.workers, self._beton.path)
+        workers = self._workers
         batches = list(self.schedule.batches(epoch, first_step))
-        pages = _PageAdvice(self._options, self._workers, self._beton, batches)
+        pages = _PageAdvice(self._options, workers, self._beton, batches)
         ahead = self._options.prefetch
         started: deque[_Started] = deque()
         try:
             for step in range(len(batches) + ahead):
+                if self._workers is not workers:
+                    raise RuntimeError("the loader was closed while it was read")
                 if step < len(batches):
                     pages.before(step)
-                    started.append(self._start(self._workers, epoch, batches[step]))
+                    started.append(self._start(workers, epoch, batches[step]))
                 if step >= ahead:
                     batch = self._finish(started.popleft())
                     pages.after(step - ahead)
@@ -173,14 +176,17 @@ class _Workers:
 
     def __init__(self, threads: int, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
-        self._decoders = deque(JpegDecoder() for _ in range(threads))
+        self._decoders: deque[JpegDecoder] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
 
     def submit(self, views: Views, *arguments: Any) -> Future[None]:
         return self._pool.submit(self._run, views, arguments)
 
     def _run(self, views: Views, arguments: tuple[Any, ...]) -> None:
-        decoder = self._decoders.pop()
+        try:
+            decoder = self._decoders.pop()
+        except IndexError:  # as many tasks run as decoders were made so far
+            decoder = JpegDecoder()
         try:
             views(self._file.fileno(), decoder.handle, *arguments)
         finally:

@@ -22,8 +22,8 @@ class Progress:
         self._bar: RichProgress | None = None
         if console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[info]}"), console=console, transient=True,
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}", markup=False), console=console, transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=total, info="")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -44,8 +45,16 @@ def path_of(beton: Path) -> Path:
 def write(path: Path, sidecar: Sidecar) -> None:
     """All at once, or not at all."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(dataclasses.asdict(sidecar), indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(json.dumps(dataclasses.asdict(sidecar), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read(beton: Path) -> Sidecar | None:
@@ -63,7 +72,7 @@ def read(beton: Path) -> Sidecar | None:
         found = Sidecar(**content)
         _check_types(found)
         return found
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it to have {beton.name} "
             "checked sample by sample instead"

@@ -35,6 +35,7 @@ Bytes = NDArray[np.uint8]
 
 RGB = 0  # TJPF_RGB
 ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
+MAX_PIXELS = 2 * 1024**3 // 4 // 3  # PIL's limit, above which it takes a file for an attack
 
 _handle, _address, _int = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 
@@ -51,12 +52,13 @@ decompress = _function(
     "tjDecompress2", _int,
     _handle, _address, ctypes.c_ulong, _address, _int, _int, _int, _int, _int,
 )  # fmt: skip
+# (handle, jpeg, bytes, and where to put four ints: width, height, subsampling, color space) -> 0 or -1.
+read_header = _function(
+    "tjDecompressHeader3", _int,
+    _handle, _address, ctypes.c_ulong, _address, _address, _address, _address,
+)  # fmt: skip
 _open = _function("tjInitDecompress", _handle)
 _close = _function("tjDestroy", _int, _handle)
-_header = _function(
-    "tjDecompressHeader3", _int, _handle, _address, ctypes.c_ulong,
-    *[ctypes.POINTER(_int)] * 4,
-)  # fmt: skip
 _error = _function("tjGetErrorStr2", ctypes.c_char_p, _handle)
 
 
@@ -69,15 +71,16 @@ class JpegDecoder:
 
     def shape(self, jpeg: Bytes) -> tuple[int, int]:
         """(height, width) from the file's header."""
-        width, height, subsampling, colors = (_int() for _ in range(4))
-        self._check(
-            _header(self.handle, jpeg.ctypes.data, jpeg.size, width, height, subsampling, colors)
-        )
-        return height.value, width.value
+        numbers = np.empty(4, np.int32)
+        places = [numbers[i:].ctypes.data for i in range(4)]
+        self._check(read_header(self.handle, jpeg.ctypes.data, jpeg.size, *places))
+        return int(numbers[1]), int(numbers[0])
 
     def decode(self, jpeg: Bytes) -> Bytes:
         """(height, width, 3) of a whole, faultless JPEG; CMYK is not supported."""
         height, width = self.shape(jpeg)
+        if height * width > MAX_PIXELS:
+            raise DataError(f"its header says {height} x {width} pixels, which is too large")
         pixels = np.empty((height, width, 3), np.uint8)
         self._check(
             decompress(

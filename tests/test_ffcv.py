@@ -213,7 +213,7 @@ def test_close_ends_the_threads(beton):
 
 def _missing_file(beton):
     (beton / "val.beton").unlink()
-    return f"--data: there is no file {beton}/val.beton"
+    return f"there is no file {beton}/val.beton"
 
 
 def _another_version(beton):
