@@ -63,11 +63,12 @@ class Encoder:
             if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would wait for ever
                 raise DataError("it is no regular file")
             data = np.fromfile(path, np.uint8)
-            if data.size == 0:
-                raise DataError("the file is empty")
-            return data, self._local.decoder.decode(data)
         except OSError as error:
             raise DataError(error.strerror or str(error)) from None
+        if data.size == 0:
+            raise DataError("the file is empty")
+        try:
+            return data, self._local.decoder.decode(data)
         except DataError:  # no JPEG, or CMYK, or with faults that PIL may forgive
             return None, _pixels_by_pil(path)
 

@@ -137,6 +137,50 @@ def test_a_sample_that_does_not_decode_is_named(beton, index):
         list(_loaders(beton).val)
 
 
+def _table(path: Path) -> np.memmap:
+    """The file's table of contents, to be changed in place."""
+    from ffcv.types import FieldDescType, HeaderType, get_metadata_type
+
+    from pipelines.beton_file import FIELDS
+
+    start = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
+    dtype = get_metadata_type(list(FIELDS.values()))
+    return np.memmap(path, dtype, "r+", offset=start, shape=17)
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+@pytest.mark.parametrize("by", [-8, 3, 100])
+def test_a_jpeg_of_another_size_than_the_table_says_is_broken(beton, side, by):
+    """libjpeg would fill a part of the picture and leave old memory in the rest."""
+    column = _table(beton / "val.beton")["f0"][side]
+    column[5] = int(column[5]) + by
+    with pytest.raises(DataError, match=r"sample 5 \(class \w+\) is broken"):
+        list(_loaders(beton).val)
+
+
+def test_a_label_that_no_data_set_has_is_refused(beton):
+    for split in ("train", "val"):
+        sidecar.path_of(beton / f"{split}.beton").unlink()
+    _table(beton / "val.beton")["f1"][5] = 1 << 40
+    with pytest.raises(DataError, match="sample 5 has an impossible shape or label"):
+        _loaders(beton, trust=True)
+
+
+def test_a_loader_closed_while_it_is_read_says_so(beton):
+    train = _loaders(beton).train
+    batches = iter(train)
+    next(batches)
+    train.close()
+    with pytest.raises(RuntimeError, match="closed while it was read"):
+        next(batches)
+    assert len(list(train)) == len(train)  # and can be used again
+
+
+def test_sizes_too_small_for_the_resize_are_refused(beton):
+    with pytest.raises(UsageError, match="--sizes 3: at least 4 pixels"):
+        _make(replace(_spec(beton), sizes=(32, 3)))
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(beton):
     val = _loaders(beton).val
     os.truncate(beton / "val.beton", (beton / "val.beton").stat().st_size // 2 + 4_200_000)
@@ -243,6 +287,17 @@ def _numbered_classes(beton):
     return "val.beton.json is damaged .TypeError: classes are no strings"
 
 
+def _endless_nesting(beton):
+    (beton / "val.beton.json").write_text("[" * 200_000)
+    return "val.beton.json is damaged"
+
+
+def _folder_for_a_sidecar(beton):
+    (beton / "val.beton.json").unlink()
+    (beton / "val.beton.json").mkdir()
+    return "val.beton.json is damaged .IsADirectoryError"
+
+
 def _other_size(beton):
     _edit(beton / "val.beton.json", bytes=5)
     return "val.beton has [0-9]+ bytes and 17 samples, its sidecar says 5 and 17"
@@ -302,8 +357,9 @@ def _edit(path: Path, **fields) -> None:
     "damage",
     [
         _missing_file, _another_version, _damaged_sidecar, _sidecar_without_a_field, _wrong_types,
-        _numbered_classes, _other_size, _other_classes, _classes_in_another_order, _too_few_classes,
-        _cut_off, _half_written, _something_else, _empty, _zeroed_table,
+        _numbered_classes, _endless_nesting, _folder_for_a_sidecar, _other_size, _other_classes,
+        _classes_in_another_order, _too_few_classes, _cut_off, _half_written, _something_else,
+        _empty, _zeroed_table,
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_before_training(beton, damage):
@@ -343,11 +399,16 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
 from torchvision.datasets import ImageFolder
 
+class LabelFirst(ImageFolder):
+    def __getitem__(self, index):
+        return super().__getitem__(index)[::-1]
+
 source, target = sys.argv[1:]
-for split in ("train", "val"):
-    image = RGBImageField(write_mode="jpg", jpeg_quality=100)
-    writer = DatasetWriter(f"{target}/{split}.beton", {"image": image, "label": IntField()}, num_workers=1)
-    writer.from_indexed_dataset(ImageFolder(f"{source}/{split}"), chunksize=50)
+image, label = RGBImageField(write_mode="jpg", jpeg_quality=100), IntField()
+train = DatasetWriter(f"{target}/train.beton", {"image": image, "label": label}, num_workers=1)
+train.from_indexed_dataset(ImageFolder(f"{source}/train"), chunksize=50)
+val = DatasetWriter(f"{target}/val.beton", {"label": label, "image": image}, num_workers=1)
+val.from_indexed_dataset(LabelFirst(f"{source}/val"), chunksize=50)
 os._exit(0)
 """
 
