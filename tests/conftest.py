@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.beton import ConvertOptions
+from pipelines.beton import ConvertOptions, main
+from pipelines.cli import command
+from pipelines.demo import DemoOptions, write
+from tests import betons
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -57,6 +61,26 @@ needs_ffcv = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """The demo set, with its CMYK, PNG, grayscale, EXIF-rotated and progressive files."""
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    write(DemoOptions(folder, train=3, val=2))
+    return folder
+
+
+@pytest.fixture
+def convert(capsys):
+    """Run a command line in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = command("pipelines.beton", ConvertOptions, main, [str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
 @functools.cache
 def beton_of(folder: Path) -> Path:
     """The .beton files of an image folder, beside it."""
@@ -65,3 +89,15 @@ def beton_of(folder: Path) -> Path:
     output = folder.with_name(folder.name + "_beton")
     convert(ConvertOptions(workers=2), folder, output)
     return output
+
+
+@pytest.fixture
+def beton(photos, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(beton_of(photos), tmp_path / "beton"))
+
+
+@pytest.fixture(autouse=True)
+def _close_loaders():
+    yield
+    betons.close_all()
