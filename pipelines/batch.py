@@ -15,6 +15,7 @@ from torch import Tensor
 
 Normalize = Literal["imagenet", "unit"]
 Flip = Literal["independent", "shared"]
+AutoAugment = Literal["trivial", "rand"]
 
 # Evaluation resizes the short side to int(size / 0.875) and takes the centre (ResNet, section 3.4).
 EVAL_CROP_RATIO = 0.875
@@ -70,6 +71,7 @@ class LoaderSpec:
     dtype: torch.dtype = torch.float32
     normalize: Normalize = "imagenet"
     flip: Flip = "independent"
+    auto_augment: AutoAugment | None = None
     seed: int = 0
     rank: int = 0
     world_size: int = 1

@@ -6,19 +6,33 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from pipelines.batch import EVAL_CROP_RATIO
 from pipelines.errors import DataError, UsageError
-from rsnet.config import ResolvedConfig
+from rsnet import original
 from rsnet.models.switchable import ResolutionSwitchable, select_sizes
+from rsnet.resolve import NETWORK_DEFAULTS, ResolvedConfig
 
 FORMAT = 1
+
+# What a run begins with, if the file that it starts from holds weights and nothing of a run.
+NEW_RUN: dict[str, Any] = {"config": {}, "epoch": 0, "step": 0, "best": [], "wandb_id": None}
+
+# An original's file may hold its best accuracy as one of these, which torch does not know as harmless.
+_MAKE_SCALAR: Any = np.float64().__reduce__()[0]
+NUMPY_SCALARS: list[Any] = [
+    (_MAKE_SCALAR, "numpy.core.multiarray.scalar"),  # as NumPy 1 named it
+    _MAKE_SCALAR,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
+]
 
 
 def describe(config: ResolvedConfig, classes: list[str], num_classes: int) -> dict[str, Any]:
@@ -26,6 +40,9 @@ def describe(config: ResolvedConfig, classes: list[str], num_classes: int) -> di
     return {
         "arch": config.arch,
         "width_mult": config.width_mult,
+        "stem": config.stem,
+        "norm": config.norm,
+        "blurpool": config.blurpool,
         "sizes": list(config.sizes),
         "num_classes": num_classes,
         "classes": classes,
@@ -52,8 +69,10 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     _replace(path, data)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project onto the CPU; nothing in it is executed.
+def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None) -> dict[str, Any]:
+    """Read a checkpoint, of this project or of the original code, onto the CPU; nothing in it is executed.
+
+    arch, sizes: what an original's file may not say of its network, see `rsnet.original`.
 
     Raises UsageError if there is no such file, DataError if its hash or its content is not right.
     """
@@ -64,13 +83,19 @@ def load(path: Path) -> dict[str, Any]:
             f"--resume: {path} is damaged: its SHA-256 is not in {_hash_file(path).name}"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
         raise DataError(f"--resume: {path} is no readable checkpoint: {reason}") from error
+    if original.is_original(content):
+        try:
+            return NEW_RUN | original.from_original(content, arch, sizes)
+        except (UsageError, DataError) as error:
+            raise type(error)(f"--resume: {path}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"--resume: {path} is no checkpoint of this trainer (format {FORMAT})")
-    return content
+    return NEW_RUN | content
 
 
 def require_match(
@@ -81,14 +106,12 @@ def require_match(
     Training goes on with the same arch, classes and sizes; an evaluation may take some of the sizes.
     """
     problems = []
-    for field, flag in (
-        ("arch", "--arch"),
-        ("width_mult", "--width-mult"),
-        ("num_classes", "--num-classes"),
-    ):
-        if trained[field] != wanted[field]:
-            problems.append(f"{flag} is {trained[field]} there and {wanted[field]} here")
-    if not problems and trained["classes"] != wanted["classes"]:
+    for field in ("arch", "width_mult", "stem", "norm", "blurpool", "num_classes"):
+        there, here = (x.get(field, NETWORK_DEFAULTS.get(field)) for x in (trained, wanted))
+        if there != here:
+            problems.append(f"--{field.replace('_', '-')} is {there} there and {here} here")
+    # The original's files do not name their classes.
+    if not problems and trained["classes"] and trained["classes"] != wanted["classes"]:
         pairs = zip_longest(trained["classes"], wanted["classes"], fillvalue="missing")
         i, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         problems.append(f"--data has other classes: class {i} is {there} there and {here} here")
@@ -101,12 +124,14 @@ def require_match(
         raise UsageError(f"--resume: {path} does not fit: {'; '.join(problems)}")
 
 
-def load_weights(model: ResolutionSwitchable, content: Mapping[str, Any]) -> None:
-    """Load a checkpoint's weights, strictly, each BatchNorm by its size.
+def load_weights(
+    model: ResolutionSwitchable, content: Mapping[str, Any], key: Literal["model", "ema"] = "model"
+) -> None:
+    """Load a checkpoint's weights, or their averages, strictly, each BatchNorm by its size.
 
     Raises DataError that names the parameters which are missing, left over or of another shape.
     """
-    state = select_sizes(content["model"], content["network"]["sizes"], model.sizes)
+    state = select_sizes(content[key], content["network"]["sizes"], model.sizes, model.shared_norm)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

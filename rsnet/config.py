@@ -1,10 +1,9 @@
-"""The options of a training run, their rules, and what is left unset resolves to. Imports no torch."""
+"""The options of a training run and their rules. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,28 +11,12 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from pipelines.errors import UsageError
+from rsnet.recipes import RecipeName
 
 DEFAULT_ARCH = "parallel_resnet50"
 DEFAULT_SIZES = (224, 192, 160, 128, 96)
 # Per process. Five ResNet-50 graphs of 32 images keep 4 GB, of 256 images 30 GB (bfloat16).
 DEFAULT_BATCH_SIZE = {"cuda": 256, "cpu": 32}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the paper trains an arch with (Wang et al. 2020, section 4.1); `lr` is for 256 images a step."""
-
-    epochs: int = 120
-    lr: float = 0.1
-    weight_decay: float = 1e-4
-
-
-MOBILENET = Recipe(epochs=150, lr=0.05, weight_decay=4e-5)
-
-
-def recipe_of(arch: str) -> Recipe:
-    """MobileNets have their own recipe, everything else has the ResNets'."""
-    return MOBILENET if "mobilenet" in arch else Recipe()
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,22 @@ class TrainConfig:
     """Outputs of the network. Unset: the classes of the data."""
 
     width_mult: float = 1.0
-    """Width of the network's layers, where it has a choice (MobileNetV2)."""
+    """Width of the network's layers, where it has a choice (MobileNetV2, ResNets up to 50)."""
+
+    stem: Annotated[Literal["imagenet", "small"] | None, arg(metavar="{imagenet,small}")] = None
+    """First layer; small: 3x3, stride 1, no pooling, for images of about 32 pixels. Unset: imagenet."""
+
+    norm: Annotated[Literal["private", "shared"] | None, arg(metavar="{private,shared}")] = None
+    """BatchNorm; shared: one for all sizes, to compare with. Unset: private."""
+
+    blurpool: bool = False
+    """Blur before strided convolutions."""
+
+    pretrained: Annotated[str | None, arg(metavar="default|NAME|PATH")] = None
+    """Start from weights of the ordinary network: its library's, or a file. Unset: from scratch."""
+
+    recipe: Annotated[RecipeName | None, arg(metavar="{paper,modern}")] = None
+    """What is left unset: as in the paper, or as classifiers are trained today. Unset: paper."""
 
     epochs: Annotated[int | None, arg(metavar="INT")] = None
     """Unset: the paper's 120, or 150 for MobileNets."""
@@ -71,10 +69,18 @@ class TrainConfig:
     """SGD's momentum."""
 
     weight_decay: Annotated[float | None, arg(aliases=("--wd",), metavar="FLOAT")] = None
-    """On all parameters. Unset: the paper's 1e-4 (MobileNets 4e-5)."""
+    """Unset: the paper's 1e-4 (MobileNets 4e-5)."""
 
-    lr_decay: Literal["cosine", "step", "linear", "schedule"] = "cosine"
-    """cosine and linear fall to zero by iteration; step and schedule by --gamma at epochs."""
+    decay: Annotated[Literal["all", "weights"] | None, arg(metavar="{all,weights}")] = None
+    """What weight decay acts on; weights: not on norm layers, biases and alpha. Unset: the recipe's (paper
+    all, modern weights)."""
+
+    lr_decay: Annotated[
+        Literal["cosine", "step", "linear", "schedule"] | None,
+        arg(metavar="{cosine,step,linear,schedule}"),
+    ] = None
+    """cosine and linear fall to zero by iteration; step and schedule by --gamma at epochs. Unset: the
+    recipe's (cosine; modern: linear up to 87 epochs)."""
 
     step: int = 30
     """Epochs between decays of --lr-decay step."""
@@ -85,8 +91,8 @@ class TrainConfig:
     gamma: float = 0.1
     """Factor of a decay of step and schedule."""
 
-    warmup: int = 0
-    """Epochs in which the learning rate rises linearly (the paper's option: 5)."""
+    warmup: Annotated[int | None, arg(metavar="INT")] = None
+    """Epochs in which the learning rate rises linearly. Unset: the recipe's (paper 0, modern up to 5)."""
 
     clip_grad: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Largest norm of the gradients. Unset: not clipped."""
@@ -97,8 +103,23 @@ class TrainConfig:
     kd_type: Annotated[Literal["ens_topdown", "ens"], arg(aliases=("-t",))] = "ens_topdown"
     """ens_topdown: ensemble and larger sizes teach; ens: the ensemble alone."""
 
-    label_smoothing: float = 0.0
-    """Share of the label that is spread over all classes."""
+    sizes_per_step: Annotated[int | None, arg(metavar="INT")] = None
+    """Sizes in a step: the largest and others, drawn at random. Unset: all, as in the paper."""
+
+    label_smoothing: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Share of the label that is spread over all classes. Unset: the recipe's (paper 0, modern 0.1)."""
+
+    ema: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Decay, per update, of averaged weights, which are evaluated; 0: none. Unset: the recipe's."""
+
+    mixup: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Mix images by Beta(a, a) of this a, alike at all sizes. Unset: 0, no."""
+
+    cutmix: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Paste a neighbour's box by Beta(a, a) of this a, alike at all sizes. Unset: 0, no."""
+
+    auto_augment: Annotated[Literal["trivial", "rand"] | None, arg(metavar="{trivial,rand}")] = None
+    """TrivialAugment or RandAugment on the crop (not of train_ffcv.py). Unset: none."""
 
     normalize: Annotated[Literal["imagenet", "unit"] | None, arg(metavar="{imagenet,unit}")] = None
     """imagenet: mean and std; unit: [0, 1], what the original's checkpoints expect. Unset: imagenet."""
@@ -149,73 +170,6 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True)
-class ResolvedConfig(TrainConfig):
-    """A `TrainConfig` in which nothing is left unset that the run depends on."""
-
-    arch: str = DEFAULT_ARCH
-    sizes: tuple[int, ...] = DEFAULT_SIZES
-    epochs: int = 0
-    batch_size: int = 0
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    normalize: Literal["imagenet", "unit"] = "imagenet"
-    amp: Literal["bf16", "fp16", "off"] = "off"
-    output: Path = Path()
-
-
-def output_of(config: TrainConfig, arch: str) -> Path:
-    """The run directory: --output, or one per arch."""
-    return config.output or Path("runs", arch.replace("/", "_"))
-
-
-def resolve(
-    config: TrainConfig,
-    *,
-    world_size: int,
-    device_type: Literal["cuda", "cpu"],
-    has_bf16: bool,
-    trained: Mapping[str, Any] | None = None,
-    previous: Mapping[str, Any] | None = None,
-) -> ResolvedConfig:
-    """Fill in, once, what was left unset: from the checkpoint, then the recipe.
-
-    trained: the checkpoint's description of its network. previous: its run's configuration, if that
-    run is to be continued.
-    """
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if previous:
-        # The learning rate belongs to its batch size: it is taken over with it or scaled anew.
-        taken = {"epochs", "weight_decay", "clip_grad"}
-        taken |= {"batch_size", "lr"} if config.batch_size is None else set()
-        given |= {k: previous[k] for k in taken if given[k] is None}
-    known = trained or {}
-    arch = config.arch or known.get("arch", DEFAULT_ARCH)
-    recipe = recipe_of(arch)
-    batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
-    global_batch = batch_size * world_size * config.accumulate
-    sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
-    defaults = {
-        "epochs": recipe.epochs,
-        "lr": recipe.lr * global_batch / 256,
-        "weight_decay": recipe.weight_decay,
-        "normalize": known.get("normalize", "imagenet"),
-        "amp": "bf16" if has_bf16 else "off",
-        "output": output_of(config, arch),
-    }
-    fixed = {
-        "arch": arch,
-        "batch_size": batch_size,
-        "sizes": tuple(sorted(sizes, reverse=True)),
-    }
-    unset = {k: v for k, v in defaults.items() if given[k] is None}
-    if config.num_classes is None and "num_classes" in known:
-        unset["num_classes"] = known["num_classes"]
-    if config.width_mult == 1.0:
-        unset["width_mult"] = known.get("width_mult", 1.0)
-    return ResolvedConfig(**(given | unset | fixed))
-
-
 def as_plain(options: Any) -> dict[str, Any]:
     """A dataclass as JSON and `torch.load(weights_only=True)` take it."""
     plain = dataclasses.asdict(options)
@@ -249,6 +203,9 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ),
         ("--num-classes", c.num_classes, lambda n: n >= 2, "at least 2"),
         ("--width-mult", c.width_mult, positive, "must be a positive number"),
+        ("--ema", c.ema, share, "must be at least 0 and less than 1"),
+        ("--mixup", c.mixup, not_negative, "must be 0 or a positive number"),
+        ("--cutmix", c.cutmix, not_negative, "must be 0 or a positive number"),
         ("--epochs", c.epochs, positive, "at least 1 epoch is needed"),
         ("--batch-size", c.batch_size, positive, "at least 1 image is needed"),
         ("--accumulate", c.accumulate, positive, "at least 1 batch is needed"),
@@ -260,6 +217,7 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ("--gamma", c.gamma, positive, "must be a positive number"),
         ("--warmup", c.warmup, not_negative, "must be 0 or a number of epochs"),
         ("--clip-grad", c.clip_grad, positive, "must be a positive number"),
+        ("--sizes-per-step", c.sizes_per_step, positive, "at least 1 size is needed"),
         ("--label-smoothing", c.label_smoothing, share, "must be at least 0 and less than 1"),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
         ("--log-interval", c.log_interval, positive, "at least 1 step"),

@@ -58,11 +58,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def wrap(objective: nn.Module, device: torch.device) -> nn.Module:
+def wrap(objective: nn.Module, device: torch.device, all_used: bool = True) -> nn.Module:
     """DDP around `objective` where there are several processes.
 
     Buffers are not broadcast in every step: in training BatchNorm's statistics are each rank's own.
-    `share_buffers` makes them rank 0's, which are evaluated and saved.
+    `share_buffers` makes them rank 0's, which are evaluated and saved. `all_used` is False if a step
+    may leave out parameters, which DDP then has to look for.
     """
     if not dist.is_initialized():
         return objective
@@ -71,6 +72,7 @@ def wrap(objective: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        find_unused_parameters=not all_used,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch, Loader
 from pipelines.errors import DataError
+from rsnet.ema import Ema
 from rsnet.metrics import Accuracy, FiniteGuard, TermMeans
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.optim import LrSchedule
@@ -38,6 +39,8 @@ class Trainer:
     amp: the autocast dtype, or None for float32. float16 comes with a loss scaler.
     accumulate: batches whose gradients make up one update.
     clip_grad: largest norm of the gradients, or None.
+    sizes_at: optimizer step -> the sizes that take part in it, or None for all.
+    mix: (batch, its number in the training) -> a batch of mixed samples.
     """
 
     def __init__(
@@ -49,6 +52,9 @@ class Trainer:
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         clip_grad: float | None = None,
+        sizes_at: Callable[[int], Sequence[int] | None] = lambda _step: None,
+        mix: Callable[[Batch, int], Batch] | None = None,
+        ema: Ema | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -57,15 +63,24 @@ class Trainer:
         self.amp = amp
         self.accumulate = accumulate
         self.clip_grad = clip_grad
+        self.sizes_at = sizes_at
+        self.mix = mix
+        self.ema = ema
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.guard = FiniteGuard(device)
         self.step = 0
+        self._batches = 0  # since the last update
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
         """Add one batch's gradients; `last` of those that make up an update. Does not synchronise."""
+        if self.mix is not None:
+            batch = self.mix(batch, self.step * self.accumulate + self._batches)
+        self._batches += 1
         with nullcontext() if last else self._no_all_reduce():
             with autocast(self.device, self.amp):
-                terms: dict[str, Tensor] = self.objective(batch.images, batch.labels)
+                terms: dict[str, Tensor] = self.objective(
+                    batch.images, batch.labels, self.sizes_at(self.step)
+                )
             tripped = self.guard.check(terms, self.step)
             loss = terms["total"] / self.accumulate
             if self.scaler.is_enabled():
@@ -87,7 +102,10 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.step)
         self.step += 1
+        self._batches = 0
 
     def _no_all_reduce(self) -> AbstractContextManager[None]:
         if isinstance(self.objective, DistributedDataParallel):

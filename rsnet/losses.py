@@ -50,7 +50,8 @@ def loss_terms(
 ) -> dict[str, Tensor]:
     """The named terms of the loss in float32, and "total", their sum.
 
-    logits: S x (N, C), in the order of `sizes`, the largest first. labels: (N,). alpha: (S,).
+    logits: S x (N, C), in the order of `sizes`, the largest first. alpha: (S,).
+    labels: (N,) classes, or (N, C) shares of the classes.
     kd_type None leaves the distillation out; the ensemble's cross-entropy stays, for alpha's sake.
     """
     ensemble = ensemble_logits(logits, alpha)

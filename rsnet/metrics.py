@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -15,27 +16,31 @@ ENSEMBLE = "ensemble"
 
 
 class TermMeans:
-    """Running means of named losses over the steps since the last `compute`."""
+    """Running means of named losses over the steps, since the last `compute`, that have them."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sum: Tensor | None = None
-        self._steps = 0
+        # By the names of a step's terms: one kernel a step, whichever terms it has.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._steps: Counter[tuple[str, ...]] = Counter()
 
     def add(self, terms: dict[str, Tensor]) -> None:
         values = torch.stack([v.detach() for v in terms.values()])
-        self._names = list(terms)
-        self._sum = values if self._sum is None else self._sum + values
-        self._steps += 1
+        names = tuple(terms)
+        self._sums[names] = self._sums[names] + values if names in self._sums else values
+        self._steps[names] += 1
 
     def compute(self) -> dict[str, float]:
         """The means over steps and ranks; starts anew. Synchronises."""
-        if self._sum is None:
-            return {}
-        means = distributed.all_reduce_sum(self._sum / self._steps) / distributed.world_size()
-        result = dict(zip(self._names, means.tolist(), strict=True))
-        self._sum, self._steps = None, 0
-        return result
+        sums: dict[str, float] = {}
+        steps: Counter[str] = Counter()
+        for names, values in self._sums.items():
+            mean = distributed.all_reduce_sum(values) / distributed.world_size()
+            for name, value in zip(names, mean.tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+                steps[name] += self._steps[names]
+        self._sums.clear()
+        self._steps.clear()
+        return {name: value / steps[name] for name, value in sums.items()}
 
 
 class FiniteGuard:
@@ -45,27 +50,32 @@ class FiniteGuard:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._names: list[str] = []
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
-        self._bad: Tensor | None = None
+        # By the names of a step's terms, which need not be the same in every step: whether each was
+        # not finite in the first bad step, which sets one of these tensors alone.
+        self._bad: dict[tuple[str, ...], Tensor] = {}
 
     def check(self, terms: dict[str, Tensor], step: int) -> Tensor:
         """() float32: 1 if this step or an earlier one was not finite, on any rank, else 0."""
         bad = ~torch.isfinite(torch.stack([v.detach() for v in terms.values()]))
         bad = distributed.all_reduce_max(bad.to(torch.float32)) > 0
-        if self._bad is None:
-            self._names, self._bad = list(terms), torch.zeros_like(bad)
+        names = tuple(terms)
         news = (self._first < 0) & bad.any()
-        self._bad = torch.where(news, bad, self._bad)
+        self._bad[names] = self._bad.get(names, torch.zeros_like(bad)) | (news & bad)
         self._first = torch.where(news, step, self._first)
         return (self._first >= 0).to(torch.float32)
 
     def verdict(self) -> tuple[int, list[str]] | None:
         """The first step that was not finite and its terms, or None. Synchronises."""
         step = int(self._first.item())
-        if step < 0 or self._bad is None:
+        if step < 0:
             return None
-        return step, [n for n, bad in zip(self._names, self._bad.tolist(), strict=True) if bad]
+        return step, [
+            name
+            for names, flags in self._bad.items()
+            for name, bad in zip(names, flags.tolist(), strict=True)
+            if bad
+        ]
 
 
 class Accuracy:

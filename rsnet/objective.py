@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -23,16 +26,44 @@ class Objective(nn.Module):
         self.kd_type = kd_type
         self.label_smoothing = label_smoothing
 
-    def forward(self, images: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
-        """S x (N, 3, s, s), the largest first, and (N,) -> terms of the loss, each (), and "total"."""
-        logits = self.model.forward_all(images)
+    def forward(
+        self, images: tuple[Tensor, ...], labels: Tensor, sizes: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """S x (N, 3, s, s), the largest first, and (N,) or (N, C) -> terms of the loss, each (), and "total".
+
+        sizes: those of `images` that take part, the largest first; None for all of the network's.
+        """
+        present = [i for i, s in enumerate(self.model.sizes) if sizes is None or s in sizes]
+        sizes = [self.model.sizes[i] for i in present]
+        logits = self.model.forward_all([images[i] for i in present], sizes)
+        # An index of the host would be copied to the device, which waits for it.
+        alpha = torch.stack([self.model.alpha[i] for i in present])
         # Softmax and sums over 1000 classes lose digits in half precision.
         with torch.autocast(labels.device.type, enabled=False):
             return loss_terms(
                 logits,
                 labels,
-                self.model.alpha,
-                self.model.sizes,
+                alpha,
+                sizes,
                 self.kd_type,
                 self.label_smoothing,
             )
+
+
+class SizeSampler:
+    """Which sizes take part in a step: the largest and `k` - 1 of the others, drawn by (seed, step).
+
+    A cheaper training than the paper's, whose steps have all sizes. All ranks draw the same.
+    """
+
+    def __init__(self, sizes: Sequence[int], k: int, seed: int) -> None:
+        self.sizes = tuple(sorted(sizes, reverse=True))
+        self.k = k
+        self.seed = seed
+
+    def at(self, step: int) -> tuple[int, ...]:
+        """The sizes of optimizer step `step`, the largest first."""
+        largest, *others = self.sizes
+        # A string seed is hashed, so that neighbouring seeds and steps share nothing.
+        drawn = random.Random(f"{self.seed}/{step}").sample(others, self.k - 1)
+        return (largest, *sorted(drawn, reverse=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,14 +47,25 @@ class LrSchedule:
         return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))
 
 
-def make_sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+def make_sgd(
+    model: nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    norm_decay: bool = True,
+) -> torch.optim.SGD:
     """SGD on every parameter, all with weight decay: BatchNorm and alpha, too, as the original has it.
 
-    One fused kernel per dtype, which can skip an update on the device (`found_inf`).
+    norm_decay=False leaves norm layers, biases and alpha without (He et al. 2019, section 3.1): all that
+    has one dimension. One fused kernel per dtype, which can skip an update on the device (`found_inf`).
     """
-    sgd = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
+    filters = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": filters, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": weight_decay if norm_decay else 0.0},
+    ]
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     if momentum > 0:
         # Else a first update that is skipped, as float16's often is, leaves them uninitialised.
         for parameter in model.parameters():

@@ -12,13 +12,15 @@ from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import exit_code
 from pipelines.errors import UsageError
 from rsnet import checkpoint, distributed, report
+from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
-from rsnet.config import DEFAULT_ARCH, ResolvedConfig, TrainConfig, output_of, resolve
+from rsnet.config import DEFAULT_ARCH, TrainConfig
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import build
 from rsnet.report import Results
+from rsnet.resolve import ResolvedConfig, output_of, resolve
 from rsnet.runlog import Display, RunDir
-from rsnet.session import AMP_DTYPES, TrainingRun, cost_of, shown_evaluation
+from rsnet.session import TrainingRun, cost_of, shown_evaluation
 
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
@@ -47,7 +49,7 @@ def run(
     """
     device = distributed.setup(config.device)
     source = _checkpoint_path(config)
-    content = checkpoint.load(source) if source else None
+    content = checkpoint.load(source, config.arch, config.sizes) if source else None
     resolved = resolve(
         config,
         world_size=distributed.world_size(),
@@ -64,14 +66,24 @@ def run(
     loaders = make_loaders(options, _spec(resolved, device), not resolved.evaluate)
     try:
         outputs = _outputs(resolved, loaders.classes)
-        model = build(resolved.arch, outputs, resolved.sizes, resolved.width_mult)
+        model = build(
+            resolved.arch,
+            outputs,
+            resolved.sizes,
+            resolved.width_mult,
+            resolved.stem,
+            resolved.norm,
+            resolved.blurpool,
+            resolved.pretrained if content is None else None,
+        )
         model = model.to(device).to(memory_format=torch.channels_last)
         network = checkpoint.describe(resolved, loaders.classes, outputs)
         if source and content:
             checkpoint.require_match(
                 content["network"], network, source, training=not resolved.evaluate
             )
-            checkpoint.load_weights(model, content)
+            evaluates_average = resolved.evaluate and "ema" in content
+            checkpoint.load_weights(model, content, "ema" if evaluates_average else "model")
         display.say(as_command(script, resolved, options))
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
@@ -112,6 +124,7 @@ def _spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
         dtype=AMP_DTYPES[config.amp] or torch.float32,
         normalize=config.normalize,
         flip=config.flip,
+        auto_augment=config.auto_augment,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pipelines.batch import Loaders
 from pipelines.errors import UsageError
 from rsnet import checkpoint, distributed, report
+from rsnet.assemble import AMP_DTYPES, make_trainer
 from rsnet.cli import as_command
-from rsnet.config import ResolvedConfig, as_plain
-from rsnet.engine import Progress, Trainer, evaluate, train_one_epoch
+from rsnet.config import as_plain
+from rsnet.engine import Progress, evaluate, train_one_epoch
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import gflops
-from rsnet.objective import Objective
-from rsnet.optim import LrSchedule, make_sgd
 from rsnet.report import Results
+from rsnet.resolve import ResolvedConfig
 from rsnet.runlog import Display, RunDir, environment
 from rsnet.wandb_log import WandbLog
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 class TrainingRun:
@@ -48,7 +46,9 @@ class TrainingRun:
             raise UsageError(
                 f"--accumulate {config.accumulate}: an epoch has only {len(self.train_loader)} batches"
             )
-        self.trainer = self._trainer()
+        self.trainer = make_trainer(
+            config, model, network["num_classes"], self.steps_per_epoch, device
+        )
         self.cost = cost_of(model)
         self.epoch = 0  # epochs that are finished
         self.best: list[float] = []
@@ -96,7 +96,8 @@ class TrainingRun:
                 self.trainer, self.train_loader, self.config.log_interval, self._log_progress
             )
             self.display.stop()
-            distributed.share_buffers(self.model)
+            for model in {self.model, self._evaluated}:
+                distributed.share_buffers(model)
             results = self._evaluate()
             self.epoch = epoch + 1
             self._log_results(results)
@@ -105,30 +106,13 @@ class TrainingRun:
 
     def _evaluate(self) -> Results:
         return shown_evaluation(
-            self.model, self.loaders, self.device, AMP_DTYPES[self.config.amp], self.display
+            self._evaluated, self.loaders, self.device, AMP_DTYPES[self.config.amp], self.display
         )
 
-    def _trainer(self) -> Trainer:
-        c = self.config
-        objective = Objective(self.model, c.kd_type if c.kd else None, c.label_smoothing)
-        return Trainer(
-            distributed.wrap(objective, self.device),
-            make_sgd(self.model, c.lr, c.momentum, c.weight_decay),
-            LrSchedule(
-                lr=c.lr,
-                decay=c.lr_decay,
-                steps=c.epochs * self.steps_per_epoch,
-                steps_per_epoch=self.steps_per_epoch,
-                warmup_steps=c.warmup * self.steps_per_epoch,
-                gamma=c.gamma,
-                step_epochs=c.step,
-                milestones=c.schedule,
-            ),
-            self.device,
-            AMP_DTYPES[c.amp],
-            c.accumulate,
-            c.clip_grad,
-        )
+    @property
+    def _evaluated(self) -> ResolutionSwitchable:
+        """The network, or the average of what it was."""
+        return self.trainer.ema.model if self.trainer.ema else self.model
 
     def _global_batch(self) -> int:
         return self.config.batch_size * distributed.world_size() * self.config.accumulate
@@ -181,7 +165,15 @@ class TrainingRun:
         self.display.say(report.table(results, self.cost))
         plot = self.config.output / "accuracy_flops.png"
         report.plot(plot, self.config.arch, results, self.cost)
-        self.run_dir.write_json("results.json", {"gflops": self.cost, **results})
+        shared, private = self.model.count_parameters()
+        self.run_dir.write_json(
+            "results.json",
+            {
+                "gflops": self.cost,
+                "parameters": {"shared": shared, "private": private},
+                **results,
+            },
+        )
         self.wandb.log_results(report.COLUMNS, report.rows(results, self.cost), plot)
         self.display.say(f"run directory {self.config.output}, plot {plot}")
 
@@ -203,6 +195,8 @@ class TrainingRun:
                 "config": as_plain(self.config),
                 "wandb_id": self.wandb.run_id,
             }
+            if self.trainer.ema:
+                content["ema"] = self.trainer.ema.model.state_dict()
             for path in [self.run_dir.last, *([self.run_dir.best] if is_best else [])]:
                 checkpoint.save(path, content)
         distributed.barrier()
@@ -222,8 +216,19 @@ class TrainingRun:
         self.display.say(f"resumed {source} after epoch {self.epoch}{what}")
 
     def _restore(self, content: dict[str, Any]) -> None:
-        self.trainer.optimizer.load_state_dict(content["optimizer"])
-        self.trainer.scaler.load_state_dict(content["scaler"])
+        if "optimizer" in content:
+            # Its momentum; the rate and the decay are this run's.
+            groups = self.trainer.optimizer.state_dict()["param_groups"]
+            state = {**content["optimizer"], "param_groups": groups}
+            self.trainer.optimizer.load_state_dict(state)
+            self.trainer.scaler.load_state_dict(content["scaler"])
+        else:
+            self.display.say(
+                "the checkpoint has weights alone: the optimizer starts without momentum"
+            )
+        if self.trainer.ema:
+            key: Literal["ema", "model"] = "ema" if "ema" in content else "model"
+            checkpoint.load_weights(self.trainer.ema.model, content, key)
         self.epoch = content["epoch"]
         # Not the checkpoint's step: with another global batch an epoch has another number of them.
         self.trainer.step = self.epoch * self.steps_per_epoch

@@ -12,7 +12,8 @@ import pytest
 from pipelines.dali import DaliOptions
 from pipelines.errors import UsageError
 from rsnet.cli import as_command, parse
-from rsnet.config import ResolvedConfig, TrainConfig, as_plain, resolve
+from rsnet.config import TrainConfig, as_plain
+from rsnet.resolve import ResolvedConfig, resolve
 
 
 def _parse(line: str):

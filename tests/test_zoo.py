@@ -85,8 +85,65 @@ def test_width_multiplies_where_the_network_has_it():
     half = build("parallel_mobilenetv2", 10, (64,), width_mult=0.5)
     reference = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.5)
     assert half.network.classifier[1].weight.shape == reference.classifier[1].weight.shape
-    with pytest.raises(UsageError, match=r"--width-mult 0\.5: parallel_resnet18 has no width"):
-        build("parallel_resnet18", 10, (64,), width_mult=0.5)
+    with pytest.raises(UsageError, match=r"--width-mult 0\.5: parallel_densenet121 has no width"):
+        build("parallel_densenet121", 10, (64,), width_mult=0.5)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_scaled_resnet_is_torchvisions_with_fewer_channels(arch):
+    """At half the width each convolution has half the channels of torchvision's, in the same order."""
+    half = build(f"parallel_{arch}", 10, (64,), width_mult=0.5).network
+    whole = torchvision.models.get_model(arch, num_classes=10)
+    convs = [[m for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (half, whole)]
+    for ours, theirs in zip(*convs, strict=True):
+        assert ours.out_channels * 2 == theirs.out_channels
+        assert (ours.stride, ours.kernel_size) == (theirs.stride, theirs.kernel_size)
+    assert half.fc.in_features * 2 == whole.fc.in_features
+    same = build(f"parallel_{arch}", 10, (64,), width_mult=1.0).network
+    assert sum(p.numel() for p in same.parameters()) == sum(p.numel() for p in whole.parameters())
+
+
+def test_resnet10_has_one_block_a_stage():
+    network = build("parallel_resnet10", 10, (64,)).network
+    assert [len(getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert network.fc.in_features == 512
+
+
+@pytest.mark.parametrize(
+    ("arch", "stride"),
+    [("parallel_resnet18", 8), ("parallel_mobilenetv2", 16), ("parallel_timm/resnet18", 8)],
+)
+def test_the_small_stem_shrinks_the_picture_less(arch, stride):
+    model = build(arch, 10, (32, 16), stem="small").eval()
+    shapes = []
+    last = [m for m in model.modules() if isinstance(m, nn.Conv2d)][-1]
+    last.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[-1]))
+    model(torch.randn(1, 3, 32, 32))
+    assert shapes == [32 // stride]
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert (first.kernel_size, first.stride) == ((3, 3), (1, 1))
+    fan_out = 9 * first.out_channels
+    assert first.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15)
+
+
+def test_blurpool_blurs_before_every_strided_convolution_but_the_first():
+    plain = build("parallel_resnet18", 10, (64,)).eval()
+    blurred = build("parallel_resnet18", 10, (64,), blurpool=True).eval()
+    assert list(plain.state_dict()) == list(blurred.state_dict())
+    blurred.load_state_dict(plain.state_dict())
+    for name, module in blurred.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        ordinary = plain.get_submodule(name)
+        x = torch.randn(2, module.in_channels, 10, 10)
+        if module.stride == (2, 2) and name != "network.conv1":
+            line = torch.tensor([1.0, 2, 1]) / 4
+            x_blurred = nn.functional.conv2d(
+                x.flatten(0, 1)[:, None], torch.outer(line, line)[None, None], padding=1
+            ).view_as(x)
+            torch.testing.assert_close(module(x), ordinary(x_blurred), rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(module(x), ordinary(x))
 
 
 @pytest.mark.parametrize(

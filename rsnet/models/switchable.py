@@ -67,16 +67,18 @@ class ResolutionSwitchable(nn.Module):
 
     sizes: sorted from the largest, whatever order they come in; a size finds its BatchNorm by value.
     alpha: (S,), the ensemble's weights before the softmax (section 3.3), 1 at the start.
+    shared_norm: one BatchNorm for all sizes, which the paper compares with.
 
     Raises ValueError for sizes that are empty, repeated or not positive.
     """
 
-    def __init__(self, network: nn.Module, sizes: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, sizes: Sequence[int], shared_norm: bool = False) -> None:
         super().__init__()
         if not sizes or len(set(sizes)) != len(sizes) or min(sizes) < 1:
             raise ValueError(f"sizes must be distinct and positive, not {list(sizes)}")
         self.sizes = tuple(sorted(sizes, reverse=True))
-        self.network = make_switchable(network, len(self.sizes))
+        self.shared_norm = shared_norm
+        self.network = make_switchable(network, 1 if shared_norm else len(self.sizes))
         self.alpha = nn.Parameter(torch.ones(len(self.sizes)))
         self._norms = [m for m in self.network.modules() if isinstance(m, SwitchableBatchNorm2d)]
 
@@ -85,7 +87,7 @@ class ResolutionSwitchable(nn.Module):
         if size not in self.sizes:
             known = " ".join(map(str, self.sizes))
             raise ValueError(f"no BatchNorm for size {size}; this network has {known}")
-        index = self.sizes.index(size)
+        index = 0 if self.shared_norm else self.sizes.index(size)
         for norm in self._norms:
             norm.active = index
 
@@ -94,13 +96,24 @@ class ResolutionSwitchable(nn.Module):
         self.select(x.shape[-1] if size is None else size)
         return cast(Tensor, self.network(x))
 
-    def forward_all(self, images: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward_all(
+        self, images: Sequence[Tensor], sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, ...]:
         """One (N, 3, s, s) per size, the largest first -> one (N, classes) per size.
+
+        sizes: those of `images`, if they are not all of the network's.
 
         The largest is first, so that its gradients, the last of the backward, are few when DDP's
         all-reduce of the shared weights begins.
         """
-        return tuple(self(x, size) for x, size in zip(images, self.sizes, strict=True))
+        return tuple(self(x, s) for x, s in zip(images, sizes or self.sizes, strict=True))
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Shared by all sizes, and private to one of them (BatchNorm's, alpha)."""
+        everything = sum(p.numel() for p in self.parameters())
+        private = sum(p.numel() for norm in self._norms for p in norm.parameters())
+        private = 0 if self.shared_norm else private
+        return everything - private - len(self.alpha), private + len(self.alpha)
 
     def ensemble_weights(self) -> Tensor:
         """(S,), positive, sum 1."""
@@ -108,7 +121,10 @@ class ResolutionSwitchable(nn.Module):
 
 
 def select_sizes(
-    state: dict[str, Tensor], trained: Sequence[int], wanted: Sequence[int]
+    state: dict[str, Tensor],
+    trained: Sequence[int],
+    wanted: Sequence[int],
+    shared_norm: bool = False,
 ) -> dict[str, Tensor]:
     """The part of a state dict of sizes `trained` (largest first) that a network of `wanted` needs.
 
@@ -121,11 +137,13 @@ def select_sizes(
     part: dict[str, Tensor] = {}
     for key, value in state.items():
         head, infix, tail = key.partition(".by_resolution.")
-        if not infix:
+        if not infix or shared_norm:
             part[key] = value
             continue
         index, rest = tail.split(".", 1)
         if int(index) in source:
             part[f"{head}.by_resolution.{source.index(int(index))}.{rest}"] = value
     part["alpha"] = state["alpha"][source]
+    if not part["alpha"].isfinite().any():  # sizes that were added, whose weight is 0 beside others
+        part["alpha"] = torch.ones_like(part["alpha"])
     return part

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -16,7 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder, list_models
 
 from pipelines.errors import UsageError
+from rsnet.models.blurpool import use_blurpool
+from rsnet.models.pretrained import load_pretrained
+from rsnet.models.resnet import LAYERS, scaled_resnet
 from rsnet.models.single_pixel import use_single_pixel_convolutions
+from rsnet.models.stem import use_small_stem
 from rsnet.models.switchable import ResolutionSwitchable
 
 PREFIX = "parallel_"
@@ -37,19 +41,28 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def list_archs() -> list[str]:
-    """The names of torchvision's networks that can be made switchable, without building any."""
-    names = (n for n in list_models(module=torchvision.models) if not _UNFIT.match(n))
+    """The names of the networks that can be made switchable, timm's aside, without building any."""
+    names = {n for n in list_models(module=torchvision.models) if not _UNFIT.match(n)} | set(LAYERS)
     aliases = {v: k for k, v in _ALIASES.items()}
     return sorted(PREFIX + aliases.get(n, n) for n in names)
 
 
 def build(
-    arch: str, num_classes: int, sizes: Sequence[int], width_mult: float = 1.0
+    arch: str,
+    num_classes: int,
+    sizes: Sequence[int],
+    width_mult: float = 1.0,
+    stem: Literal["imagenet", "small"] = "imagenet",
+    norm: Literal["private", "shared"] = "private",
+    blurpool: bool = False,
+    pretrained: str | None = None,
 ) -> ResolutionSwitchable:
     """The network `arch`, initialised as its library does it, with private BatchNorm per size.
 
     torchvision's ResNets and MobileNetV2 start as the original's do: Kaiming fan-out convolutions, no
     zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test compares the formulas).
+    stem: "small" is for images of about 32 pixels. norm: "shared" is an ordinary network, to compare with.
+    pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
 
     Raises UsageError for an unknown arch, a width that it does not have, or sizes too small for it.
     """
@@ -57,9 +70,15 @@ def build(
         network = _build_timm(arch, num_classes, width_mult)
     else:
         network = _build_torchvision(arch, num_classes, width_mult)
+    if stem == "small":
+        use_small_stem(network)
+    if pretrained is not None:
+        load_pretrained(network, *_library_name(arch), pretrained)
+    if blurpool:
+        use_blurpool(network)
     use_single_pixel_convolutions(network)
     try:
-        model = ResolutionSwitchable(network, sizes)
+        model = ResolutionSwitchable(network, sizes, shared_norm=norm == "shared")
     except ValueError as error:
         raise UsageError(f"--arch {arch}: {error}") from error
     _check_sizes(model, arch)
@@ -78,8 +97,9 @@ def gflops(model: nn.Module, size: int) -> float:
 def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Module:
     if arch not in list_archs():
         raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_archs())}")
-    name = arch.removeprefix(PREFIX)
-    name = _ALIASES.get(name, name)
+    _, name = _library_name(arch)
+    if name in LAYERS and (width_mult != 1.0 or name not in list_models()):
+        return scaled_resnet(name, num_classes, width_mult)
     builder = get_model_builder(name)
     options = dict(_OVERRIDES.get(name, {}))
     if width_mult != 1.0:
@@ -88,6 +108,14 @@ def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Mod
         options["width_mult"] = width_mult
     network: nn.Module = builder(weights=None, num_classes=num_classes, **options)
     return network
+
+
+def _library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
+    """Which library a network is of, and its name there."""
+    if arch.startswith(TIMM_PREFIX):
+        return "timm", arch.removeprefix(TIMM_PREFIX)
+    name = arch.removeprefix(PREFIX)
+    return "torchvision", _ALIASES.get(name, name)
 
 
 def _network_class(builder: Any) -> Any:
@@ -102,7 +130,7 @@ def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
         raise UsageError(f"--arch {arch}: timm is not installed; `uv sync --extra timm`") from None
     if width_mult != 1.0:
         raise UsageError(f"--width-mult {width_mult}: choose a width by its timm name instead")
-    name = arch.removeprefix(TIMM_PREFIX)
+    _, name = _library_name(arch)
     if not timm.is_model(name):
         known = [TIMM_PREFIX + n for n in timm.list_models()]
         raise UsageError(f"--arch {arch}: unknown to timm; {_suggest(arch, known)}")

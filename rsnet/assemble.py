@@ -1,0 +1,52 @@
+"""The trainer that a configuration describes."""
+
+from __future__ import annotations
+
+import torch
+
+from rsnet import distributed
+from rsnet.ema import Ema
+from rsnet.engine import Trainer
+from rsnet.mixing import Mixer
+from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.objective import Objective, SizeSampler
+from rsnet.optim import LrSchedule, make_sgd
+from rsnet.resolve import ResolvedConfig
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+def make_trainer(
+    config: ResolvedConfig,
+    model: ResolutionSwitchable,
+    num_classes: int,
+    steps_per_epoch: int,
+    device: torch.device,
+) -> Trainer:
+    """Objective, optimizer, schedule and all that `config` adds to them; `model` lies on `device`."""
+    c = config
+    objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
+    return Trainer(
+        distributed.wrap(objective, device, all_used=c.sizes_per_step == len(c.sizes)),
+        make_sgd(model, c.lr, c.momentum, c.weight_decay, c.decay == "all"),
+        LrSchedule(
+            lr=c.lr,
+            decay=c.lr_decay,
+            steps=c.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            warmup_steps=c.warmup * steps_per_epoch,
+            gamma=c.gamma,
+            step_epochs=c.step,
+            milestones=c.schedule,
+        ),
+        device,
+        AMP_DTYPES[c.amp],
+        c.accumulate,
+        c.clip_grad,
+        SizeSampler(c.sizes, c.sizes_per_step, c.seed).at,
+        # Each rank's batch has draws of its own.
+        Mixer(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))
+        if c.mixup or c.cutmix
+        else None,
+        Ema(model, c.ema) if c.ema else None,
+    )

@@ -1,0 +1,58 @@
+"""Mixup and CutMix on a batch of several sizes: one partner, one share and one box for all of them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipelines.batch import Batch
+
+
+class Mixer:
+    """Mixes every sample with its neighbour in the batch, on the device, without a synchronisation.
+
+    mixup: Beta(a, a) of the share (Zhang et al. 2018, section 2). cutmix: of the area that stays (Yun et
+    al. 2019, section 3.1). 0 leaves one out; with both, each batch draws one of them. What is drawn
+    depends on (seed, batch) alone.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_classes: int, seed: int) -> None:
+        self.kinds = [k for k, a in (("mixup", mixup), ("cutmix", cutmix)) if a > 0]
+        self.strength = {"mixup": mixup, "cutmix": cutmix}
+        self.num_classes = num_classes
+        self.seed = seed
+
+    def __call__(self, batch: Batch, index: int) -> Batch:
+        """`index`: of the batch in the training. Labels become (N, classes), the shares of the classes."""
+        draws = random.Random(f"{self.seed}/{index}")
+        kind = draws.choice(self.kinds)
+        share = draws.betavariate(self.strength[kind], self.strength[kind])
+        if kind == "mixup":
+            images = tuple(x.lerp(x.roll(1, 0), 1 - share) for x in batch.images)
+        else:
+            box, share = _box(share, draws.random(), draws.random())
+            images = tuple(_paste(x, box) for x in batch.images)
+        labels = F.one_hot(batch.labels, self.num_classes).float()
+        return Batch(images, labels.lerp(labels.roll(1, 0), 1 - share))
+
+
+def _box(share: float, x: float, y: float) -> tuple[tuple[float, float, float, float], float]:
+    """(top, left, bottom, right) as shares of the sides, around (y, x), of area 1 - share before it is
+    clipped to the picture; and the share that stays."""
+    half = math.sqrt(1 - share) / 2
+    top, bottom = max(0.0, y - half), min(1.0, y + half)
+    left, right = max(0.0, x - half), min(1.0, x + half)
+    return (top, left, bottom, right), 1 - (bottom - top) * (right - left)
+
+
+def _paste(x: Tensor, box: Sequence[float]) -> Tensor:
+    """`x` (N, 3, s, s) with the box of each sample's neighbour; edges at the nearest pixel."""
+    top, left, bottom, right = (round(edge * x.shape[-1]) for edge in box)
+    mixed = x.clone(memory_format=torch.preserve_format)
+    mixed[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
+    return mixed

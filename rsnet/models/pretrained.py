@@ -1,0 +1,98 @@
+"""Weights of ordinary networks, of one resolution, as the start of switchable ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from pipelines.errors import DataError, UsageError
+from rsnet.fit import misfits
+
+# Where files keep their weights, the averaged ones first: timm's and torchvision's references.
+STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+def load_pretrained(
+    network: nn.Module, library: Literal["torchvision", "timm"], name: str, weights: str
+) -> None:
+    """Load `weights` into `network`, which is not switchable yet, so that each of the private BatchNorms
+    will start as a copy of the ordinary one.
+
+    weights: "default" or a name that the library has for network `name` (torchvision: IMAGENET1K_V1,
+    timm: a1_in1k), which is downloaded once, or the path of a file with a state dict (.pth, .safetensors).
+    The classifier starts anew if it has another number of classes.
+
+    Raises UsageError if there are no such weights, DataError, with names and shapes, if they do not fit.
+    """
+    loaded = _read(Path(weights)) if _is_path(weights) else _download(library, name, weights)
+    state = {k.removeprefix("module."): v for k, v in loaded.items() if isinstance(v, Tensor)}
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    for key in _other_classes(network, state):
+        state.pop(key, None)
+        expected.pop(key)
+    if problems := misfits(expected, state):
+        raise DataError(f"--pretrained: {weights} does not fit {name}: {problems}")
+    network.load_state_dict(state, strict=False)
+
+
+def _other_classes(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The parameters of the classifier, the last linear layer, if `state` has it for other classes."""
+    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        return []
+    name, classifier = layers[-1]
+    weight = state.get(f"{name}.weight")
+    if weight is None or weight.ndim != 2 or len(weight) == classifier.out_features:
+        return []
+    return [f"{name}.{key}" for key in classifier.state_dict()]
+
+
+def _is_path(weights: str) -> bool:
+    return "/" in weights or Path(weights).suffix in (".pth", ".pt", ".tar", ".safetensors")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"--pretrained: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UsageError(
+            "--pretrained: safetensors is not installed; `uv sync --extra timm`"
+        ) from None
+    except Exception as error:  # whatever a file that is something else makes of the two readers
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
+        raise DataError(f"--pretrained: {path} has no readable weights: {reason}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"--pretrained: {path} holds no state dict")
+    inner = (content[key] for key in STATE_KEYS if isinstance(content.get(key), dict))
+    return next(inner, content)
+
+
+def _download(library: str, name: str, weights: str) -> Mapping[str, Any]:
+    try:
+        if library == "timm":
+            import timm
+
+            full = name if weights == "default" else f"{name}.{weights}"
+            return dict(timm.create_model(full, pretrained=True).state_dict())
+        known = get_model_weights(name).__members__
+        if member := known.get("DEFAULT" if weights == "default" else weights):
+            return dict(member.get_state_dict(check_hash=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"--pretrained {weights}: cannot get {library}'s weights of {name} ({reason}); or give a file"
+        ) from error
+    there = " ".join(known) or "none"
+    raise UsageError(f"--pretrained {weights}: torchvision's {name} has {there}; or give a file")

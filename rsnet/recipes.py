@@ -1,0 +1,71 @@
+"""What is left unset on the command line resolves to one of these recipes: `--recipe paper|modern`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RecipeName = Literal["paper", "modern"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every field is an option of the same name, which overrides it. `lr` is for 256 images an update."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    lr_decay: Literal["cosine", "step", "linear", "schedule"] = "cosine"
+    warmup: int = 0
+    label_smoothing: float = 0.0
+    decay: Literal["all", "weights"] = "all"
+    ema: float = 0.0
+
+
+# Wang et al. 2020, section 4.1, and the authors' code: weight decay on every parameter, no warm-up.
+PAPER = Recipe(epochs=120, lr=0.1, weight_decay=1e-4)
+PAPER_MOBILENET = Recipe(epochs=150, lr=0.05, weight_decay=4e-5)
+
+# By the epochs that it is at least for. Label smoothing 0.1, warm-up of 5 epochs and no decay of
+# norms, biases (and here alpha): He et al. 2019 ("Bag of Tricks"), sections 3.1 and 5.2. The short
+# schedules are ffcv-imagenet's (Leclerc et al. 2023, rn50_configs): peak at epoch 2, then linearly to
+# zero, blurred strided convolutions (Zhang 2019). Averaged weights: Polyak & Juditsky 1992, as timm and
+# torchvision's references have them. None of these has been measured on ImageNet with this trainer.
+MODERN_SCHEDULES: dict[int, tuple[int, Literal["cosine", "linear"]]] = {
+    0: (0, "cosine"),  # epochs: warm-up epochs, decay
+    8: (1, "linear"),
+    16: (2, "linear"),
+    30: (2, "linear"),
+    88: (5, "cosine"),
+    120: (5, "cosine"),
+}
+
+# Share of an update's images, of ImageNet's in a training of 120 epochs at 256 images an update, that the
+# averaged weights take over: 1 / 10,000 (timm's --model-ema-decay 0.9999 for such batches).
+EMA_STEP = 1e-4
+EMA_BATCH, EMA_EPOCHS = 256, 120
+
+
+def recipe_of(name: RecipeName, arch: str, epochs: int | None, global_batch: int) -> Recipe:
+    """The recipe for an arch; MobileNets have their own paper recipe. epochs: None for the recipe's own.
+
+    The modern one fits its warm-up, decay of the learning rate and averaging to the epochs.
+    """
+    paper = PAPER_MOBILENET if "mobilenet" in arch else PAPER
+    if name == "paper":
+        return paper
+    epochs = epochs or paper.epochs
+    warmup, decay = MODERN_SCHEDULES[max(e for e in MODERN_SCHEDULES if e <= epochs)]
+    # The average reaches back over the same share of the training whatever its length and batch size,
+    # as torchvision's references scale it: 2 epochs of 120.
+    step = EMA_STEP * global_batch / EMA_BATCH * EMA_EPOCHS / epochs
+    return Recipe(
+        epochs=epochs,
+        lr=paper.lr,
+        weight_decay=paper.weight_decay,
+        lr_decay=decay,
+        warmup=warmup,
+        label_smoothing=0.1,
+        decay="weights",
+        ema=round(1 - min(step, 0.1), 6),
+    )

@@ -1,0 +1,115 @@
+"""What the options that are left unset resolve to: the checkpoint's, then the recipe's. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.errors import UsageError
+from rsnet.config import DEFAULT_ARCH, DEFAULT_BATCH_SIZE, DEFAULT_SIZES, TrainConfig
+from rsnet.recipes import RecipeName, recipe_of
+
+# What a network is, besides its sizes and classes, and what it is if a checkpoint does not say.
+NETWORK_DEFAULTS = {
+    "stem": "imagenet",
+    "norm": "private",
+    "blurpool": False,
+    "normalize": "imagenet",
+}
+
+# What a run that goes on takes from its earlier part, unless given anew.
+TAKEN_OVER = {
+    "auto_augment", "clip_grad", "cutmix", "decay", "ema", "epochs", "label_smoothing", "lr_decay",
+    "mixup", "recipe", "sizes_per_step", "warmup", "weight_decay",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """A `TrainConfig` in which nothing is left unset that the run depends on."""
+
+    arch: str = DEFAULT_ARCH
+    sizes: tuple[int, ...] = DEFAULT_SIZES
+    epochs: int = 0
+    batch_size: int = 0
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    decay: Literal["all", "weights"] = "all"
+    lr_decay: Literal["cosine", "step", "linear", "schedule"] = "cosine"
+    warmup: int = 0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    recipe: RecipeName = "paper"
+    stem: Literal["imagenet", "small"] = "imagenet"
+    norm: Literal["private", "shared"] = "private"
+    blurpool: bool = False
+    sizes_per_step: int = 0
+    normalize: Literal["imagenet", "unit"] = "imagenet"
+    amp: Literal["bf16", "fp16", "off"] = "off"
+    output: Path = Path()
+
+
+def output_of(config: TrainConfig, arch: str) -> Path:
+    """The run directory: --output, or one per arch."""
+    return config.output or Path("runs", arch.replace("/", "_"))
+
+
+def resolve(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    device_type: Literal["cuda", "cpu"],
+    has_bf16: bool,
+    trained: Mapping[str, Any] | None = None,
+    previous: Mapping[str, Any] | None = None,
+) -> ResolvedConfig:
+    """Fill in, once, what was left unset: from the checkpoint, then the recipe.
+
+    trained: the checkpoint's description of its network. previous: its run's configuration, if that
+    run is to be continued.
+    """
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if previous:
+        # The learning rate belongs to its batch size: it is taken over with it or scaled anew.
+        taken = TAKEN_OVER | ({"batch_size", "lr"} if config.batch_size is None else set())
+        given |= {k: previous.get(k) for k in taken if given[k] is None}
+    known = trained or {}
+    arch = config.arch or known.get("arch", DEFAULT_ARCH)
+    batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
+    global_batch = batch_size * world_size * config.accumulate
+    recipe_name: RecipeName = given["recipe"] or "paper"
+    recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch)
+    sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
+    defaults = {
+        **dataclasses.asdict(recipe),
+        **{name: known.get(name, value) for name, value in NETWORK_DEFAULTS.items()},
+        "recipe": recipe_name,
+        "lr": recipe.lr * global_batch / 256,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "sizes_per_step": len(sizes),
+        "amp": "bf16" if has_bf16 else "off",
+        "output": output_of(config, arch),
+    }
+    fixed = {
+        "arch": arch,
+        "batch_size": batch_size,
+        "sizes": tuple(sorted(sizes, reverse=True)),
+    }
+    if (given["sizes_per_step"] or 0) > len(sizes):
+        raise UsageError(
+            f"--sizes-per-step {given['sizes_per_step']}: --sizes has only {len(sizes)}"
+        )
+    unset = {k: v for k, v in defaults.items() if given[k] is None}
+    if config.num_classes is None and "num_classes" in known:
+        unset["num_classes"] = known["num_classes"]
+    if config.width_mult == 1.0:
+        unset["width_mult"] = known.get("width_mult", 1.0)
+    if not config.blurpool:
+        unset["blurpool"] = known.get("blurpool", False)
+    return ResolvedConfig(**(given | unset | fixed))
