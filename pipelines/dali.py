@@ -1,7 +1,8 @@
 """DALI: decode once, crop once, resize to every size. On the GPU where there is one, else on the CPU.
 
-Order, crops and flips come from `sampling`; DALI reads, decodes and computes. Its own reader and
-generators are not used, because they depend on the number of shards and cannot start in mid-epoch.
+Order, crops, flips and augmentations come from `sampling`; DALI reads, decodes and computes. Its own
+reader and generators are not used, because they depend on the number of shards and cannot start in
+mid-epoch.
 """
 
 from __future__ import annotations
@@ -16,9 +17,22 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
-from pipelines.dali_graph import DaliOptions, build, eval_graph, training_graph
+from pipelines.dali_graph import (
+    AUGMENTATION_NUMBERS,
+    DaliOptions,
+    build,
+    eval_graph,
+    training_graph,
+)
 from pipelines.folder import ImageFolder, explain_failure, scan_train_val
-from pipelines.sampling import Indices, ScheduledLoader, draw, schedule_for
+from pipelines.sampling import (
+    AUGMENTATION_LANE,
+    Indices,
+    ScheduledLoader,
+    draw,
+    schedule_for,
+    uniforms,
+)
 
 __all__ = ["DaliLoader", "DaliOptions", "make_loaders"]
 
@@ -133,5 +147,8 @@ class _Feed:
             return [paths]
         spec = self._spec
         draws = draw(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
-        numbers = (draws.area, draws.ratio, draws.position, draws.flip.astype(np.int32))
+        numbers = [draws.area, draws.ratio, draws.position, draws.flip.astype(np.int32)]
+        if spec.auto_augment is not None:
+            counters = spec.seed, self._epoch, indices
+            numbers.append(uniforms(*counters, AUGMENTATION_NUMBERS, AUGMENTATION_LANE))
         return [paths, *map(np.ascontiguousarray, numbers)]

@@ -5,6 +5,7 @@ The same graph runs on the GPU and on the CPU; the device decides where it decod
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -12,13 +13,29 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 from tyro.conf import arg
 
-from pipelines.batch import CROP_RATIO, CROP_TRIES, MEAN_STD, LoaderSpec, eval_short_side
+from pipelines.batch import (
+    CROP_RATIO,
+    CROP_TRIES,
+    MEAN_STD,
+    AutoAugment,
+    LoaderSpec,
+    eval_short_side,
+)
 from pipelines.errors import UsageError
 
 # Called once a batch; returns what the graph's external source has as outputs, or raises StopIteration.
 Feed = Callable[[], list[Any]]
+
+# torchvision's RandAugment: two operations of one magnitude. Both kinds have 31 magnitudes.
+MAGNITUDES = 31
+RAND_MAGNITUDE = 9
+RAND_OPERATIONS = 2
+AUGMENTATION_NUMBERS = 3 * RAND_OPERATIONS  # operation, magnitude and sign of each
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,9 @@ class DaliOptions:
 def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any:
     """The built pipeline of one of the graphs below."""
     on_gpu = spec.device.type == "cuda"
-    pipeline = pipeline_def(graph)(
+    # Augmentation needs `if` over a part of a batch, which makes DALI rewrite the graph's source.
+    conditional = graph is training_graph and spec.auto_augment is not None
+    pipeline = pipeline_def(graph, enable_conditionals=conditional)(
         feed,
         options,
         spec,
@@ -60,13 +79,17 @@ def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any
 
 
 def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
-    paths, area, ratio, position, flips = fn.external_source(source=feed, num_outputs=5, batch=True)
+    paths, area, ratio, position, flips, *numbers = fn.external_source(
+        source=feed, num_outputs=5 if spec.auto_augment is None else 6, batch=True
+    )
     encoded = fn.io.file.read(paths)
     start, shape = _crop_rectangle(encoded, area, ratio, position)
     # The decoder reads the rectangle only, which saves most of the inverse transform and all of the copy.
     crop = fn.decoders.image_slice(
         encoded, start=start, shape=shape, axes=[0, 1], **_decoder(options, spec)
     )
+    if spec.auto_augment is not None:
+        crop = _augmented(crop, shape, numbers[0], spec.auto_augment)
     return tuple(
         _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
         for i, size in enumerate(spec.sizes)
@@ -122,6 +145,36 @@ def _crop_rectangle(encoded: Any, area: Any, ratio: Any, position: Any) -> tuple
     top = found * _int(math.floor(position[0] * (room_h + 1))) + missed * (room_h // 2)
     left = found * _int(math.floor(position[1] * (room_w + 1))) + missed * (room_w // 2)
     return fn.stack(top, left), fn.stack(crop_h, crop_w)
+
+
+def _augmented(image: Any, shape: Any, numbers: Any, kind: AutoAugment) -> Any:
+    """DALI's TrivialAugmentWide or RandAugment with the ranges, border and filter of torchvision's.
+
+    `numbers`: (AUGMENTATION_NUMBERS,) in [0, 1). DALI's `trivial_augment_wide` and `rand_augment` are not
+    called, because they draw from the pipeline's generators: by place in the batch, anew after --resume.
+    The reference draws torchvision's way: the same operations equally often, not the same for a sample.
+    """
+    if kind == "trivial":
+        operations, suite = 1, get_trivial_augment_wide_suite()
+    else:
+        operations = RAND_OPERATIONS
+        suite = get_rand_augment_suite(use_shape=True, max_translate_rel=150 / 331)
+    for i in range(operations):
+        operation, magnitude, sign = (numbers[3 * i + k] for k in range(3))
+        bin_ = RAND_MAGNITUDE if kind == "rand" else _int(math.floor(magnitude * MAGNITUDES))
+        # DALI's suites use two operators that it has renamed, and it says so whatever the filters are.
+        with warnings.catch_warnings(record=True):
+            image = select(
+                suite,
+                _int(math.floor(operation * len(suite))),
+                data=image,
+                magnitude_bin=signed_bin(bin_, random_sign=_int(sign < 0.5)),
+                num_magnitude_bins=MAGNITUDES,
+                shape=shape,
+                fill_value=0,
+                interp_type=types.INTERP_NN,
+            )
+    return image
 
 
 def _long_or_short(length: Any, other: Any, size: int) -> Any:

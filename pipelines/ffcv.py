@@ -52,8 +52,14 @@ class FfcvOptions:
 def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
     """Loaders over `spec.data`/train.beton and /val.beton.
 
-    Raises UsageError if FFCV or a file is missing, DataError if a file is broken.
+    Raises UsageError if FFCV or a file is missing or augmentation is asked for, DataError if a file is
+    broken.
     """
+    if with_train and spec.auto_augment is not None:
+        raise UsageError(
+            f"--auto-augment {spec.auto_augment}: train_ffcv.py has no automatic augmentation; "
+            "use train_dali.py, or leave it out"
+        )
     try:
         from pipelines.ffcv_open import open_loaders
     except ImportError as error:

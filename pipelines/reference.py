@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
+from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
 from pipelines.batch import (
@@ -23,7 +24,16 @@ from pipelines.batch import (
 )
 from pipelines.errors import DataError
 from pipelines.folder import ImageFolder, explain_failure, scan_train_val
-from pipelines.sampling import Indices, ScheduledLoader, draw, schedule_for
+from pipelines.sampling import (
+    AUGMENTATION_LANE,
+    Indices,
+    ScheduledLoader,
+    draw,
+    schedule_for,
+    uniforms,
+)
+
+_AUGMENTATIONS = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,21 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
         spec = self._spec
         draws = draw(spec.seed, self._epoch, np.array([index]), len(spec.sizes), spec.flip)
         rectangle = random_resized_crop(image.height, image.width, draws, 0)
-        crop = F.crop(image, *rectangle)
+        crop = self._augmented(F.crop(image, *rectangle), index)
         for size, flip in zip(spec.sizes, draws.flip[0], strict=True):
             view = F.resize(crop, [size, size], InterpolationMode.BILINEAR)
             yield F.hflip(view) if flip else view
+
+    def _augmented(self, crop: Image.Image, index: int) -> Image.Image:
+        spec = self._spec
+        if spec.auto_augment is None:
+            return crop
+        number = uniforms(spec.seed, self._epoch, np.array([index]), 1, AUGMENTATION_LANE).item()
+        # torchvision draws from PyTorch's generator; torch.manual_seed would seed the GPU's for good.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(number * 2**53))
+            augmented: Image.Image = _AUGMENTATIONS[spec.auto_augment]()(crop)
+        return augmented
 
     def _eval_views(self, image: Image.Image) -> Iterator[Image.Image]:
         for size in self._spec.sizes:

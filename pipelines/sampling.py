@@ -15,8 +15,13 @@ from pipelines.errors import UsageError
 
 Indices = NDArray[np.int64]
 
+# The first lane of automatic augmentation: behind the crop's and those of as many flips as there may be.
+AUGMENTATION_LANE = 1024
 
-def uniforms(seed: int, epoch: int, indices: Indices, lanes: int) -> NDArray[np.float64]:
+
+def uniforms(
+    seed: int, epoch: int, indices: Indices, lanes: int, first_lane: int = 0
+) -> NDArray[np.float64]:
     """(N,) sample indices -> (N, lanes) numbers in [0, 1), the same wherever and whenever asked for.
 
     A counter hashed by SplitMix64's finaliser (Steele, Lea, Flood 2014), because numpy's generators
@@ -24,7 +29,7 @@ def uniforms(seed: int, epoch: int, indices: Indices, lanes: int) -> NDArray[np.
     """
     with np.errstate(over="ignore"):
         key = _mix(_mix(np.uint64(seed) + _GAMMA) + np.uint64(epoch) * _GAMMA)
-        lane = np.arange(1, lanes + 1, dtype=np.uint64) * _GAMMA
+        lane = np.arange(first_lane + 1, first_lane + lanes + 1, dtype=np.uint64) * _GAMMA
         bits = _mix(_mix(key + indices.astype(np.uint64)[:, None] * _GAMMA) + lane)
     numbers: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers

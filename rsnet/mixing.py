@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipelines.batch import Batch
 
@@ -37,7 +36,8 @@ class Mixer:
         else:
             box, share = _box(share, draws.random(), draws.random())
             images = tuple(_paste(x, box) for x in batch.images)
-        labels = F.one_hot(batch.labels, self.num_classes).float()
+        labels = torch.zeros(len(batch.labels), self.num_classes, device=batch.labels.device)
+        labels.scatter_(1, batch.labels[:, None], 1.0)  # F.one_hot reads them on the host
         return Batch(images, labels.lerp(labels.roll(1, 0), 1 - share))
 
 

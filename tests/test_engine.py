@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipelines.batch import Batch, LoaderSpec
 from pipelines.errors import DataError
 from pipelines.synthetic import SyntheticOptions, make_loaders
+from rsnet.ema import Ema
 from rsnet.engine import Trainer, autocast, evaluate, train_one_epoch
-from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.objective import Objective
+from rsnet.mixing import Mixer
+from rsnet.models.switchable import ResolutionSwitchable, select_sizes
+from rsnet.objective import Objective, SizeSampler
 from rsnet.optim import LrSchedule, make_sgd
 
 SIZES = (40, 32, 24)
@@ -152,6 +154,85 @@ def test_clipping_bounds_the_update():
     assert math.hypot(*moved) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_sizes_that_are_left_out_of_a_step_are_not_touched():
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    trainer = _trainer(model, sizes_at=lambda step: (40, 24) if step == 0 else None)
+    trainer.objective.train()
+    before = copy.deepcopy(model.state_dict())
+    batch = Batch(tuple(torch.randn(4, 3, s, s) for s in SIZES), torch.arange(4))
+    terms = trainer.forward_backward(batch, last=True)
+    trainer.update()
+    assert set(terms) == {"ce/40", "ce/24", "ce/ensemble", "kd", "total"}
+    untouched = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
+    assert untouched == {k for k in before if ".by_resolution.1." in k}
+    assert torch.equal(model.alpha[1], before["alpha"][1] * (1 - 0.1 * 1e-3))  # decay alone
+    assert "ce/32" in trainer.forward_backward(batch, last=True)
+
+
+def test_a_step_of_some_sizes_is_the_method_of_those_sizes():
+    """The same losses as a network of these sizes alone has."""
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    torch.nn.init.normal_(model.alpha)
+    part = ResolutionSwitchable(_tiny(), (40, 24))
+    part.load_state_dict(select_sizes(model.state_dict(), SIZES, (40, 24)))
+    images = tuple(torch.randn(4, 3, s, s) for s in SIZES)
+    labels = torch.arange(4)
+    ours = Objective(model, "ens_topdown")(images, labels, (40, 24))
+    expected = Objective(part, "ens_topdown")((images[0], images[2]), labels)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+def test_drawn_sizes_have_the_largest_always_and_the_others_alike_often():
+    sampler = SizeSampler((96, 224, 160, 128), k=2, seed=3)
+    drawn = [sampler.at(step) for step in range(3000)]
+    assert {sizes[0] for sizes in drawn} == {224}
+    for size in (160, 128, 96):
+        assert sum(size in sizes for sizes in drawn) == pytest.approx(1000, abs=100)
+    assert drawn[:50] == [SizeSampler((224, 160, 128, 96), 2, 3).at(s) for s in range(50)]
+    assert drawn[:50] != [SizeSampler((224, 160, 128, 96), 2, 4).at(s) for s in range(50)]
+    assert SizeSampler((32, 16, 24), 3, 0).at(0) == (32, 24, 16)
+
+
+def test_mixed_labels_are_the_weighted_sum_of_two_losses():
+    model = ResolutionSwitchable(_tiny(), SIZES).eval()
+    images = tuple(torch.randn(4, 3, s, s) for s in SIZES)
+    one, two = torch.arange(4), torch.tensor([3, 0, 1, 2])
+    shares = 0.3 * F.one_hot(one, 5).float() + 0.7 * F.one_hot(two, 5).float()
+    objective = Objective(model, "ens_topdown", 0.1)
+    mixed, a, b = (objective(images, labels) for labels in (shares, one, two))
+    for name in ("ce/40", "ce/32", "ce/24", "ce/ensemble"):
+        torch.testing.assert_close(mixed[name], 0.3 * a[name] + 0.7 * b[name])
+
+
+def test_each_batch_of_an_accumulated_update_is_mixed_by_a_number_of_its_own():
+    numbers = []
+
+    def mix(batch, number):
+        numbers.append(number)
+        return batch
+
+    trainer = _trainer(ResolutionSwitchable(_tiny(), SIZES), accumulate=2, mix=mix)
+    for _ in range(2):
+        train_one_epoch(trainer, _loader(40).train, 100, lambda _: None)
+    assert numbers == list(range(8))
+
+
+def test_averaged_weights_follow_the_updates():
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    ema = Ema(model, 0.5)
+    trainer = _trainer(model, ema=ema)
+    expected = model.network[0].weight.detach().clone()
+    trainer.objective.train()
+    for step, batch in enumerate(_loader(24).train):
+        trainer.forward_backward(batch, last=True)
+        trainer.update()
+        d = min(0.5, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * model.network[0].weight.detach()
+    torch.testing.assert_close(ema.model.network[0].weight, expected)
+
+
 def test_an_epoch_reports_means_and_counts_its_steps():
     trainer, reports = _trainer(ResolutionSwitchable(_tiny(), SIZES)), []
     train_one_epoch(trainer, _loader().train, 3, reports.append)
@@ -191,7 +272,15 @@ class _CountsReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_only_reports_wait_for_the_device_not_steps(amp):
-    trainer = _trainer(ResolutionSwitchable(_tiny(), SIZES), amp=amp, clip_grad=1.0)
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    trainer = _trainer(
+        model,
+        amp=amp,
+        clip_grad=1.0,
+        sizes_at=SizeSampler(SIZES, 2, 0).at,
+        mix=Mixer(0.2, 1.0, 5, 0),
+        ema=Ema(model, 0.9),
+    )
     train_one_epoch(
         trainer, _loader().train, 100, lambda _: None
     )  # the optimizer's first step differs

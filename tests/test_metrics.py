@@ -51,6 +51,24 @@ def test_term_means_start_anew_after_each_reading():
     assert means.compute() == {"a": 10, "b": 0}
 
 
+def test_a_term_that_some_steps_lack_is_averaged_over_those_that_have_it():
+    means = TermMeans()
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    means.add({"a": torch.tensor(4.0), "c": torch.tensor(7.0)})
+    means.add({"a": torch.tensor(4.0), "c": torch.tensor(9.0)})
+    assert means.compute() == {"a": 3, "b": 5, "c": 8}
+
+
+def test_the_guard_names_the_terms_of_the_bad_step_whatever_others_had():
+    guard = FiniteGuard(CPU)
+    inf = torch.tensor(torch.inf)
+    good = torch.tensor(1.0)
+    guard.check({"ce/64": good, "ce/32": good}, 0)
+    assert guard.check({"ce/64": good, "ce/16": inf}, 1) == 1
+    guard.check({"ce/64": inf, "ce/32": inf}, 2)
+    assert guard.verdict() == (1, ["ce/16"])
+
+
 def test_the_guard_names_the_first_step_and_its_terms():
     guard = FiniteGuard(CPU)
     good = {"ce/64": torch.tensor(1.0), "kd": torch.tensor(2.0)}

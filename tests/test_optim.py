@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from rsnet.models.zoo import build
 from rsnet.optim import LrSchedule, make_sgd
@@ -56,6 +57,21 @@ def test_sgd_holds_every_parameter_exactly_once_with_decay():
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
     assert len(held) == len(list(model.parameters()))
     assert {group["weight_decay"] for group in groups} == {1e-4}
+
+
+def test_without_decay_of_norms_only_filters_and_the_classifier_decay():
+    """By the type of the module that owns a parameter, where the code goes by its dimensions."""
+    model = build("parallel_mobilenetv2", 10, (32, 16))
+    decays = {
+        id(p): group["weight_decay"]
+        for group in make_sgd(model, 0.1, 0.9, 1e-4, norm_decay=False).param_groups
+        for p in group["params"]
+    }
+    assert len(decays) == len(list(model.parameters()))
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            is_weight = isinstance(module, nn.Conv2d | nn.Linear) and name == "weight"
+            assert decays[id(p)] == (1e-4 if is_weight else 0.0), (module, name)
 
 
 def test_a_marked_update_is_skipped_on_the_device():

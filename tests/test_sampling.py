@@ -19,6 +19,13 @@ def test_a_samples_numbers_do_not_depend_on_its_batch():
     assert np.array_equal(together[2:], alone)
 
 
+def test_lanes_can_be_asked_for_from_any_first_one():
+    indices = np.array([3, 1, 4])
+    assert np.array_equal(
+        uniforms(7, 2, indices, 4, first_lane=5), uniforms(7, 2, indices, 9)[:, 5:]
+    )
+
+
 @pytest.mark.parametrize("changed", [(8, 2, 3), (7, 3, 3), (7, 2, 4)])
 def test_seed_epoch_and_index_each_give_other_numbers(changed):
     seed, epoch, index = changed

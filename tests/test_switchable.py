@@ -89,6 +89,29 @@ def test_each_resolution_updates_only_its_own_batchnorm(model):
         assert (parameter.grad is None) == (private_to_others or name == "alpha"), name
 
 
+def test_a_shared_norm_is_one_for_all_sizes():
+    network = torchvision.models.resnet18(num_classes=5)
+    model = ResolutionSwitchable(network, SIZES, shared_norm=True)
+    layers = [m for m in model.modules() if isinstance(m, SwitchableBatchNorm2d)]
+    assert {len(layer.by_resolution) for layer in layers} == {1}
+    plain = torchvision.models.resnet18(num_classes=5)
+    assert model.count_parameters() == (sum(p.numel() for p in plain.parameters()), len(SIZES))
+    for i, size in enumerate(SIZES, start=1):
+        model(torch.randn(2, 3, size, size))
+        assert layers[0].by_resolution[0].num_batches_tracked == i
+    part = ResolutionSwitchable(torchvision.models.resnet18(num_classes=5), (40,), True)
+    part.load_state_dict(select_sizes(model.state_dict(), SIZES, (40,), shared_norm=True))
+
+
+def test_private_parameters_are_those_of_batchnorm_and_the_ensemble(model):
+    shared, private = model.count_parameters()
+    plain = torchvision.models.resnet18(num_classes=5)
+    norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
+    in_norms = sum(p.numel() for m in norms for p in m.parameters())
+    assert private == 3 * in_norms + 3
+    assert shared == sum(p.numel() for p in plain.parameters()) - in_norms
+
+
 def test_sizes_are_sorted_and_batchnorm_is_found_by_size(model):
     network = torchvision.models.resnet18(num_classes=5)
     shuffled = ResolutionSwitchable(network, (32, 48, 40)).eval()
