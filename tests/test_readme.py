@@ -7,13 +7,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines import beton, dali, ffcv
 from pipelines.beton import ConvertOptions
 from pipelines.cli import command as run_command
 from pipelines.cli import parse_options
+from rsnet.__main__ import VERBS
+from rsnet.__main__ import main as verbs
 from rsnet.cli import parse
-from rsnet.models.zoo import list_archs
+from rsnet.models.zoo import build, list_archs
+from rsnet.original import to_original
 from rsnet.run import main
 from tests.conftest import needs_ffcv
 
@@ -28,6 +32,7 @@ SCRIPTS = {
 }
 TRAINING = [c for c in COMMANDS if any(script in c for script in SCRIPTS)]
 CONVERTING = [c for c in COMMANDS if "pipelines.beton" in c]
+VERBS_USED = [c for c in COMMANDS if c.startswith("python -m rsnet ")]
 
 
 def _script(command: str) -> tuple[str, list[str]]:
@@ -43,7 +48,7 @@ def test_every_command_is_a_make_target_or_a_training_or_converting_command():
         if command.startswith("make "):
             assert f"\n{command.split()[1]}: " in makefile
         else:
-            assert command in TRAINING + CONVERTING
+            assert command in TRAINING + CONVERTING + VERBS_USED
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -59,14 +64,27 @@ def test_a_converting_command_is_understood(command):
     parse_options(ConvertOptions, [ConvertOptions], shlex.split(command)[3:])
 
 
+@pytest.mark.parametrize("command", VERBS_USED)
+def test_a_verb_is_understood(command):
+    _, _, _, verb, *arguments = shlex.split(command)
+    options_type = VERBS[verb][0]
+    parse_options(options_type, [options_type], arguments)
+
+
 @needs_ffcv
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """In the order of the README, on a small folder with small sizes, without torchrun."""
     monkeypatch.chdir(tmp_path)
+    model = build("parallel_resnet18", 3, (160, 32))
+    network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": [160, 32]}
+    content = {"network": network, "model": model.state_dict(), "epoch": 1}
+    torch.save(to_original(content), "model_best.pth.tar")
     small = ["--epochs", "1", "--batch-size", "4", "--workers", "1", "--wandb", "disabled"]
     for number, command in enumerate(COMMANDS):
         here = command.replace("/imagenet_", f"{tmp_path}/").replace("/imagenet", str(photos))
-        if command in CONVERTING:
+        if command in VERBS_USED and " import " in command:
+            assert verbs([*shlex.split(here)[3:], "--sizes", "160", "32"]) == 0
+        elif command in CONVERTING:
             assert run_command("x", ConvertOptions, beton.main, shlex.split(here)[3:]) == 0
         elif command in TRAINING and command.startswith("python"):
             script, arguments = _script(here)
@@ -92,7 +110,8 @@ def test_the_demos_commands_in_the_makefile_are_understood():
 
 
 def test_the_options_in_the_table_exist(capsys):
-    rows = [row for row in README.splitlines() if row.startswith("| `-")]
+    table = README[README.index("## Options") : README.index("## What a run writes")]
+    rows = [row for row in table.splitlines() if row.startswith("| `-")]
     flags = {f for row in rows for f in re.findall(r"`(--?[a-z-]+)`", row.split("|")[1])}
     assert len(flags) > 25
     listed: set[str] = set()
