@@ -59,8 +59,11 @@ class Options:
     batch_size: int = 128
     """Images a step."""
 
-    lr: float = 0.05
-    """Learning rate of every run."""
+    lr: float = 0.02
+    """Learning rate of the networks of several sizes, whose losses are summed."""
+
+    lr_individual: float = 0.05
+    """Learning rate of the individual networks, which have one loss."""
 
     seeds: int = 3
     """Runs of each kind."""
@@ -81,9 +84,11 @@ class Job(NamedTuple):
 
 def kinds(o: Options) -> dict[str, list[list[str]]]:
     """Label -> the options of its runs: one, or one a size."""
-    sizes = ["--sizes", *map(str, o.sizes)]
+    sizes = ["--lr", str(o.lr), "--sizes", *map(str, o.sizes)]
     return {
-        "individual networks": [["--sizes", str(s), "--no-kd"] for s in o.sizes],
+        "individual networks": [
+            ["--sizes", str(s), "--no-kd", "--lr", str(o.lr_individual)] for s in o.sizes
+        ],
         "shared BN": [[*sizes, "--no-kd", "--norm", "shared"]],
         "private BN": [[*sizes, "--no-kd"]],
         "private BN, ens": [[*sizes, "--kd-type", "ens"]],
@@ -96,7 +101,7 @@ def jobs_of(o: Options) -> Iterator[Job]:
     """All runs, seed by seed, so that a study that is cut short has whole seeds."""
     fixed = {
         "data": o.data.resolve(), "arch": o.arch, "stem": o.stem, "width-mult": o.width_mult,
-        "epochs": o.epochs, "batch-size": o.batch_size, "lr": o.lr, "workers": o.workers, "wandb": "disabled",
+        "epochs": o.epochs, "batch-size": o.batch_size, "workers": o.workers, "wandb": "disabled",
         "resume": "auto",
     }  # fmt: skip
     common = [word for key, value in fixed.items() for word in (f"--{key}", str(value))]

@@ -73,7 +73,10 @@ def test_a_verb_is_understood(command):
 
 @needs_ffcv
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
-    """In the order of the README, on a small folder with small sizes, without torchrun."""
+    """In the order of the README, on a small folder with small sizes, without torchrun.
+
+    Other recipes are run by test_modern_run.py, with a smaller network.
+    """
     monkeypatch.chdir(tmp_path)
     model = build("parallel_resnet18", 3, (160, 32))
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": [160, 32]}
@@ -86,7 +89,7 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
             assert verbs([*shlex.split(here)[3:], "--sizes", "160", "32"]) == 0
         elif command in CONVERTING:
             assert run_command("x", ConvertOptions, beton.main, shlex.split(here)[3:]) == 0
-        elif command in TRAINING and command.startswith("python"):
+        elif command in TRAINING and command.startswith("python") and "--recipe" not in command:
             script, arguments = _script(here)
             if "--sizes" not in arguments:
                 arguments += ["--sizes", "160", "32"]
