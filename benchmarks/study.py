@@ -122,11 +122,25 @@ def jobs_of(o: Options) -> Iterator[Job]:
                 yield Job(label, path, words, work)
 
 
+def claim(job: Job) -> None:
+    """Note a job's options in its directory. Raises UsageError if it holds a run with others."""
+    note = job.path / "options.txt"
+    aside = ("--data", "--workers", "--output")  # where it runs does not change a run
+    pairs = [w for i, w in enumerate(job.options) if not {w, job.options[i - 1]} & {*aside}]
+    wanted = shlex.join(pairs)
+    if note.is_file() and note.read_text() != wanted:
+        raise UsageError(
+            f"--output: {job.path} holds a run with {note.read_text()}; this study has {wanted}. "
+            "Give another folder"
+        )
+    job.path.mkdir(parents=True, exist_ok=True)
+    note.write_text(wanted)
+
+
 def train(job: Job, threads: int) -> None:
     """Run one job, unless it is finished. Raises DataError with the last line of a run that failed."""
     if (job.path / "results.json").is_file():
         return
-    job.path.mkdir(parents=True, exist_ok=True)
     with (job.path / "run.log").open("a") as log:
         done = subprocess.run(
             [sys.executable, "train_dali.py", *job.options],
@@ -156,12 +170,19 @@ def write_results(o: Options, jobs: Sequence[Job]) -> None:
 def run(o: Options) -> int:
     if min(o.seeds, o.jobs) < 1:
         raise UsageError("--seeds and --jobs: at least 1")
+    for k in o.sizes_per_step:
+        if not 1 < k <= len(o.sizes):
+            raise UsageError(
+                f"--sizes-per-step {k}: from 2 to the number of --sizes, {len(o.sizes)}"
+            )
     o.output.mkdir(parents=True, exist_ok=True)
     jobs = list(jobs_of(o))
     threads = max(1, len(os.sched_getaffinity(0)) // o.jobs)
     display = Display(active=True)
     display.start("study", sum(job.work for job in jobs))
     done = 0
+    for job in jobs:
+        claim(job)
     with ThreadPoolExecutor(o.jobs) as pool:
         running = {pool.submit(train, job, threads): job for job in jobs}
         try:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.beton import WriteMode
 from pipelines.beton_file import JPG, RAW, Stored
-from pipelines.errors import DataError
+from pipelines.errors import DataError, first_line
 from pipelines.sampling import uniforms
 from pipelines.turbojpeg import Bytes, JpegDecoder
 
@@ -99,7 +99,7 @@ def _pixels_by_pil(path: str) -> Bytes:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
-        raise DataError((str(error).strip() or type(error).__name__).splitlines()[0]) from None
+        raise DataError(first_line(error)) from None
 
 
 def _shrunk(pixels: Bytes, longest: int) -> Bytes:

@@ -87,12 +87,16 @@ def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:
 
 
 def _message(box: str) -> str:
-    """The message in the box that tyro draws around an error, as one line."""
+    """The message in the box that tyro draws around an error, as one line.
+
+    The box is of lines where stdout can show them, else of dashes, with one under its title, too.
+    """
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
     message: list[str] = []
     for line in lines[1:]:
-        if not line or set(line) == {"─"}:
+        if line.strip("─-"):
+            message.append(line)
+        elif message:
             break
-        message.append(line)
     text = re.sub(r"^Error parsing \w+: (?=--)", "", " ".join(message))
     return f"{text} (--help lists all options)"

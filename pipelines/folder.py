@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def broken(path: str) -> str | None:
         with Image.open(path) as image:
             image.convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -112,8 +112,4 @@ def _some(names: list[str], most: int = 5) -> str:
 def _cause(error: Exception) -> str:
     """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
     lines = str(error).partition("encountered:")[2].split("\n")
-    return next((line.strip() for line in lines if line.strip()), _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return next((line.strip() for line in lines if line.strip()), first_line(error))

@@ -27,7 +27,7 @@ def make_trainer(
     c = config
     objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
     return Trainer(
-        distributed.wrap(objective, device, all_used=c.sizes_per_step == len(c.sizes)),
+        distributed.wrap(objective, device, c.sizes_per_step == len(c.sizes) or model.shared_norm),
         make_sgd(model, c.lr, c.momentum, c.weight_decay, c.decay == "all"),
         LrSchedule(
             lr=c.lr,
@@ -42,7 +42,7 @@ def make_trainer(
         device,
         AMP_DTYPES[c.amp],
         c.accumulate,
-        c.clip_grad,
+        c.clip_grad or None,
         SizeSampler(c.sizes, c.sizes_per_step, c.seed).at,
         # Each rank's batch has draws of its own.
         Mixer(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tyro.conf import arg
 
 from pipelines.batch import Batch, Loader, Loaders, LoaderSpec
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, blame
 from rsnet import checkpoint, distributed
 from rsnet.engine import Trainer, evaluate, train_one_epoch
 from rsnet.losses import distillation, ensemble_logits
@@ -49,7 +52,7 @@ class Options:
     """File to write. Unset: CHECKPOINT-SIZE.pt."""
 
     steps: int = 200
-    """Batches of training images, for estimate and for distil."""
+    """Batches of training images, for estimate and for distil; at most one epoch."""
 
     batch_size: Annotated[int, arg(aliases=("-b",))] = 64
     """Images a batch."""
@@ -63,10 +66,11 @@ class Options:
     def __post_init__(self) -> None:
         for flag, value, least in (
             ("size", self.size, 1), ("steps", self.steps, 1), ("batch-size", self.batch_size, 2),
+            ("seed", self.seed, 0),
         ):  # fmt: skip
             if value < least:
                 raise UsageError(f"--{flag} {value}: at least {least}")
-        if not self.lr > 0:
+        if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"--lr {self.lr}: must be a positive number")
 
 
@@ -83,21 +87,22 @@ def run(options: Options, make_loaders: MakeLoaders) -> int:
         options.data, tuple(sizes), options.batch_size, device,
         normalize=network["normalize"], seed=options.seed,
     )  # fmt: skip
-    loaders = make_loaders(spec, True)
-    val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
-    assert loaders.train is not None
-    try:
-        if network["classes"] and network["classes"] != loaders.classes:
-            raise UsageError(f"--data {options.data} has other classes than the checkpoint")
+    with blame(f"--size {options.size}"):
+        _network(network, sizes, device)
+    with ExitStack() as stack:
+        loaders = make_loaders(spec, True)
+        assert loaders.train is not None
+        stack.enter_context(closing(loaders.train))
+        stack.enter_context(closing(loaders.val))
+        _require_classes(options, network, loaders.classes)
+        val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
+        stack.enter_context(closing(val))
         states = candidates(content, options, loaders.train, device)
         results = {}
         for name, state in states.items():
             single = _network(network, [options.size], device)
             single.load_state_dict(select_sizes(state, sizes, [options.size]))
             results[name] = evaluate(single, val, device)[str(options.size)]
-    finally:
-        for loader in (loaders.train, loaders.val, val):
-            loader.close()
     print(f"size {options.size}      top-1 %  top-5 %     loss")
     for name, r in results.items():
         chosen = "  saved" if name == options.how else ""
@@ -214,6 +219,14 @@ def _require_sense(options: Options, network: Mapping[str, Any], output: Path) -
         )
     if output.exists():
         raise UsageError(f"--output: {output} exists; give another name")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"--output: cannot write into {output.parent}")
+
+
+def _require_classes(options: Options, network: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Raise UsageError if the data is not what the network tells apart; an original names no classes."""
+    if (network["classes"] or classes) != classes or len(classes) > network["num_classes"]:
+        raise UsageError(f"--data {options.data} has other classes than the checkpoint")
 
 
 def _norms_of(model: ResolutionSwitchable, size: int) -> list[_BatchNorm]:

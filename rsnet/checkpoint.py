@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from pipelines.batch import EVAL_CROP_RATIO
-from pipelines.errors import DataError, UsageError
-from rsnet import original
+from pipelines.errors import DataError, UsageError, blame
+from rsnet import original, torch_file
 from rsnet.models.switchable import ResolutionSwitchable, select_sizes
 from rsnet.resolve import NETWORK_DEFAULTS, ResolvedConfig
 
@@ -24,15 +22,6 @@ FORMAT = 1
 
 # What a run begins with, if the file that it starts from holds weights and nothing of a run.
 NEW_RUN: dict[str, Any] = {"config": {}, "epoch": 0, "step": 0, "best": [], "wandb_id": None}
-
-# An original's file may hold its best accuracy as one of these, which torch does not know as harmless.
-_MAKE_SCALAR: Any = np.float64().__reduce__()[0]
-NUMPY_SCALARS: list[Any] = [
-    (_MAKE_SCALAR, "numpy.core.multiarray.scalar"),  # as NumPy 1 named it
-    _MAKE_SCALAR,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
-]
 
 
 def describe(config: ResolvedConfig, classes: list[str], num_classes: int) -> dict[str, Any]:
@@ -58,15 +47,19 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     PATH.sha256 names the hash of the new file and that of the one it replaces, because two files
     cannot be renamed at once: a crash in between leaves an old file that is still known.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
-    data = buffer.getbuffer()
+    data = _serialized({"format": FORMAT, **content})
     hashes = [hashlib.sha256(data).hexdigest()]
     if path.exists():
         hashes.append(_sha256(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(_hash_file(path), "".join(f"{h}  {path.name}\n" for h in hashes).encode())
     _replace(path, data)
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """`torch.save`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, _serialized(content))
 
 
 def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None) -> dict[str, Any]:
@@ -77,30 +70,21 @@ def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None
     Raises UsageError if there is no such file, DataError if its hash or its content is not right.
     """
     if not path.is_file():
-        raise UsageError(f"--resume: there is no checkpoint {path}")
+        raise UsageError(f"there is no checkpoint {path}")
     if _hash_file(path).is_file() and _sha256(path) not in _hash_file(path).read_text().split():
-        raise DataError(
-            f"--resume: {path} is damaged: its SHA-256 is not in {_hash_file(path).name}"
-        )
-    try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-        raise DataError(f"--resume: {path} is no readable checkpoint: {reason}") from error
+        raise DataError(f"{path} is damaged: its SHA-256 is not in {_hash_file(path).name}")
+    with blame(f"{path} is no readable checkpoint"):
+        content: Any = torch_file.read(path)
     if original.is_original(content):
-        try:
+        with blame(str(path)):
             return NEW_RUN | original.from_original(content, arch, sizes)
-        except (UsageError, DataError) as error:
-            raise type(error)(f"--resume: {path}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"--resume: {path} is no checkpoint of this trainer (format {FORMAT})")
-    return NEW_RUN | content
+    known = isinstance(content, dict) and content.get("format") == FORMAT
+    if not known or not {"network", "model"} <= content.keys():
+        raise DataError(f"{path} is no checkpoint of this trainer (format {FORMAT})")
+    return {**NEW_RUN, **content}
 
 
-def require_match(
-    trained: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, training: bool
-) -> None:
+def require_match(trained: Mapping[str, Any], wanted: Mapping[str, Any], training: bool) -> None:
     """Raise UsageError if a network `wanted` cannot take over the weights of one `trained`.
 
     Training goes on with the same arch, classes and sizes; an evaluation may take some of the sizes.
@@ -121,7 +105,7 @@ def require_match(
         there, here = (" ".join(map(str, x["sizes"])) for x in (trained, wanted))
         problems.append(f"--sizes is {there} there and {here} here")
     if problems:
-        raise UsageError(f"--resume: {path} does not fit: {'; '.join(problems)}")
+        raise UsageError("; ".join(problems))
 
 
 def load_weights(
@@ -136,7 +120,13 @@ def load_weights(
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"--resume: the weights do not fit the network: {reason}") from error
+        raise DataError(reason) from error
+
+
+def _serialized(content: Mapping[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    return buffer.getbuffer()
 
 
 def _replace(path: Path, data: Any) -> None:

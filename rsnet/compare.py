@@ -118,13 +118,16 @@ def plot(path: Path, groups: Groups) -> None:
 
 
 def _work(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Images and seconds of the logged steps; a line speaks of all steps since the one before."""
-    images = seconds = 0.0
-    before = 0
+    """Images and seconds of the logged steps; a line speaks of all steps since the one before.
+
+    Epochs are what goes on evenly: with another global batch a resumed run has others steps an epoch.
+    """
+    images = seconds = epoch = 0.0
     for line in steps:
-        span = (line["step"] - before) * line["perf/step_time"]
+        steps_per_epoch = line["step"] / line["epoch"]
+        span = (line["epoch"] - epoch) * steps_per_epoch * line["perf/step_time"]
         images, seconds = images + span * line["perf/images_per_s"], seconds + span
-        before = line["step"]
+        epoch = line["epoch"]
     return images, seconds
 
 

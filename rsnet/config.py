@@ -13,6 +13,8 @@ from tyro.conf import arg
 from pipelines.errors import UsageError
 from rsnet.recipes import RecipeName
 
+AutoAugmentOption = Literal["none", "trivial", "rand"]
+
 DEFAULT_ARCH = "parallel_resnet50"
 DEFAULT_SIZES = (224, 192, 160, 128, 96)
 # Per process. Five ResNet-50 graphs of 32 images keep 4 GB, of 256 images 30 GB (bfloat16).
@@ -95,7 +97,7 @@ class TrainConfig:
     """Epochs in which the learning rate rises linearly. Unset: the recipe's (paper 0, modern up to 5)."""
 
     clip_grad: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Largest norm of the gradients. Unset: not clipped."""
+    """Largest norm of the gradients. Unset: 0, not clipped."""
 
     kd: bool = True
     """Distil from the ensemble (and the larger sizes) to each size."""
@@ -118,7 +120,7 @@ class TrainConfig:
     cutmix: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Paste a neighbour's box by Beta(a, a) of this a, alike at all sizes. Unset: 0, no."""
 
-    auto_augment: Annotated[Literal["trivial", "rand"] | None, arg(metavar="{trivial,rand}")] = None
+    auto_augment: Annotated[AutoAugmentOption | None, arg(metavar="{none,trivial,rand}")] = None
     """TrivialAugment or RandAugment on the crop (not of train_ffcv.py). Unset: none."""
 
     normalize: Annotated[Literal["imagenet", "unit"] | None, arg(metavar="{imagenet,unit}")] = None
@@ -191,6 +193,10 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
     def share(x: float) -> bool:
         return 0 <= x < 1
 
+    def of_a_beta(x: float) -> bool:
+        # Beyond, all shares are 1/2, and drawing them takes ever longer.
+        return 0 <= x <= 100
+
     def distinct_positive(sizes: tuple[int, ...]) -> bool:
         return bool(sizes) and min(sizes) > 0 and len(set(sizes)) == len(sizes)
 
@@ -204,8 +210,8 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ("--num-classes", c.num_classes, lambda n: n >= 2, "at least 2"),
         ("--width-mult", c.width_mult, positive, "must be a positive number"),
         ("--ema", c.ema, share, "must be at least 0 and less than 1"),
-        ("--mixup", c.mixup, not_negative, "must be 0 or a positive number"),
-        ("--cutmix", c.cutmix, not_negative, "must be 0 or a positive number"),
+        ("--mixup", c.mixup, of_a_beta, "must be from 0 to 100"),
+        ("--cutmix", c.cutmix, of_a_beta, "must be from 0 to 100"),
         ("--epochs", c.epochs, positive, "at least 1 epoch is needed"),
         ("--batch-size", c.batch_size, positive, "at least 1 image is needed"),
         ("--accumulate", c.accumulate, positive, "at least 1 batch is needed"),
@@ -216,8 +222,8 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ("--schedule", c.schedule, lambda s: all(e > 0 for e in s), "epochs are positive"),
         ("--gamma", c.gamma, positive, "must be a positive number"),
         ("--warmup", c.warmup, not_negative, "must be 0 or a number of epochs"),
-        ("--clip-grad", c.clip_grad, positive, "must be a positive number"),
-        ("--sizes-per-step", c.sizes_per_step, positive, "at least 1 size is needed"),
+        ("--clip-grad", c.clip_grad, not_negative, "must be 0 or a positive number"),
+        ("--sizes-per-step", c.sizes_per_step, positive, "at least 2 sizes are needed"),
         ("--label-smoothing", c.label_smoothing, share, "must be at least 0 and less than 1"),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
         ("--log-interval", c.log_interval, positive, "at least 1 step"),

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from tyro.conf import Positional, arg
 
 from pipelines.errors import UsageError
 from rsnet import checkpoint
+from rsnet.config import DEFAULT_SIZES
 from rsnet.original import to_original
 from rsnet.runlog import RunDir
 
@@ -45,19 +45,18 @@ class ExportOptions:
 
 def import_original(options: ImportOptions) -> int:
     content = checkpoint.load(options.original, options.arch, options.sizes)
-    if "optimizer" in content:
+    if "format" in content:
         raise UsageError(f"{options.original}: this is a checkpoint of this trainer already")
     run_dir = RunDir(options.output, continues=False, active=True)
-    taken = [path for path in (run_dir.last, run_dir.best) if path.exists()]
-    if taken:
-        raise UsageError(f"--output: {taken[0]} exists; give another folder")
     for path in (run_dir.last, run_dir.best):
         checkpoint.save(path, content)
     run_dir.write_json("config.json", {"imported": str(options.original), **content["network"]})
     network = content["network"]
+    order = " ".join(map(str, options.sizes or DEFAULT_SIZES))
     print(
         f"{network['arch']}, {network['num_classes']} classes, sizes "
-        f"{' '.join(map(str, network['sizes']))}, --normalize unit; evaluate it with\n"
+        f"{' '.join(map(str, network['sizes']))} (as its bn_0, bn_1, ... are of {order}), "
+        "--normalize unit; evaluate it with\n"
         f"python train_dali.py --data DATA --evaluate --resume {run_dir.best}"
     )
     return 0
@@ -68,8 +67,7 @@ def export_original(options: ExportOptions) -> int:
         raise UsageError(f"--output: {options.output} exists; give another name")
     content = checkpoint.load(options.checkpoint)
     exported = to_original(content)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(exported, options.output)
+    checkpoint.write(options.output, exported)
     network = content["network"]
     sizes = " ".join(map(str, network["sizes"]))
     print(f"{options.output}: for the original code with --arch {network['arch']} --sizes {sizes}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,3 +72,20 @@ def make_sgd(
         for parameter in model.parameters():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def load_momentum(sgd: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
+    """Take over the momentum of a saved state dict of an optimizer from `make_sgd`; the rate and the decay
+    stay. False, and nothing done, if it is not of the same parameters.
+    """
+    parameters = [p for group in sgd.param_groups for p in group["params"]]
+    lengths = [len(group["params"]) for group in sgd.param_groups]
+    if [len(group["params"]) for group in saved["param_groups"]] != lengths:
+        return False
+    buffers = [saved["state"].get(i, {}).get("momentum_buffer") for i in range(len(parameters))]
+    if any(b is None or b.shape != p.shape for b, p in zip(buffers, parameters, strict=True)):
+        return False
+    for parameter, buffer in zip(parameters, buffers, strict=True):
+        if parameter in sgd.state:  # not with --momentum 0
+            sgd.state[parameter]["momentum_buffer"].copy_(buffer)
+    return True

@@ -47,7 +47,7 @@ def from_original(
     Raises UsageError if arch or sizes are needed or wrong, DataError with the names and shapes of what
     does not fit.
     """
-    state = {k.removeprefix("module."): v for k, v in _state(content).items()}
+    state = _state(content)
     arch = arch or content.get("arch")
     if arch is None:
         raise UsageError(
@@ -60,12 +60,15 @@ def from_original(
     if len(sizes) != copies:
         raise UsageError(
             f"--sizes: this file was trained for {copies} sizes; name them, in the order in which they "
-            f"were given to the original (not {' '.join(map(str, sizes))})"
+            f"were given to the original (not {' '.join(map(str, sizes))}); for some of them alone "
+            "first make a run of it, with `python -m rsnet import`"
         )
+    if len(set(sizes)) != len(sizes) or min(sizes) < 1:
+        raise UsageError(f"--sizes {' '.join(map(str, sizes))}: positive and all different")
     classifier = state.get(
         "classifier.module.weight" if "mobilenet" in arch else "fc.module.weight"
     )
-    if classifier is None:
+    if classifier is None or classifier.ndim != 2:
         raise DataError(f"there is no classifier of {arch} in this file; is --arch right?")
     names = _names(arch, len(classifier), sizes)
     shapes = {theirs: shape for theirs, (_, shape) in names.items()}
@@ -91,7 +94,7 @@ def from_original(
             "interpolation": "triangle, antialiased (PIL's BILINEAR)",
         },
         "model": model,
-        "epoch": int(content.get("epoch", 0)),
+        "epoch": _epoch(content),
     }
 
 
@@ -109,19 +112,45 @@ def to_original(content: Mapping[str, Any]) -> dict[str, Any]:
     names = _names(network["arch"], network["num_classes"], network["sizes"])
     weights = content.get("ema", content["model"])
     state = {f"module.{theirs}": weights[ours] for theirs, (ours, _) in names.items()}
-    best = content.get("best") or [0.0, 0.0]
+    parameters = [name for name, (ours, _) in names.items() if _is_parameter(ours)]
+    group = {
+        "params": list(range(len(parameters))),
+        "lr": 0.0,
+        "momentum": 0.9,
+        "dampening": 0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+    }
     return {
         "epoch": content["epoch"],
         "arch": network["arch"],
         "state_dict": state,
-        "best_acc0": best[0],
-        "best_acc": best[1],
+        # Its --resume wants an optimizer: one without momentum yet. Its best are not measured as ours.
+        "optimizer": {"state": {}, "param_groups": [group]},
+        "best_acc0": 0.0,
+        "best_acc": 0.0,
     }
 
 
-def _state(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    state: Mapping[str, Tensor] = content.get("state_dict", content)
-    return state
+def _state(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights, without DataParallel's `module.`; what else lies among them is left out."""
+    state: Mapping[Any, Any] = content.get("state_dict", content)
+    return {
+        k.removeprefix("module."): v
+        for k, v in state.items()
+        if isinstance(k, str) and isinstance(v, Tensor)
+    }
+
+
+def _epoch(content: Mapping[str, Any]) -> int:
+    """The epochs that are done, as far as the file tells."""
+    epoch = content.get("epoch")
+    return epoch if isinstance(epoch, int) and epoch >= 0 else 0
+
+
+def _is_parameter(ours: str) -> bool:
+    """Whether a name of a state dict is of a parameter, not of a buffer."""
+    return ours == "alpha" or ours.endswith((".weight", ".bias"))
 
 
 def _order(sizes: Sequence[int]) -> list[int]:

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.errors import UsageError
-from rsnet.config import DEFAULT_ARCH, DEFAULT_BATCH_SIZE, DEFAULT_SIZES, TrainConfig
+from rsnet.config import (
+    DEFAULT_ARCH,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_SIZES,
+    AutoAugmentOption,
+    TrainConfig,
+)
 from rsnet.recipes import RecipeName, recipe_of
 
 # What a network is, besides its sizes and classes, and what it is if a checkpoint does not say.
@@ -21,9 +27,10 @@ NETWORK_DEFAULTS = {
 }
 
 # What a run that goes on takes from its earlier part, unless given anew.
-TAKEN_OVER = {
-    "auto_augment", "clip_grad", "cutmix", "decay", "ema", "epochs", "label_smoothing", "lr_decay",
-    "mixup", "recipe", "sizes_per_step", "warmup", "weight_decay",
+OF_A_RECIPE = {"decay", "ema", "label_smoothing", "lr_decay", "warmup"}  # unless it is another's
+TAKEN_OVER = OF_A_RECIPE | {
+    "auto_augment", "clip_grad", "cutmix", "epochs", "mixup", "recipe", "sizes_per_step",
+    "weight_decay",
 }  # fmt: skip
 
 
@@ -42,8 +49,10 @@ class ResolvedConfig(TrainConfig):
     warmup: int = 0
     label_smoothing: float = 0.0
     ema: float = 0.0
+    clip_grad: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    auto_augment: AutoAugmentOption = "none"
     recipe: RecipeName = "paper"
     stem: Literal["imagenet", "small"] = "imagenet"
     norm: Literal["private", "shared"] = "private"
@@ -77,6 +86,8 @@ def resolve(
     if previous:
         # The learning rate belongs to its batch size: it is taken over with it or scaled anew.
         taken = TAKEN_OVER | ({"batch_size", "lr"} if config.batch_size is None else set())
+        if config.recipe not in (None, previous.get("recipe")):
+            taken -= OF_A_RECIPE
         given |= {k: previous.get(k) for k in taken if given[k] is None}
     known = trained or {}
     arch = config.arch or known.get("arch", DEFAULT_ARCH)
@@ -90,8 +101,10 @@ def resolve(
         **{name: known.get(name, value) for name, value in NETWORK_DEFAULTS.items()},
         "recipe": recipe_name,
         "lr": recipe.lr * global_batch / 256,
+        "clip_grad": 0.0,
         "mixup": 0.0,
         "cutmix": 0.0,
+        "auto_augment": "none",
         "sizes_per_step": len(sizes),
         "amp": "bf16" if has_bf16 else "off",
         "output": output_of(config, arch),
@@ -101,9 +114,12 @@ def resolve(
         "batch_size": batch_size,
         "sizes": tuple(sorted(sizes, reverse=True)),
     }
-    if (given["sizes_per_step"] or 0) > len(sizes):
+    k = given["sizes_per_step"] or len(sizes)
+    if k > len(sizes):
+        raise UsageError(f"--sizes-per-step {k}: --sizes has only {len(sizes)}")
+    if k == 1 < len(sizes):
         raise UsageError(
-            f"--sizes-per-step {given['sizes_per_step']}: --sizes has only {len(sizes)}"
+            "--sizes-per-step 1: is the largest, always; the others would not be trained"
         )
     unset = {k: v for k, v in defaults.items() if given[k] is None}
     if config.num_classes is None and "num_classes" in known:

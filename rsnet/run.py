@@ -10,7 +10,7 @@ import torch
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import exit_code
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, blame
 from rsnet import checkpoint, distributed, report
 from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
@@ -49,7 +49,8 @@ def run(
     """
     device = distributed.setup(config.device)
     source = _checkpoint_path(config)
-    content = checkpoint.load(source, config.arch, config.sizes) if source else None
+    with blame("--resume"):
+        content = checkpoint.load(source, config.arch, config.sizes) if source else None
     resolved = resolve(
         config,
         world_size=distributed.world_size(),
@@ -79,11 +80,13 @@ def run(
         model = model.to(device).to(memory_format=torch.channels_last)
         network = checkpoint.describe(resolved, loaders.classes, outputs)
         if source and content:
-            checkpoint.require_match(
-                content["network"], network, source, training=not resolved.evaluate
-            )
-            evaluates_average = resolved.evaluate and "ema" in content
-            checkpoint.load_weights(model, content, "ema" if evaluates_average else "model")
+            with blame(f"--resume: {source} does not fit"):
+                training = not resolved.evaluate
+                checkpoint.require_match(content["network"], network, training)
+                is_average = not training and "ema" in content
+                checkpoint.load_weights(model, content, "ema" if is_average else "model")
+            if training:
+                model.complete_alpha()
         display.say(as_command(script, resolved, options))
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
@@ -124,7 +127,7 @@ def _spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
         dtype=AMP_DTYPES[config.amp] or torch.float32,
         normalize=config.normalize,
         flip=config.flip,
-        auto_augment=config.auto_augment,
+        auto_augment=None if config.auto_augment == "none" else config.auto_augment,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -57,8 +57,10 @@ class RunDir:
             (path / "metrics.jsonl").touch()
         except OSError as error:
             raise UsageError(f"--output: cannot write to {path}: {error.strerror}") from error
-        # A run that broke off before its first logged step left nothing to lose.
-        if (path / "metrics.jsonl").stat().st_size > 0 and not continues:
+        # A run that broke off before its first logged step left nothing to lose; an imported one has
+        # checkpoints alone.
+        held = self.last.exists() or self.best.exists()
+        if (held or (path / "metrics.jsonl").stat().st_size > 0) and not continues:
             raise UsageError(
                 f"--output: {path} holds a run already; continue it with --resume auto, "
                 "or give another folder"

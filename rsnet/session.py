@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pipelines.batch import Loaders
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, blame
 from rsnet import checkpoint, distributed, report
 from rsnet.assemble import AMP_DTYPES, make_trainer
 from rsnet.cli import as_command
@@ -17,6 +17,7 @@ from rsnet.config import as_plain
 from rsnet.engine import Progress, evaluate, train_one_epoch
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import gflops
+from rsnet.optim import load_momentum
 from rsnet.report import Results
 from rsnet.resolve import ResolvedConfig
 from rsnet.runlog import Display, RunDir, environment
@@ -57,7 +58,10 @@ class TrainingRun:
         """All epochs that are left, each with an evaluation and a checkpoint."""
         config = self.config
         continues = config.resume == "auto" or (
-            source is not None and source.parent.parent.resolve() == config.output.resolve()
+            source is not None
+            and content is not None
+            and source.parent.parent.resolve() == config.output.resolve()
+            and "calibrated" not in content["network"]
         )
         self.run_dir = RunDir(config.output, continues, distributed.is_main())
         if content:
@@ -67,6 +71,8 @@ class TrainingRun:
         if content and continues:
             self.best, run_id = content["best"], content["wandb_id"]
             self.run_dir.rewind(content["step"])
+            if not self.best:  # imported: it is the best until an epoch is better
+                self.best = self._score(self._evaluate())
         self._write_header()
         self.wandb = WandbLog(
             config.wandb if distributed.is_main() else "disabled",
@@ -96,8 +102,9 @@ class TrainingRun:
                 self.trainer, self.train_loader, self.config.log_interval, self._log_progress
             )
             self.display.stop()
-            for model in {self.model, self._evaluated}:
-                distributed.share_buffers(model)
+            distributed.share_buffers(self.model)
+            if self.trainer.ema:
+                distributed.share_buffers(self.trainer.ema.model)
             results = self._evaluate()
             self.epoch = epoch + 1
             self._log_results(results)
@@ -178,9 +185,8 @@ class TrainingRun:
         self.display.say(f"run directory {self.config.output}, plot {plot}")
 
     def _save(self, results: Results) -> None:
-        """last.pt always; best.pt by top-1 + top-5 at the largest size, ties by the mean over the sizes."""
-        scores = [results[str(s)]["top1"] + results[str(s)]["top5"] for s in self.model.sizes]
-        score = [scores[0], sum(scores) / len(scores)]
+        """last.pt always; best.pt if it is the best so far."""
+        score = self._score(results)
         is_best = score > self.best
         self.best = max(score, self.best)
         if distributed.is_main():
@@ -201,6 +207,11 @@ class TrainingRun:
                 checkpoint.save(path, content)
         distributed.barrier()
 
+    def _score(self, results: Results) -> list[float]:
+        """Top-1 + top-5 at the largest size, then the mean over the sizes, which decides between equals."""
+        scores = [results[str(s)]["top1"] + results[str(s)]["top5"] for s in self.model.sizes]
+        return [scores[0], sum(scores) / len(scores)]
+
     def _say_what_changed(self, source: Path | None, before: dict[str, Any]) -> None:
         now = as_plain(self.config)
         aside = {"data", "output", "resume", "device", "log_interval"}
@@ -216,19 +227,15 @@ class TrainingRun:
         self.display.say(f"resumed {source} after epoch {self.epoch}{what}")
 
     def _restore(self, content: dict[str, Any]) -> None:
-        if "optimizer" in content:
-            # Its momentum; the rate and the decay are this run's.
-            groups = self.trainer.optimizer.state_dict()["param_groups"]
-            state = {**content["optimizer"], "param_groups": groups}
-            self.trainer.optimizer.load_state_dict(state)
+        if "optimizer" in content and load_momentum(self.trainer.optimizer, content["optimizer"]):
             self.trainer.scaler.load_state_dict(content["scaler"])
         else:
             self.display.say(
-                "the checkpoint has weights alone: the optimizer starts without momentum"
+                "the checkpoint has no momentum for these weights: the optimizer starts without"
             )
-        if self.trainer.ema:
-            key: Literal["ema", "model"] = "ema" if "ema" in content else "model"
-            checkpoint.load_weights(self.trainer.ema.model, content, key)
+        if self.trainer.ema and "ema" in content:
+            with blame("--resume: the averaged weights do not fit"):
+                checkpoint.load_weights(self.trainer.ema.model, content, "ema")
         self.epoch = content["epoch"]
         # Not the checkpoint's step: with another global batch an epoch has another number of them.
         self.trainer.step = self.epoch * self.steps_per_epoch

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import wandb
 
+from pipelines.errors import first_line
+
 Mode = Literal["online", "offline", "disabled"]
 
 # W&B's own default is 90 s, which a machine without a network would wait for at every start.
@@ -62,7 +64,7 @@ class WandbLog:
                 self._run = start("online")
                 say(f"W&B: online at {self._run.url} ({reason})")
             except wandb.errors.Error as error:
-                mode, reason = "offline", f"the server did not answer: {_first_line(error)}"
+                mode, reason = "offline", f"the server did not answer: {first_line(error)}"
         if self._run is None:
             self._run = start("offline")
             say(f"W&B: offline in {Path(self._run.dir).parent} ({reason})")
@@ -101,9 +103,5 @@ def _default_mode() -> tuple[Mode, str]:
         if wandb.login(prompt=False, verify=False):
             return "online", "a key is configured"
     except wandb.errors.Error as error:
-        return "offline", f"the key is not usable: {_first_line(error)}"
+        return "offline", f"the key is not usable: {first_line(error)}"
     return "offline", "no key is configured"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -30,22 +30,33 @@ ARROWS = {
     "rsnet.metrics": {"rsnet.distributed", "rsnet.losses"},
     "rsnet.engine": ANYONE
     | {"rsnet.ema", "rsnet.metrics", "rsnet.optim", "rsnet.models.switchable"},
-    "rsnet.checkpoint": ANYONE | {"rsnet.original", "rsnet.resolve", "rsnet.models.switchable"},
+    "rsnet.checkpoint": ANYONE
+    | {"rsnet.models.switchable", "rsnet.original", "rsnet.resolve", "rsnet.torch_file"},
     "rsnet.runlog": {"pipelines.errors"},
-    "rsnet.wandb_log": set(),
+    "rsnet.torch_file": {"pipelines.errors"},
+    "rsnet.wandb_log": {"pipelines.errors"},
     "rsnet.report": {"rsnet.metrics"},
     "rsnet.models.switchable": set(),
     "rsnet.models.single_pixel": set(),
+    "rsnet.models.pointwise": set(),
     "rsnet.models.stem": set(),
     "rsnet.models.resnet": set(),
     "rsnet.models.grow": set(),
     "rsnet.models.blurpool": {"rsnet.models.single_pixel"},
-    "rsnet.models.pretrained": {"pipelines.errors", "rsnet.fit"},
+    "rsnet.models.pretrained": {"pipelines.errors", "rsnet.fit", "rsnet.torch_file"},
     "rsnet.models.zoo": {
         "pipelines.errors",
         *(
             f"rsnet.models.{name}"
-            for name in ("blurpool", "pretrained", "resnet", "single_pixel", "stem", "switchable")
+            for name in (
+                "blurpool",
+                "pointwise",
+                "pretrained",
+                "resnet",
+                "single_pixel",
+                "stem",
+                "switchable",
+            )
         ),
     },
 }

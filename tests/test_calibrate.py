@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 
 import pytest
 import torch
 
+from pipelines.dali import DaliOptions, make_loaders
 from rsnet import checkpoint
 from rsnet.__main__ import main
 from rsnet.models.grow import add_size, neighbours
 from rsnet.models.zoo import build
+from rsnet.run import main as train
 
 SIZES = (48, 40, 24)
 NETWORK = {
@@ -119,7 +122,6 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
 def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path):
     """Of the first layer, whose input does not depend on other statistics, written out."""
     from pipelines.batch import LoaderSpec
-    from pipelines.dali import DaliOptions, make_loaders
 
     _, output = _calibrate(saved, photos, tmp_path, "--how", "estimate")
     state = checkpoint.load(output)["model"]
@@ -141,7 +143,11 @@ def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path)
         (["--size", "40"], "--size 40: .*best.pt has it already"),
         (["--size", "0"], "--size 0: at least 1"),
         (["--steps", "0"], "--steps 0: at least 1"),
-        (["--size", "3"], "--sizes: 3 is too small"),
+        (["--size", "3"], "--size 3: --sizes: 3 is too small"),
+        (["--seed", "-1"], "--seed -1: at least 0"),
+        (["--lr", "inf"], "--lr inf: must be a positive number"),
+        (["--output", "/nowhere/out.pt"], "--output: cannot write into /nowhere"),
+        (["--checkpoint", "none.pt"], "error: there is no checkpoint none.pt"),
     ],
 )
 def test_a_mistake_is_one_line(saved, photos, tmp_path, capsys, more, message):
@@ -159,3 +165,24 @@ def test_an_existing_file_is_not_overwritten(saved, photos, tmp_path, capsys):
     assert code == 2
     assert "out.pt exists; give another name" in capsys.readouterr().err
     assert output.read_text() == "mine"
+
+
+def test_a_calibrated_network_can_be_trained_on(saved, photos, tmp_path, monkeypatch, capsys):
+    """As a run of its own; its new size joins the ensemble, whose weight was 0."""
+    run = tmp_path / "runs" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "best.pt").write_bytes(saved.read_bytes())
+    _calibrate(saved, photos, tmp_path, "--how", "estimate", "--output", run / "out.pt")
+    words = f"train --data {photos} --resume {run / 'out.pt'} -b 8 --epochs 1 --amp off --lr 0.001"
+    words += " --workers 1 --wandb disabled --ema 0.5 --output "
+    monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs")])
+    assert train("train", DaliOptions, make_loaders) == 2  # it is no continuation of that run
+    assert "holds a run already" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "next")])
+    assert train("train", DaliOptions, make_loaders) == 0
+    content = checkpoint.load(tmp_path / "next" / "checkpoints" / "last.pt")
+    assert content["network"]["sizes"] == [48, 40, 32, 24]
+    for key in ("model", "ema"):
+        alpha = content[key]["alpha"]
+        torch.testing.assert_close(alpha, torch.ones(4), rtol=0, atol=0.01)
+        assert not torch.equal(alpha, torch.ones(4))

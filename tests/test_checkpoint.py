@@ -79,6 +79,11 @@ def _write_malicious(path):
     torch.save({"format": 1, "x": _Malicious()}, path)
 
 
+def _write_cut_legacy(path):
+    torch.save({"format": 1}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -88,6 +93,8 @@ def _write_malicious(path):
         lambda p: torch.save([1, 2], p),
         lambda p: torch.save({"state_dict": {}}, p),
         _write_malicious,
+        lambda p: torch.save({"format": 1}, p),
+        _write_cut_legacy,
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(saved, write, monkeypatch, tmp_path):
@@ -101,7 +108,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(saved, write, monke
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(UsageError, match=f"--resume: there is no checkpoint {tmp_path}/x.pt"):
+    with pytest.raises(UsageError, match=f"there is no checkpoint {tmp_path}/x.pt"):
         checkpoint.load(tmp_path / "x.pt")
 
 
@@ -122,13 +129,13 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 )
 def test_what_differs_is_named(change, message):
     with pytest.raises(UsageError, match=message):
-        checkpoint.require_match(NETWORK, NETWORK | change, Path("x"), training=True)
+        checkpoint.require_match(NETWORK, NETWORK | change, training=True)
 
 
 def test_an_evaluation_may_take_some_of_the_sizes_but_no_others():
-    checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40]}, Path("x"), training=False)
+    checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40]}, training=False)
     with pytest.raises(UsageError, match="--sizes"):
-        checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40, 36]}, Path("x"), training=False)
+        checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40, 36]}, training=False)
 
 
 def test_weights_that_do_not_fit_are_listed_by_name_and_shape():

@@ -22,7 +22,13 @@ def _run(path, top1: dict[str, float], seed=0, step_time=0.5, steps=(10, 14)):
     (path / "results.json").write_text(json.dumps(results))
     (path / "config.json").write_text(json.dumps({"seed": seed}))
     lines = [
-        {"step": s, "perf/step_time": step_time, "perf/images_per_s": 32 / step_time} for s in steps
+        {
+            "step": s,
+            "epoch": s / 10,
+            "perf/step_time": step_time,
+            "perf/images_per_s": 32 / step_time,
+        }
+        for s in steps
     ]
     lines.append({"step": steps[-1], "epoch": 1, "val/top1@32": 1.0})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -40,6 +46,17 @@ def test_a_run_is_summarised_from_its_files(tmp_path):
     assert run.seconds == pytest.approx(14 * 0.5)
     assert run.images == pytest.approx(14 * 32)
     assert (run.shared, run.private) == (1000, 24)
+
+
+def test_a_run_that_went_on_with_other_batches_has_the_time_of_its_steps(tmp_path):
+    """One epoch of 10 steps of 0.5 s, then, with batches twice as large, one of 5 steps of 0.8 s."""
+    path = _run(tmp_path / "a", {"32": 70.0}, steps=(4, 10))
+    line = {"perf/step_time": 0.8, "perf/images_per_s": 64 / 0.8}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"step": s, "epoch": s / 5, **line}) + "\n" for s in (8, 10)))
+    run = read_run(path)
+    assert run.seconds == pytest.approx(10 * 0.5 + 5 * 0.8)
+    assert run.images == pytest.approx(10 * 32 + 5 * 64)
 
 
 def test_a_table_has_mean_and_deviation_over_seeds(tmp_path):

@@ -64,7 +64,7 @@ def test_training_goes_on_from_an_originals_file(original, photos, tmp_path, mon
     )
     out = capsys.readouterr().out
     assert code == 0
-    assert "the optimizer starts without momentum" in out
+    assert "no momentum for these weights" in out
     assert "after epoch 1" in out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["epoch"] == 2
@@ -90,10 +90,39 @@ def test_nothing_is_overwritten(original, tmp_path, capsys):
     words = ["import", str(original), "--output", str(tmp_path / "run"), "--sizes", "32", "24"]
     assert main(words) == 0
     assert main(words) == 2
-    assert "last.pt exists; give another folder" in capsys.readouterr().err
+    assert "run holds a run already" in capsys.readouterr().err
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     assert main(["export", str(last), "--output", str(tmp_path / "back.pth.tar")]) == 2
     assert (tmp_path / "back.pth.tar").read_text() == "mine"
+
+
+def test_an_imported_run_goes_on_and_stays_the_best_until_it_is_beaten(
+    original, photos, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    main(["import", str(original), "--output", str(run), "--sizes", *map(str, SIZES)])
+    best = (run / "checkpoints" / "best.pt").read_bytes()
+    more = ["--data", photos, "-b", 8, "--wandb", "disabled", "--workers", 1, "-c", run]
+    assert _train(monkeypatch, *more, "--arch", "parallel_resnet18", "--sizes", *SIZES) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    # A rate that makes the network useless.
+    worse = ["--resume", run / "checkpoints" / "last.pt", "--lr", 20, "--epochs", 2]
+    assert _train(monkeypatch, *more, *worse) == 0
+    last = checkpoint.load(run / "checkpoints" / "last.pt")
+    assert last["epoch"] == 2
+    assert last["best"][0] > 0
+    assert (run / "checkpoints" / "best.pt").read_bytes() == best
+
+
+def test_an_exported_file_has_what_the_originals_resume_reads(original):
+    """main.py: epoch, best_acc0, best_acc, state_dict, and the optimizer's state dict."""
+    content = torch.load(original, weights_only=True)
+    assert {"epoch", "arch", "best_acc0", "best_acc", "state_dict", "optimizer"} == content.keys()
+    model = build("parallel_resnet18", 3, SIZES)
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    sgd.load_state_dict(content["optimizer"])
+    sum(p.sum() for p in model.parameters()).backward()
+    sgd.step()
 
 
 @pytest.mark.parametrize(
@@ -102,12 +131,16 @@ def test_nothing_is_overwritten(original, tmp_path, capsys):
         (["import", "ORIGINAL", "--output", "o"], "--sizes: this file was trained for 2 sizes"),
         (["import", "none.pth", "--output", "o"], "there is no checkpoint none.pth"),
         (["import", "--output", "o"], "ORIGINAL.pth.tar"),
+        (["import", "ORIGINAL", "--output", "o", "--sizes", "32", "32"], "all different"),
+        (["import", "OURS", "--output", "o"], "this is a checkpoint of this trainer already"),
         (["improt"], "improt: there is no such verb; one of import export report calibrate"),
     ],
 )
 def test_a_mistake_is_one_line(original, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    assert main([str(original) if w == "ORIGINAL" else w for w in words]) == 2
+    checkpoint.save(tmp_path / "ours.pt", {"network": {}, "model": {}})
+    paths = {"ORIGINAL": str(original), "OURS": "ours.pt"}
+    assert main([paths.get(w, w) for w in words]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

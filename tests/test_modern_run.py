@@ -97,9 +97,10 @@ def test_a_run_can_start_from_an_ordinary_networks_weights(train, photos, tmp_pa
     ("options", "message"),
     [
         (["--sizes-per-step", 4], "--sizes-per-step 4: --sizes has only 3"),
-        (["--sizes-per-step", 0], "--sizes-per-step 0: at least 1 size"),
+        (["--sizes-per-step", 0], "--sizes-per-step 0: at least 2 sizes"),
+        (["--sizes-per-step", 1], "--sizes-per-step 1: is the largest, always"),
         (["--ema", 1], "--ema 1.0: must be at least 0 and less than 1"),
-        (["--mixup", -1], "--mixup -1.0: must be 0 or a positive number"),
+        (["--mixup", -1], "--mixup -1.0: must be from 0 to 100"),
         (["--recipe", "old"], "invalid choice 'old' for argument '--recipe'"),
         (["--pretrained", "none.pth"], "--pretrained: there is no file none.pth"),
     ],
@@ -107,5 +108,5 @@ def test_a_run_can_start_from_an_ordinary_networks_weights(train, photos, tmp_pa
 def test_a_mistake_is_one_line(train, photos, tmp_path, options, message):
     code, _, err = train("--data", photos, *RUN, *options, "-c", tmp_path / "run")
     assert code == 2
-    assert message in err
+    assert f"error: {message}" in err
     assert err.count("\n") == 1

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rsnet.models.zoo import build
-from rsnet.optim import LrSchedule, make_sgd
+from rsnet.optim import LrSchedule, load_momentum, make_sgd
 
 
 def _rates(decay, **more):
@@ -102,3 +102,31 @@ def test_a_first_update_that_is_skipped_leaves_no_trace():
 def test_the_rate_stays_at_its_end_after_the_last_step(decay):
     schedule = LrSchedule(0.4, decay, steps=100, steps_per_epoch=10)
     assert schedule.at(150) == pytest.approx(0)
+
+
+def test_momentum_of_other_parameters_is_not_taken_over():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+
+    def trained(sgd):
+        model(torch.ones(1, 3)).sum().backward()
+        sgd.step()
+        return sgd.state_dict()
+
+    saved = trained(make_sgd(model, 0.1, 0.9, 0.0))
+    sgd = make_sgd(model, 0.2, 0.9, 0.5)
+    assert load_momentum(sgd, saved)
+    for i, parameter in enumerate(p for group in sgd.param_groups for p in group["params"]):
+        assert torch.equal(
+            sgd.state[parameter]["momentum_buffer"], saved["state"][i]["momentum_buffer"]
+        )
+        assert sgd.state[parameter]["momentum_buffer"].any()
+    assert {g["lr"] for g in sgd.param_groups} == {0.2}
+    # One group for all, as checkpoints once had; no momentum; and another network's.
+    one_group = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    other = make_sgd(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(2, 2)), 0.1, 0.9, 0)
+    plain = make_sgd(model, 0.1, 0.0, 0.0)
+    for saved in (trained(one_group), trained(plain), other.state_dict()):
+        fresh = make_sgd(model, 0.1, 0.9, 0.0)
+        assert not load_momentum(fresh, saved)
+        assert not any(s["momentum_buffer"].any() for s in fresh.state.values())
+    assert load_momentum(plain, trained(sgd))

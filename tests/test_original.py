@@ -174,3 +174,13 @@ def test_nothing_in_an_originals_file_is_executed(tmp_path, capsys):
     with pytest.raises(DataError, match=r"model\.pth\.tar is no readable checkpoint"):
         checkpoint.load(tmp_path / "model.pth.tar", sizes=SIZES)
     assert "pwned" not in capsys.readouterr().out
+
+
+def test_what_lies_among_the_weights_is_left_out():
+    content = _file("parallel_resnet18")
+    content["state_dict"] |= {7: torch.zeros(1), "note": "trained in May"}
+    for epoch in (None, "ten", -3):
+        assert from_original(content | {"epoch": epoch}, sizes=SIZES)["epoch"] == 0
+    content["state_dict"]["module.fc.module.weight"] = torch.zeros(())
+    with pytest.raises(DataError, match="there is no classifier"):
+        from_original(content, sizes=SIZES)

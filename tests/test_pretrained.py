@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,10 @@ from pipelines.errors import DataError, UsageError
 from rsnet.models.zoo import build
 
 SIZES = (48, 32)
+
+
+class _Own:
+    """An object that a trainer may have put beside its weights."""
 
 
 def _trained(network):
@@ -48,6 +54,12 @@ def test_every_resolution_starts_as_the_ordinary_network(tmp_path, arch, make):
         lambda s: {"model": s, "epoch": 3},
         lambda s: {"state_dict": {}, "state_dict_ema": s},
         lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+        # torchvision's references: options beside the weights, torch's AveragedModel
+        lambda s: {
+            "args": Namespace(lr=0.5),
+            "model_ema": {f"module.{k}": v for k, v in s.items()} | {"n_averaged": torch.tensor(9)},
+        },
+        lambda s: {**s, 7: torch.zeros(1), "epoch": 3},
     ],
 )
 def test_files_of_known_trainers_are_read(tmp_path, wrap):
@@ -55,6 +67,18 @@ def test_files_of_known_trainers_are_read(tmp_path, wrap):
     torch.save(wrap(plain.state_dict()), tmp_path / "plain.pth")
     model = build("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "plain.pth"))
     assert torch.equal(model.network.conv1.weight, plain.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("googlenet", {"init_weights": False}), ("inception_v3", {"init_weights": False})],
+)
+def test_classifiers_on_the_side_are_left_out(tmp_path, name, options):
+    plain = torchvision.models.get_model(name, num_classes=3, **options)
+    assert any("aux" in key.lower() for key in plain.state_dict())
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    model = build(f"parallel_{name}", 3, (96,), pretrained=str(tmp_path / "plain.pth"))
+    assert torch.equal(model.network.fc.weight, plain.fc.weight)
 
 
 def test_safetensors_are_read(tmp_path):
@@ -94,3 +118,6 @@ def test_weights_that_are_not_there_are_named(tmp_path):
     with pytest.raises(DataError, match=r"page\.pth has no readable weights") as error:
         build("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "page.pth"))
     assert "\n" not in str(error.value)
+    torch.save({"model": _Own()}, tmp_path / "own.pth")
+    with pytest.raises(DataError, match=r"it holds code: \S*_Own$"):
+        build("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "own.pth"))

@@ -33,7 +33,7 @@ def test_the_papers_recipe_is_plain_sgd():
     )  # fmt: skip
     assert (c.warmup, c.label_smoothing, c.decay, c.ema) == (0, 0.0, "all", 0.0)
     assert (c.mixup, c.cutmix, c.auto_augment, c.blurpool, c.sizes_per_step) == (
-        0.0, 0.0, None, False, 5,
+        0.0, 0.0, "none", False, 5,
     )  # fmt: skip
 
 
@@ -81,3 +81,18 @@ def test_a_continued_run_keeps_its_recipe():
     again = _resolve("--resume auto", previous=first)
     for name in ("recipe", "epochs", "warmup", "ema", "mixup", "sizes_per_step", "decay"):
         assert getattr(again, name) == first[name], name
+
+
+def test_another_recipe_on_resume_is_that_recipe():
+    first = dataclasses.asdict(_resolve("--recipe modern --epochs 30 --weight-decay 0.3"))
+    again = _resolve("--resume auto --recipe paper", previous=first)
+    assert (again.ema, again.label_smoothing, again.warmup) == (0.0, 0.0, 0)
+    assert (again.decay, again.lr_decay) == ("all", "cosine")
+    assert (again.epochs, again.weight_decay) == (30, 0.3)
+
+
+def test_what_was_switched_on_can_be_switched_off_on_resume():
+    first = dataclasses.asdict(_resolve("--auto-augment rand --clip-grad 2 --mixup 0.2"))
+    off = "--auto-augment none --clip-grad 0 --mixup 0"
+    again = _resolve(f"--resume auto {off}", previous=first)
+    assert (again.auto_augment, again.clip_grad, again.mixup) == ("none", 0, 0)

@@ -91,6 +91,14 @@ def test_a_finished_run_is_only_entered_to_continue_it(tmp_path):
     RunDir(tmp_path, continues=True, active=True)
 
 
+def test_a_folder_with_a_checkpoint_alone_is_not_a_new_runs(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").touch()
+    with pytest.raises(UsageError, match="holds a run already"):
+        RunDir(tmp_path, continues=False, active=True)
+    RunDir(tmp_path, continues=True, active=True)
+
+
 def test_the_environment_names_versions_device_and_commit():
     env = environment(torch.device("cpu"), 2)
     assert env["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

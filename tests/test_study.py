@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks import study
 from pipelines.dali import DaliOptions
-from pipelines.errors import DataError
+from pipelines.errors import DataError, UsageError
 from rsnet.cli import parse
 
 
@@ -32,6 +33,24 @@ def test_whole_seeds_come_first(options):
     assert seeds == sorted(seeds)
 
 
+def test_a_run_with_other_options_is_not_taken_for_one_of_the_study(options, photos):
+    job = next(study.jobs_of(options))
+    study.claim(job)
+    elsewhere = dataclasses.replace(options, data=photos.parent, workers=7)
+    study.claim(next(study.jobs_of(elsewhere)))  # where it runs does not matter
+    longer = dataclasses.replace(options, epochs=9)
+    with pytest.raises(
+        UsageError, match=r"networks_32/seed0 holds a run with .*--epochs 3 .*--epochs 9"
+    ):
+        study.claim(next(study.jobs_of(longer)))
+
+
+def test_more_sizes_a_step_than_there_are_is_a_mistake(options):
+    with pytest.raises(UsageError, match="--sizes-per-step 4: from 2 to the number of --sizes, 3"):
+        study.run(dataclasses.replace(options, sizes_per_step=(2, 4)))
+    assert not options.output.exists()
+
+
 def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
     """train_dali.py is played by a few lines that write a run's files, and fail once."""
     calls = options.output.parent / "calls"
@@ -51,7 +70,7 @@ def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
         f"(run / 'results.json').write_text(json.dumps({{**results, '32': one, 'ensemble': one}}))\n"
         f"seed = int(words[words.index('--seed') + 1])\n"
         f"(run / 'config.json').write_text(json.dumps({{'seed': seed}}))\n"
-        f"step = {{'step': 4, 'perf/step_time': 1.0, 'perf/images_per_s': 8}}\n"
+        f"step = {{'step': 4, 'epoch': 1, 'perf/step_time': 1.0, 'perf/images_per_s': 8}}\n"
         f"(run / 'metrics.jsonl').write_text(json.dumps(step))\n"
     )
     monkeypatch.setattr(study, "ROOT", script.parent)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, UsageError, first_line
+from rsnet import torch_file
 from rsnet.fit import misfits
 
 # Where files keep their weights, the averaged ones first: timm's and torchvision's references.
@@ -30,8 +30,12 @@ def load_pretrained(
     Raises UsageError if there are no such weights, DataError, with names and shapes, if they do not fit.
     """
     loaded = _read(Path(weights)) if _is_path(weights) else _download(library, name, weights)
-    state = {k.removeprefix("module."): v for k, v in loaded.items() if isinstance(v, Tensor)}
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    state = {
+        k.removeprefix("module."): v
+        for k, v in loaded.items()
+        if isinstance(k, str) and isinstance(v, Tensor) and (k in expected or not _is_extra(k))
+    }
     for key in _other_classes(network, state):
         state.pop(key, None)
         expected.pop(key)
@@ -52,6 +56,12 @@ def _other_classes(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]
     return [f"{name}.{key}" for key in classifier.state_dict()]
 
 
+def _is_extra(key: str) -> bool:
+    """The count of torch's AveragedModel, and classifiers that are trained on the side, which torchvision
+    builds only for training (GoogLeNet, Inception)."""
+    return key == "n_averaged" or key.split(".")[0] in ("aux1", "aux2", "AuxLogits")
+
+
 def _is_path(weights: str) -> bool:
     return "/" in weights or Path(weights).suffix in (".pth", ".pt", ".tar", ".safetensors")
 
@@ -65,14 +75,17 @@ def _read(path: Path) -> Mapping[str, Any]:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch_file.read(path)
     except ImportError:
         raise UsageError(
             "--pretrained: safetensors is not installed; `uv sync --extra timm`"
         ) from None
-    except Exception as error:  # whatever a file that is something else makes of the two readers
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-        raise DataError(f"--pretrained: {path} has no readable weights: {reason}") from error
+    except (
+        Exception
+    ) as error:  # DataError, or whatever another file makes of the reader of safetensors
+        raise DataError(
+            f"--pretrained: {path} has no readable weights: {first_line(error)}"
+        ) from error
     if not isinstance(content, dict):
         raise DataError(f"--pretrained: {path} holds no state dict")
     inner = (content[key] for key in STATE_KEYS if isinstance(content.get(key), dict))
@@ -90,9 +103,9 @@ def _download(library: str, name: str, weights: str) -> Mapping[str, Any]:
         if member := known.get("DEFAULT" if weights == "default" else weights):
             return dict(member.get_state_dict(check_hash=True))
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"--pretrained {weights}: cannot get {library}'s weights of {name} ({reason}); or give a file"
+            f"--pretrained {weights}: cannot get {library}'s weights of {name} "
+            f"({first_line(error)}); or give a file"
         ) from error
     there = " ".join(known) or "none"
     raise UsageError(f"--pretrained {weights}: torchvision's {name} has {there}; or give a file")

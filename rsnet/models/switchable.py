@@ -108,6 +108,13 @@ class ResolutionSwitchable(nn.Module):
         """
         return tuple(self(x, s) for x, s in zip(images, sizes or self.sizes, strict=True))
 
+    @torch.no_grad()
+    def complete_alpha(self) -> None:
+        """Let sizes that were added later, whose alpha is -inf, take part in the ensemble and its training,
+        beginning with the others' mean."""
+        known = self.alpha.isfinite()
+        self.alpha.copy_(torch.where(known, self.alpha, self.alpha[known].mean()))
+
     def count_parameters(self) -> tuple[int, int]:
         """Shared by all sizes, and private to one of them (BatchNorm's, alpha)."""
         everything = sum(p.numel() for p in self.parameters())

@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder, list_models
 
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, first_line
 from rsnet.models.blurpool import use_blurpool
+from rsnet.models.pointwise import use_skipping_convolutions
 from rsnet.models.pretrained import load_pretrained
 from rsnet.models.resnet import LAYERS, scaled_resnet
 from rsnet.models.single_pixel import use_single_pixel_convolutions
@@ -77,6 +78,7 @@ def build(
     if blurpool:
         use_blurpool(network)
     use_single_pixel_convolutions(network)
+    use_skipping_convolutions(network)
     try:
         model = ResolutionSwitchable(network, sizes, shared_norm=norm == "shared")
     except ValueError as error:
@@ -161,8 +163,9 @@ def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
             with torch.no_grad():
                 on_meta(torch.empty(1, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--sizes: {arch} does not work at {size} ({reason})") from error
+            raise UsageError(
+                f"--sizes: {arch} does not work at {size} ({first_line(error)})"
+            ) from error
 
 
 def _total_stride(on_meta: ResolutionSwitchable, probe: int = 320) -> int:
