@@ -5,7 +5,7 @@ DEMO_RUN := demo/run-$(shell date +%Y%m%d-%H%M%S)
 DEMO_OPTIONS := --arch parallel_resnet18 --sizes 64 56 48 40 32 --epochs 5 --batch-size 25 --lr 0.004 \
 	--warmup 1 --workers 2 --log-interval 10 --wandb offline --output $(DEMO_RUN)
 
-.PHONY: demo demo-ffcv test test-slow lint install
+.PHONY: demo demo-ffcv test test-slow test-faults lint install
 
 demo: install demo/data
 	$(PYTHON) train_dali.py --data demo/data $(DEMO_OPTIONS)
@@ -22,6 +22,9 @@ test: install
 
 test-slow: install
 	$(PYTHON) -m pytest -m slow
+
+test-faults: install
+	$(PYTHON) -m pytest -m faults
 
 lint: install
 	.venv/bin/ruff check .

@@ -82,6 +82,9 @@ class DaliLoader(ScheduledLoader):
             indices = self._feed.in_flight.popleft()
             yield Batch(images, self._labels(indices))
 
+    def _fingerprint(self) -> str:
+        return self._folder.fingerprint()
+
     def close(self) -> None:
         """End DALI's threads and free its memory; a later iteration builds it anew."""
         self._pipeline, self._started = None, False

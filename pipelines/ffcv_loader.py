@@ -7,6 +7,7 @@ that is left early keeps its thread. Its files and its libraries are.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import deque
@@ -52,6 +53,10 @@ class FfcvLoader(ScheduledLoader):
         on_cpu = spec.device.type == "cpu"
         self._table = _numpy(byte_table(spec.dtype, spec.normalize)) if on_cpu else None
         self._workers: _Workers | None = None
+
+    def _fingerprint(self) -> str:
+        columns = self._beton.labels, self._beton.samples.size, self._beton.samples.height
+        return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._workers is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ class ImageFolder:
     classes: list[str]
     paths: list[str]
     labels: NDArray[np.int64]
+
+    def fingerprint(self) -> str:
+        """A hash of the images' names below `root`, in their order."""
+        names = (path[len(str(self.root)) :] for path in self.paths)
+        return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()
 
 
 def scan(root: Path) -> ImageFolder:

@@ -81,6 +81,9 @@ class ReferenceLoader(ScheduledLoader):
                 labels.to(spec.device, non_blocking=True),
             )
 
+    def _fingerprint(self) -> str:
+        return self._folder.fingerprint()
+
 
 class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
     """Sample index -> one (s, s, 3) uint8 tensor per size and the label, or the error to raise.

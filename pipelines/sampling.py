@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -142,6 +143,7 @@ class ScheduledLoader(ABC):
             "position": self._step * self.schedule.global_batch,
             "seed": self.schedule.seed,
             "samples": self.schedule.samples,
+            "data": self.fingerprint,
             "order": self.schedule.order_name,
         }
 
@@ -152,7 +154,7 @@ class ScheduledLoader(ABC):
         lies within one of this schedule's steps.
         """
         own = self.state_dict()
-        for field in ("seed", "samples", "order"):
+        for field in ("seed", "samples", "data", "order"):
             if state[field] != own[field]:
                 raise UsageError(
                     f"--resume: the checkpoint's data has {field} {state[field]}, "
@@ -165,6 +167,14 @@ class ScheduledLoader(ABC):
                 f"no multiple of the global batch {self.schedule.global_batch} (--batch-size)"
             )
         self._epoch, self._step, self._first_step = state["epoch"], step, step
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash by which other data is noticed, of names or sizes, not of what is in the files."""
+        return self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        return ""
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to give back
         """Give threads, processes and memory back."""

@@ -27,7 +27,14 @@ def make_trainer(
     c = config
     objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
     return Trainer(
-        distributed.wrap(objective, device, c.sizes_per_step == len(c.sizes) or model.shared_norm),
+        distributed.wrap(
+            objective,
+            device,
+            all_used=c.sizes_per_step == len(c.sizes) or model.shared_norm,
+            # DDP does not take a graph for static of which it skips the reduction.
+            static=c.accumulate == 1 and c.sizes_per_step == len(c.sizes),
+            compress=c.grad_compress == "bf16",
+        ),
         make_sgd(model, c.lr, c.momentum, c.weight_decay, c.decay == "all"),
         LrSchedule(
             lr=c.lr,
@@ -49,4 +56,5 @@ def make_trainer(
         if c.mixup or c.cutmix
         else None,
         Ema(model, c.ema) if c.ema else None,
+        c.most_skipped,
     )

@@ -21,7 +21,10 @@ from rsnet.resolve import NETWORK_DEFAULTS, ResolvedConfig
 FORMAT = 1
 
 # What a run begins with, if the file that it starts from holds weights and nothing of a run.
-NEW_RUN: dict[str, Any] = {"config": {}, "epoch": 0, "step": 0, "best": [], "wandb_id": None}
+NEW_RUN: dict[str, Any] = {
+    "config": {}, "global_batch": None, "loader": None, "epoch": 0, "done": 0, "step": 0, "best": [],
+    "wandb_id": None,
+}  # fmt: skip
 
 
 def describe(config: ResolvedConfig, classes: list[str], num_classes: int) -> dict[str, Any]:
@@ -48,12 +51,22 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     cannot be renamed at once: a crash in between leaves an old file that is still known.
     """
     data = _serialized({"format": FORMAT, **content})
-    hashes = [hashlib.sha256(data).hexdigest()]
-    if path.exists():
-        hashes.append(_sha256(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(_hash_file(path), "".join(f"{h}  {path.name}\n" for h in hashes).encode())
+    older = [sha256(path)] if path.exists() else []
+    note_hashes(path, [hashlib.sha256(data).hexdigest(), *older])
     _replace(path, data)
+
+
+def note_hashes(path: Path, known: Sequence[str]) -> None:
+    """Write PATH.sha256: what `path` may be."""
+    lines = [f"{known_hash}  {path.name}\n" for known_hash in dict.fromkeys(known)]
+    _replace(_hash_file(path), "".join(lines).encode())
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint and its hashes."""
+    path.unlink()
+    _hash_file(path).unlink(missing_ok=True)
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -71,15 +84,16 @@ def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None
     """
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path}")
-    if _hash_file(path).is_file() and _sha256(path) not in _hash_file(path).read_text().split():
-        raise DataError(f"{path} is damaged: its SHA-256 is not in {_hash_file(path).name}")
+    hash_file = _hash_file(path)
+    if hash_file.is_file() and _sha256(path) not in hash_file.read_text().split():
+        raise DataError(f"{path} is damaged: its SHA-256 is not in {hash_file.name}")
     with blame(f"{path} is no readable checkpoint"):
         content: Any = torch_file.read(path)
     if original.is_original(content):
         with blame(str(path)):
             return NEW_RUN | original.from_original(content, arch, sizes)
-    known = isinstance(content, dict) and content.get("format") == FORMAT
-    if not known or not {"network", "model"} <= content.keys():
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    if not ours or not {"network", "model"} <= content.keys():
         raise DataError(f"{path} is no checkpoint of this trainer (format {FORMAT})")
     return {**NEW_RUN, **content}
 
@@ -137,10 +151,32 @@ def _replace(path: Path, data: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file that this process wrote or read; the same content is not read twice."""
+    stat = path.stat()
+    identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns  # the same of a hard link
+    if identity not in _HASHED:
+        _HASHED[identity] = _sha256(path)
+    return _HASHED[identity]
+
+
+_HASHED: dict[tuple[int, ...], str] = {}
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,8 +62,9 @@ class TrainConfig:
     batch_size: Annotated[int | None, arg(aliases=("-b",), metavar="INT")] = None
     """Images per process and step. Unset: 256 on a GPU, 32 on a CPU."""
 
-    accumulate: int = 1
-    """Batches whose gradients make up one update."""
+    accumulate: Annotated[int | None, arg(metavar="INT")] = None
+    """Batches whose gradients make up one update. Unset: 1; on other processes than before, as many as keep
+    the images of an update."""
 
     lr: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Learning rate. Unset: the paper's 0.1 (MobileNets 0.05) times global batch / 256."""
@@ -135,11 +137,42 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
 
-    seed: int = 0
-    """Seed of initialisation, order, crops and flips."""
+    sync_bn: bool = False
+    """BatchNorm over the batches of all processes, still private to each size; needs GPUs."""
+
+    grad_compress: Literal["bf16", "off"] = "off"
+    """Send gradients between processes in bfloat16."""
+
+    timeout: float = 600.0
+    """Seconds after which a process that does not answer ends the run."""
+
+    seed: Annotated[int | None, arg(metavar="INT")] = None
+    """Seed of initialisation, order, crops and flips. Unset: 0."""
+
+    deterministic: bool = False
+    """Only kernels that give the same bits every time; slower on a GPU."""
 
     resume: Annotated[str | None, arg(metavar="auto|PATH")] = None
-    """Continue from a checkpoint; auto: the last one of --output, if there is one."""
+    """Continue from a checkpoint; auto: the last one of --output, if there is one. Unset: auto, if --output
+    holds a run of the same options."""
+
+    allow_change: Annotated[
+        tuple[Literal["data", "global-batch", "seed"], ...],
+        arg(metavar="[data] [global-batch] [seed]"),
+    ] = ()
+    """What may differ from the run that goes on, though its images then come in another order."""
+
+    checkpoint_every: Annotated[str, arg(metavar="UPDATES|MINUTESm")] = "10m"
+    """A checkpoint within the epoch every so many updates or, with an m, minutes; 0: only after epochs."""
+
+    keep: int = 2
+    """Last checkpoints to keep; the best is kept besides."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What to do if a checkpoint cannot be written: the one before it stays in any case."""
+
+    on_nonfinite: Annotated[tuple[str, ...], arg(metavar="stop|skip INT")] = ("stop",)
+    """What to do if a loss is NaN or infinite; skip: leave out up to so many updates in a row."""
 
     evaluate: Annotated[bool, arg(aliases=("-e",))] = False
     """Only evaluate --resume's checkpoint, with its arch, sizes and normalisation unless given."""
@@ -197,6 +230,14 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         # Beyond, all shares are 1/2, and drawing them takes ever longer.
         return 0 <= x <= 100
 
+    def is_interval(text: str) -> bool:
+        return re.fullmatch(r"\d+|\d+(\.\d+)?m", text) is not None
+
+    def is_reaction(words: tuple[str, ...]) -> bool:
+        return words == ("stop",) or (
+            len(words) == 2 and words[0] == "skip" and words[1].isdecimal() and int(words[1]) > 0
+        )
+
     def distinct_positive(sizes: tuple[int, ...]) -> bool:
         return bool(sizes) and min(sizes) > 0 and len(set(sizes)) == len(sizes)
 
@@ -225,6 +266,15 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ("--clip-grad", c.clip_grad, not_negative, "must be 0 or a positive number"),
         ("--sizes-per-step", c.sizes_per_step, positive, "at least 2 sizes are needed"),
         ("--label-smoothing", c.label_smoothing, share, "must be at least 0 and less than 1"),
+        (
+            "--checkpoint-every",
+            c.checkpoint_every,
+            is_interval,
+            "a number of updates, or of minutes as in 10m",
+        ),
+        ("--keep", c.keep, positive, "at least 1"),
+        ("--on-nonfinite", c.on_nonfinite, is_reaction, "stop, or skip and a number of updates"),
+        ("--timeout", c.timeout, positive, "must be a positive number of seconds"),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
         ("--log-interval", c.log_interval, positive, "at least 1 step"),
     ]

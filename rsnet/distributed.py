@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
 
 Device = Literal["auto", "cpu", "cuda"]
+T = TypeVar("T")
+
+# For what the hosts have to agree on, beside the devices: gloo, whatever the gradients go through.
+_control: Any = None
 
 
-def setup(device: Device) -> torch.device:
+def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
     """Join the process group, if torchrun started us, and return this process's device.
+
+    timeout_s: how long one process waits for another.
 
     Raises UsageError for --device cuda without a GPU, or with fewer GPUs than processes.
     """
@@ -30,7 +39,10 @@ def setup(device: Device) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        global _control
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+        _control = dist.new_group(backend="gloo", timeout=timeout)
     return chosen
 
 
@@ -58,22 +70,88 @@ def barrier() -> None:
         dist.barrier()
 
 
-def wrap(objective: nn.Module, device: torch.device, all_used: bool = True) -> nn.Module:
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, given to all ranks; its UsageError or DataError is raised on all."""
+    if not dist.is_initialized():
+        return action()
+    outcome: list[Any] = [None]
+    if is_main():
+        try:
+            outcome = [action()]
+        except (UsageError, DataError) as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, 0, group=_control)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+class Ballot:
+    """Ranks agree on a number, once a step, without waiting for it: the largest of the step before.
+
+    A signal reaches the ranks at different steps; that they stop at the same one costs one step more.
+    """
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros((), dtype=torch.int64)
+        self._pending: Any = None
+
+    def cast(self, number: int) -> int:
+        """The largest number of all ranks' last calls; alone, `number` itself."""
+        if not dist.is_initialized():
+            return number
+        agreed = self.count()
+        self._sum = torch.tensor(number)
+        self._pending = dist.all_reduce(self._sum, dist.ReduceOp.MAX, group=_control, async_op=True)
+        return agreed
+
+    def count(self) -> int:
+        """The outcome of the last call, which all ranks ask for together; 0 if there is none."""
+        if self._pending is None:
+            return 0
+        self._pending.wait()
+        self._pending = None
+        return int(self._sum)
+
+
+def wrap(
+    objective: nn.Module,
+    device: torch.device,
+    all_used: bool = True,
+    static: bool = True,
+    compress: bool = False,
+) -> nn.Module:
     """DDP around `objective` where there are several processes.
 
-    Buffers are not broadcast in every step: in training BatchNorm's statistics are each rank's own.
-    `share_buffers` makes them rank 0's, which are evaluated and saved. `all_used` is False if a step
-    may leave out parameters, which DDP then has to look for.
+    Buffers are not broadcast in every step: in training BatchNorm's statistics are each rank's own, as
+    with the original. `share_buffers` makes them rank 0's, which are evaluated and saved.
+
+    all_used: False if a step may leave out parameters, which DDP then has to look for, on the host.
+    static: whether all steps are alike. compress: reduce gradients in bfloat16, half the traffic.
     """
     if not dist.is_initialized():
         return objective
-    return nn.parallel.DistributedDataParallel(
+    wrapped = nn.parallel.DistributedDataParallel(
         objective,
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=not all_used,
+        static_graph=all_used and static,
     )
+    if compress:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ class Progress:
     images_per_s: float  # of this process
     data_time: float  # waiting for the loader
     step_time: float
+    skipped: int  # updates so far that were left out, see `FiniteGuard`
 
 
 class Trainer:
@@ -41,6 +42,7 @@ class Trainer:
     clip_grad: largest norm of the gradients, or None.
     sizes_at: optimizer step -> the sizes that take part in it, or None for all.
     mix: (batch, its number in the training) -> a batch of mixed samples.
+    most_skipped: updates in a row that may be left out because a loss is not finite.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Trainer:
         sizes_at: Callable[[int], Sequence[int] | None] = lambda _step: None,
         mix: Callable[[Batch, int], Batch] | None = None,
         ema: Ema | None = None,
+        most_skipped: int = 0,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -67,7 +70,8 @@ class Trainer:
         self.mix = mix
         self.ema = ema
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-        self.guard = FiniteGuard(device)
+        self.guard = FiniteGuard(device, most_skipped)
+        self.means = TermMeans()  # since the last report
         self.step = 0
         self._batches = 0  # since the last update
 
@@ -81,13 +85,13 @@ class Trainer:
                 terms: dict[str, Tensor] = self.objective(
                     batch.images, batch.labels, self.sizes_at(self.step)
                 )
-            tripped = self.guard.check(terms, self.step)
+            left_out = self.guard.check(terms)
             loss = terms["total"] / self.accumulate
             if self.scaler.is_enabled():
                 # The scaler skips an update whose gradients are NaN; without one see `update`.
-                loss = loss * torch.where(tripped > 0, torch.nan, 1.0)
+                loss = loss * torch.where(left_out > 0, torch.nan, 1.0)
             else:
-                self.optimizer.found_inf = tripped  # type: ignore[attr-defined]
+                self.optimizer.found_inf = left_out  # type: ignore[attr-defined]
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return terms
 
@@ -104,6 +108,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.step)
+        self.guard.close(self.step)
         self.step += 1
         self._batches = 0
 
@@ -122,36 +127,49 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def train_one_epoch(
-    trainer: Trainer, loader: Loader, log_interval: int, report: Callable[[Progress], None]
+    trainer: Trainer,
+    loader: Loader,
+    log_interval: int,
+    report: Callable[[Progress], None],
+    done: int = 0,
+    after_update: Callable[[], None] = lambda: None,
 ) -> None:
     """Train on every batch that fills an update. Calls `report`, and synchronises, every
-    `log_interval` updates and after the last.
+    `log_interval` updates and after the last; and `after_update`, which may end the epoch by raising.
+
+    done: updates of this epoch that were done before; the loader goes on behind them.
 
     Raises DataError if a loss was not finite: the weights are those before that step.
     """
     trainer.objective.train()
-    means = TermMeans()
     steps = len(loader) // trainer.accumulate
     clock = _Clock(loader)
-    done = reported = 0
+    reported = done
     images = 0
-    for i, batch in enumerate(islice(clock, steps * trainer.accumulate), start=1):
+    for i, batch in enumerate(islice(clock, (steps - done) * trainer.accumulate), start=1):
         last = i % trainer.accumulate == 0
-        means.add(trainer.forward_backward(batch, last))
+        trainer.means.add(trainer.forward_backward(batch, last))
         images += len(batch.labels)
         if not last:
             continue
         lr = trainer.schedule.at(trainer.step)
         trainer.update()
         done += 1
-        if done % log_interval and done != steps:
-            continue
-        terms = means.compute()  # synchronises, so that the clock below measures finished work
-        _raise_if_not_finite(trainer)
-        total, waited = clock.lap()
-        span = done - reported
-        report(Progress(trainer.step, done, lr, terms, images / total, waited / span, total / span))
-        reported, images = done, 0
+        if done % log_interval == 0 or done == steps:
+            terms = (
+                trainer.means.compute()
+            )  # synchronises, so that the clock measures finished work
+            raise_if_not_finite(trainer)
+            total, waited = clock.lap()
+            span = done - reported
+            report(
+                Progress(
+                    trainer.step, done, lr, terms, images / total, waited / span, total / span,
+                    trainer.guard.skipped(),
+                )
+            )  # fmt: skip
+            reported, images = done, 0
+        after_update()
 
 
 @torch.no_grad()
@@ -204,12 +222,13 @@ class _Clock:
         return result
 
 
-def _raise_if_not_finite(trainer: Trainer) -> None:
+def raise_if_not_finite(trainer: Trainer) -> None:
+    """Raise DataError if an update had to be left out that may not be. Synchronises."""
     if (verdict := trainer.guard.verdict()) is None:
         return
     step, terms = verdict
     names = ", ".join(t for t in terms if t != "total")
     raise DataError(
         f"the loss is not finite at step {step}: {names or 'total'}; the weights were not updated with it. "
-        "Lower --lr, set --clip-grad, or try --amp off"
+        "Lower --lr, set --clip-grad, try --amp off, or --on-nonfinite skip 10"
     )

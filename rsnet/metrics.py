@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,58 +16,88 @@ ENSEMBLE = "ensemble"
 
 
 class TermMeans:
-    """Running means of named losses over the steps, since the last `compute`, that have them."""
+    """Running means of named losses over the steps, since the last `compute`, in which they are finite."""
 
     def __init__(self) -> None:
-        # By the names of a step's terms: one kernel a step, whichever terms it has.
+        # By the names of a step's terms: one tensor, (2, terms) of sums and counts, whichever terms it has.
         self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._steps: Counter[tuple[str, ...]] = Counter()
 
     def add(self, terms: dict[str, Tensor]) -> None:
         values = torch.stack([v.detach() for v in terms.values()])
+        finite = values.isfinite()
+        both = torch.stack([values.where(finite, 0.0), finite.to(values.dtype)])
         names = tuple(terms)
-        self._sums[names] = self._sums[names] + values if names in self._sums else values
-        self._steps[names] += 1
+        self._sums[names] = self._sums[names] + both if names in self._sums else both
 
     def compute(self) -> dict[str, float]:
-        """The means over steps and ranks; starts anew. Synchronises."""
-        sums: dict[str, float] = {}
-        steps: Counter[str] = Counter()
-        for names, values in self._sums.items():
-            mean = distributed.all_reduce_sum(values) / distributed.world_size()
-            for name, value in zip(names, mean.tolist(), strict=True):
-                sums[name] = sums.get(name, 0.0) + value
-                steps[name] += self._steps[names]
+        """The means over steps and ranks, NaN where there is none; starts anew. Synchronises."""
+        totals: dict[str, tuple[float, float]] = {}
+        for names, both in self._sums.items():
+            for name, total, count in zip(
+                names, *distributed.all_reduce_sum(both).tolist(), strict=True
+            ):
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = before[0] + total, before[1] + count
         self._sums.clear()
-        self._steps.clear()
-        return {name: value / steps[name] for name, value in sums.items()}
+        return {name: total / n if n else math.nan for name, (total, n) in totals.items()}
+
+    def state(self) -> list[tuple[list[str], Tensor]]:
+        """What was added on this rank since the last `compute`."""
+        return [(list(names), both.cpu()) for names, both in self._sums.items()]
+
+    def load(self, state: list[tuple[list[str], Tensor]], device: torch.device) -> None:
+        self._sums = {tuple(names): both.to(device) for names, both in state}
 
 
 class FiniteGuard:
-    """Remembers the first step whose loss is not finite, and which terms; on the device.
+    """Keeps updates with a loss that is not finite from the weights; on the device.
 
-    From that step on `tripped` is 1, which keeps the optimizer from any update.
+    most: how many such updates in a row are left out; one more, and no update is done any longer.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, most: int = 0) -> None:
+        self._most = most
+        self._tripped_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self._is_bad = torch.zeros((), dtype=torch.bool, device=device)  # this update, so far
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         # By the names of a step's terms, which need not be the same in every step: whether each was
-        # not finite in the first bad step, which sets one of these tensors alone.
+        # not finite in one of the updates that were left out.
         self._bad: dict[tuple[str, ...], Tensor] = {}
 
-    def check(self, terms: dict[str, Tensor], step: int) -> Tensor:
-        """() float32: 1 if this step or an earlier one was not finite, on any rank, else 0."""
+    def check(self, terms: dict[str, Tensor]) -> Tensor:
+        """() float32: 1 if this update is to be left out, on all ranks, else 0."""
         bad = ~torch.isfinite(torch.stack([v.detach() for v in terms.values()]))
         bad = distributed.all_reduce_max(bad.to(torch.float32)) > 0
         names = tuple(terms)
-        news = (self._first < 0) & bad.any()
-        self._bad[names] = self._bad.get(names, torch.zeros_like(bad)) | (news & bad)
-        self._first = torch.where(news, step, self._first)
-        return (self._first >= 0).to(torch.float32)
+        is_running = self._tripped_at < 0
+        self._bad[names] = self._bad.get(names, torch.zeros_like(bad)) | (is_running & bad)
+        self._is_bad = self._is_bad | bad.any()
+        return (self._is_bad | ~is_running).to(torch.float32)
+
+    def close(self, step: int) -> None:
+        """Update `step` is done, or was left out."""
+        self._in_a_row = torch.where(self._is_bad, self._in_a_row + 1, 0)
+        trips = (self._tripped_at < 0) & (self._in_a_row > self._most)
+        self._tripped_at = torch.where(trips, step, self._tripped_at)
+        self._skipped = self._skipped + self._is_bad
+        self._is_bad = torch.zeros_like(self._is_bad)
+
+    def state(self) -> list[int]:
+        """Updates that were left out: in a row, and in all. Synchronises."""
+        return [int(self._in_a_row.item()), self.skipped()]
+
+    def load(self, state: Sequence[int]) -> None:
+        self._in_a_row.fill_(state[0])
+        self._skipped.fill_(state[1])
+
+    def skipped(self) -> int:
+        """Updates that were left out so far. Synchronises."""
+        return int(self._skipped.item())
 
     def verdict(self) -> tuple[int, list[str]] | None:
-        """The first step that was not finite and its terms, or None. Synchronises."""
-        step = int(self._first.item())
+        """The step that was one too many and the terms, or None. Synchronises."""
+        step = int(self._tripped_at.item())
         if step < 0:
             return None
         return step, [

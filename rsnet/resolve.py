@@ -29,7 +29,7 @@ NETWORK_DEFAULTS = {
 # What a run that goes on takes from its earlier part, unless given anew.
 OF_A_RECIPE = {"decay", "ema", "label_smoothing", "lr_decay", "warmup"}  # unless it is another's
 TAKEN_OVER = OF_A_RECIPE | {
-    "auto_augment", "clip_grad", "cutmix", "epochs", "mixup", "recipe", "sizes_per_step",
+    "auto_augment", "clip_grad", "cutmix", "epochs", "mixup", "recipe", "seed", "sizes_per_step",
     "weight_decay",
 }  # fmt: skip
 
@@ -60,7 +60,14 @@ class ResolvedConfig(TrainConfig):
     sizes_per_step: int = 0
     normalize: Literal["imagenet", "unit"] = "imagenet"
     amp: Literal["bf16", "fp16", "off"] = "off"
+    accumulate: int = 1
+    seed: int = 0
     output: Path = Path()
+
+    @property
+    def most_skipped(self) -> int:
+        """Updates in a row that may be left out because of a loss that is not finite."""
+        return int(self.on_nonfinite[1]) if self.on_nonfinite[0] == "skip" else 0
 
 
 def output_of(config: TrainConfig, arch: str) -> Path:
@@ -76,23 +83,28 @@ def resolve(
     has_bf16: bool,
     trained: Mapping[str, Any] | None = None,
     previous: Mapping[str, Any] | None = None,
+    previous_global_batch: int | None = None,
 ) -> ResolvedConfig:
     """Fill in, once, what was left unset: from the checkpoint, then the recipe.
 
     trained: the checkpoint's description of its network. previous: its run's configuration, if that
-    run is to be continued.
+    run is to be continued, and the images of one of its updates.
     """
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if previous:
-        # The learning rate belongs to its batch size: it is taken over with it or scaled anew.
-        taken = TAKEN_OVER | ({"batch_size", "lr"} if config.batch_size is None else set())
+        taken = TAKEN_OVER
         if config.recipe not in (None, previous.get("recipe")):
-            taken -= OF_A_RECIPE
+            taken = taken - OF_A_RECIPE
         given |= {k: previous.get(k) for k in taken if given[k] is None}
+        if config.batch_size is None and config.accumulate is None:
+            given |= _spread(previous_global_batch, world_size, previous)
     known = trained or {}
     arch = config.arch or known.get("arch", DEFAULT_ARCH)
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
-    global_batch = batch_size * world_size * config.accumulate
+    accumulate = given["accumulate"] or 1
+    global_batch = batch_size * world_size * accumulate
+    if previous and given["lr"] is None and global_batch == previous_global_batch:
+        given["lr"] = previous.get("lr")  # it belongs to the images of an update
     recipe_name: RecipeName = given["recipe"] or "paper"
     recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch)
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
@@ -101,6 +113,7 @@ def resolve(
         **{name: known.get(name, value) for name, value in NETWORK_DEFAULTS.items()},
         "recipe": recipe_name,
         "lr": recipe.lr * global_batch / 256,
+        "seed": 0,
         "clip_grad": 0.0,
         "mixup": 0.0,
         "cutmix": 0.0,
@@ -112,6 +125,7 @@ def resolve(
     fixed = {
         "arch": arch,
         "batch_size": batch_size,
+        "accumulate": accumulate,
         "sizes": tuple(sorted(sizes, reverse=True)),
     }
     k = given["sizes_per_step"] or len(sizes)
@@ -129,3 +143,16 @@ def resolve(
     if not config.blurpool:
         unset["blurpool"] = known.get("blurpool", False)
     return ResolvedConfig(**(given | unset | fixed))
+
+
+def _spread(
+    global_batch: int | None, world_size: int, previous: Mapping[str, Any]
+) -> dict[str, int | None]:
+    """How so many processes take the images of one update as before: the largest batch, up to what it was,
+    as often as it takes. What cannot be divided is left to be refused."""
+    batch_size: int | None = previous.get("batch_size")
+    if not global_batch or not batch_size or global_batch % world_size:
+        return {"batch_size": batch_size, "accumulate": previous.get("accumulate")}
+    share = global_batch // world_size
+    largest = max(n for n in range(1, batch_size + 1) if share % n == 0)
+    return {"batch_size": largest, "accumulate": share // largest}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,13 +15,15 @@ from pipelines.errors import UsageError, blame
 from rsnet import checkpoint, distributed, report
 from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
-from rsnet.config import DEFAULT_ARCH, TrainConfig
+from rsnet.config import TrainConfig
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.models.zoo import build
+from rsnet.models.zoo import build, synchronize_batchnorm
 from rsnet.report import Results
-from rsnet.resolve import ResolvedConfig, output_of, resolve
+from rsnet.resolve import ResolvedConfig, resolve
+from rsnet.resume import find_start
 from rsnet.runlog import Display, RunDir
 from rsnet.session import TrainingRun, cost_of, shown_evaluation
+from rsnet.signals import Stopped
 
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
@@ -35,7 +38,11 @@ def main(script: str, options_type: type[Options], make_loaders: MakeLoaders[Opt
         return 0
 
     try:
-        return exit_code(script, action, "; --resume auto goes on after the last epoch")
+        return exit_code(script, action)
+    except Stopped as stop:
+        if distributed.is_main():
+            print(f"{script}: stopped by {stop}; the same command goes on", file=sys.stderr)
+        return stop.exit_code
     finally:
         distributed.shutdown()
 
@@ -47,23 +54,25 @@ def run(
 
     Raises UsageError or DataError, in one line, for what the user has to change.
     """
-    device = distributed.setup(config.device)
-    source = _checkpoint_path(config)
-    with blame("--resume"):
-        content = checkpoint.load(source, config.arch, config.sizes) if source else None
+    device = distributed.setup(config.device, config.timeout)
+    display = Display(distributed.is_main())
+    start = distributed.on_main(lambda: find_start(config, display.say))
+    source, content = start.source, start.content
     resolved = resolve(
         config,
         world_size=distributed.world_size(),
         device_type="cuda" if device.type == "cuda" else "cpu",
         has_bf16=_has_bf16(device),
         trained=content["network"] if content else None,
-        previous=content["config"] if content and not config.evaluate else None,
+        previous=None if config.evaluate else content["config"] if content else start.config,
+        previous_global_batch=content["global_batch"] if content else None,
     )
     if resolved.batch_size < 2 and not resolved.evaluate:
         raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
-    torch.manual_seed(resolved.seed)
-    torch.backends.cudnn.benchmark = True  # five fixed input shapes: the search pays at once
-    display = Display(distributed.is_main())
+    if resolved.sync_bn and device.type != "cuda":
+        raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
+    start.require_same(resolved)
+    _set_up_torch(resolved)
     loaders = make_loaders(options, _spec(resolved, device), not resolved.evaluate)
     try:
         outputs = _outputs(resolved, loaders.classes)
@@ -77,6 +86,8 @@ def run(
             resolved.blurpool,
             resolved.pretrained if content is None else None,
         )
+        if resolved.sync_bn:
+            synchronize_batchnorm(model, resolved.arch)
         model = model.to(device).to(memory_format=torch.channels_last)
         network = checkpoint.describe(resolved, loaders.classes, outputs)
         if source and content:
@@ -91,7 +102,7 @@ def run(
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
         session = TrainingRun(script, resolved, options, model, loaders, device, display, network)
-        return session.train(source, content)
+        return session.train(source, content, start.continues)
     finally:
         display.stop()
         for loader in (loaders.train, loaders.val):
@@ -140,16 +151,12 @@ def _outputs(config: ResolvedConfig, classes: list[str]) -> int:
     return config.num_classes or len(classes)
 
 
-def _checkpoint_path(config: TrainConfig) -> Path | None:
-    """The checkpoint to start from; None for --resume auto in a new run directory."""
-    if config.resume is None:
-        return None
-    if config.resume != "auto":
-        return Path(config.resume)
-    last = output_of(config, config.arch or DEFAULT_ARCH) / "checkpoints" / "last.pt"
-    if not last.exists() and config.evaluate:
-        raise UsageError(f"--resume auto: there is no checkpoint {last}")
-    return last if last.exists() else None
+def _set_up_torch(config: ResolvedConfig) -> None:
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = not config.deterministic  # fixed input shapes: it pays at once
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -75,15 +75,16 @@ class RunDir:
             with (self.path / name).open("a") as file:
                 file.write(text)
 
-    def rewind(self, step: int) -> None:
-        """Move the metrics of steps after `step`, which will be logged again, to metrics.abandoned.jsonl."""
+    def rewind(self, epoch: float) -> None:
+        """Move the metrics of what comes after `epoch` epochs, which will be logged again, to
+        metrics.abandoned.jsonl. (Epochs, because another global batch counts other steps.)"""
         if not self.active:
             return
         path = self.path / "metrics.jsonl"
         kept: list[str] = []
         abandoned: list[str] = []
         for line in path.read_text().splitlines(keepends=True):
-            (kept if _is_step_up_to(step, line) else abandoned).append(line)
+            (kept if _is_up_to(epoch, line) else abandoned).append(line)
         if abandoned:
             self.append_text("metrics.abandoned.jsonl", "".join(abandoned))
             temporary = path.with_suffix(".tmp")
@@ -170,11 +171,11 @@ class Display:
             self._bar = None
 
 
-def _is_step_up_to(step: int, line: str) -> bool:
-    """Whether a line of metrics is of such a step; a line that a crash cut short is of none."""
+def _is_up_to(epoch: float, line: str) -> bool:
+    """Whether a line of metrics is of that time; a line that a crash cut short is of none."""
     try:
-        return bool(json.loads(line)["step"] <= step)
-    except ValueError:
+        return bool(json.loads(line)["epoch"] <= epoch + 1e-9)
+    except (ValueError, KeyError, TypeError):
         return False
 
 

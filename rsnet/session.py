@@ -1,27 +1,32 @@
-"""One training run: epochs, evaluations, checkpoints, logs."""
+"""One training run: epochs, evaluations, checkpoints; interrupted at any step, and continued there."""
 
 from __future__ import annotations
 
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines.batch import Loaders
-from pipelines.errors import UsageError, blame
-from rsnet import checkpoint, distributed, report
+from pipelines.errors import DataError, UsageError
+from rsnet import distributed, report, state
 from rsnet.assemble import AMP_DTYPES, make_trainer
-from rsnet.cli import as_command
 from rsnet.config import as_plain
-from rsnet.engine import Progress, evaluate, train_one_epoch
+from rsnet.engine import evaluate, raise_if_not_finite, train_one_epoch
+from rsnet.journal import Journal
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import gflops
-from rsnet.optim import load_momentum
 from rsnet.report import Results
 from rsnet.resolve import ResolvedConfig
-from rsnet.runlog import Display, RunDir, environment
-from rsnet.wandb_log import WandbLog
+from rsnet.resume import changes, position
+from rsnet.runlog import Display, RunDir
+from rsnet.signals import Stopped, StopRequest
+from rsnet.store import Store
+from rsnet.watchdog import Watchdog
+
+SAVE = 1  # what ranks vote for, besides the number of a signal that asks to stop, which is larger
 
 
 class TrainingRun:
@@ -50,195 +55,186 @@ class TrainingRun:
         self.trainer = make_trainer(
             config, model, network["num_classes"], self.steps_per_epoch, device
         )
-        self.cost = cost_of(model)
+        self.store = Store(config.output / "checkpoints", config.keep)
+        self.stop = StopRequest()
+        self.ballot = distributed.Ballot()
+        self.watchdog = Watchdog(config.timeout)
         self.epoch = 0  # epochs that are finished
+        self.done = 0  # updates of the one that is not
         self.best: list[float] = []
 
-    def train(self, source: Path | None, content: dict[str, Any] | None) -> Results:
-        """All epochs that are left, each with an evaluation and a checkpoint."""
-        config = self.config
-        continues = config.resume == "auto" or (
-            source is not None
-            and content is not None
-            and source.parent.parent.resolve() == config.output.resolve()
-            and "calibrated" not in content["network"]
+    def train(
+        self, source: Path | None, content: dict[str, Any] | None, continues: bool
+    ) -> Results:
+        """All that is left of the training, each epoch with an evaluation and a checkpoint.
+
+        source, content: the checkpoint to start from. continues: as the run that it is of.
+
+        Raises Stopped, once all is saved, if a signal asked for it.
+        """
+        main = distributed.is_main()
+        run_dir = distributed.on_main(lambda: RunDir(self.config.output, continues, main))
+        run_dir.active = main
+        self.journal = Journal(
+            self.config, run_dir, self.display, self.steps_per_epoch, self.device
         )
-        self.run_dir = RunDir(config.output, continues, distributed.is_main())
         if content:
-            self._restore(content)
-            self._say_what_changed(source, content["config"])
-        run_id = None
-        if content and continues:
-            self.best, run_id = content["best"], content["wandb_id"]
-            self.run_dir.rewind(content["step"])
-            if not self.best:  # imported: it is the best until an epoch is better
-                self.best = self._score(self._evaluate())
-        self._write_header()
-        self.wandb = WandbLog(
-            config.wandb if distributed.is_main() else "disabled",
-            config.output,
-            config.wandb_project,
-            config.wandb_name,
-            as_plain(config) | as_plain(self.options) | {"global_batch": self._global_batch()},
-            run_id,
-            self.display.say,
-        )
+            self._restore(source, content)
+        wandb_id = None
+        if continues:
+            if content:
+                self.best, wandb_id = content["best"], content["wandb_id"]
+            run_dir.rewind(self.epoch + self.done / self.steps_per_epoch)
+        self.journal.open(self.script, self.options, wandb_id)
         failed = True
         try:
-            results = self._epochs()
-            self._finish(results)
+            with self.stop.listening(), self.watchdog.running():
+                if content and continues and not self.best:
+                    # Imported: it is the best until an epoch is better.
+                    self.best = self._score(self._evaluate())
+                results = self._epochs()
+            shared, private = self.model.count_parameters()
+            self.journal.results(results, cost_of(self.model), shared, private)
             failed = False
         finally:
-            self.display.stop()
-            self.wandb.finish(failed)
+            self.journal.close(failed)
         return results
 
     def _epochs(self) -> Results:
         results: Results | None = None
+        self.last_save = time.monotonic()
         for epoch in range(self.epoch, self.config.epochs):
-            self.train_loader.set_epoch(epoch)
+            if self.done == 0:
+                self.train_loader.set_epoch(epoch)
             self.display.start(f"epoch {epoch + 1}/{self.config.epochs}", self.steps_per_epoch)
             train_one_epoch(
-                self.trainer, self.train_loader, self.config.log_interval, self._log_progress
+                self.trainer,
+                self.train_loader,
+                self.config.log_interval,
+                lambda p: self.journal.progress(p, self.epoch, self._alpha()),
+                self.done,
+                self._after_update,
             )
             self.display.stop()
-            distributed.share_buffers(self.model)
-            if self.trainer.ema:
-                distributed.share_buffers(self.trainer.ema.model)
+            self._obey(self.ballot.count())
+            self._share_buffers()
             results = self._evaluate()
-            self.epoch = epoch + 1
-            self._log_results(results)
-            self._save(results)
+            self.epoch, self.done = epoch + 1, 0
+            self.journal.evaluation(results, self.epoch, self.trainer.step)
+            score = self._score(results)
+            is_best = score > self.best
+            self.best = max(score, self.best)
+            self._save(is_best)
         return results or self._evaluate()
 
-    def _evaluate(self) -> Results:
-        return shown_evaluation(
-            self._evaluated, self.loaders, self.device, AMP_DTYPES[self.config.amp], self.display
-        )
+    def _after_update(self) -> None:
+        self.watchdog.tick()
+        self.done += 1
+        self._obey(self.ballot.cast(self.stop.number or (SAVE if self._is_save_due() else 0)))
 
-    @property
-    def _evaluated(self) -> ResolutionSwitchable:
-        """The network, or the average of what it was."""
-        return self.trainer.ema.model if self.trainer.ema else self.model
+    def _is_save_due(self) -> bool:
+        every = self.config.checkpoint_every
+        if every.endswith("m"):
+            is_due = time.monotonic() - self.last_save >= 60 * float(every[:-1])
+            return is_due and distributed.is_main()
+        return int(every) > 0 and self.done % int(every) == 0
 
-    def _global_batch(self) -> int:
-        return self.config.batch_size * distributed.world_size() * self.config.accumulate
-
-    def _write_header(self) -> None:
-        typed = " ".join(sys.argv)
-        resolved = as_command(self.script, self.config, self.options)
-        self.run_dir.append_text("command.txt", f"# typed: {typed}\n{resolved}\n")
-        self.run_dir.write_json("config.json", as_plain(self.config) | as_plain(self.options))
-        self.run_dir.write_json("env.json", environment(self.device, distributed.world_size()))
-        self.display.say(
-            f"global batch {self._global_batch()} = {self.config.batch_size} images x "
-            f"{distributed.world_size()} processes x {self.config.accumulate} accumulated; "
-            f"{self.steps_per_epoch} steps an epoch; {self.device}, amp {self.config.amp}"
-        )
-
-    def _log_progress(self, p: Progress) -> None:
-        world = distributed.world_size()
-        alpha = self.model.ensemble_weights().tolist()
-        metrics = {
-            "step": p.step,
-            "epoch": self.epoch + p.steps_in_epoch / self.steps_per_epoch,
-            "lr": p.lr,
-            **{f"train/{name}": value for name, value in p.terms.items()},
-            **{f"alpha/{s}": a for s, a in zip(self.model.sizes, alpha, strict=True)},
-            "perf/images_per_s": p.images_per_s * world,
-            "perf/data_time": p.data_time,
-            "perf/step_time": p.step_time,
-            "perf/gpu_mem_gb": _peak_memory_gb(self.device),
-        }
-        self.run_dir.append_metrics(metrics)
-        self.wandb.log(metrics)
-        speed = p.images_per_s * world
-        self.display.update(
-            p.steps_in_epoch, f"loss {p.terms['total']:.4f}  lr {p.lr:.5f}  {speed:.0f} img/s"
-        )
-
-    def _log_results(self, results: Results) -> None:
-        metrics: dict[str, Any] = {"step": self.trainer.step, "epoch": self.epoch}
-        for name, values in results.items():
-            metrics |= {f"val/{what}@{name}": value for what, value in values.items()}
-        self.run_dir.append_metrics(metrics)
-        self.wandb.log(metrics)
-        top1 = "  ".join(f"{name} {r['top1']:.2f}" for name, r in results.items())
-        self.display.say(f"epoch {self.epoch}/{self.config.epochs}  top-1 %: {top1}")
-
-    def _finish(self, results: Results) -> None:
-        if not distributed.is_main():
+    def _obey(self, agreed: int) -> None:
+        """Do what the ranks agreed on after an update: nothing, save, or save and stop."""
+        if agreed == 0:
             return
-        self.display.say(report.table(results, self.cost))
-        plot = self.config.output / "accuracy_flops.png"
-        report.plot(plot, self.config.arch, results, self.cost)
-        shared, private = self.model.count_parameters()
-        self.run_dir.write_json(
-            "results.json",
-            {
-                "gflops": self.cost,
-                "parameters": {"shared": shared, "private": private},
-                **results,
-            },
-        )
-        self.wandb.log_results(report.COLUMNS, report.rows(results, self.cost), plot)
-        self.display.say(f"run directory {self.config.output}, plot {plot}")
+        raise_if_not_finite(self.trainer)
+        if agreed > SAVE:
+            self.ballot.count()  # what was cast with it
+        self._save(is_best=False)
+        if agreed > SAVE:
+            raise Stopped(agreed, self._place())
 
-    def _save(self, results: Results) -> None:
-        """last.pt always; best.pt if it is the best so far."""
-        score = self._score(results)
-        is_best = score > self.best
-        self.best = max(score, self.best)
-        if distributed.is_main():
-            content = {
-                "network": self.network,
-                "model": self.model.state_dict(),
-                "optimizer": self.trainer.optimizer.state_dict(),
-                "scaler": self.trainer.scaler.state_dict(),
-                "epoch": self.epoch,
-                "step": self.trainer.step,
-                "best": self.best,
-                "config": as_plain(self.config),
-                "wandb_id": self.wandb.run_id,
-            }
-            if self.trainer.ema:
-                content["ema"] = self.trainer.ema.model.state_dict()
-            for path in [self.run_dir.last, *([self.run_dir.best] if is_best else [])]:
-                checkpoint.save(path, content)
-        distributed.barrier()
+    def _evaluate(self) -> Results:
+        """Of the network, or of the average of what it was. A signal ends it: it is done anew later."""
+        least = min(distributed.gather(len(self.loaders.val)))
+        batches = 0
+
+        def after_batch() -> None:
+            nonlocal batches
+            self.watchdog.tick()
+            batches += 1
+            # Ranks may have one batch more than others, which they cannot vote on.
+            if batches < least and (agreed := self.ballot.cast(self.stop.number)):
+                self.ballot.count()
+                self._save(is_best=False)
+                raise Stopped(agreed, self._place())
+
+        model = self.trainer.ema.model if self.trainer.ema else self.model
+        results = shown_evaluation(
+            model, self.loaders, self.device, AMP_DTYPES[self.config.amp], self.display, after_batch
+        )
+        if agreed := self.ballot.count():
+            self._obey(agreed)
+        return results
+
+    def _share_buffers(self) -> None:
+        """BatchNorm's statistics become rank 0's everywhere: what is evaluated is what is saved."""
+        distributed.share_buffers(self.model)
+        if self.trainer.ema:
+            distributed.share_buffers(self.trainer.ema.model)
 
     def _score(self, results: Results) -> list[float]:
         """Top-1 + top-5 at the largest size, then the mean over the sizes, which decides between equals."""
         scores = [results[str(s)]["top1"] + results[str(s)]["top5"] for s in self.model.sizes]
         return [scores[0], sum(scores) / len(scores)]
 
-    def _say_what_changed(self, source: Path | None, before: dict[str, Any]) -> None:
-        now = as_plain(self.config)
-        aside = {"data", "output", "resume", "device", "log_interval"}
-        changed = [
-            f"--{k.replace('_', '-')} {before[k]} -> {now[k]}"
-            for k in now
-            if before.get(k) is not None
-            and now[k] != before[k]
-            and k not in aside
-            and "wandb" not in k
-        ]
-        what = f", with changed {', '.join(changed)}" if changed else ""
-        self.display.say(f"resumed {source} after epoch {self.epoch}{what}")
+    def _alpha(self) -> dict[int, float]:
+        return dict(zip(self.model.sizes, self.model.ensemble_weights().tolist(), strict=True))
 
-    def _restore(self, content: dict[str, Any]) -> None:
-        if "optimizer" in content and load_momentum(self.trainer.optimizer, content["optimizer"]):
-            self.trainer.scaler.load_state_dict(content["scaler"])
-        else:
-            self.display.say(
-                "the checkpoint has no momentum for these weights: the optimizer starts without"
+    def _place(self) -> str:
+        return f"update {self.done}/{self.steps_per_epoch} of epoch {self.epoch + 1}"
+
+    def _save(self, is_best: bool) -> None:
+        content = {
+            "network": self.network,
+            "config": as_plain(self.config),
+            "global_batch": self.journal.global_batch,
+            "epoch": self.epoch,
+            "done": self.done,
+            "loader": self.train_loader.state_dict(),
+            "best": self.best,
+            "wandb_id": self.journal.wandb.run_id,
+            **state.capture(self.trainer, self.model),
+        }
+
+        def write() -> str:
+            try:
+                self.store.save(content, is_best)
+            except OSError as error:
+                return f"cannot save to {self.store.folder}: {error.strerror or error}"
+            return ""
+
+        problem = distributed.on_main(write)
+        self.last_save = time.monotonic()
+        self.watchdog.tick()
+        if problem and self.config.on_save_error == "stop":
+            raise DataError(
+                f"{problem}; the checkpoint before it is whole: free some space and run the same command, "
+                "or train on with --on-save-error continue"
             )
-        if self.trainer.ema and "ema" in content:
-            with blame("--resume: the averaged weights do not fit"):
-                checkpoint.load_weights(self.trainer.ema.model, content, "ema")
+        if problem:
+            self.display.say(f"{problem}; the checkpoint before it stays, the training goes on")
+
+    def _restore(self, source: Path | None, content: dict[str, Any]) -> None:
+        missing = state.restore(self.trainer, self.model, content)
         self.epoch = content["epoch"]
+        self.done, moved = position(
+            content, self.config, self.train_loader, self.journal.global_batch, self.steps_per_epoch
+        )
         # Not the checkpoint's step: with another global batch an epoch has another number of them.
-        self.trainer.step = self.epoch * self.steps_per_epoch
+        self.trainer.step = self.epoch * self.steps_per_epoch + self.done
+        changed = changes(content["config"], as_plain(self.config))
+        what = f", with changed {', '.join(changed)}" if changed else ""
+        where = f"after epoch {self.epoch}" if self.done == 0 else f"after {self._place()}"
+        self.display.say(f"resumed {source} {where}{what}")
+        for line in (*missing, *moved):
+            self.display.say(f"not as before: {line}")
 
 
 def cost_of(model: ResolutionSwitchable) -> dict[str, float]:
@@ -252,6 +248,7 @@ def shown_evaluation(
     device: torch.device,
     amp: torch.dtype | None,
     display: Display,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
     """`evaluate`, with its progress on the display."""
     display.start("val", len(loaders.val))
@@ -261,11 +258,8 @@ def shown_evaluation(
         nonlocal done
         done += 1
         display.update(done, "", every=10.0)
+        after_batch()
 
     results = evaluate(model, loaders.val, device, amp, on_batch)
     display.stop()
     return results
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0

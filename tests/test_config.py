@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -123,14 +124,16 @@ def test_a_continued_run_keeps_what_it_was_started_with():
     previous = as_plain(_resolve("--epochs 7 -b 64 --lr 0.3 --wd 0.01 --clip-grad 2"))
     config, _ = _parse("--resume auto")
     again = resolve(
-        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous
-    )
+        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        previous_global_batch=64,
+    )  # fmt: skip
     assert (again.epochs, again.batch_size, again.lr) == (7, 64, 0.3)
     assert (again.weight_decay, again.clip_grad) == (0.01, 2)
     config, _ = _parse("--resume auto -b 128 --epochs 9")
     again = resolve(
-        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous
-    )
+        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        previous_global_batch=64,
+    )  # fmt: skip
     assert (again.epochs, again.batch_size) == (9, 128)
     assert again.lr == pytest.approx(0.05)  # scaled to the new batch
 
@@ -164,3 +167,41 @@ def test_plain_options_hold_only_what_a_safe_load_takes():
 def test_the_configuration_needs_no_torch():
     code = "import sys, rsnet.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "accumulate"),
+    [(1, 64, 8), (2, 64, 4), (4, 64, 2), (8, 64, 1), (16, 32, 1), (3, 64, 1)],
+)
+def test_other_processes_share_the_images_of_an_update_as_before(
+    world_size, batch_size, accumulate
+):
+    """Of a run of 8 processes; 3 cannot, which is refused later."""
+    previous = as_plain(_resolve("-b 64 --lr 0.3 --seed 5"))
+    config, _ = _parse("--resume auto")
+    again = resolve(
+        config, world_size=world_size, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        previous_global_batch=512,
+    )  # fmt: skip
+    assert (again.batch_size, again.accumulate) == (batch_size, accumulate)
+    assert again.seed == 5
+    assert (again.lr == 0.3) == (world_size != 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--checkpoint-every x",
+            "--checkpoint-every x: a number of updates, or of minutes as in 10m",
+        ),
+        ("--checkpoint-every -1", "--checkpoint-every"),
+        ("--keep 0", "--keep 0: at least 1"),
+        ("--on-nonfinite skip", "--on-nonfinite skip: stop, or skip and a number"),
+        ("--on-nonfinite skip 0", "--on-nonfinite skip 0: stop, or skip and a number"),
+        ("--timeout 0", "--timeout 0.0: must be a positive number"),
+    ],
+)
+def test_what_a_run_does_in_need_is_checked(words, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        _parse(words)

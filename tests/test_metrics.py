@@ -63,18 +63,57 @@ def test_the_guard_names_the_terms_of_the_bad_step_whatever_others_had():
     guard = FiniteGuard(CPU)
     inf = torch.tensor(torch.inf)
     good = torch.tensor(1.0)
-    guard.check({"ce/64": good, "ce/32": good}, 0)
-    assert guard.check({"ce/64": good, "ce/16": inf}, 1) == 1
-    guard.check({"ce/64": inf, "ce/32": inf}, 2)
+    for step, (at_64, other, is_left_out) in enumerate(
+        [(good, {"ce/32": good}, 0), (good, {"ce/16": inf}, 1), (inf, {"ce/32": inf}, 1)]
+    ):
+        assert guard.check({"ce/64": at_64, **other}) == is_left_out
+        guard.close(step)
     assert guard.verdict() == (1, ["ce/16"])
+
+
+def test_a_bad_batch_spoils_the_whole_update():
+    guard = FiniteGuard(CPU, most=1)
+    assert [guard.check({"ce": torch.tensor(x)}).item() for x in (1.0, torch.nan, 1.0)] == [0, 1, 1]
+    guard.close(0)
+    assert guard.check({"ce": torch.tensor(1.0)}) == 0
+    assert guard.skipped() == 1
+
+
+def test_so_many_updates_in_a_row_may_be_left_out_and_not_one_more():
+    guard = FiniteGuard(CPU, most=2)
+    nan, good = {"ce": torch.tensor(torch.nan)}, {"ce": torch.tensor(1.0)}
+    for step, terms in enumerate([nan, nan, good, nan, nan, nan, good]):
+        left_out = guard.check(terms)
+        assert left_out == (terms is nan or step > 5)
+        guard.close(step)
+        assert (guard.verdict() is None) == (step < 5)
+    assert guard.verdict() == (5, ["ce"])
+    again = FiniteGuard(CPU, most=2)
+    again.load([2, 7])
+    again.check(nan)
+    again.close(9)
+    assert again.verdict() == (9, ["ce"])
+
+
+def test_means_leave_out_what_is_not_finite():
+    means = TermMeans()
+    for value in (1.0, torch.nan, 4.0, torch.inf):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(1.0)})
+    state = means.state()
+    assert means.compute() == {"a": 2.5, "b": 1}
+    again = TermMeans()
+    again.load(state, CPU)
+    again.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
+    assert again.compute() == {"a": 2, "b": 1.8}
 
 
 def test_the_guard_names_the_first_step_and_its_terms():
     guard = FiniteGuard(CPU)
     good = {"ce/64": torch.tensor(1.0), "kd": torch.tensor(2.0)}
-    assert guard.check(good, 0) == 0
-    assert guard.verdict() is None
-    assert guard.check(good | {"kd": torch.tensor(torch.inf)}, 1) == 1
-    assert guard.check(good, 2) == 1
-    assert guard.check(good | {"ce/64": torch.tensor(torch.nan)}, 3) == 1
+    bad = good | {"kd": torch.tensor(torch.inf)}
+    other = good | {"ce/64": torch.tensor(torch.nan)}
+    for step, (terms, is_left_out) in enumerate([(good, 0), (bad, 1), (good, 1), (other, 1)]):
+        assert guard.check(terms) == is_left_out
+        guard.close(step)
+        assert (guard.verdict() is None) == (step == 0)
     assert guard.verdict() == (1, ["kd"])

@@ -71,9 +71,9 @@ def test_metrics_are_one_json_line_each(tmp_path):
 def test_metrics_of_an_abandoned_epoch_are_moved_aside(tmp_path):
     run = RunDir(tmp_path, continues=False, active=True)
     for step in (1, 2, 3):
-        run.append_metrics({"step": step})
+        run.append_metrics({"step": step, "epoch": step / 3})
     run.append_text("metrics.jsonl", '{"step": 4, "lr":')  # cut short by a crash
-    run.rewind(2)
+    run.rewind(2 / 3)
     kept, abandoned = (
         (tmp_path / name).read_text().splitlines()
         for name in ("metrics.jsonl", "metrics.abandoned.jsonl")

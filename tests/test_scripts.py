@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,11 +90,16 @@ def test_metrics_have_every_term_and_accuracy(trained):
 
 
 def test_a_run_is_not_overwritten(train, photos, trained):
+    """The same command finds that all is done; one with other options is refused."""
     before = (trained / "metrics.jsonl").read_text()
-    code, _, err = train("--data", photos, *RUN, "--output", trained)
+    last = (trained / "checkpoints" / "last.pt").read_bytes()
+    arguments = ["--data", photos, *RUN, "--output", trained, "--wandb", "disabled"]
+    assert train(*arguments)[0] == 0
+    code, _, err = train(*arguments, "--momentum", "0.8")
     assert code == 2
-    assert "holds a run already; continue it with --resume auto" in err
+    assert "holds a run already, of other options (--momentum 0.9 -> 0.8); go on with it by" in err
     assert (trained / "metrics.jsonl").read_text() == before
+    assert (trained / "checkpoints" / "last.pt").read_bytes() == last
 
 
 def test_evaluation_needs_only_the_checkpoint(train, photos, trained):
@@ -298,7 +304,10 @@ def test_ctrl_c_ends_a_run_in_one_line_and_it_can_go_on(photos, tmp_path):
                 break
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "train_dali.py: interrupted; --resume auto goes on after the last epoch"
+    assert re.fullmatch(
+        r"train_dali.py: stopped by SIGINT: saved after update \d/2 of epoch \d+; the same command goes on",
+        err.strip(),
+    )
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 

@@ -87,6 +87,20 @@ def build(
     return model
 
 
+def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
+    """Let every BatchNorm take its statistics over the batches of all processes, in place.
+
+    They stay private to each size. PyTorch computes this on GPUs alone.
+    """
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    if arch.startswith(TIMM_PREFIX):
+        import timm
+
+        # It keeps the activations of timm's BatchNormAct2d.
+        convert = timm.layers.convert_sync_batchnorm  # type: ignore[attr-defined]
+    model.network = convert(model.network)
+
+
 def gflops(model: nn.Module, size: int) -> float:
     """Forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image; counts on meta tensors."""
     on_meta = copy.deepcopy(model).to("meta").eval()

@@ -1,0 +1,43 @@
+"""Signals that ask a training to stop: noted, obeyed after the step; a second one ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Ctrl-C, what schedulers send before they kill, and what Slurm is told to send some time before the end.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):  # noqa: N818 - it is what was asked for
+    """A training that was asked to stop, and has saved its state. Exit code 128 + the signal's number."""
+
+    def __init__(self, number: int, place: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: saved after {place}")
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """The first signal that came, or 0."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals in this block. The second ends the process: renaming is all that a save does to
+        files that are there, so a checkpoint is whole at any moment."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number

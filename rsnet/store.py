@@ -1,0 +1,78 @@
+"""The checkpoints of a run: the last few, the best, and which of them a crash left whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import DataError
+from rsnet import checkpoint
+
+
+class Store:
+    """A folder with last.pt, the ones before it (last-1.pt, last-2.pt, ...) and best.pt.
+
+    Files change their names by links and renames alone, after their hashes were noted, so that a kill
+    at any moment leaves last.pt whole.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.last = folder / "last.pt"
+        self.best = folder / "best.pt"
+
+    def save(self, content: Mapping[str, Any], is_best: bool = False) -> None:
+        """Write `content` to last.pt, and to best.pt if `is_best`.
+
+        Raises OSError, if the disk does not take it; what was there stays, under the same names.
+        """
+        pending = self.last.with_name("next.pt")
+        checkpoint.save(pending, content)
+        for age in range(self.keep - 1, 0, -1):
+            if self._aged(age - 1).exists():
+                _copy(self._aged(age - 1), self._aged(age))
+        _copy(pending, self.last)
+        if is_best:
+            _copy(pending, self.best)
+        checkpoint.remove(pending)
+
+    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, and its path; None if there is none at all.
+
+        Those that are damaged are renamed, so that they never push out a whole one, and said.
+
+        Raises DataError if all are damaged.
+        """
+        found = [path for age in range(100) if (path := self._aged(age)).exists()]
+        for path in found:
+            try:
+                content = checkpoint.load(path)
+            except DataError as error:
+                aside = path.with_name(path.name + ".damaged")
+                path.replace(aside)
+                say(f"{error}; moved to {aside.name}, an older one is tried")
+                continue
+            return path, content
+        if found:
+            raise DataError(f"no checkpoint in {self.folder} is whole")
+        return None
+
+    def _aged(self, age: int) -> Path:
+        return self.last if age == 0 else self.folder / f"last-{age}.pt"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Give `target` the content of `source`, at once; on most file systems without copying a byte."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    checkpoint.note_hashes(target, [checkpoint.sha256(p) for p in (source, target) if p.exists()])
+    temporary.replace(target)
+    checkpoint.sync_folder(target.parent)

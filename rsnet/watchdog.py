@@ -1,0 +1,109 @@
+"""Ends a run of several processes in which one does not go on, and names it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from pipelines.errors import DataError, first_line
+
+
+class Watchdog:
+    """Every rank tells in a store that it lives and how far it is. A thread looks whether this one goes on.
+
+    Collectives alone would wait for a stuck rank, or say that some rank is missing.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout = timeout_s
+        self._ticks = 0
+        self._done = threading.Event()
+
+    def tick(self) -> None:
+        """The training went on."""
+        self._ticks += 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch during this block. Raises DataError, with the rank, if another one was lost in it."""
+        if not dist.is_initialized():
+            yield
+            return
+        self._rank, world = dist.get_rank(), dist.get_world_size()
+        self._others = [r for r in range(world) if r != self._rank]
+        # A connection of its own: the process group's may be busy waiting.
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=self._timeout),
+        )
+        self._interval = min(5.0, self._timeout / 8)
+        self._tell()
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, DataError) or not _is_of_a_collective(error):
+                raise
+            raise DataError(f"{self._who()} ({first_line(error)})") from error
+        finally:
+            self._done.set()
+            thread.join(2 * self._interval)
+
+    def _watch(self) -> None:
+        seen, since = -1, time.monotonic()
+        while not self._done.wait(self._interval):
+            if self._ticks != seen:
+                seen, since = self._ticks, time.monotonic()
+            with suppress(RuntimeError):
+                self._tell()
+            if time.monotonic() - since > self._timeout:
+                line = f"no update for {self._timeout:.0f} s (--timeout): {self._who()}"
+                print(f"rank {self._rank}: error: {line}", file=sys.stderr, flush=True)
+                os._exit(DataError.exit_code)  # the main thread may wait for the rank that is stuck
+
+    def _tell(self) -> None:
+        self._store.set(f"alive/{self._rank}", f"{time.monotonic()} {self._ticks}")
+
+    def _told(self) -> dict[int, tuple[float, int]]:
+        """What other ranks told last: a moment of their clock, and their ticks."""
+        found = {}
+        for rank in self._others:
+            if self._store.check([f"alive/{rank}"]):
+                moment, ticks = self._store.get(f"alive/{rank}").decode().split()
+                found[rank] = float(moment), int(ticks)
+        return found
+
+    def _who(self) -> str:
+        """Which rank is to blame, in words. Takes three intervals."""
+        try:
+            before = self._told()
+            time.sleep(3 * self._interval)
+            after = self._told()
+        except RuntimeError as error:
+            return f"rank 0's machine does not answer: {first_line(error)}"
+        silent = [r for r in self._others if r not in after or after[r][0] == before[r][0]]
+        if silent:
+            return f"{_ranks(silent)} ended, or hangs, or is not connected any longer"
+        behind = [r for r in self._others if after[r][1] < self._ticks]
+        if behind:
+            return f"{_ranks(behind)} does not go on, but lives: its data?"
+        return f"rank {self._rank} itself does not go on: its data?"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {' and '.join(map(str, ranks))}"
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "store")
+    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)

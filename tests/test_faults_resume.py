@@ -1,0 +1,72 @@
+"""Runs that are really killed, and end as if they had not been."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults import (
+    UPDATES, assert_same_end, command, differences, end, finish, kill, metrics, saved, start, wait_for,
+)  # fmt: skip
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory) -> Path:
+    """A run that nothing happens to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finish(command(photos, run))
+    assert saved(run)["step"] == UPDATES
+    return run
+
+
+def _step(run: Path) -> int:
+    """Updates of the newest checkpoint that is whole, at a moment when none is being written."""
+    lines = metrics(run)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def _killed_at(words: list[str], run: Path, step: int, number: int = signal.SIGKILL) -> str:
+    """Start, kill behind logged step `step`; returns stderr."""
+    process = start(words)
+    wait_for(lambda: _step(run) >= step, process)
+    kill(process, number)
+    _, err = end(process, None)
+    assert process.returncode != 0
+    return err
+
+
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(photos, whole, tmp_path):
+    run = tmp_path / "run"
+    words = command(photos, run)
+    for step in (2, 9, 14):
+        _killed_at(words, run, step)
+    out, _ = finish(words)
+    assert "resumed" in out
+    assert_same_end(run, whole)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(photos, whole, tmp_path):
+    run = tmp_path / "run"
+    draws = random.Random(0)
+    for i in range(20):
+        # Steps go on; a random part of a second behind one, wherever that is: in a step, a save or an
+        # evaluation.
+        process = start(command(photos, run))
+        behind = min(_step(run) + draws.choice([0, 1, 2]), UPDATES - 1)
+        wait_for(lambda s=behind: _step(run) >= s and (run / "checkpoints").exists(), process)
+        try:
+            process.wait(draws.uniform(0, 0.5) + (4 if i == 0 else 0))
+        except Exception:  # noqa: BLE001, S110 - it runs still, as it should
+            pass
+        if process.poll() is not None:
+            break
+        kill(process)
+        end(process, None)
+    finish(command(photos, run))
+    assert_same_end(run, whole)
