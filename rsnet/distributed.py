@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -40,10 +41,36 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
         torch.cuda.set_device(chosen)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         global _control
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+        # The watchdog, which can name who is late, comes first.
+        timeout = timedelta(seconds=2 * timeout_s)
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=connect(timeout, hosts=os.environ["RANK"] == "0"),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
         _control = dist.new_group(backend="gloo", timeout=timeout)
     return chosen
+
+
+def connect(timeout: timedelta, hosts: bool = False) -> Any:
+    """A connection to the store through which processes find each other; torchrun, or else the one that
+    `hosts`, keeps it.
+
+    torchrun keeps one store over restarts (seen with torch 2.15), in which addresses of the dead would be
+    found; so every attempt has names of its own.
+    """
+    environ = os.environ
+    is_kept = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        environ["MASTER_ADDR"],
+        int(environ["MASTER_PORT"]),
+        is_master=hosts and not is_kept,
+        timeout=timeout,
+    )
+    attempt = f"{environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {environ['WORLD_SIZE']}"
+    return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
 
 
 def shutdown() -> None:
@@ -141,14 +168,17 @@ def wrap(
     """
     if not dist.is_initialized():
         return objective
-    wrapped = nn.parallel.DistributedDataParallel(
-        objective,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=not all_used,
-        static_graph=all_used and static,
-    )
+    with warnings.catch_warnings():
+        # torch 2.15 has another name for broadcast_buffers, which torch 2.11 has not.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = nn.parallel.DistributedDataParallel(
+            objective,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=not all_used,
+            static_graph=all_used and static,
+        )
     if compress:
         wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped

@@ -42,9 +42,15 @@ class Start:
     must_be_same: bool = False
     """Whether it goes on without having been told to, which only the same options allow."""
 
-    def require_same(self, config: ResolvedConfig) -> None:
+    def require_same(self, config: ResolvedConfig, global_batch: int) -> None:
         """Raise UsageError if the run directory's run goes on by itself, but has other options."""
-        if self.must_be_same and (changed := changes(self.config, as_plain(config))):
+        if not self.must_be_same:
+            return
+        changed = changes(self.config, as_plain(config))
+        before = self.content["global_batch"] if self.content else global_batch
+        if before != global_batch:
+            changed.append(f"global batch {before} -> {global_batch}")
+        if changed:
             raise UsageError(
                 f"--output: {config.output} holds a run already, of other options ({', '.join(changed)}); "
                 "go on with it by --resume auto, or give another folder"

@@ -71,7 +71,9 @@ def run(
         raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
     if resolved.sync_bn and device.type != "cuda":
         raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
-    start.require_same(resolved)
+    start.require_same(
+        resolved, resolved.batch_size * resolved.accumulate * distributed.world_size()
+    )
     _set_up_torch(resolved)
     loaders = make_loaders(options, _spec(resolved, device), not resolved.evaluate)
     try:

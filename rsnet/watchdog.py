@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipelines.errors import DataError, first_line
+from rsnet import distributed
 
 
 class Watchdog:
@@ -39,13 +40,8 @@ class Watchdog:
         self._rank, world = dist.get_rank(), dist.get_world_size()
         self._others = [r for r in range(world) if r != self._rank]
         # A connection of its own: the process group's may be busy waiting.
-        self._store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=self._timeout),
-        )
-        self._interval = min(5.0, self._timeout / 8)
+        self._store = distributed.connect(timedelta(seconds=self._timeout))
+        self._interval = min(2.0, self._timeout / 8)
         self._tell()
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
@@ -105,5 +101,5 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "peer", "timed out", "socket", "store")
+    words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "store")
     return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)

@@ -18,10 +18,11 @@ ROOT = Path(__file__).parents[1]
 LIMIT_S = 120  # of one process; a hang is a failure
 
 # 23 photos: 5 updates an epoch, with everything that has a state of its own.
-RUN = (
-    "--arch parallel_resnet10 --width-mult 0.25 --stem small --sizes 32 24 16 -b 4 --epochs 4 --amp off "
-    "--workers 1 --wandb disabled --log-interval 2 --ema 0.9 --mixup 0.2 --sizes-per-step 2 --device cpu"
-).split()
+RUN = [
+    "--arch", "parallel_resnet10", "--width-mult", "0.25", "--stem", "small", "--sizes", "32", "24", "16",
+    "-b", "4", "--epochs", "4", "--amp", "off", "--workers", "1", "--wandb", "disabled",
+    "--log-interval", "2", "--ema", "0.9", "--mixup", "0.2", "--sizes-per-step", "2", "--device", "cpu",
+]  # fmt: skip
 UPDATES = 20
 
 
