@@ -11,7 +11,7 @@ import torch
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import exit_code
-from pipelines.errors import UsageError, blame
+from pipelines.errors import DataError, UsageError, blame
 from rsnet import checkpoint, distributed, report
 from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
@@ -105,6 +105,8 @@ def run(
             return _evaluate_only(config, resolved, model, loaders, device, display)
         session = TrainingRun(script, resolved, options, model, loaders, device, display, network)
         return session.train(source, content, start.continues)
+    except torch.OutOfMemoryError as error:
+        raise DataError(_out_of_memory(resolved, device)) from error
     finally:
         display.stop()
         for loader in (loaders.train, loaders.val):
@@ -151,6 +153,16 @@ def _outputs(config: ResolvedConfig, classes: list[str]) -> int:
     if config.num_classes is not None and config.num_classes < len(classes):
         raise UsageError(f"--num-classes {config.num_classes}: the data has {len(classes)} classes")
     return config.num_classes or len(classes)
+
+
+def _out_of_memory(config: ResolvedConfig, device: torch.device) -> str:
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    sizes = " ".join(map(str, config.sizes))
+    return (
+        f"out of GPU memory, {peak:.1f} GB were in use: --batch-size {config.batch_size} at sizes {sizes}, "
+        f"amp {config.amp}. Halve --batch-size and double --accumulate ({config.accumulate}), which keeps the "
+        "images of an update, or leave out sizes with --sizes-per-step"
+    )
 
 
 def _set_up_torch(config: ResolvedConfig) -> None:

@@ -54,7 +54,7 @@ def _killed_at(words: list[str], run: Path, step: int, number: int = signal.SIGK
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(photos, whole, tmp_path):
     run = tmp_path / "run"
     words = command(photos, run)
-    for step in (2, 9, 14):
+    for step in (2, 10, 14):  # 10: the end of an epoch, before its evaluation
         _killed_at(words, run, step)
     out, _ = finish(words)
     assert "resumed" in out

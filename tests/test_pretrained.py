@@ -54,6 +54,8 @@ def test_every_resolution_starts_as_the_ordinary_network(tmp_path, arch, make):
         lambda s: {"model": s, "epoch": 3},
         lambda s: {"state_dict": {}, "state_dict_ema": s},
         lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
         # torchvision's references: options beside the weights, torch's AveragedModel
         lambda s: {
             "args": Namespace(lr=0.5),

@@ -32,7 +32,7 @@ def load_pretrained(
     loaded = _read(Path(weights)) if _is_path(weights) else _download(library, name, weights)
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     state = {
-        k.removeprefix("module."): v
+        k.removeprefix("module.").removeprefix("_orig_mod."): v  # of DDP, of torch.compile
         for k, v in loaded.items()
         if isinstance(k, str) and isinstance(v, Tensor) and (k in expected or not _is_extra(k))
     }
