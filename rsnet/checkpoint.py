@@ -146,10 +146,14 @@ def _serialized(content: Mapping[str, Any]) -> memoryview:
 def _replace(path: Path, data: Any) -> None:
     """Write a file under another name and rename it, so that `path` is never half written."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     sync_folder(path.parent)
 

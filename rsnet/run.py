@@ -160,8 +160,8 @@ def _out_of_memory(config: ResolvedConfig, device: torch.device) -> str:
     sizes = " ".join(map(str, config.sizes))
     return (
         f"out of GPU memory, {peak:.1f} GB were in use: --batch-size {config.batch_size} at sizes {sizes}, "
-        f"amp {config.amp}. Halve --batch-size and double --accumulate ({config.accumulate}), which keeps the "
-        "images of an update, or leave out sizes with --sizes-per-step"
+        f"amp {config.amp}. Halve --batch-size and double --accumulate ({config.accumulate}), so that an "
+        "update keeps its images, or leave out sizes with --sizes-per-step"
     )
 
 

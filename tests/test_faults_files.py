@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(
 def test_a_run_of_which_nothing_is_whole_is_an_error(store):
     for name in ("last.pt", "last-1.pt"):
         (store.folder / name).write_bytes(b"")
-    with pytest.raises(DataError, match="no checkpoint in .* is whole"):
+    with pytest.raises(DataError, match=r"no checkpoint in .* is whole"):
         store.newest(lambda _: None)
 
 
