@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ def torchrun(processes: int, words: Sequence[str], *more: str) -> list[str]:
     return [words[0], *launcher, *more, *words[1:]]
 
 
-def start(words: Sequence[str]) -> subprocess.Popen[str]:
-    """In a session of its own, so that all its processes can be killed."""
-    environ = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+def start(words: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """In a session of its own, so that all its processes can be killed. `more`: of the environment."""
+    environ = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | dict(more or {})
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
         start_new_session=True,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 from tests.faults import (
+    LIMIT_S,
+    ROOT,
     UPDATES,
     assert_same_end,
     command,
@@ -172,3 +176,92 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+GRADIENTS = """
+import sys, torch
+from torch import nn
+from rsnet import distributed
+
+device = distributed.setup("cpu")
+torch.manual_seed(0)
+network = nn.Sequential(
+    nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+)
+images, labels = torch.randn(8, 3, 16, 16), torch.randint(4, (8,))
+rank, world = distributed.rank(), distributed.world_size()
+mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+wrapped = distributed.wrap(network, device, compress="bf16" in sys.argv)
+for _ in range(2):  # a static graph is known after the first
+    network.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(wrapped(images[mine]), labels[mine]).backward()
+if distributed.is_main():
+    torch.save([p.grad for p in network.parameters()], sys.argv[1])
+assert distributed.gather(rank) == list(range(world))
+assert distributed.on_main(lambda: rank) == 0
+ballot = distributed.Ballot()
+assert [ballot.cast(10 * rank), ballot.count(), ballot.count()] == [0, 10, 0]
+distributed.shutdown()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_with_both_batches(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = {}
+    for name, processes, more in (("one", 1, []), ("two", 2, []), ("half", 2, ["bf16"])):
+        path = tmp_path / f"{name}.pt"
+        words = torchrun(processes, [sys.executable, str(script), str(path), *more])
+        if processes == 1:
+            code = GRADIENTS.replace("[0, 10, 0]", "[0, 0, 0]")
+            words = [sys.executable, "-c", code, str(path)]
+        done = subprocess.run(
+            words, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = torch.load(path)
+    for one, two, half in zip(found["one"], found["two"], found["half"], strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(half, one, rtol=2e-2, atol=2e-3)
+        assert not torch.equal(half, two)
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_run(photos, pair, tmp_path):
+    """As two torchruns that find each other: rank 1 is another machine's first process."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    words = command(photos, run, "-b", "2")
+    words = [words[0], *launcher, *words[1:]]
+    machines = [start(words), start(words)]
+    for machine in machines:
+        end(machine)
+    assert_same_end(run, pair)
+
+
+@pytest.mark.slow
+def test_processes_without_torchrun_find_each_other(photos, pair, tmp_path):
+    """As under Slurm, which sets what the script makes of it, and signals the processes themselves."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def launch() -> list[subprocess.Popen[str]]:
+        ranks = ({**place, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2"} for r in ("0", "1"))
+        return [start(command(photos, run, "-b", "2"), environ) for environ in ranks]
+
+    processes = launch()
+    wait_for(_until(run, 7), processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGUSR1)
+    for process in processes:
+        end(process, 138)
+    for process in launch():
+        end(process)
+    assert_same_end(run, pair)
