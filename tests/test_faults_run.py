@@ -31,6 +31,7 @@ from tests.faults import (
 )
 
 pytestmark = pytest.mark.faults
+SLOW = pytest.mark.slow  # several processes of nine seconds each
 
 
 @pytest.fixture
@@ -59,7 +60,10 @@ def whole(photos, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=SLOW) for n in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_a_signal_in_an_evaluation_stops_it_and_the_run_goes_on_exactly(
     train, whole, tmp_path, monkeypatch, number
 ):
@@ -93,6 +97,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_the_run_goes_on_exactly(
     assert_same_end(run, whole)
 
 
+@SLOW
 def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(photos, whole, tmp_path):
     run = tmp_path / "run"
     process = start(command(photos, run))
@@ -106,7 +111,7 @@ def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(photos, whol
     assert_same_end(run, whole)
 
 
-@pytest.mark.parametrize("reaction", ["stop", "continue"])
+@pytest.mark.parametrize("reaction", ["stop", pytest.param("continue", marks=SLOW)])
 def test_a_full_disk_leaves_the_checkpoint_before_it(photos, whole, tmp_path, reaction):
     """A limit on the size of files, of half a checkpoint, stands for the disk."""
     run = tmp_path / "run"
@@ -171,6 +176,7 @@ def test_some_updates_may_be_left_out_and_are_counted(train, tmp_path, monkeypat
     assert "the loss is not finite at step 5" in err
 
 
+@SLOW
 def test_a_loader_that_raises_ends_the_run_and_it_can_go_on(train, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     real = DaliLoader._read
@@ -241,6 +247,7 @@ def test_other_data_is_refused_by_the_names_of_its_files(train, photos, whole, t
     assert "add --allow-change data" in err
 
 
+@SLOW
 def test_an_allowed_change_is_said(train, photos, tmp_path, monkeypatch):
     run = tmp_path / "run"
     _poison(monkeypatch, {7})

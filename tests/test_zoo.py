@@ -12,7 +12,7 @@ from torch import nn
 
 from pipelines.errors import UsageError
 from rsnet.models.switchable import SwitchableBatchNorm2d
-from rsnet.models.zoo import build, gflops, list_archs
+from rsnet.models.zoo import build, gflops, list_archs, synchronize_batchnorm
 
 # Forward GFLOP an image at 224, 192, 160, 128, 96, counted by hand-made tables elsewhere.
 GFLOPS = {
@@ -179,3 +179,20 @@ def test_a_deepcopy_of_a_built_network_computes_the_same():
     model = build("parallel_resnet18", 5, (32, 16)).eval()
     x = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("arch", ["parallel_resnet18", "parallel_timm/resnet10t"])
+def test_synchronized_batchnorm_stays_private(arch):
+    """And keeps its weights, names and, of timm's layers, activations; it is computed on GPUs alone."""
+    model = build(arch, 3, (64, 32))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    private = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    acting = [type(m.act) for m in private if hasattr(m, "act")]
+    synchronize_batchnorm(model, arch)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    synced = [m for m in model.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert len(synced) == len(private)
+    assert [type(m.act) for m in synced if hasattr(m, "act")] == acting
+    assert {len(norm.by_resolution) for norm in model._norms} == {2}
