@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from PIL import Image
 
 from pipelines.beton import ConvertOptions, main
 from pipelines.cli import command
 from pipelines.demo import DemoOptions, write
 from tests import betons
+from tests.wandb_server import WandbServer
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -101,3 +103,25 @@ def beton(photos, tmp_path) -> Path:
 def _close_loaders():
     yield
     betons.close_all()
+
+
+@pytest.fixture
+def no_wandb_key(monkeypatch, tmp_path):
+    """A machine on which W&B was never set up, and a process in which it never ran."""
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def wandb_server(no_wandb_key, monkeypatch):  # noqa: ARG001
+    """A server for which there is a key; nothing waits long for it."""
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "3")
+    yield server
+    server.stop()

@@ -46,7 +46,8 @@ ARROWS = {
         "rsnet.optim",
     },
     "rsnet.resume": ANYONE | {"rsnet.checkpoint", "rsnet.config", "rsnet.resolve", "rsnet.store"},
-    "rsnet.wandb_log": {"pipelines.errors"},
+    "rsnet.wandb_log": {"pipelines.errors", "rsnet.wandb_service"},
+    "rsnet.wandb_service": {"pipelines.errors"},
     "rsnet.report": {"rsnet.metrics"},
     "rsnet.models.switchable": set(),
     "rsnet.models.single_pixel": set(),
@@ -121,7 +122,7 @@ def test_a_room_imports_only_what_it_may(name):
         ("nvidia", {"pipelines.dali_graph"}),
         ("ffcv", {"pipelines.turbojpeg", "pipelines.beton_file", "pipelines.ffcv_decode"}),
         ("numba", {"pipelines.resample", "pipelines.ffcv_decode"}),
-        ("wandb", {"rsnet.wandb_log"}),
+        ("wandb", {"rsnet.wandb_log", "rsnet.wandb_service"}),
         ("timm", {"rsnet.models.zoo", "rsnet.models.pretrained"}),
         (
             "tyro",

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import struct
 from pathlib import Path
 
 import pytest
-import wandb
 from wandb.proto import wandb_internal_pb2
 
-from rsnet.wandb_log import WandbLog
+from rsnet import wandb_service
+from rsnet.wandb_log import WandbLog, read_sent
+from tests.wandb_run import interrupted, log, rows
 
-
-@pytest.fixture(autouse=True)
-def _no_key(monkeypatch, tmp_path):
-    """A machine on which W&B was never set up, and a process in which it never ran."""
-    wandb.teardown()
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+pytestmark = pytest.mark.usefixtures("no_wandb_key")
 
 
 def _start(directory: Path, mode, said: list[str], run_id=None) -> WandbLog:
@@ -122,3 +117,139 @@ def test_a_run_keeps_its_id_when_it_is_continued(tmp_path):
     again = _start(tmp_path, "offline", [], run_id)
     assert again.run_id == run_id
     again.finish()
+
+
+def test_an_online_run_has_everything_on_the_server(wandb_server, tmp_path):
+    said: list[str] = []
+    run = _start(tmp_path, None, said)
+    assert run.run_id
+    log(run, tmp_path, rows(1, 5))
+    run.finish()
+    assert wandb_server.metrics(run.run_id) == rows(1, 5)
+    assert wandb_server.exit_codes == {run.run_id: 0}
+    assert said == [
+        f"W&B: online at {wandb_server.url}/me/rsnet/runs/{run.run_id} (a key is configured)"
+    ]
+    sent = read_sent(tmp_path)
+    assert sent
+    assert (sent.id, sent.entity, sent.lines) == (run.run_id, "me", 5)
+
+
+def _break(fault: str, server, service: int) -> None:
+    if fault == "service killed":
+        os.kill(service, signal.SIGKILL)
+    elif fault == "service stopped":
+        os.kill(service, signal.SIGSTOP)
+    elif fault == "server gone":
+        server.stop()
+    else:
+        server.mode = fault.removeprefix("server ")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("service killed", "Connection lost"),
+        ("service stopped", "no answer in 2 s"),
+        ("server gone", "Timed out finishing run"),
+        ("server closes", "Timed out finishing run"),
+        ("server is silent", "Timed out finishing run"),
+        ("server refuses", "Fatal error while uploading data"),
+    ],
+)
+def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends_within_seconds(
+    wandb_server, tmp_path, fault, reason
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    services = []
+
+    def break_it(service: int) -> None:
+        services.append(service)
+        _break(fault, wandb_server, service)
+
+    try:
+        said, seconds = interrupted("log", run, break_it)
+    finally:
+        if fault == "service stopped":
+            os.kill(services[0], signal.SIGKILL)
+    start, *lost, end = said.splitlines()
+    assert start.startswith("W&B: online at ")
+    assert lost == [f"W&B: lost ({reason}); `python -m rsnet sync {run}` sends the metrics later"]
+    assert end == "finished"
+    assert seconds < 14  # 5 s; 17 s if W&B reports its errors to a server that is silent
+    sent = read_sent(run)
+    assert sent
+    assert sent.lines == 0
+
+
+def test_an_offline_run_goes_on_when_the_service_dies(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    said, _ = interrupted("log", run, lambda service: os.kill(service, signal.SIGKILL))
+    start, lost, end = said.splitlines()
+    assert start.startswith("W&B: offline in ")
+    assert "W&B: lost" in lost
+    assert end == "finished"
+
+
+def test_a_service_that_does_not_start_costs_a_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no such program")
+
+    monkeypatch.setattr(wandb_service, "start", fail)
+    said: list[str] = []
+    run = _start(tmp_path, "offline", said, "abc")
+    run.log({"step": 1})
+    run.finish()
+    assert run.run_id == "abc"
+    assert [line.split(";")[0] for line in said] == ["W&B: lost (no such program)"]
+
+
+def test_a_lost_run_keeps_its_id(tmp_path):
+    said: list[str] = []
+    run = _start(tmp_path, "offline", said)
+    before = run.run_id
+    run.log({1: 2})  # type: ignore[dict-item]
+    assert "lost" in said[-1]
+    assert run.run_id == before is not None
+
+
+@pytest.mark.usefixtures("wandb_server")
+def test_an_online_run_whose_earlier_lines_wandb_lacks_says_so(tmp_path):
+    first = _start(tmp_path, "offline", [])
+    log(first, tmp_path, rows(1, 3))
+    first.finish()
+    said: list[str] = []
+    again = _start(tmp_path, "online", said, first.run_id)
+    log(again, tmp_path, rows(4, 6))
+    again.finish()
+    assert "without earlier lines; `python -m rsnet sync" in said[0]
+    sent = read_sent(tmp_path)
+    assert sent
+    assert sent.lines == 0
+
+
+def test_a_resumed_online_run_has_all_lines_of_both_parts(wandb_server, tmp_path):
+    first = _start(tmp_path, "online", [])
+    log(first, tmp_path, rows(1, 3))
+    first.finish()
+    again = _start(tmp_path, "online", [], first.run_id)
+    log(again, tmp_path, rows(4, 6))
+    again.finish()
+    assert wandb_server.metrics(first.run_id) == rows(1, 6)
+    sent = read_sent(tmp_path)
+    assert sent
+    assert sent.lines == 6
+
+
+def test_a_process_can_log_another_run_after_one_that_was_lost(wandb_server, tmp_path):
+    lost = _start(tmp_path, "online", [])
+    lost.log({1: 2})  # type: ignore[dict-item]
+    other = tmp_path / "other"
+    other.mkdir()
+    run = _start(other, None, said := [])
+    log(run, other, rows(1, 2))
+    run.finish()
+    assert run.run_id != lost.run_id
+    assert wandb_server.metrics(run.run_id) == rows(1, 2), said
