@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import command
 from pipelines.errors import UsageError
-from rsnet import calibrate, compare, convert
+from rsnet import calibrate, compare, convert, sync
 
 
 def _loaders(spec: LoaderSpec, train: bool) -> Loaders:
@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], int], str]] = {
         lambda options: calibrate.run(options, _loaders),
         "a resolution that was not trained",
     ),
+    "sync": (sync.Options, sync.run, "metrics that W&B lacks"),
 }
 
 

@@ -46,6 +46,7 @@ ARROWS = {
         "rsnet.optim",
     },
     "rsnet.resume": ANYONE | {"rsnet.checkpoint", "rsnet.config", "rsnet.resolve", "rsnet.store"},
+    "rsnet.sync": ANYONE | {"rsnet.report", "rsnet.wandb_log", "rsnet.wandb_service"},
     "rsnet.wandb_log": {"pipelines.errors", "rsnet.wandb_service"},
     "rsnet.wandb_service": {"pipelines.errors"},
     "rsnet.report": {"rsnet.metrics"},
@@ -126,7 +127,10 @@ def test_a_room_imports_only_what_it_may(name):
         ("timm", {"rsnet.models.zoo", "rsnet.models.pretrained"}),
         (
             "tyro",
-            {f"rsnet.{name}" for name in ("calibrate", "cli", "compare", "config", "convert")}
+            {
+                f"rsnet.{name}"
+                for name in ("calibrate", "cli", "compare", "config", "convert", "sync")
+            }
             | {f"pipelines.{name}" for name in ("beton", "cli", "dali_graph", "ffcv")},
         ),
     ],
