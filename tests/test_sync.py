@@ -41,6 +41,8 @@ def _lines(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "time"} for line in found]
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_a_training_whose_wandb_service_dies_ends_well_and_is_sent_whole(
     wandb_server, tmp_path, call
 ):

@@ -146,14 +146,15 @@ def _break(fault: str, server, service: int) -> None:
         server.mode = fault.removeprefix("server ")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
         ("service killed", "Connection lost"),
-        ("service stopped", "no answer in 2 s"),
-        ("server gone", "Timed out finishing run"),
-        ("server closes", "Timed out finishing run"),
         ("server is silent", "Timed out finishing run"),
+        pytest.param("service stopped", "no answer in 2 s", marks=pytest.mark.slow),
+        pytest.param("server gone", "Timed out finishing run", marks=pytest.mark.slow),
+        pytest.param("server closes", "Timed out finishing run", marks=pytest.mark.slow),
         ("server refuses", "Fatal error while uploading data"),
     ],
 )
