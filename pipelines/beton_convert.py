@@ -25,7 +25,7 @@ from pipelines.beton import ConvertOptions
 from pipelines.beton_encode import Encoded, Encoder, Settings
 from pipelines.beton_file import PAGE_SIZE, BetonWriter, open_beton
 from pipelines.beton_verify import reasons, stored_bytes
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, UsageError, blame
 from pipelines.folder import ImageFolder, scan, scan_train_val
 from pipelines.parallel import ordered_map
 from pipelines.progress import Progress, readable
@@ -87,7 +87,8 @@ def _sources(options: ConvertOptions, data: Path) -> list[_Source]:
         assert train is not None
         folders = {"train": train, "val": val}
     else:
-        folders = {split: scan(data / split) for split in options.splits}
+        with blame("--data"):
+            folders = {split: scan(data / split) for split in options.splits}
     sources = []
     for split in options.splits:
         folder = folders[split]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pipelines.errors import DataError, UsageError, first_line
+from pipelines.errors import DataError, UsageError, blame, first_line
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ def scan(root: Path) -> ImageFolder:
     Raises UsageError if `root` is missing, holds no class folders, or a class holds no image.
     """
     if not root.is_dir():
-        raise UsageError(f"--data: there is no folder {root}")
+        raise UsageError(f"there is no folder {root}")
     classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     if not classes:
         what = "images but no class folders" if _images_below(root) else "no images"
-        raise UsageError(f"--data: {root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
+        raise UsageError(f"{root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         images = _images_below(root / name)
         if not images:
-            raise UsageError(f"--data: the class folder {root / name} holds no image")
+            raise UsageError(f"the class folder {root / name} holds no image")
         paths += images
         labels += [label] * len(images)
     return ImageFolder(root, classes, paths, np.array(labels, dtype=np.int64))
@@ -64,10 +64,11 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
                 f"--data: {data} has no folder {split!r} "
                 f"(it has {', '.join(found) if found else 'no folders'})"
             )
-    val = scan(data / "val")
-    if not with_train:
+    with blame("--data"):
+        val = scan(data / "val")
+        train = scan(data / "train") if with_train else None
+    if train is None:
         return None, val
-    train = scan(data / "train")
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
