@@ -17,6 +17,9 @@ from pipelines.errors import DataError, UsageError
 
 Options = TypeVar("Options")
 
+# By its name: the dataclass of a verb's options, what runs it, and what it is for.
+Verbs = dict[str, tuple[Any, Callable[[Any], int], str]]
+
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -50,6 +53,22 @@ def command(
 ) -> int:
     """Run a command line; returns the exit code. A user's mistake is one line on stderr."""
     return exit_code(name, lambda: run(parse_options(options_type, [options_type], argv)))
+
+
+def verb_command(module: str, verbs: Verbs, words: Sequence[str]) -> int:
+    """Run `python -m MODULE VERB ...`; returns the exit code. `words`: from the verb on."""
+    verb, *rest = words or ["--help"]
+    if verb in verbs:
+        options, run, _ = verbs[verb]
+        return command(f"{module} {verb}", options, run, rest)
+    if verb in ("--help", "-h"):
+        print(f"python -m {module} VERB --help")
+        for name, (_, _, what) in verbs.items():
+            print(f"  {name:10} {what}")
+        return 0
+    known = " ".join(verbs)
+    print(f"{module}: error: {verb}: there is no such verb; one of {known}", file=sys.stderr)
+    return UsageError.exit_code
 
 
 def exit_code(name: str, action: Callable[[], int], advice: str = "") -> int:

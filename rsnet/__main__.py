@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
 
 from pipelines.batch import Loaders, LoaderSpec
-from pipelines.cli import command
-from pipelines.errors import UsageError
+from pipelines.cli import Verbs, verb_command
 from rsnet import calibrate, compare, convert, sync
 
 
@@ -23,7 +20,7 @@ def _loaders(spec: LoaderSpec, train: bool) -> Loaders:
     return dali.make_loaders(dali.DaliOptions(), spec, train)
 
 
-VERBS: dict[str, tuple[Any, Callable[[Any], int], str]] = {
+VERBS: Verbs = {
     "import": (convert.ImportOptions, convert.import_original, "a file of the original code"),
     "export": (convert.ExportOptions, convert.export_original, "a file for the original code"),
     "report": (compare.ReportOptions, compare.report, "table and plot of finished runs"),
@@ -37,17 +34,7 @@ VERBS: dict[str, tuple[Any, Callable[[Any], int], str]] = {
 
 
 def main(words: list[str]) -> int:
-    verb, *rest = words or ["--help"]
-    if verb in VERBS:
-        options, run, _ = VERBS[verb]
-        return command(f"rsnet {verb}", options, run, rest)
-    lines = "\n".join(f"  {name:10} {what}" for name, (_, _, what) in VERBS.items())
-    usage = f"python -m rsnet VERB --help\n{lines}"
-    if verb in ("--help", "-h"):
-        print(usage)
-        return 0
-    print(f"rsnet: error: {verb}: there is no such verb; one of {' '.join(VERBS)}", file=sys.stderr)
-    return UsageError.exit_code
+    return verb_command("rsnet", VERBS, words)
 
 
 if __name__ == "__main__":
