@@ -7,7 +7,6 @@ mid-epoch.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from pipelines.dali_graph import (
     DaliOptions,
     build,
     eval_graph,
+    path_batch,
     training_graph,
 )
 from pipelines.folder import ImageFolder, explain_failure, scan_train_val
@@ -145,7 +145,7 @@ class _Feed:
     def __call__(self) -> list[Any]:
         indices = next(self._batches)
         self.in_flight.append(indices)
-        paths = [np.frombuffer(os.fsencode(self._folder.paths[i]), np.uint8) for i in indices]
+        paths = path_batch([self._folder.paths[i] for i in indices])
         if not self._training:
             return [paths]
         spec = self._spec

@@ -5,6 +5,7 @@ The same graph runs on the GPU and on the CPU; the device decides where it decod
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[
     start, shape = _crop_rectangle(encoded, area, ratio, position)
     # The decoder reads the rectangle only, which saves most of the inverse transform and all of the copy.
     crop = fn.decoders.image_slice(
-        encoded, start=start, shape=shape, axes=[0, 1], **_decoder(options, spec)
+        encoded, start=start, shape=shape, axes=[0, 1], **_decoder(options, spec.device)
     )
     if spec.auto_augment is not None:
         crop = _augmented(crop, shape, numbers[0], spec.auto_augment)
@@ -98,9 +99,7 @@ def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[
 
 def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
     (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
-    encoded = fn.io.file.read(paths)
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
-    image = fn.decoders.image(encoded, **_decoder(options, spec))
+    shape, image = _whole(paths, **_decoder(options, spec.device))
     outputs = []
     for size in spec.sizes:
         lengths = [_long_or_short(shape[axis], shape[1 - axis], size) for axis in (0, 1)]
@@ -117,6 +116,32 @@ def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any,
             )
         )
     return tuple(outputs)
+
+
+def build_decoder(batch_size: int) -> Any:
+    """The built pipeline that reads at most `batch_size` files, `run(paths=...)`, whole and on the CPU."""
+    pipeline = pipeline_def(_decoding_graph)(
+        batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1
+    )
+    pipeline.build()
+    return pipeline
+
+
+def path_batch(paths: list[str]) -> list[Any]:
+    """What `fn.io.file.read` takes as the names of files."""
+    return [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
+
+
+def _decoding_graph() -> tuple[Any, Any]:
+    paths = fn.external_source(name="paths", batch=True)
+    return _whole(paths, **_decoder(DaliOptions(), torch.device("cpu")))
+
+
+def _whole(paths: Any, **decoder: Any) -> tuple[Any, Any]:
+    """Shape, (height, width, channels), and pixels of the files."""
+    encoded = fn.io.file.read(paths)
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
+    return shape, fn.decoders.image(encoded, **decoder)
 
 
 def _crop_rectangle(encoded: Any, area: Any, ratio: Any, position: Any) -> tuple[Any, Any]:
@@ -190,10 +215,10 @@ def _center_start(length: Any, size: int) -> Any:
     return half + (room - 2 * half) * (half - 2 * (half // 2))
 
 
-def _decoder(options: DaliOptions, spec: LoaderSpec) -> dict[str, Any]:
+def _decoder(options: DaliOptions, device: torch.device) -> dict[str, Any]:
     # adjust_orientation: PIL ignores EXIF. jpeg_fancy_upsampling: the GPU decodes as the CPU does.
     common = {"output_type": types.RGB, "adjust_orientation": False}
-    if spec.device.type != "cuda":
+    if device.type != "cuda":
         return common | {"device": "cpu"}
     return common | {
         "device": "mixed",

@@ -43,11 +43,15 @@ def path_of(beton: Path) -> Path:
 
 
 def write(path: Path, sidecar: Sidecar) -> None:
+    write_json(path, dataclasses.asdict(sidecar))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """All at once, or not at all."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("w") as file:
-            file.write(json.dumps(dataclasses.asdict(sidecar), indent=1) + "\n")
+            file.write(json.dumps(content, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
