@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
+from pipelines.dali_decode import Decoder
 from pipelines.dali_graph import (
     AUGMENTATION_NUMBERS,
     DaliOptions,
@@ -33,13 +34,19 @@ from pipelines.sampling import (
     schedule_for,
     uniforms,
 )
+from pipelines.verified import skip_bad
 
 __all__ = ["DaliLoader", "DaliOptions", "make_loaders"]
 
 
 def make_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Loaders over `spec.data`/train and /val. Raises UsageError on a malformed folder."""
+    """Loaders over `spec.data`/train and /val.
+
+    Raises UsageError on a malformed folder, and with --skip-bad on one that was not verified.
+    """
     train, val = scan_train_val(spec.data, with_train)
+    if options.skip_bad:
+        train, val = skip_bad(train, val, options.skip_bad_report, say=spec.rank == 0)
     return Loaders(
         DaliLoader(options, spec, train, training=True) if train else None,
         DaliLoader(options, spec, val, training=False),
@@ -78,7 +85,8 @@ class DaliLoader(ScheduledLoader):
             except RuntimeError as error:
                 suspects = [p for indices in self._feed.in_flight for p in self._paths(indices)]
                 self.close()  # DALI's pipelines do not survive an error
-                raise explain_failure(suspects, error) from error
+                reason_of = Decoder().reason
+                raise explain_failure(suspects, error, self._spec.data, reason_of) from error
             indices = self._feed.in_flight.popleft()
             yield Batch(images, self._labels(indices))
 

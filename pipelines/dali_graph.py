@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -52,6 +53,12 @@ class DaliOptions:
     prefetch: int = 2
     """Batches that are prepared ahead."""
 
+    skip_bad: bool = False
+    """Leave out the images that `python -m pipelines.folder verify` found to be bad."""
+
+    skip_bad_report: Annotated[Path | None, arg(metavar="FILE")] = None
+    """What verify --report has written. Unset: verified.json of the data folder."""
+
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UsageError(f"--workers {self.workers}: at least one thread is needed")
@@ -59,6 +66,8 @@ class DaliOptions:
             raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
         if self.prefetch < 1:
             raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+        if self.skip_bad_report and not self.skip_bad:
+            raise UsageError("--skip-bad-report: add --skip-bad to leave out what it lists")
 
 
 def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any:

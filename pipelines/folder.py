@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import stat
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from pipelines.cli import verb_command
 from pipelines.errors import DataError, UsageError, blame, first_line
 
 
@@ -24,10 +29,15 @@ class ImageFolder:
     paths: list[str]
     labels: NDArray[np.int64]
 
+    @property
+    def names(self) -> list[str]:
+        """The paths below `root`."""
+        prefix = f"{self.root}/"
+        return [path.removeprefix(prefix) for path in self.paths]
+
     def fingerprint(self) -> str:
-        """A hash of the images' names below `root`, in their order."""
-        names = (path[len(str(self.root)) :] for path in self.paths)
-        return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()
+        """A hash of the images' names, in their order."""
+        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()
 
 
 def scan(root: Path) -> ImageFolder:
@@ -79,24 +89,47 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
     return train, val
 
 
-def explain_failure(paths: list[str], error: Exception) -> DataError:
-    """The error to raise when a batch could not be read: it names the first image that is broken."""
+def explain_failure(
+    paths: list[str], error: Exception, data: Path, reason_of: Callable[[str], str | None]
+) -> DataError:
+    """The error to raise when a batch could not be read: it names the first image that is broken.
+
+    `data`: the folder with train and val. `reason_of`: what is wrong with the image at a path, if it is.
+    """
     for path in paths:
-        if reason := broken(path):
-            return DataError(f"broken image {path}: {reason}; repair it or remove it")
-    return DataError(f"cannot read one of {_some(paths)}: {_cause(error)}")
+        if reason := reason_of(path):
+            what, advice = f"broken image {path}: {reason}", "repair it or remove it; "
+            break
+    else:
+        what, advice = f"cannot read one of {_some(paths)}: {cause(error)}", ""
+    return DataError(f"{what}; {advice}{verify_command(data)} finds all broken images")
+
+
+def verify_command(data: Path, report: Path | None = None) -> str:
+    """What to type to have the images below `data` verified."""
+    words = ["python", "-m", "pipelines.folder", "verify", str(data)]
+    return shlex.join(words if report is None else [*words, "--report", str(report)])
 
 
 def broken(path: str) -> str | None:
-    """Why the image at `path` does not decode, or None if it does."""
+    """Why PIL does not decode the image at `path`, or None if it does."""
     try:
-        if Path(path).stat().st_size == 0:
+        state = Path(path).stat()
+        if not stat.S_ISREG(state.st_mode):  # to open a pipe would be to wait for ever
+            return "it is no regular file"
+        if state.st_size == 0:
             return "the file is empty"
         with Image.open(path) as image:
             image.convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
         return first_line(error)
     return None
+
+
+def cause(error: Exception) -> str:
+    """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
+    lines = str(error).partition("encountered:")[2].split("\n")
+    return next((line.strip() for line in lines if line.strip()), first_line(error))
 
 
 def _images_below(folder: Path) -> list[str]:
@@ -116,7 +149,7 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _cause(error: Exception) -> str:
-    """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
-    lines = str(error).partition("encountered:")[2].split("\n")
-    return next((line.strip() for line in lines if line.strip()), first_line(error))
+if __name__ == "__main__":
+    from pipelines.verify import VERBS  # imports this module
+
+    sys.exit(verb_command("pipelines.folder", VERBS, sys.argv[1:]))

@@ -23,7 +23,7 @@ from pipelines.batch import (
     random_resized_crop,
 )
 from pipelines.errors import DataError
-from pipelines.folder import ImageFolder, explain_failure, scan_train_val
+from pipelines.folder import ImageFolder, broken, explain_failure, scan_train_val
 from pipelines.sampling import (
     AUGMENTATION_LANE,
     Indices,
@@ -100,7 +100,7 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
             with Image.open(path) as image:
                 rgb = image.convert("RGB")
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
-            return explain_failure([path], error)
+            return explain_failure([path], error, self._spec.data, broken)
         views = self._training_views(rgb, index) if self._training else self._eval_views(rgb)
         pixels = [torch.from_numpy(np.array(view)) for view in views]
         return pixels, int(self._folder.labels[index])

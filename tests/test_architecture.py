@@ -131,7 +131,7 @@ def test_a_room_imports_only_what_it_may(name):
                 f"rsnet.{name}"
                 for name in ("calibrate", "cli", "compare", "config", "convert", "sync")
             }
-            | {f"pipelines.{name}" for name in ("beton", "cli", "dali_graph", "ffcv")},
+            | {f"pipelines.{name}" for name in ("beton", "cli", "dali_graph", "ffcv", "verify")},
         ),
     ],
 )
