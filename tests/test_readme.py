@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import beton, dali, ffcv
+from pipelines import beton, dali, ffcv, verify
 from pipelines.beton import ConvertOptions
 from pipelines.cli import command as run_command
-from pipelines.cli import parse_options
+from pipelines.cli import parse_options, verb_command
 from rsnet.__main__ import VERBS
 from rsnet.__main__ import main as verbs
 from rsnet.cli import parse
@@ -32,6 +32,7 @@ SCRIPTS = {
 }
 TRAINING = [c for c in COMMANDS if any(script in c for script in SCRIPTS)]
 CONVERTING = [c for c in COMMANDS if "pipelines.beton" in c]
+VERIFYING = [c for c in COMMANDS if "pipelines.folder" in c]
 VERBS_USED = [c for c in COMMANDS if c.startswith("python -m rsnet ")]
 
 
@@ -42,13 +43,13 @@ def _script(command: str) -> tuple[str, list[str]]:
     return words[at], words[at + 1 :]
 
 
-def test_every_command_is_a_make_target_or_a_training_or_converting_command():
+def test_every_command_is_a_make_target_or_one_of_ours():
     makefile = (ROOT / "Makefile").read_text()
     for command in COMMANDS:
         if command.startswith("make "):
             assert f"\n{command.split()[1]}: " in makefile
         else:
-            assert command in TRAINING + CONVERTING + VERBS_USED
+            assert command in TRAINING + CONVERTING + VERIFYING + VERBS_USED
 
 
 @pytest.mark.parametrize("command", TRAINING)
@@ -71,6 +72,14 @@ def test_a_verb_is_understood(command):
     parse_options(options_type, [options_type], arguments)
 
 
+@pytest.mark.parametrize("command", VERIFYING)
+def test_a_verifying_command_is_understood(command):
+    _, _, module, verb, *arguments = shlex.split(command)
+    assert module == "pipelines.folder"
+    options_type = verify.VERBS[verb][0]
+    parse_options(options_type, [options_type], arguments)
+
+
 @needs_ffcv
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """In the order of the README, on a small folder with small sizes, without torchrun.
@@ -87,6 +96,8 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
         here = command.replace("/imagenet_", f"{tmp_path}/").replace("/imagenet", str(photos))
         if command in VERBS_USED and " import " in command:
             assert verbs([*shlex.split(here)[3:], "--sizes", "160", "32"]) == 0
+        elif command in VERIFYING:
+            assert verb_command("x", verify.VERBS, shlex.split(here)[3:]) == 0
         elif command in CONVERTING:
             assert run_command("x", ConvertOptions, beton.main, shlex.split(here)[3:]) == 0
         elif command in TRAINING and command.startswith("python") and "--recipe" not in command:
