@@ -18,6 +18,7 @@ from rsnet.ema import Ema
 from rsnet.metrics import Accuracy, FiniteGuard, TermMeans
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.optim import LrSchedule
+from rsnet.statistics import RunningStatistics
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.guard = FiniteGuard(device, most_skipped)
         self.means = TermMeans()  # since the last report
+        self._statistics = RunningStatistics(objective) if most_skipped else None
         self.step = 0
         self._batches = 0  # since the last update
 
@@ -79,6 +81,8 @@ class Trainer:
         """Add one batch's gradients; `last` of those that make up an update. Does not synchronise."""
         if self.mix is not None:
             batch = self.mix(batch, self.step * self.accumulate + self._batches)
+        if self._statistics is not None and self._batches == 0:
+            self._statistics.keep()
         self._batches += 1
         with nullcontext() if last else self._no_all_reduce():
             with autocast(self.device, self.amp):
@@ -106,6 +110,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._statistics is not None:
+            self._statistics.put_back_if(self.guard.is_bad)
         if self.ema is not None:
             self.ema.update(self.step)
         self.guard.close(self.step)

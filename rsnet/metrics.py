@@ -58,7 +58,7 @@ class FiniteGuard:
     def __init__(self, device: torch.device, most: int = 0) -> None:
         self._most = most
         self._tripped_at = torch.full((), -1, dtype=torch.int64, device=device)
-        self._is_bad = torch.zeros((), dtype=torch.bool, device=device)  # this update, so far
+        self.is_bad = torch.zeros((), dtype=torch.bool, device=device)  # this update, so far
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         # By the names of a step's terms, which need not be the same in every step: whether each was
@@ -72,16 +72,16 @@ class FiniteGuard:
         names = tuple(terms)
         is_running = self._tripped_at < 0
         self._bad[names] = self._bad.get(names, torch.zeros_like(bad)) | (is_running & bad)
-        self._is_bad = self._is_bad | bad.any()
-        return (self._is_bad | ~is_running).to(torch.float32)
+        self.is_bad = self.is_bad | bad.any()
+        return (self.is_bad | ~is_running).to(torch.float32)
 
     def close(self, step: int) -> None:
         """Update `step` is done, or was left out."""
-        self._in_a_row = torch.where(self._is_bad, self._in_a_row + 1, 0)
+        self._in_a_row = torch.where(self.is_bad, self._in_a_row + 1, 0)
         trips = (self._tripped_at < 0) & (self._in_a_row > self._most)
         self._tripped_at = torch.where(trips, step, self._tripped_at)
-        self._skipped = self._skipped + self._is_bad
-        self._is_bad = torch.zeros_like(self._is_bad)
+        self._skipped = self._skipped + self.is_bad
+        self.is_bad = torch.zeros_like(self.is_bad)
 
     def state(self) -> list[int]:
         """Updates that were left out: in a row, and in all. Synchronises."""

@@ -11,8 +11,8 @@ import torch
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import exit_code
-from pipelines.errors import DataError, UsageError, blame
-from rsnet import checkpoint, distributed, report
+from pipelines.errors import DataError, UsageError, blame, first_line
+from rsnet import checkpoint, distributed, report, watchdog
 from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
 from rsnet.config import TrainConfig
@@ -34,7 +34,12 @@ def main(script: str, options_type: type[Options], make_loaders: MakeLoaders[Opt
 
     def action() -> int:
         config, options = parse(options_type)
-        run(script, config, options, make_loaders)
+        try:
+            run(script, config, options, make_loaders)
+        except RuntimeError as error:
+            if not watchdog.is_of_a_collective(error):
+                raise
+            raise DataError(f"another process was lost: {first_line(error)}") from error
         return 0
 
     try:

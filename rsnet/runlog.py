@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,24 @@ class RunDir:
                 f"--output: {path} holds a run already; continue it with --resume auto, "
                 "or give another folder"
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes' runs out of the folder, until the end of this process at the latest.
+
+        Raises UsageError if another one has it.
+        """
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"--output: a process that still runs trains in {self.path}; wait for it, stop it, or "
+                    "give another folder"
+                ) from None
+            except OSError:  # a file system that knows no locks
+                pass
+            yield
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.active:

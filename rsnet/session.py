@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,27 @@ class TrainingRun:
         main = distributed.is_main()
         run_dir = distributed.on_main(lambda: RunDir(self.config.output, continues, main))
         run_dir.active = main
-        self.journal = Journal(
-            self.config, run_dir, self.display, self.steps_per_epoch, self.device
-        )
-        if content:
-            self._restore(source, content)
-        wandb_id = None
-        if continues:
+        with ExitStack() as stack:
+            distributed.on_main(lambda: stack.enter_context(run_dir.alone()))
+            self.journal = Journal(
+                self.config, run_dir, self.display, self.steps_per_epoch, self.device
+            )
             if content:
-                self.best, wandb_id = content["best"], content["wandb_id"]
-            run_dir.rewind(self.epoch + self.done / self.steps_per_epoch)
-        self.journal.open(self.script, self.options, wandb_id)
+                self._restore(source, content)
+            wandb_id = None
+            if continues:
+                if content:
+                    self.best, wandb_id = content["best"], content["wandb_id"]
+                run_dir.rewind(self.epoch + self.done / self.steps_per_epoch)
+            self.journal.open(self.script, self.options, wandb_id)
+            return self._journalled(is_best_unknown=bool(content) and continues and not self.best)
+
+    def _journalled(self, is_best_unknown: bool) -> Results:
+        """The training, to the end or the point where a signal stops it; the journal is closed after it."""
         failed = True
         try:
             with self.stop.listening(), self.watchdog.running():
-                if content and continues and not self.best:
-                    # Imported: it is the best until an epoch is better.
+                if is_best_unknown:  # imported: it is the best until an epoch is better
                     self.best = self._score(self._evaluate())
                 results = self._epochs()
             shared, private = self.model.count_parameters()

@@ -58,7 +58,8 @@ class Store:
                 continue
             return path, content
         if found:
-            raise DataError(f"no checkpoint in {self.folder} is whole")
+            other = f"; there is {self.best}" if self.best.exists() else ""
+            raise DataError(f"no checkpoint in {self.folder} is whole{other}")
         return None
 
     def _aged(self, age: int) -> Path:

@@ -48,7 +48,7 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, DataError) or not _is_of_a_collective(error):
+            if not is_of_a_collective(error):
                 raise
             raise DataError(f"{self._who()} ({first_line(error)})") from error
         finally:
@@ -100,6 +100,8 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {' and '.join(map(str, ranks))}"
 
 
-def _is_of_a_collective(error: RuntimeError) -> bool:
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether an error comes from what processes do together, because one of them is not there."""
     words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "store")
-    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+    is_theirs = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+    return is_theirs and dist.is_initialized() and not isinstance(error, DataError)

@@ -29,13 +29,20 @@ ARROWS = {
     "rsnet.objective": {"rsnet.losses", "rsnet.models.switchable"},
     "rsnet.metrics": {"rsnet.distributed", "rsnet.losses"},
     "rsnet.engine": ANYONE
-    | {"rsnet.ema", "rsnet.metrics", "rsnet.optim", "rsnet.models.switchable"},
+    | {
+        "rsnet.ema",
+        "rsnet.metrics",
+        "rsnet.optim",
+        "rsnet.statistics",
+        "rsnet.models.switchable",
+    },
     "rsnet.checkpoint": ANYONE
     | {"rsnet.models.switchable", "rsnet.original", "rsnet.resolve", "rsnet.torch_file"},
     "rsnet.runlog": {"pipelines.errors"},
     "rsnet.torch_file": {"pipelines.errors"},
     "rsnet.store": {"pipelines.errors", "rsnet.checkpoint"},
     "rsnet.signals": set(),
+    "rsnet.statistics": set(),
     "rsnet.watchdog": {"pipelines.errors", "rsnet.distributed"},
     "rsnet.state": {
         "pipelines.errors",

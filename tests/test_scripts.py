@@ -17,6 +17,7 @@ import torch
 from pipelines.dali import DaliLoader, DaliOptions, make_loaders
 from rsnet import checkpoint, session
 from rsnet.run import main
+from rsnet.runlog import RunDir
 from tests.conftest import write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,15 @@ def test_metrics_have_every_term_and_accuracy(trained):
     assert set(training[0]) == expected
     for size in ("32", "24", "ensemble"):
         assert {f"val/{m}@{size}" for m in ("top1", "top5", "loss")} <= set(evaluations[0])
+
+
+def test_a_folder_in_which_a_run_is_trained_is_not_entered(train, photos, tmp_path):
+    run = tmp_path / "run"
+    with RunDir(run, continues=False, active=True).alone():
+        code, _, err = train("--data", photos, *RUN, "--output", run, "--epochs", 1)
+    assert code == 2
+    assert f"a process that still runs trains in {run}; wait for it, stop it, or" in err
+    assert not (run / "config.json").exists()
 
 
 def test_a_run_is_not_overwritten(train, photos, trained):
