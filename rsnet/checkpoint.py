@@ -85,7 +85,10 @@ def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path}")
     hash_file = _hash_file(path)
-    if hash_file.is_file() and _sha256(path) not in hash_file.read_text().split():
+    # Before and after, because a run that goes on may put another file there in between.
+    known, found = _noted_hashes(path), _sha256(path)
+    known += _noted_hashes(path)
+    if known and found not in known:
         raise DataError(f"{path} is damaged: its SHA-256 is not in {hash_file.name}")
     with blame(f"{path} is no readable checkpoint"):
         content: Any = torch_file.read(path)
@@ -165,6 +168,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _noted_hashes(path: Path) -> list[str]:
+    hash_file = _hash_file(path)
+    return hash_file.read_text().split() if hash_file.is_file() else []
 
 
 def _hash_file(path: Path) -> Path:

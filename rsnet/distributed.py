@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from pipelines.errors import DataError, UsageError
+from rsnet.rendezvous import open_store
 
 Device = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
@@ -43,34 +44,16 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
         global _control
         # The watchdog, which can name who is late, comes first.
         timeout = timedelta(seconds=2 * timeout_s)
+        own, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
-            store=connect(timeout, hosts=os.environ["RANK"] == "0"),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            store=open_store(own, world, timeout),
+            rank=own,
+            world_size=world,
             timeout=timeout,
         )
         _control = dist.new_group(backend="gloo", timeout=timeout)
     return chosen
-
-
-def connect(timeout: timedelta, hosts: bool = False) -> Any:
-    """A connection to the store through which processes find each other; torchrun, or else the one that
-    `hosts`, keeps it.
-
-    torchrun keeps one store over restarts (seen with torch 2.15), in which addresses of the dead would be
-    found; so every attempt has names of its own.
-    """
-    environ = os.environ
-    is_kept = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        environ["MASTER_ADDR"],
-        int(environ["MASTER_PORT"]),
-        is_master=hosts and not is_kept,
-        timeout=timeout,
-    )
-    attempt = f"{environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {environ['WORLD_SIZE']}"
-    return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
 
 
 def shutdown() -> None:
@@ -103,15 +86,34 @@ def on_main(action: Callable[[], T]) -> T:
         return action()
     outcome: list[Any] = [None]
     if is_main():
-        try:
-            outcome = [action()]
-        except (UsageError, DataError) as error:
-            outcome = [error]
+        outcome = [_attempt(action)]
     dist.broadcast_object_list(outcome, 0, group=_control)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     result: T = outcome[0]
     return result
+
+
+def _attempt(action: Callable[[], T]) -> T | UsageError | DataError:
+    """The result, or what the user is told."""
+    try:
+        return action()
+    except (UsageError, DataError) as error:
+        return error
+    except OSError as error:  # names the file
+        return DataError(str(error))
+
+
+def together(action: Callable[[], T]) -> T:
+    """What `action` returns, on each rank. If it fails on one, all fail, instead of waiting for it."""
+    outcome = _attempt(action) if dist.is_initialized() else action()
+    errors = gather(outcome if isinstance(outcome, UsageError | DataError) else None)
+    if isinstance(outcome, UsageError | DataError):
+        raise outcome
+    for other, error in enumerate(errors):
+        if error is not None:
+            raise type(error)(f"rank {other}: {error}")
+    return outcome
 
 
 def gather(value: T) -> list[T]:

@@ -82,6 +82,8 @@ def load_momentum(sgd: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
     lengths = [len(group["params"]) for group in sgd.param_groups]
     if [len(group["params"]) for group in saved["param_groups"]] != lengths:
         return False
+    if not sgd.state and not saved["state"]:
+        return True  # --momentum 0
     buffers = [saved["state"].get(i, {}).get("momentum_buffer") for i in range(len(parameters))]
     if any(b is None or b.shape != p.shape for b, p in zip(buffers, parameters, strict=True)):
         return False

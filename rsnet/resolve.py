@@ -29,8 +29,8 @@ NETWORK_DEFAULTS = {
 # What a run that goes on takes from its earlier part, unless given anew.
 OF_A_RECIPE = {"decay", "ema", "label_smoothing", "lr_decay", "warmup"}  # unless it is another's
 TAKEN_OVER = OF_A_RECIPE | {
-    "auto_augment", "clip_grad", "cutmix", "epochs", "mixup", "recipe", "seed", "sizes_per_step",
-    "weight_decay",
+    "auto_augment", "clip_grad", "cutmix", "epochs", "mixup", "pretrained", "recipe", "seed",
+    "sizes_per_step", "weight_decay",
 }  # fmt: skip
 
 

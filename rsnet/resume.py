@@ -19,8 +19,13 @@ from rsnet.store import Store
 ASIDE = {
     "accumulate", "allow_change", "batch_size", "checkpoint_every", "data", "device", "evaluate", "keep",
     "log_interval", "on_nonfinite", "on_save_error", "output", "resume", "timeout", "wandb", "wandb_name",
-    "wandb_project",
+    "num_classes", "wandb_project",
 }  # fmt: skip
+
+
+_HOW = {
+    "global-batch": " (without --batch-size and --accumulate it stays on any number of processes)"
+}
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,14 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
             and "calibrated" not in content["network"]
         )
         return Start(source, content, is_of_output)
-    noted = _noted(output / "config.json")
-    if config.resume is None and not noted:
+    noted, store = _noted(output / "config.json"), Store(output / "checkpoints")
+    if config.resume is None and not noted and not store.last.exists():
         return Start()
     with blame("--resume"):
-        found = Store(output / "checkpoints").newest(say)
+        found = store.newest(say, moves=not config.evaluate)
+    noted = noted or (found[1]["config"] if found else {})
+    if config.resume is None and not noted:
+        return Start()  # imported: it has to be said that it goes on
     if config.evaluate and found is None:
         raise UsageError(f"--resume auto: there is no checkpoint in {output / 'checkpoints'}")
     is_own = config.resume is None
@@ -100,7 +108,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
         for name in now
-        if name not in ASIDE and before.get(name) is not None and now[name] != before[name]
+        if name not in ASIDE and name in before and now[name] != before[name]
     ]
 
 
@@ -134,11 +142,15 @@ def position(
         problems.append(
             ("global-batch", f"global batch {content['global_batch']} -> {global_batch}")
         )
-    refused = {name: what for name, what in problems if name not in config.allow_change}
+    refused: dict[str, str] = {}
+    for name, what in problems:
+        if name not in config.allow_change:
+            refused[name] = f"{refused[name]}, {what}" if name in refused else what
     if refused:
         raise UsageError(
             f"--resume: {'; '.join(refused.values())}: the run would not go on with the images that come "
-            f"next; change it back, or add --allow-change {' '.join(refused)}"
+            f"next; change it back{_HOW.get(next(iter(refused)), '')}, or add --allow-change "
+            + " ".join(refused)
         )
     moved = [what for _, what in problems]
     if content["done"] == 0:

@@ -45,6 +45,7 @@ def main(script: str, options_type: type[Options], make_loaders: MakeLoaders[Opt
     try:
         return exit_code(script, action)
     except Stopped as stop:
+        distributed.gather(None)  # a launcher may kill the others when the first one ends
         if distributed.is_main():
             print(f"{script}: stopped by {stop}; the same command goes on", file=sys.stderr)
         return stop.exit_code
@@ -80,7 +81,9 @@ def run(
         resolved, resolved.batch_size * resolved.accumulate * distributed.world_size()
     )
     _set_up_torch(resolved)
-    loaders = make_loaders(options, _spec(resolved, device), not resolved.evaluate)
+    loaders = distributed.together(
+        lambda: make_loaders(options, _spec(resolved, device), not resolved.evaluate)
+    )
     try:
         outputs = _outputs(resolved, loaders.classes)
         model = build(

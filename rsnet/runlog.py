@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
 
 PACKAGES = (
     "ffcv",
@@ -50,6 +50,7 @@ class RunDir:
     def __init__(self, path: Path, continues: bool, active: bool) -> None:
         self.path = path
         self.active = active
+        self.on_error: Callable[[str], None] | None = None  # what to do instead of ending the run
         self.last = path / "checkpoints" / "last.pt"
         self.best = path / "checkpoints" / "best.pt"
         if not active:
@@ -87,24 +88,46 @@ class RunDir:
             yield
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """At once: a crash leaves the old file or the new one."""
         if self.active:
-            (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+            path = self.path / name
+            temporary = path.with_name(name + ".tmp")
+            with temporary.open("w") as file:
+                file.write(json.dumps(content, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
 
     def append_text(self, name: str, text: str) -> None:
-        if self.active:
+        """Raises DataError, or says once what is the matter if the run is to go on without it."""
+        if not self.active:
+            return
+        try:
             with (self.path / name).open("a") as file:
                 file.write(text)
+        except OSError as error:
+            line = f"cannot write to {self.path / name}: {error.strerror}"
+            if self.on_error is None:
+                raise DataError(f"{line}; free some space and run the same command") from error
+            self.on_error(line)
 
-    def rewind(self, epoch: float) -> None:
-        """Move the metrics of what comes after `epoch` epochs, which will be logged again, to
-        metrics.abandoned.jsonl. (Epochs, because another global batch counts other steps.)"""
+    def sync(self) -> None:
+        """Wait until the metrics are on the disk."""
+        if self.active:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                os.fsync(file.fileno())
+
+    def rewind(self, done: float, epochs: int) -> None:
+        """Move the metrics of what comes after `done` epochs, and of evaluations after `epochs` of them,
+        which will be logged again, to metrics.abandoned.jsonl. (Epochs, because another global batch
+        counts other steps.)"""
         if not self.active:
             return
         path = self.path / "metrics.jsonl"
         kept: list[str] = []
         abandoned: list[str] = []
         for line in path.read_text().splitlines(keepends=True):
-            (kept if _is_up_to(epoch, line) else abandoned).append(line)
+            (kept if _is_kept(line, done, epochs) else abandoned).append(line)
         if abandoned:
             self.append_text("metrics.abandoned.jsonl", "".join(abandoned))
             temporary = path.with_suffix(".tmp")
@@ -191,11 +214,13 @@ class Display:
             self._bar = None
 
 
-def _is_up_to(epoch: float, line: str) -> bool:
+def _is_kept(line: str, done: float, epochs: int) -> bool:
     """Whether a line of metrics is of that time; a line that a crash cut short is of none."""
     try:
-        return bool(json.loads(line)["epoch"] <= epoch + 1e-9)
-    except (ValueError, KeyError, TypeError):
+        metrics = json.loads(line)
+        is_evaluation = any(name.startswith("val/") for name in metrics)
+        return bool(metrics["epoch"] <= (epochs if is_evaluation else done) + 1e-9)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -63,6 +63,7 @@ class TrainingRun:
         self.epoch = 0  # epochs that are finished
         self.done = 0  # updates of the one that is not
         self.best: list[float] = []
+        self._said: set[str] = set()
 
     def train(
         self, source: Path | None, content: dict[str, Any] | None, continues: bool
@@ -76,6 +77,8 @@ class TrainingRun:
         main = distributed.is_main()
         run_dir = distributed.on_main(lambda: RunDir(self.config.output, continues, main))
         run_dir.active = main
+        if self.config.on_save_error == "continue":
+            run_dir.on_error = self._say_once
         with ExitStack() as stack:
             distributed.on_main(lambda: stack.enter_context(run_dir.alone()))
             self.journal = Journal(
@@ -87,7 +90,7 @@ class TrainingRun:
             if continues:
                 if content:
                     self.best, wandb_id = content["best"], content["wandb_id"]
-                run_dir.rewind(self.epoch + self.done / self.steps_per_epoch)
+                run_dir.rewind(self.epoch + self.done / self.steps_per_epoch, self.epoch)
             self.journal.open(self.script, self.options, wandb_id)
             return self._journalled(is_best_unknown=bool(content) and continues and not self.best)
 
@@ -141,7 +144,9 @@ class TrainingRun:
     def _is_save_due(self) -> bool:
         every = self.config.checkpoint_every
         if every.endswith("m"):
-            is_due = time.monotonic() - self.last_save >= 60 * float(every[:-1])
+            is_due = 0 < 60 * float(every[:-1]) <= time.monotonic() - self.last_save
+            if is_due:
+                self.last_save = time.monotonic()  # it is voted for now, and done an update later
             return is_due and distributed.is_main()
         return int(every) > 0 and self.done % int(every) == 0
 
@@ -211,6 +216,7 @@ class TrainingRun:
 
         def write() -> str:
             try:
+                self.journal.run_dir.sync()
                 self.store.save(content, is_best)
             except OSError as error:
                 return f"cannot save to {self.store.folder}: {error.strerror or error}"
@@ -226,6 +232,11 @@ class TrainingRun:
             )
         if problem:
             self.display.say(f"{problem}; the checkpoint before it stays, the training goes on")
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.display.say(f"{line}; the training goes on")
 
     def _restore(self, source: Path | None, content: dict[str, Any]) -> None:
         missing = state.restore(self.trainer, self.model, content)

@@ -36,9 +36,9 @@ def restore(trainer: Trainer, model: ResolutionSwitchable, content: Mapping[str,
     Returns what is not as it was, in words.
     """
     missing = []
-    if "optimizer" in content and load_momentum(trainer.optimizer, content["optimizer"]):
+    if "scaler" in content:
         trainer.scaler.load_state_dict(content["scaler"])
-    else:
+    if "optimizer" not in content or not load_momentum(trainer.optimizer, content["optimizer"]):
         missing.append(
             "the checkpoint has no momentum for these weights: the optimizer starts without"
         )

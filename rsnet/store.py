@@ -40,26 +40,30 @@ class Store:
             _copy(pending, self.best)
         checkpoint.remove(pending)
 
-    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    def newest(
+        self, say: Callable[[str], None], moves: bool = True
+    ) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, and its path; None if there is none at all.
 
-        Those that are damaged are renamed, so that they never push out a whole one, and said.
+        moves: whether damaged ones are renamed, so that they never push out a whole one. They are said.
 
-        Raises DataError if all are damaged.
+        Raises DataError if all are damaged, or only the best is left.
         """
-        found = [path for age in range(100) if (path := self._aged(age)).exists()]
-        for path in found:
+        damaged: list[Path] = []
+        for path in (p for age in range(100) if (p := self._aged(age)).exists()):
             try:
                 content = checkpoint.load(path)
             except DataError as error:
-                aside = path.with_name(path.name + ".damaged")
-                path.replace(aside)
-                say(f"{error}; moved to {aside.name}, an older one is tried")
+                say(f"{error}; an older one is tried")
+                damaged.append(path)
                 continue
+            for other in damaged if moves else []:
+                other.replace(other.with_name(other.name + ".damaged"))
+                say(f"{other} is now {other.name}.damaged")
             return path, content
-        if found:
-            other = f"; there is {self.best}" if self.best.exists() else ""
-            raise DataError(f"no checkpoint in {self.folder} is whole{other}")
+        if damaged or self.best.exists():
+            best = f"; go on from the best by --resume {self.best}" if self.best.exists() else ""
+            raise DataError(f"{self.folder} has no last checkpoint that is whole{best}")
         return None
 
     def _aged(self, age: int) -> Path:

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipelines.errors import DataError, first_line
-from rsnet import distributed
+from rsnet.rendezvous import connect
 
 
 class Watchdog:
@@ -40,7 +40,8 @@ class Watchdog:
         self._rank, world = dist.get_rank(), dist.get_world_size()
         self._others = [r for r in range(world) if r != self._rank]
         # A connection of its own: the process group's may be busy waiting.
-        self._store = distributed.connect(timedelta(seconds=self._timeout))
+        store = connect(timedelta(seconds=self._timeout))
+        self._store = dist.PrefixStore("alive", store)  # type: ignore[attr-defined]
         self._interval = min(2.0, self._timeout / 8)
         self._tell()
         thread = threading.Thread(target=self._watch, daemon=True)
@@ -64,18 +65,20 @@ class Watchdog:
                 self._tell()
             if time.monotonic() - since > self._timeout:
                 line = f"no update for {self._timeout:.0f} s (--timeout): {self._who()}"
+                if self._ticks != seen:
+                    continue
                 print(f"rank {self._rank}: error: {line}", file=sys.stderr, flush=True)
                 os._exit(DataError.exit_code)  # the main thread may wait for the rank that is stuck
 
     def _tell(self) -> None:
-        self._store.set(f"alive/{self._rank}", f"{time.monotonic()} {self._ticks}")
+        self._store.set(str(self._rank), f"{time.monotonic()} {self._ticks}")
 
     def _told(self) -> dict[int, tuple[float, int]]:
         """What other ranks told last: a moment of their clock, and their ticks."""
         found = {}
         for rank in self._others:
-            if self._store.check([f"alive/{rank}"]):
-                moment, ticks = self._store.get(f"alive/{rank}").decode().split()
+            if self._store.check([str(rank)]):
+                moment, ticks = self._store.get(str(rank)).decode().split()
                 found[rank] = float(moment), int(ticks)
         return found
 

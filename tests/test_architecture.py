@@ -25,7 +25,8 @@ ARROWS = {
     "rsnet.cli": {"pipelines.cli", "rsnet.config"},
     "rsnet.losses": set(),
     "rsnet.optim": set(),
-    "rsnet.distributed": {"pipelines.errors"},
+    "rsnet.distributed": {"pipelines.errors", "rsnet.rendezvous"},
+    "rsnet.rendezvous": {"pipelines.errors"},
     "rsnet.objective": {"rsnet.losses", "rsnet.models.switchable"},
     "rsnet.metrics": {"rsnet.distributed", "rsnet.losses"},
     "rsnet.engine": ANYONE
@@ -43,7 +44,7 @@ ARROWS = {
     "rsnet.store": {"pipelines.errors", "rsnet.checkpoint"},
     "rsnet.signals": set(),
     "rsnet.statistics": set(),
-    "rsnet.watchdog": {"pipelines.errors", "rsnet.distributed"},
+    "rsnet.watchdog": {"pipelines.errors", "rsnet.rendezvous"},
     "rsnet.state": {
         "pipelines.errors",
         "rsnet.checkpoint",

@@ -86,10 +86,11 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(
     assert found is not None
     assert found[0].name == "last-1.pt"
     assert found[1]["step"] == 1
-    (line,) = said
-    assert "last.pt" in line
-    assert "moved to last.pt.damaged, an older one is tried" in line
-    assert "\n" not in line
+    problem, moved = said
+    assert str(store.last) in problem
+    assert problem.endswith("; an older one is tried")
+    assert moved.endswith("last.pt is now last.pt.damaged")
+    assert not any("\n" in line for line in said)
     assert (store.folder / "last.pt.damaged").read_bytes() == broken
     assert not (tmp_path / "pwned").exists()
     store.save(_content(3))
@@ -100,8 +101,23 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(
 def test_a_run_of_which_nothing_is_whole_is_an_error(store):
     for name in ("last.pt", "last-1.pt"):
         (store.folder / name).write_bytes(b"")
-    with pytest.raises(DataError, match=r"no checkpoint in .* is whole"):
+    for _ in range(2):  # and stays one: the best is not overwritten by a new beginning
+        with pytest.raises(
+            DataError, match=r"no last checkpoint that is whole; .* --resume .*best\.pt"
+        ):
+            store.newest(lambda _: None)
+    for name in ("last.pt", "last-1.pt"):
+        (store.folder / name).unlink()
+    with pytest.raises(DataError, match=r"best\.pt"):
         store.newest(lambda _: None)
+
+
+def test_a_look_at_a_run_moves_nothing(store):
+    store.last.write_bytes(b"")
+    found = store.newest(lambda _: None, moves=False)
+    assert found is not None
+    assert found[0].name == "last-1.pt"
+    assert store.last.exists()
 
 
 def test_as_many_are_kept_as_asked_for_and_the_best_besides(tmp_path):

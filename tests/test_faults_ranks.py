@@ -65,6 +65,7 @@ def _children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_ranks_that_are_told_to_stop_stop_at_the_same_step_and_go_on_exactly(
     photos, pair, tmp_path
 ):
@@ -148,6 +149,7 @@ def test_a_run_goes_on_with_another_number_of_processes(photos, pair, tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_another_number_of_images_in_an_update_is_refused(photos, pair):
     words = command(photos, pair, "-b", "4", "--accumulate", "2")
     _, err = finish(words, 2)
@@ -228,17 +230,24 @@ def test_two_processes_have_the_gradients_of_one_with_both_batches(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_train_one_run(photos, pair, tmp_path):
-    """As two torchruns that find each other: rank 1 is another machine's first process."""
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_two_machines_train_one_run(photos, pair, tmp_path, is_lost):
+    """As two torchruns that find each other: rank 1 is another machine's first process. If it is lost,
+    both begin anew, though their torchruns count restarts differently."""
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--max-restarts", "3"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
     words = command(photos, run, "-b", "2")
     words = [words[0], *launcher, *words[1:]]
     machines = [start(words), start(words)]
+    if is_lost:
+        wait_for(_until(run, 7), machines[0])
+        ranks = {rank: pid for machine in machines for rank, pid in _ranks(machine).items()}
+        os.kill(ranks[1], signal.SIGKILL)
     for machine in machines:
         end(machine)
     assert_same_end(run, pair)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.errors import UsageError
+from pipelines.errors import DataError, UsageError
 from rsnet.runlog import Display, RunDir, environment
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_metrics_of_an_abandoned_epoch_are_moved_aside(tmp_path):
     for step in (1, 2, 3):
         run.append_metrics({"step": step, "epoch": step / 3})
     run.append_text("metrics.jsonl", '{"step": 4, "lr":')  # cut short by a crash
-    run.rewind(2 / 3)
+    run.rewind(2 / 3, 0)
     kept, abandoned = (
         (tmp_path / name).read_text().splitlines()
         for name in ("metrics.jsonl", "metrics.abandoned.jsonl")
@@ -81,6 +81,33 @@ def test_metrics_of_an_abandoned_epoch_are_moved_aside(tmp_path):
     assert [json.loads(line)["step"] for line in kept] == [1, 2]
     assert json.loads(abandoned[0])["step"] == 3
     assert abandoned[1] == '{"step": 4, "lr":'
+
+
+def test_an_evaluation_that_will_be_done_again_is_moved_aside_too(tmp_path):
+    """It has the epoch of the update before it."""
+    run = RunDir(tmp_path, continues=False, active=True)
+    run.append_metrics({"step": 5, "epoch": 1.0, "train/total": 1.0})
+    run.append_metrics({"step": 5, "epoch": 1, "val/top1@32": 50.0})
+    run.rewind(1.0, 0)
+    (kept,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "train/total" in kept
+
+
+def test_metrics_that_a_full_disk_does_not_take_end_the_run_or_are_said(tmp_path, monkeypatch):
+    run = RunDir(tmp_path, continues=False, active=True)
+    monkeypatch.setattr(Path, "open", _no_space)
+    with pytest.raises(
+        DataError, match=r"cannot write to .*metrics\.jsonl: No space left on device"
+    ):
+        run.append_metrics({"step": 1})
+    said: list[str] = []
+    run.on_error = said.append
+    run.append_metrics({"step": 1})
+    assert said == [f"cannot write to {tmp_path / 'metrics.jsonl'}: No space left on device"]
+
+
+def _no_space(*_):
+    raise OSError(28, "No space left on device")
 
 
 def test_a_finished_run_is_only_entered_to_continue_it(tmp_path):

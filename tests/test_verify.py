@@ -511,7 +511,11 @@ def test_a_run_that_a_broken_image_ended_goes_on_without_it(
     assert "--skip-bad: there is no report" in err
     assert err.count("\n") == 1
     assert run(data)[0] == 1
-    code, out, _ = train("--epochs", 2, "--resume", "auto", "--skip-bad")
+    words = ("--epochs", 2, "--resume", "auto", "--skip-bad")
+    code, _, err = train(*words)
+    assert code == 2
+    assert "samples 25 -> 24" in err  # other images come next: that has to be allowed
+    code, out, _ = train(*words, "--allow-change", "data")
     assert code == 0
     assert "--skip-bad: left out 1 of 25 images of train" in out
     assert "after epoch 1" in out
