@@ -177,6 +177,12 @@ class TrainConfig:
     evaluate: Annotated[bool, arg(aliases=("-e",))] = False
     """Only evaluate --resume's checkpoint, with its arch, sizes and normalisation unless given."""
 
+    profile: bool = False
+    """Train nothing; measure where the time of a step goes, and write it to --output/profile."""
+
+    profile_steps: int = 20
+    """Steps that --profile measures of each kind."""
+
     output: Annotated[Path | None, arg(aliases=("-c", "--checkpoint"), metavar="DIR")] = None
     """Run directory. Unset: runs/ARCH."""
 
@@ -274,6 +280,7 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ),
         ("--keep", c.keep, positive, "at least 1"),
         ("--on-nonfinite", c.on_nonfinite, is_reaction, "stop, or skip and a number of updates"),
+        ("--profile-steps", c.profile_steps, positive, "at least 1 step"),
         ("--timeout", c.timeout, positive, "must be a positive number of seconds"),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
         ("--log-interval", c.log_interval, positive, "at least 1 step"),

@@ -43,6 +43,8 @@ ARROWS = {
     "rsnet.torch_file": {"pipelines.errors"},
     "rsnet.store": {"pipelines.errors", "rsnet.checkpoint"},
     "rsnet.signals": set(),
+    "rsnet.profile": ANYONE | {"rsnet.engine", "rsnet.models.switchable"},
+    "rsnet.profile_report": {"rsnet.profile", "rsnet.resolve"},
     "rsnet.statistics": set(),
     "rsnet.watchdog": {"pipelines.errors", "rsnet.rendezvous"},
     "rsnet.state": {

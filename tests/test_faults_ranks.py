@@ -208,6 +208,7 @@ distributed.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_with_both_batches(tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)

@@ -1,0 +1,217 @@
+"""Where the time of a training step goes: the loader alone, the computation alone, and both together."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.batch import Batch, Loader
+from rsnet.engine import Trainer
+from rsnet.models.switchable import ResolutionSwitchable
+
+WARMUP_STEPS = 3  # compilers, allocators and cuDNN's search are done by then
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds a step: of each step, and the mean of each part."""
+
+    steps: list[float]
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.steps)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the steps."""
+        return statistics.stdev(self.steps) if len(self.steps) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The three measurements of one configuration."""
+
+    batch_size: int
+    loader: Times
+    compute: Times
+    end_to_end: Times
+    peak_memory_gb: float | None  # of a GPU
+    tflops: float  # achieved, computation alone
+    peak_tflops: float  # of a large matrix product in the same precision
+
+    def images_per_s(self, times: Times) -> float:
+        return 1000 * self.batch_size / times.mean
+
+    @property
+    def mfu(self) -> float:
+        """Share of the measured matrix peak (model FLOPs utilisation)."""
+        return self.tflops / self.peak_tflops
+
+    @property
+    def idle(self) -> float:
+        """Share of an end-to-end step in which the device waits for images."""
+        return max(0.0, 1 - self.compute.mean / self.end_to_end.mean)
+
+    @property
+    def bottleneck(self) -> str:
+        """ "loader" or "network", whichever takes longer alone."""
+        return "loader" if self.loader.mean > self.compute.mean else "network"
+
+
+class Stopwatch:
+    """Named moments of a step, on the device's clock where it has one; read after a synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """The part `name` ends here."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds of each part since the one before it; starts anew. Synchronises."""
+        synchronize(self._device)
+        found: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+            took = (
+                before.elapsed_time(after)
+                if hasattr(after, "elapsed_time")
+                else 1000 * (after - before)
+            )
+            found[name] = found.get(name, 0.0) + took
+        self._marks.clear()
+        return found
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def profile(
+    trainer: Trainer,
+    model: ResolutionSwitchable,
+    loader: Loader,
+    step_gflops: float,
+    steps: int,
+) -> Profile:
+    """Measure `steps` steps of each kind. The trainer trains on: its weights are not worth keeping.
+
+    step_gflops: forward GFLOPs of one image at all sizes.
+    """
+    device = trainer.device
+    batches = [_copy(batch) for batch in islice(endless(loader), 2)]
+    batch_size = len(batches[0].labels)
+    alone = time_loader(loader, device, steps)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    compute = time_steps(trainer, model, _repeat(batches), steps)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    together = time_steps(trainer, model, endless(loader), steps)
+    # Backward is twice forward: gradients of inputs and of weights.
+    tflops = 3 * step_gflops * batch_size / compute.mean
+    return Profile(
+        batch_size, alone, compute, together, peak, tflops, measure_peak_tflops(device, trainer.amp)
+    )
+
+
+def time_loader(loader: Loader, device: torch.device, steps: int) -> Times:
+    """Batches that nobody waits for, ready on the device."""
+    source = endless(loader)
+    taken = []
+    for i in range(WARMUP_STEPS + steps):
+        start = time.perf_counter()
+        next(source)
+        synchronize(device)
+        if i >= WARMUP_STEPS:
+            taken.append(1000 * (time.perf_counter() - start))
+    return Times(taken)
+
+
+def time_steps(
+    trainer: Trainer, model: ResolutionSwitchable, source: Iterator[Batch], steps: int
+) -> Times:
+    """Whole updates, split into waiting for data, forward at each size, losses, backward and optimizer."""
+    watch = Stopwatch(trainer.device)
+    hooks = _hooks(trainer.objective, model, watch)
+    trainer.objective.train()
+    parts: list[dict[str, float]] = []
+    try:
+        for i in range(WARMUP_STEPS + steps):
+            watch.mark("start")
+            for micro in range(trainer.accumulate):
+                batch = next(source)
+                watch.mark("data")
+                trainer.forward_backward(batch, last=micro == trainer.accumulate - 1)
+                watch.mark("backward")
+            trainer.update()
+            watch.mark("optimizer")
+            found = watch.read()
+            if i >= WARMUP_STEPS:
+                parts.append(found)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    means = {name: statistics.mean(p[name] for p in parts) for name in parts[0]}
+    return Times([sum(p.values()) for p in parts], means)
+
+
+def measure_peak_tflops(device: torch.device, dtype: torch.dtype | None) -> float:
+    """The best of a few large matrix products, in the training's precision."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best / 1e12
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    """Epoch after epoch."""
+    epoch = 0
+    while True:
+        loader.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+def _copy(batch: Batch) -> Batch:
+    """That stays when the loader uses its memory for the next one."""
+    return Batch(tuple(x.clone() for x in batch.images), batch.labels.clone())
+
+
+def _repeat(batches: Sequence[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def _hooks(objective: nn.Module, model: ResolutionSwitchable, watch: Stopwatch) -> list[Any]:
+    """Marks behind the forward of each size, and behind the losses."""
+
+    def after_size(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+        watch.mark(f"forward {inputs[0].shape[-1]}")
+
+    def after_losses(*_: Any) -> None:
+        watch.mark("losses")
+
+    inner: Callable[..., Any] = model.register_forward_hook
+    return [inner(after_size), objective.register_forward_hook(after_losses)]

@@ -1,0 +1,65 @@
+"""A profile as a table, with what it means and which option would move it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from rsnet.profile import Profile
+from rsnet.resolve import ResolvedConfig
+
+
+def table(p: Profile) -> str:
+    """Images/s and milliseconds of the three measurements, and the parts of a step."""
+    lines = [f"{'':14}{'img/s':>9}{'ms/step':>10}{'+-':>8}"]
+    for name, times in (
+        ("loader", p.loader),
+        ("computation", p.compute),
+        ("together", p.end_to_end),
+    ):
+        lines.append(f"{name:14}{p.images_per_s(times):9.0f}{times.mean:10.1f}{times.spread:8.1f}")
+    lines.append(f"{'part':14}{'alone':>9}{'together':>10}   ms/step")
+    for part in p.end_to_end.parts:
+        lines.append(
+            f"{part:14}{p.compute.parts.get(part, 0.0):9.1f}{p.end_to_end.parts[part]:10.1f}"
+        )
+    memory = f", peak memory {p.peak_memory_gb:.1f} GB" if p.peak_memory_gb is not None else ""
+    lines.append(
+        f"{p.tflops:.2f} TFLOP/s, {100 * p.mfu:.0f} % of a large matrix product's {p.peak_tflops:.2f}; "
+        f"idle {100 * p.idle:.0f} %{memory}"
+    )
+    return "\n".join(lines)
+
+
+def advice(p: Profile, config: ResolvedConfig, options: Any) -> str:
+    """The bottleneck, and the options that would move it."""
+    alone = f"{p.loader.mean:.1f} against {p.compute.mean:.1f} ms"
+    if p.bottleneck == "network":
+        flags = [] if config.amp != "off" else ["--amp bf16"]
+        flags += ["a larger --batch-size"] if p.mfu < 0.3 else []
+        flags += ["--sizes-per-step, or a smaller --arch"]
+        return f"bottleneck: the network ({alone}): {', or '.join(flags)}"
+    flags = []
+    if getattr(options, "workers", 0) < len(os.sched_getaffinity(0)):
+        flags.append(f"--workers up to {len(os.sched_getaffinity(0))}")
+    if p.peak_memory_gb is not None and hasattr(options, "decoder_hw_load"):
+        flags.append("--decoder-hw-load")
+    flags.append("smaller images (pipelines.beton --max-resolution), or train_ffcv.py")
+    return f"bottleneck: the loader ({alone}): {', or '.join(flags)}"
+
+
+def as_json(p: Profile) -> dict[str, Any]:
+    """All figures."""
+    return {
+        **asdict(p),
+        "images_per_s": {
+            name: p.images_per_s(times)
+            for name, times in (
+                ("loader", p.loader), ("compute", p.compute), ("end_to_end", p.end_to_end),
+            )
+        },
+        "mfu": p.mfu,
+        "idle": p.idle,
+        "bottleneck": p.bottleneck,
+    }  # fmt: skip

@@ -1,0 +1,132 @@
+"""The profiler: its parts make up the whole, and it names what is slow."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from pipelines.batch import LoaderSpec
+from pipelines.dali import DaliOptions, make_loaders
+from pipelines.synthetic import SyntheticOptions
+from pipelines.synthetic import make_loaders as make_synthetic
+from rsnet import profile as profiler
+from rsnet import profile_report
+from rsnet.assemble import make_trainer
+from rsnet.cli import parse
+from rsnet.models.zoo import build, gflops
+from rsnet.profile import WARMUP_STEPS, profile, time_steps
+from rsnet.resolve import resolve
+from rsnet.run import main
+
+CPU = torch.device("cpu")
+SIZES = (32, 24)
+
+
+class Clock:
+    """Time that passes only where the test says so, and a microsecond with every look at it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(profiler, "time", clock)
+    return clock
+
+
+class _Slow:
+    """A loader that takes its time."""
+
+    def __init__(self, loader, clock, pause):
+        self._loader, self._clock, self._pause = loader, clock, pause
+
+    def set_epoch(self, epoch):
+        self._loader.set_epoch(epoch)
+
+    def __iter__(self):
+        for batch in self._loader:
+            self._clock.pause(self._pause)
+            yield batch
+
+
+def _setup(clock: Clock, loader_pause: float, network_pause: float):
+    line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24 -b 4"
+    config, _ = parse(DaliOptions, line.split())
+    config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
+    model = build("parallel_resnet10", 3, SIZES, 0.125, "small")
+    loader = make_synthetic(
+        SyntheticOptions(train_images=64, classes=3), LoaderSpec("d", SIZES, 4, CPU)
+    ).train
+    model.register_forward_pre_hook(lambda *_: clock.pause(network_pause))
+    trainer = make_trainer(config, model, 3, 16, CPU)
+    return config, trainer, model, _Slow(loader, clock, loader_pause)
+
+
+def test_the_parts_of_a_step_are_the_whole(clock):
+    _, trainer, model, loader = _setup(clock, 0.03, 0.05)
+    real = trainer.update
+    trainer.update = lambda: (real(), clock.pause(0.02))
+    times = time_steps(trainer, model, iter(loader), 5)
+    wall = 1000 * clock.now / (WARMUP_STEPS + 5)
+    assert list(times.parts) == [
+        "data",
+        "forward 32",
+        "forward 24",
+        "losses",
+        "backward",
+        "optimizer",
+    ]
+    assert sum(times.parts.values()) == pytest.approx(times.mean, rel=1e-6)
+    assert times.mean == pytest.approx(wall, rel=0.1)
+    expected = {"data": 30, "forward 32": 50, "forward 24": 50, "optimizer": 20}
+    for part, ms in times.parts.items():
+        assert ms == pytest.approx(expected.get(part, 0), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("loader_pause", "network_pause", "name", "flag"),
+    [(0.3, 0.01, "loader", "--workers up to 8"), (0.01, 0.2, "network", "--amp bf16")],
+)
+def test_what_is_slow_is_named(clock, monkeypatch, loader_pause, network_pause, name, flag):
+    monkeypatch.setattr(profile_report.os, "sched_getaffinity", lambda _: range(8))
+    config, trainer, model, loader = _setup(clock, loader_pause, network_pause)
+    found = profile(trainer, model, loader, sum(gflops(model, s) for s in SIZES), 3)
+    assert found.bottleneck == name
+    line = profile_report.advice(found, config, DaliOptions(workers=1))
+    assert line.startswith(f"bottleneck: the {name} (")
+    assert flag in line
+    assert (found.idle > 0.5) == (name == "loader")
+    whole = found.loader.mean + found.compute.mean  # this loader prepares nothing ahead
+    assert found.end_to_end.mean == pytest.approx(whole, rel=0.01)
+
+
+def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(
+    photos, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    line = "--arch parallel_resnet10 --width-mult 0.25 --stem small --sizes 32 24 -b 4 --workers 1"
+    words = ["train_dali.py", "--data", str(photos), *line.split(), "--output", str(run)]
+    monkeypatch.setattr(sys, "argv", [*words, "--profile", "--profile-steps", "2"])
+    assert main("train_dali.py", DaliOptions, make_loaders) == 0
+    out = capsys.readouterr().out
+    assert "bottleneck: the " in out
+    assert {p.name for p in run.iterdir()} == {"profile"}
+    figures = json.loads((run / "profile" / "profile.json").read_text())
+    assert len(figures["compute"]["steps"]) == 2
+    assert figures["images_per_s"]["compute"] == pytest.approx(
+        4000 / (sum(figures["compute"]["steps"]) / 2)
+    )
+    assert (run / "profile" / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "profile" / "trace.json").read_text())["traceEvents"]
