@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError
+from pipelines.files import write_json
 
 VERSION = 1
 
@@ -44,21 +44,6 @@ def path_of(beton: Path) -> Path:
 
 def write(path: Path, sidecar: Sidecar) -> None:
     write_json(path, dataclasses.asdict(sidecar))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All at once, or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read(beton: Path) -> Sidecar | None:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import DataError, UsageError, blame, first_line
+from pipelines.files import write_json
 from pipelines.folder import ImageFolder, verify_command
-from pipelines.sidecar import write_json
 
 REPORT = "verified.json"  # in the folder that has train and val
 VERSION = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from pipelines.batch import EVAL_CROP_RATIO
 from pipelines.errors import DataError, UsageError, blame
+from pipelines.files import write_whole
 from rsnet import original, torch_file
 from rsnet.models.switchable import ResolutionSwitchable, select_sizes
 from rsnet.resolve import NETWORK_DEFAULTS, ResolvedConfig
@@ -54,13 +54,13 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     older = [sha256(path)] if path.exists() else []
     note_hashes(path, [hashlib.sha256(data).hexdigest(), *older])
-    _replace(path, data)
+    write_whole(path, data)
 
 
 def note_hashes(path: Path, known: Sequence[str]) -> None:
     """Write PATH.sha256: what `path` may be."""
     lines = [f"{known_hash}  {path.name}\n" for known_hash in dict.fromkeys(known)]
-    _replace(_hash_file(path), "".join(lines).encode())
+    write_whole(_hash_file(path), "".join(lines).encode())
 
 
 def remove(path: Path) -> None:
@@ -72,7 +72,7 @@ def remove(path: Path) -> None:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """`torch.save`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, _serialized(content))
+    write_whole(path, _serialized(content))
 
 
 def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None) -> dict[str, Any]:
@@ -144,30 +144,6 @@ def _serialized(content: Mapping[str, Any]) -> memoryview:
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     return buffer.getbuffer()
-
-
-def _replace(path: Path, data: Any) -> None:
-    """Write a file under another name and rename it, so that `path` is never half written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _noted_hashes(path: Path) -> list[str]:

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 
 from pipelines.errors import DataError, UsageError
+from pipelines.files import write_json, write_whole
 
 PACKAGES = (
     "ffcv",
@@ -88,15 +89,9 @@ class RunDir:
             yield
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """At once: a crash leaves the old file or the new one."""
+        """A crash leaves the old file or the new one."""
         if self.active:
-            path = self.path / name
-            temporary = path.with_name(name + ".tmp")
-            with temporary.open("w") as file:
-                file.write(json.dumps(content, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_json(self.path / name, content)
 
     def append_text(self, name: str, text: str) -> None:
         """Raises DataError, or says once what is the matter if the run is to go on without it."""
@@ -130,9 +125,7 @@ class RunDir:
             (kept if _is_kept(line, done, epochs) else abandoned).append(line)
         if abandoned:
             self.append_text("metrics.abandoned.jsonl", "".join(abandoned))
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(path)
+            write_whole(path, "".join(kept).encode())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError
+from pipelines.files import sync_folder
 from rsnet import checkpoint
 
 
@@ -80,5 +81,5 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
     checkpoint.note_hashes(target, [checkpoint.sha256(p) for p in (source, target) if p.exists()])
     temporary.replace(target)
-    checkpoint.sync_folder(target.parent)
+    sync_folder(target.parent)
     checkpoint.note_hashes(target, [checkpoint.sha256(target)])  # so that sha256sum --check agrees

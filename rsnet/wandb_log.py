@@ -15,6 +15,7 @@ from typing import Any
 import wandb
 
 from pipelines.errors import DataError, first_line
+from pipelines.files import write_json
 from rsnet import wandb_service
 from rsnet.wandb_service import SERVICE_TIMEOUT_S, Console, Mode, within
 
@@ -154,6 +155,4 @@ def read_sent(directory: Path) -> Sent | None:
 
 
 def write_sent(directory: Path, sent: Sent) -> None:
-    temporary = directory / "wandb.json.tmp"
-    temporary.write_text(json.dumps(asdict(sent)) + "\n")
-    temporary.replace(directory / "wandb.json")
+    write_json(directory / "wandb.json", asdict(sent))

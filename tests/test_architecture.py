@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *(ROOT / "pipelines").rglob("*.py"), *(ROOT / "rsnet").rglob("*.py")]
 )
-ANYONE = {"pipelines.batch", "pipelines.cli", "pipelines.errors"}
+ANYONE = {"pipelines.batch", "pipelines.cli", "pipelines.errors", "pipelines.files"}
 # What of the project a module of rsnet may import. Those not named are free, as run and session are.
 ARROWS = {
     "rsnet.config": {"pipelines.errors", "rsnet.recipes"},
@@ -39,9 +39,9 @@ ARROWS = {
     },
     "rsnet.checkpoint": ANYONE
     | {"rsnet.models.switchable", "rsnet.original", "rsnet.resolve", "rsnet.torch_file"},
-    "rsnet.runlog": {"pipelines.errors"},
+    "rsnet.runlog": {"pipelines.errors", "pipelines.files"},
     "rsnet.torch_file": {"pipelines.errors"},
-    "rsnet.store": {"pipelines.errors", "rsnet.checkpoint"},
+    "rsnet.store": {"pipelines.errors", "pipelines.files", "rsnet.checkpoint"},
     "rsnet.signals": set(),
     "rsnet.profile": ANYONE | {"rsnet.engine", "rsnet.models.switchable"},
     "rsnet.profile_report": {"rsnet.profile", "rsnet.resolve"},
@@ -57,7 +57,7 @@ ARROWS = {
     },
     "rsnet.resume": ANYONE | {"rsnet.checkpoint", "rsnet.config", "rsnet.resolve", "rsnet.store"},
     "rsnet.sync": ANYONE | {"rsnet.report", "rsnet.wandb_log", "rsnet.wandb_service"},
-    "rsnet.wandb_log": {"pipelines.errors", "rsnet.wandb_service"},
+    "rsnet.wandb_log": {"pipelines.errors", "pipelines.files", "rsnet.wandb_service"},
     "rsnet.wandb_service": {"pipelines.errors"},
     "rsnet.report": {"rsnet.metrics"},
     "rsnet.models.switchable": set(),
