@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.beton import ConvertOptions, main
 from pipelines.cli import command
 from pipelines.demo import DemoOptions, write
-from tests import betons
+from tests import betons, faults
 from tests.wandb_server import WandbServer
 
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -55,6 +55,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(root / "train", {"ant": 9, "bee": 8, "cat": 6}, seed=1)
     write_folder(root / "val", {"ant": 5, "bee": 7, "cat": 5}, seed=2)
     return root
+
+
+@pytest.fixture(scope="session")
+def whole(photos, tmp_path_factory) -> Path:
+    """A run that nothing happens to, for the tests of faults; not to be changed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    faults.finish(faults.command(photos, run))
+    assert faults.saved(run)["step"] == faults.UPDATES
+    return run
 
 
 needs_ffcv = pytest.mark.skipif(

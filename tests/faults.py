@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
     os.killpg(process.pid, number)
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Until `condition()`; fails if the process ends or the time is over before."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
@@ -87,6 +87,17 @@ def metrics(run: Path) -> list[dict[str, Any]]:
         {k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")}
         for line in whole
     ]
+
+
+def step(run: Path) -> int:
+    """The last one that was logged; 0 if none was."""
+    lines = metrics(run)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def reached(run: Path, n: int) -> Callable[[], bool]:
+    """Whether step `n` was logged, to wait for."""
+    return lambda: step(run) >= n
 
 
 def saved(run: Path, name: str = "last.pt") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import needs_ffcv
-from tests.faults import assert_same_end, command, end, finish, kill, metrics, start, wait_for
+from tests.faults import assert_same_end, command, end, finish, kill, reached, start, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -59,9 +59,9 @@ def test_a_killed_run_of_each_backend_goes_on_exactly(data, tmp_path, script):
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish(command(data[script], whole, script=script))
     words = command(data[script], run, script=script)
-    for step, number in ((3, signal.SIGKILL), (9, signal.SIGTERM), (14, signal.SIGKILL)):
+    for n, number in ((3, signal.SIGKILL), (9, signal.SIGTERM), (14, signal.SIGKILL)):
         process = start(words)
-        wait_for(lambda s=step: bool(metrics(run)) and metrics(run)[-1]["step"] >= s, process)
+        wait_for(reached(run, n), process)
         kill(process, number)
         end(process, None)
     finish(words)

@@ -22,7 +22,7 @@ from tests.faults import (
     end,
     finish,
     kill,
-    metrics,
+    reached,
     saved,
     start,
     torchrun,
@@ -44,10 +44,6 @@ def pair(photos, tmp_path_factory) -> Path:
     finish(_pair(photos, run))
     assert saved(run)["step"] == UPDATES
     return run
-
-
-def _until(run: Path, step: int):
-    return lambda: bool(metrics(run)) and metrics(run)[-1]["step"] >= step
 
 
 def _ranks(process: subprocess.Popen[str]) -> dict[int, int]:
@@ -72,14 +68,14 @@ def test_ranks_that_are_told_to_stop_stop_at_the_same_step_and_go_on_exactly(
     """SIGTERM to torchrun, which passes it on; each rank's own BatchNorm statistics are kept, too."""
     run = tmp_path / "run"
     process = start(_pair(photos, run))
-    wait_for(_until(run, 7), process)
+    wait_for(reached(run, 7), process)
     process.send_signal(signal.SIGTERM)
     _, err = end(process, None)
     assert err.count("stopped by SIGTERM: saved after update") == 1
     assert 7 <= saved(run)["step"] < UPDATES
     # A signal to one rank alone stops all.
     process = start(_pair(photos, run))
-    wait_for(_until(run, 12), process)
+    wait_for(reached(run, 12), process)
     os.kill(_ranks(process)[1], signal.SIGUSR1)
     _, err = end(process, None)
     assert err.count("stopped by SIGUSR1: saved after update") == 1
@@ -91,7 +87,7 @@ def test_ranks_that_are_told_to_stop_stop_at_the_same_step_and_go_on_exactly(
 def test_a_killed_rank_ends_the_run_and_a_restart_goes_on_exactly(photos, pair, tmp_path):
     run = tmp_path / "run"
     process = start(_pair(photos, run, launcher=("--max-restarts", "1")))
-    wait_for(_until(run, 7), process)
+    wait_for(reached(run, 7), process)
     os.kill(_ranks(process)[1], signal.SIGKILL)
     end(process)
     assert_same_end(run, pair)
@@ -101,7 +97,7 @@ def test_a_killed_rank_ends_the_run_and_a_restart_goes_on_exactly(photos, pair, 
 def test_a_killed_rank_without_restarts_ends_all(photos, tmp_path):
     run = tmp_path / "run"
     process = start(_pair(photos, run))
-    wait_for(_until(run, 7), process)
+    wait_for(reached(run, 7), process)
     os.kill(_ranks(process)[1], signal.SIGKILL)
     _, err = end(process, None)
     assert process.returncode != 0
@@ -114,7 +110,7 @@ def test_a_killed_rank_without_restarts_ends_all(photos, tmp_path):
 def test_a_rank_that_hangs_ends_the_run_in_time_and_is_named(photos, tmp_path):
     run = tmp_path / "run"
     process = start(_pair(photos, run, "--timeout", "8"))
-    wait_for(_until(run, 7), process)
+    wait_for(reached(run, 7), process)
     stopped = _ranks(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     _, err = end(process, None)
@@ -134,7 +130,7 @@ def test_a_run_goes_on_with_another_number_of_processes(photos, pair, tmp_path, 
         2: _pair(photos, run),
     }
     process = start(commands[before])
-    wait_for(_until(run, 7), process)
+    wait_for(reached(run, 7), process)
     process.send_signal(signal.SIGTERM)
     end(process, None)
     words = commands[after]
@@ -164,7 +160,7 @@ def test_another_number_of_images_in_an_update_is_refused(photos, pair):
 def test_processes_that_are_killed_leave_none_behind(photos, tmp_path):
     run = tmp_path / "run"
     process = start(_pair(photos, run))
-    wait_for(_until(run, 3), process)
+    wait_for(reached(run, 3), process)
     ranks = list(_ranks(process).values())
     kill(process, signal.SIGKILL)
     end(process, None)
@@ -247,7 +243,7 @@ def test_two_machines_train_one_run(photos, pair, tmp_path, is_lost):
     words = [words[0], *launcher, *words[1:]]
     machines = [start(words), start(words)]
     if is_lost:
-        wait_for(_until(run, 7), machines[0])
+        wait_for(reached(run, 7), machines[0])
         ranks = {rank: pid for machine in machines for rank, pid in _ranks(machine).items()}
         os.kill(ranks[1], signal.SIGKILL)
     for machine in machines:
@@ -268,7 +264,7 @@ def test_processes_without_torchrun_find_each_other(photos, pair, tmp_path):
         return [start(command(photos, run, "-b", "2"), environ) for environ in ranks]
 
     processes = launch()
-    wait_for(_until(run, 7), processes[0])
+    wait_for(reached(run, 7), processes[0])
     for process in processes:
         process.send_signal(signal.SIGUSR1)
     for process in processes:

@@ -11,40 +11,24 @@ from pathlib import Path
 import pytest
 
 from tests.faults import (
-    UPDATES,
     assert_same_end,
     command,
     end,
     finish,
     kill,
-    metrics,
-    saved,
+    reached,
     start,
+    step,
     wait_for,
 )  # fmt: skip
 
 pytestmark = pytest.mark.faults
 
 
-@pytest.fixture(scope="module")
-def whole(photos, tmp_path_factory) -> Path:
-    """A run that nothing happens to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    finish(command(photos, run))
-    assert saved(run)["step"] == UPDATES
-    return run
-
-
-def _step(run: Path) -> int:
-    """Updates of the newest checkpoint that is whole, at a moment when none is being written."""
-    lines = metrics(run)
-    return int(lines[-1]["step"]) if lines else 0
-
-
-def _killed_at(words: list[str], run: Path, step: int, number: int = signal.SIGKILL) -> str:
-    """Start, kill behind logged step `step`; returns stderr."""
+def _killed_at(words: list[str], run: Path, n: int, number: int = signal.SIGKILL) -> str:
+    """Start, kill behind logged step `n`; returns stderr."""
     process = start(words)
-    wait_for(lambda: _step(run) >= step, process)
+    wait_for(reached(run, n), process)
     kill(process, number)
     _, err = end(process, None)
     assert process.returncode != 0
@@ -54,8 +38,8 @@ def _killed_at(words: list[str], run: Path, step: int, number: int = signal.SIGK
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(photos, whole, tmp_path):
     run = tmp_path / "run"
     words = command(photos, run)
-    for step in (2, 10, 14):  # 10: the end of an epoch, before its evaluation
-        _killed_at(words, run, step)
+    for n in (2, 10, 14):  # 10: the end of an epoch, before its evaluation
+        _killed_at(words, run, n)
     out, _ = finish(words)
     assert "resumed" in out
     assert_same_end(run, whole)
@@ -70,8 +54,8 @@ def test_twenty_kills_at_random_moments_change_nothing(photos, tmp_path):
     draws = random.Random(0)
     for _ in range(20):
         process = start(command(photos, run, *long))
-        behind = _step(run) + draws.randrange(1, 3)
-        wait_for(lambda s=behind: _step(run) >= s, process)
+        behind = step(run) + draws.randrange(1, 3)
+        wait_for(reached(run, behind), process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(draws.uniform(0, 0.15))
         assert process.poll() is None, "it was too fast to be killed"

@@ -25,6 +25,7 @@ from tests.faults import (
     end,
     finish,
     metrics,
+    reached,
     saved,
     start,
     wait_for,
@@ -50,14 +51,6 @@ def train(monkeypatch, capsys, photos, tmp_path):
 
     yield call
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def whole(photos, tmp_path_factory) -> Path:
-    """A run that nothing happens to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    finish(command(photos, run))
-    return run
 
 
 @pytest.mark.parametrize(
@@ -101,7 +94,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_the_run_goes_on_exactly(
 def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(photos, whole, tmp_path):
     run = tmp_path / "run"
     process = start(command(photos, run))
-    wait_for(lambda: bool(metrics(run)) and metrics(run)[-1]["step"] >= 6, process)
+    wait_for(reached(run, 6), process)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     end(process, None)
