@@ -31,8 +31,7 @@ class Journal:
     ) -> None:
         self.config, self.run_dir, self.display = config, run_dir, display
         self.steps_per_epoch, self.device = steps_per_epoch, device
-        world = distributed.world_size()
-        self.global_batch = config.batch_size * world * config.accumulate
+        self.global_batch = config.global_batch(distributed.world_size())
 
     def open(self, script: str, options: Any, wandb_id: str | None) -> None:
         """Write the header and begin, or go on with, the W&B run."""

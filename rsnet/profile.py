@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -213,5 +213,7 @@ def _hooks(objective: nn.Module, model: ResolutionSwitchable, watch: Stopwatch) 
     def after_losses(*_: Any) -> None:
         watch.mark("losses")
 
-    inner: Callable[..., Any] = model.register_forward_hook
-    return [inner(after_size), objective.register_forward_hook(after_losses)]
+    return [
+        model.register_forward_hook(after_size),
+        objective.register_forward_hook(after_losses),
+    ]

@@ -58,6 +58,11 @@ class ResolvedConfig(TrainConfig):
     norm: Literal["private", "shared"] = "private"
     blurpool: bool = False
     sizes_per_step: int = 0
+
+    def global_batch(self, world_size: int) -> int:
+        """Images of an update."""
+        return self.batch_size * world_size * self.accumulate
+
     normalize: Literal["imagenet", "unit"] = "imagenet"
     amp: Literal["bf16", "fp16", "off"] = "off"
     accumulate: int = 1

@@ -77,9 +77,7 @@ def run(
         raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
     if resolved.sync_bn and device.type != "cuda":
         raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
-    start.require_same(
-        resolved, resolved.batch_size * resolved.accumulate * distributed.world_size()
-    )
+    start.require_same(resolved, resolved.global_batch(distributed.world_size()))
     _set_up_torch(resolved)
     loaders = distributed.together(
         lambda: make_loaders(options, _spec(resolved, device), not resolved.evaluate)

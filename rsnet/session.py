@@ -171,17 +171,14 @@ class TrainingRun:
             self.watchdog.tick()
             batches += 1
             # Ranks may have one batch more than others, which they cannot vote on.
-            if batches < least and (agreed := self.ballot.cast(self.stop.number)):
-                self.ballot.count()
-                self._save(is_best=False)
-                raise Stopped(agreed, self._place())
+            if batches < least:
+                self._obey(self.ballot.cast(self.stop.number))
 
         model = self.trainer.ema.model if self.trainer.ema else self.model
         results = shown_evaluation(
             model, self.loaders, self.device, AMP_DTYPES[self.config.amp], self.display, after_batch
         )
-        if agreed := self.ballot.count():
-            self._obey(agreed)
+        self._obey(self.ballot.count())
         return results
 
     def _share_buffers(self) -> None:

@@ -80,9 +80,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UsageError(
             "--pretrained: safetensors is not installed; `uv sync --extra timm`"
         ) from None
-    except (
-        Exception
-    ) as error:  # DataError, or whatever another file makes of the reader of safetensors
+    except Exception as error:  # the reader of safetensors raises what it likes
         raise DataError(
             f"--pretrained: {path} has no readable weights: {first_line(error)}"
         ) from error
