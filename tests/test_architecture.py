@@ -63,6 +63,7 @@ ARROWS = {
     "rsnet.models.switchable": set(),
     "rsnet.models.single_pixel": set(),
     "rsnet.models.pointwise": set(),
+    "rsnet.models.depthwise": set(),
     "rsnet.models.stem": set(),
     "rsnet.models.resnet": set(),
     "rsnet.models.grow": set(),
@@ -74,6 +75,7 @@ ARROWS = {
             f"rsnet.models.{name}"
             for name in (
                 "blurpool",
+                "depthwise",
                 "pointwise",
                 "pretrained",
                 "resnet",

@@ -17,6 +17,7 @@ from torchvision.models import get_model_builder, list_models
 
 from pipelines.errors import UsageError, first_line
 from rsnet.models.blurpool import use_blurpool
+from rsnet.models.depthwise import use_depthwise_convolutions
 from rsnet.models.pointwise import use_skipping_convolutions
 from rsnet.models.pretrained import load_pretrained
 from rsnet.models.resnet import LAYERS, scaled_resnet
@@ -79,6 +80,7 @@ def build(
         use_blurpool(network)
     use_single_pixel_convolutions(network)
     use_skipping_convolutions(network)
+    use_depthwise_convolutions(network)
     try:
         model = ResolutionSwitchable(network, sizes, shared_norm=norm == "shared")
     except ValueError as error:

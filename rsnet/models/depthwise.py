@@ -1,0 +1,65 @@
+"""Depthwise convolutions whose bfloat16 gradients a CPU is slow at."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution that computes its gradients in float32 where a CPU trains in bfloat16.
+
+    oneDNN has no fast bfloat16 backward of strided ones, or of kernels above 3 x 3 (torch 2.15, Zen 4, a
+    forward and backward of (8, 576, 14, 14), 3 x 3, stride 2: 15.5 ms; this 0.8 ms). The gradients are
+    rounded less often; the forward is the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            return cast(
+                Tensor, _Depthwise.apply(x.to(dtype), self.weight, self.stride, self.padding)
+            )
+        return super().forward(x)
+
+
+class _Depthwise(torch.autograd.Function):
+    """Gradients of the weight come in the weight's own precision, float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = stride, padding
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x, weight.to(x.dtype), None, stride, padding, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.geometry
+        wanted = [*ctx.needs_input_grad[:2], False]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradients[0].float(), x.float(), weight.to(x.dtype).float(), None,
+            stride, padding, [1, 1], False, [0, 0], len(weight), wanted,
+        )  # fmt: skip
+        return of_x if of_x is None else of_x.to(x.dtype), of_weight, None, None
+
+
+def use_depthwise_convolutions(network: nn.Module) -> None:
+    """Make the depthwise convolutions of `network` that are strided or wide such ones, in place."""
+    for module in network.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.groups == module.in_channels == module.out_channels > 1
+            and module.bias is None
+            and module.dilation == (1, 1)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+            and (max(module.stride) > 1 or max(module.kernel_size) > 3)
+        ):
+            module.__class__ = DepthwiseConv2d
