@@ -40,7 +40,7 @@ class Times:
 class Profile:
     """The three measurements of one configuration."""
 
-    batch_size: int
+    images: int  # of an update, of this process
     loader: Times
     compute: Times
     end_to_end: Times
@@ -49,7 +49,7 @@ class Profile:
     peak_tflops: float  # of a large matrix product in the same precision
 
     def images_per_s(self, times: Times) -> float:
-        return 1000 * self.batch_size / times.mean
+        return 1000 * self.images / times.mean
 
     @property
     def mfu(self) -> float:
@@ -116,27 +116,28 @@ def profile(
     """
     device = trainer.device
     batches = [_copy(batch) for batch in islice(endless(loader), 2)]
-    batch_size = len(batches[0].labels)
-    alone = time_loader(loader, device, steps)
+    images = len(batches[0].labels) * trainer.accumulate
+    alone = time_loader(loader, device, steps, trainer.accumulate)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     compute = time_steps(trainer, model, _repeat(batches), steps)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     together = time_steps(trainer, model, endless(loader), steps)
     # Backward is twice forward: gradients of inputs and of weights.
-    tflops = 3 * step_gflops * batch_size / compute.mean
+    tflops = 3 * step_gflops * images / compute.mean
     return Profile(
-        batch_size, alone, compute, together, peak, tflops, measure_peak_tflops(device, trainer.amp)
+        images, alone, compute, together, peak, tflops, measure_peak_tflops(device, trainer.amp)
     )
 
 
-def time_loader(loader: Loader, device: torch.device, steps: int) -> Times:
-    """Batches that nobody waits for, ready on the device."""
+def time_loader(loader: Loader, device: torch.device, steps: int, accumulate: int) -> Times:
+    """The batches of an update, which nobody waits for, ready on the device."""
     source = endless(loader)
     taken = []
     for i in range(WARMUP_STEPS + steps):
         start = time.perf_counter()
-        next(source)
+        for _ in range(accumulate):
+            next(source)
         synchronize(device)
         if i >= WARMUP_STEPS:
             taken.append(1000 * (time.perf_counter() - start))

@@ -61,9 +61,9 @@ class _Slow:
             yield batch
 
 
-def _setup(clock: Clock, loader_pause: float, network_pause: float):
-    line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24 -b 4"
-    config, _ = parse(DaliOptions, line.split())
+def _setup(clock: Clock, loader_pause: float, network_pause: float, more: str = ""):
+    line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24 -b 4 "
+    config, _ = parse(DaliOptions, (line + more).split())
     config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
     model = build("parallel_resnet10", 3, SIZES, 0.125, "small")
     loader = make_synthetic(
@@ -110,6 +110,15 @@ def test_what_is_slow_is_named(clock, monkeypatch, loader_pause, network_pause, 
     assert (found.idle > 0.5) == (name == "loader")
     whole = found.loader.mean + found.compute.mean  # this loader prepares nothing ahead
     assert found.end_to_end.mean == pytest.approx(whole, rel=0.01)
+
+
+def test_all_batches_of_an_update_are_counted(clock):
+    _, trainer, model, loader = _setup(clock, 0.02, 0.05, "--accumulate 3")
+    found = profile(trainer, model, loader, 1.0, 2)
+    assert found.images == 12
+    assert found.images_per_s(found.loader) == pytest.approx(4 / 0.02, rel=0.01)
+    assert found.images_per_s(found.compute) == pytest.approx(4 / 0.1, rel=0.01)  # at two sizes
+    assert found.images_per_s(found.end_to_end) == pytest.approx(4 / 0.12, rel=0.01)
 
 
 def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(
