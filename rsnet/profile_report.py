@@ -49,6 +49,17 @@ def advice(p: Profile, config: ResolvedConfig, options: Any) -> str:
     return f"bottleneck: the loader ({alone}): {', or '.join(flags)}"
 
 
+def figures(p: Profile) -> dict[str, float]:
+    """Those of a single number, under the names that W&B gets."""
+    found = as_json(p)
+    single = {
+        **{f"images_per_s/{name}": speed for name, speed in found["images_per_s"].items()},
+        **{f"ms/{part}": ms for part, ms in p.end_to_end.parts.items()},
+        **{name: found[name] for name in ("tflops", "mfu", "idle", "peak_memory_gb")},
+    }
+    return {f"profile/{name}": value for name, value in single.items() if value is not None}
+
+
 def as_json(p: Profile) -> dict[str, Any]:
     """All figures."""
     return {

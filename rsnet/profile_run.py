@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from torch.profiler import ProfilerActivity
 from pipelines.batch import Loader, Loaders
 from rsnet import distributed, profile_report
 from rsnet.assemble import make_trainer
+from rsnet.config import as_plain
 from rsnet.engine import Trainer
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import gflops
 from rsnet.profile import Profile, endless, profile
 from rsnet.resolve import ResolvedConfig
 from rsnet.runlog import Display, environment
+from rsnet.wandb_log import WandbLog
 
 TRACED_STEPS = 3
+TRACE = "trace.json.gz"  # a tenth of the bytes, which W&B's time for uploads is too short for
 
 
 def profile_and_tell(
@@ -53,9 +57,29 @@ def profile_and_tell(
         }
         (folder / "profile.json").write_text(json.dumps(figures, indent=2) + "\n")
         _plot(found, folder / "profile.png")
-    _trace(trainer, loaders.train, device, folder / "trace.json")
-    display.say(f"{folder}: profile.json, profile.png, trace.json (for https://ui.perfetto.dev)")
+    _trace(trainer, loaders.train, device, folder / TRACE)
+    display.say(f"{folder}: profile.json, profile.png, {TRACE} (for https://ui.perfetto.dev)")
     return found
+
+
+def log_to_wandb(
+    config: ResolvedConfig, options: Any, figures: Mapping[str, Any], display: Display
+) -> None:
+    """In a W&B run of its own: the one that the run directory names is a training's."""
+    folder = config.output / "profile"
+    batch = {"global_batch": config.global_batch(distributed.world_size())}
+    log = WandbLog(
+        config.wandb if distributed.is_main() else "disabled",
+        folder,
+        config.wandb_project,
+        f"{config.wandb_name or config.output.name} profile",
+        as_plain(config) | as_plain(options) | batch,
+        None,
+        display.say,
+        remedy=f"all of it is in {folder}",
+    )
+    log.log_profile(figures, folder / "profile.png", [folder / "profile.json", folder / TRACE])
+    log.finish()
 
 
 def _trace(trainer: Trainer, loader: Loader, device: torch.device, path: Path) -> None:

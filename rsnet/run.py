@@ -12,7 +12,7 @@ import torch
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import exit_code
 from pipelines.errors import DataError, UsageError, blame, first_line
-from rsnet import checkpoint, distributed, profile_run, report, watchdog
+from rsnet import checkpoint, distributed, profile_report, profile_run, report, watchdog
 from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
 from rsnet.config import TrainConfig
@@ -110,9 +110,10 @@ def run(
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
         if resolved.profile:
-            profile_run.profile_and_tell(
+            found = profile_run.profile_and_tell(
                 resolved, options, model, loaders, device, outputs, display
             )
+            profile_run.log_to_wandb(resolved, options, profile_report.figures(found), display)
             return {}
         session = TrainingRun(script, resolved, options, model, loaders, device, display, network)
         return session.train(source, content, start.continues)

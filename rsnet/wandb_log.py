@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class WandbLog:
     mode None: online if a key is configured, else offline; WANDB_MODE decides before that.
     directory: the run directory.
     run_id: the run to continue, or None.
+    remedy: what is left of what W&B does not get. Unset: `rsnet sync`, which reads a training's metrics.
 
     No failure of W&B ends a training, or holds it up beyond the limits of `wandb_service`. The first is said
     in one line, and W&B is left alone from then on.
@@ -49,10 +50,13 @@ class WandbLog:
         config: Mapping[str, Any],
         run_id: str | None,
         say: Callable[[str], None],
+        remedy: str | None = None,
     ) -> None:
         self.run_id: str | None = None
         self._run: Any = None
         self._directory, self._say = directory, say
+        command = shlex.join(["python", "-m", "rsnet", "sync", str(directory)])
+        self._remedy = remedy or f"`{command}` sends the metrics later"
         if mode != "disabled":
             self._console = Console()
         mode, reason = (mode, "--wandb") if mode else wandb_service.default_mode()
@@ -97,6 +101,12 @@ class WandbLog:
             wandb_service.finish_timeout(),  # a table asks the server
         )
 
+    def log_profile(self, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:
+        """What a profile measured, its plot, and the files that have more; all in the run's directory."""
+        self._do(
+            lambda: wandb_service.log_profile(self._run, figures, plot, files), SERVICE_TIMEOUT_S
+        )
+
     def finish(self, failed: bool = False) -> None:
         """End the W&B run and its service, so that the end of the process waits for neither."""
 
@@ -130,11 +140,6 @@ class WandbLog:
         self._say(f"W&B: lost ({reason.rstrip('.')}); {self._remedy}")
         wandb_service.let_go(self._run)
         self._run = None
-
-    @property
-    def _remedy(self) -> str:
-        command = shlex.join(["python", "-m", "rsnet", "sync", str(self._directory)])
-        return f"`{command}` sends the metrics later"
 
 
 def count_lines(directory: Path) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,16 @@ def log_results(run: Any, columns: list[str | int], rows: list[list[Any]], plot:
     """The final table and the plot."""
     table = wandb.Table(columns=columns, data=rows)
     run.log({"results": table, "accuracy_flops": wandb.Image(str(plot))})
+
+
+def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:
+    """One line of metrics, which W&B also takes for the run's summary; the plot and the files."""
+    run.log({**figures, "profile/plot": wandb.Image(str(plot))})
+    for (
+        file
+    ) in files:  # a copy: W&B warns of links, and the next profile overwrites what they lead to
+        copy = shutil.copy(file, run.dir)
+        run.save(copy, base_path=run.dir, policy="now", glob=False)
 
 
 def finish_timeout() -> float:

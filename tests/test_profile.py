@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 
@@ -13,7 +14,7 @@ from pipelines.dali import DaliOptions, make_loaders
 from pipelines.synthetic import SyntheticOptions
 from pipelines.synthetic import make_loaders as make_synthetic
 from rsnet import profile as profiler
-from rsnet import profile_report
+from rsnet import profile_report, wandb_service
 from rsnet.assemble import make_trainer
 from rsnet.cli import parse
 from rsnet.models.zoo import build, gflops
@@ -121,14 +122,22 @@ def test_all_batches_of_an_update_are_counted(clock):
     assert found.images_per_s(found.end_to_end) == pytest.approx(4 / 0.12, rel=0.01)
 
 
-def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(
-    photos, tmp_path, monkeypatch, capsys
-):
-    run = tmp_path / "run"
+@pytest.fixture
+def call(photos, tmp_path, monkeypatch):
+    """Run train_dali.py on photos into tmp_path / "run"; returns the exit code."""
     line = "--arch parallel_resnet10 --width-mult 0.25 --stem small --sizes 32 24 -b 4 --workers 1"
-    words = ["train_dali.py", "--data", str(photos), *line.split(), "--output", str(run)]
-    monkeypatch.setattr(sys, "argv", [*words, "--profile", "--profile-steps", "2"])
-    assert main("train_dali.py", DaliOptions, make_loaders) == 0
+    words = [*line.split(), "--data", str(photos), "--output", str(tmp_path / "run")]
+
+    def run(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train_dali.py", *words, "--profile-steps", "2", *more])
+        return main("train_dali.py", DaliOptions, make_loaders)
+
+    return run
+
+
+def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(call, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call("--profile") == 0
     out = capsys.readouterr().out
     assert "bottleneck: the " in out
     assert {p.name for p in run.iterdir()} == {"profile"}
@@ -138,4 +147,30 @@ def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(
         4000 / (sum(figures["compute"]["steps"]) / 2)
     )
     assert (run / "profile" / "profile.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((run / "profile" / "trace.json").read_text())["traceEvents"]
+    with gzip.open(run / "profile" / "trace.json.gz") as trace:
+        assert json.load(trace)["traceEvents"]
+
+
+def test_wandb_has_the_figures_the_plot_and_the_files(call, wandb_server, capsys):
+    assert call("--profile", "--wandb-name", "mine") == 0
+    ((run_id, (line,)),) = wandb_server.history.items()
+    assert f"W&B: online at {wandb_server.url}/me/rsnet/runs/{run_id}" in capsys.readouterr().out
+    assert line["profile/images_per_s/end_to_end"] > 0
+    assert line["profile/ms/forward 32"] > 0
+    assert {"profile.json", "trace.json.gz"} < wandb_server.files
+    assert any(name.startswith("media/images/profile/plot_") for name in wandb_server.files)
+    assert wandb_server.config[run_id]["global_batch"]["value"] == 4
+    assert wandb_server.exit_codes == {run_id: 0}
+
+
+@pytest.mark.usefixtures("no_wandb_key")
+def test_a_profile_without_wandb_costs_a_line(call, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("it is gone")
+
+    monkeypatch.setattr(wandb_service, "log_profile", fail)
+    assert call("--profile", "--wandb", "offline") == 0
+    folder = tmp_path / "run" / "profile"
+    lost = f"W&B: lost (it is gone); all of it is in {folder}"
+    assert capsys.readouterr().out.splitlines()[-1] == lost
+    assert (folder / "profile.json").exists()
