@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -32,11 +32,13 @@ def parse(
     return both.train, both.loader
 
 
-def as_command(script: str, *options: Any) -> str:
-    """The command line that sets every field of the `options` dataclasses."""
+def as_command(script: str, *options: Any, without: Container[str] = ()) -> str:
+    """The command line that sets every field of the `options` dataclasses but those of these names."""
     words = ["python", script]
     for group in options:
         for field in dataclasses.fields(group):
+            if field.name in without:
+                continue
             flag, value = "--" + field.name.replace("_", "-"), getattr(group, field.name)
             if isinstance(value, bool):
                 words.append(flag if value else flag.replace("--", "--no-", 1))

@@ -183,6 +183,12 @@ class TrainConfig:
     profile_steps: int = 20
     """Steps that --profile measures of each kind."""
 
+    profile_sweep: Annotated[str | None, arg(metavar="OPTION[,OPTION...]")] = None
+    """--profile, then try other values of workers, prefetch, decoder-hw-load, batch-size; print the best."""
+
+    profile_limit: float = 300.0
+    """Seconds that --profile-sweep may try values for."""
+
     output: Annotated[Path | None, arg(aliases=("-c", "--checkpoint"), metavar="DIR")] = None
     """Run directory. Unset: runs/ARCH."""
 
@@ -209,6 +215,11 @@ class TrainConfig:
             raise UsageError(
                 "--evaluate: say which checkpoint, with --resume PATH or --resume auto"
             )
+
+    @property
+    def is_profile(self) -> bool:
+        """Whether to measure instead of training."""
+        return self.profile or self.profile_sweep is not None
 
 
 def as_plain(options: Any) -> dict[str, Any]:
@@ -281,6 +292,7 @@ def _checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ("--keep", c.keep, positive, "at least 1"),
         ("--on-nonfinite", c.on_nonfinite, is_reaction, "stop, or skip and a number of updates"),
         ("--profile-steps", c.profile_steps, positive, "at least 1 step"),
+        ("--profile-limit", c.profile_limit, positive, "must be a positive number of seconds"),
         ("--timeout", c.timeout, positive, "must be a positive number of seconds"),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
         ("--log-interval", c.log_interval, positive, "at least 1 step"),

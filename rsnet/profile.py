@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,10 @@ class Profile:
         return "loader" if self.loader.mean > self.compute.mean else "network"
 
 
+class OutOfTimeError(Exception):
+    """Before a measurement was finished."""
+
+
 class Stopwatch:
     """Named moments of a step, on the device's clock where it has one; read after a synchronisation."""
 
@@ -109,20 +114,30 @@ def profile(
     loader: Loader,
     step_gflops: float,
     steps: int,
+    deadline: float = math.inf,
 ) -> Profile:
     """Measure `steps` steps of each kind. The trainer trains on: its weights are not worth keeping.
 
-    step_gflops: forward GFLOPs of one image at all sizes.
+    step_gflops: forward GFLOPs of one image at all sizes. deadline: of `time.perf_counter`.
+
+    Raises OutOfTimeError at the first batch after the deadline.
     """
+
+    def in_time(source: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in source:
+            if time.perf_counter() > deadline:
+                raise OutOfTimeError
+            yield batch
+
     device = trainer.device
-    batches = [_copy(batch) for batch in islice(endless(loader), 2)]
+    batches = [_copy(batch) for batch in islice(in_time(endless(loader)), 2)]
     images = len(batches[0].labels) * trainer.accumulate
-    alone = time_loader(loader, device, steps, trainer.accumulate)
+    alone = time_loader(in_time(endless(loader)), device, steps, trainer.accumulate)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    compute = time_steps(trainer, model, _repeat(batches), steps)
+    compute = time_steps(trainer, model, in_time(_repeat(batches)), steps)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    together = time_steps(trainer, model, endless(loader), steps)
+    together = time_steps(trainer, model, in_time(endless(loader)), steps)
     # Backward is twice forward: gradients of inputs and of weights.
     tflops = 3 * step_gflops * images / compute.mean
     return Profile(
@@ -130,9 +145,10 @@ def profile(
     )
 
 
-def time_loader(loader: Loader, device: torch.device, steps: int, accumulate: int) -> Times:
+def time_loader(
+    source: Iterator[Batch], device: torch.device, steps: int, accumulate: int
+) -> Times:
     """The batches of an update, which nobody waits for, ready on the device."""
-    source = endless(loader)
     taken = []
     for i in range(WARMUP_STEPS + steps):
         start = time.perf_counter()

@@ -49,6 +49,15 @@ def advice(p: Profile, config: ResolvedConfig, options: Any) -> str:
     return f"bottleneck: the loader ({alone}): {', or '.join(flags)}"
 
 
+def images_per_s(p: Profile) -> dict[str, float]:
+    """Of the three measurements."""
+    return {
+        "loader": p.images_per_s(p.loader),
+        "compute": p.images_per_s(p.compute),
+        "end_to_end": p.images_per_s(p.end_to_end),
+    }
+
+
 def figures(p: Profile) -> dict[str, float]:
     """Those of a single number, under the names that W&B gets."""
     found = as_json(p)
@@ -64,13 +73,8 @@ def as_json(p: Profile) -> dict[str, Any]:
     """All figures."""
     return {
         **asdict(p),
-        "images_per_s": {
-            name: p.images_per_s(times)
-            for name, times in (
-                ("loader", p.loader), ("compute", p.compute), ("end_to_end", p.end_to_end),
-            )
-        },
+        "images_per_s": images_per_s(p),
         "mfu": p.mfu,
         "idle": p.idle,
         "bottleneck": p.bottleneck,
-    }  # fmt: skip
+    }

@@ -19,7 +19,7 @@ from rsnet.store import Store
 ASIDE = {
     "accumulate", "allow_change", "batch_size", "checkpoint_every", "data", "device", "evaluate", "keep",
     "log_interval", "on_nonfinite", "on_save_error", "output", "resume", "timeout", "wandb", "wandb_name",
-    "num_classes", "profile", "profile_steps", "wandb_project",
+    "num_classes", "profile", "profile_limit", "profile_steps", "profile_sweep", "wandb_project",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     Raises UsageError if there is no such checkpoint, DataError if it, or all of a run's, are damaged.
     """
     output = output_of(config, config.arch or DEFAULT_ARCH)
-    if config.profile and config.resume is None:
+    if config.is_profile and config.resume is None:
         return Start()
     if config.resume not in (None, "auto"):
         source = Path(config.resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -12,12 +14,14 @@ import torch
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import exit_code
 from pipelines.errors import DataError, UsageError, blame, first_line
-from rsnet import checkpoint, distributed, profile_report, profile_run, report, watchdog
+from rsnet import checkpoint, distributed, report, watchdog
 from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
 from rsnet.config import TrainConfig
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import build, synchronize_batchnorm
+from rsnet.profile_run import ProfileRun
+from rsnet.profile_sweep import names_of
 from rsnet.report import Results
 from rsnet.resolve import ResolvedConfig, resolve
 from rsnet.resume import find_start
@@ -64,8 +68,8 @@ def run(
     display = Display(distributed.is_main())
     start = distributed.on_main(lambda: find_start(config, display.say))
     source, content = start.source, start.content
-    resolved = resolve(
-        config,
+    resolve_here = functools.partial(
+        resolve,
         world_size=distributed.world_size(),
         device_type="cuda" if device.type == "cuda" else "cpu",
         has_bf16=_has_bf16(device),
@@ -73,10 +77,12 @@ def run(
         previous=None if config.evaluate else content["config"] if content else start.config,
         previous_global_batch=content["global_batch"] if content else None,
     )
+    resolved = resolve_here(config)
     if resolved.batch_size < 2 and not resolved.evaluate:
         raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
     if resolved.sync_bn and device.type != "cuda":
         raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
+    swept = names_of(resolved.profile_sweep, options, distributed.world_size())
     start.require_same(resolved, resolved.global_batch(distributed.world_size()))
     _set_up_torch(resolved)
     loaders = distributed.together(
@@ -109,11 +115,15 @@ def run(
         display.say(as_command(script, resolved, options))
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
-        if resolved.profile:
-            found = profile_run.profile_and_tell(
-                resolved, options, model, loaders, device, outputs, display
+        if resolved.is_profile:
+            profiling = ProfileRun(
+                script, resolved, options, model, loaders, device, display, outputs
             )
-            profile_run.log_to_wandb(resolved, options, profile_report.figures(found), display)
+            profiling.run(
+                swept,
+                lambda **changes: resolve_here(dataclasses.replace(config, **changes)),
+                lambda changed, its: make_loaders(its, _spec(changed, device), True),
+            )
             return {}
         session = TrainingRun(script, resolved, options, model, loaders, device, display, network)
         return session.train(source, content, start.continues)

@@ -17,7 +17,9 @@ from PIL import Image
 from pipelines.beton import ConvertOptions, main
 from pipelines.cli import command
 from pipelines.demo import DemoOptions, write
+from rsnet import profile, profile_sweep
 from tests import betons, faults
+from tests.clock import Clock
 from tests.wandb_server import WandbServer
 
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -112,6 +114,15 @@ def beton(photos, tmp_path) -> Path:
 def _close_loaders():
     yield
     betons.close_all()
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """What the profiler and its sweep look at."""
+    clock = Clock()
+    for module in (profile, profile_sweep):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 @pytest.fixture

@@ -45,6 +45,12 @@ ARROWS = {
     "rsnet.signals": set(),
     "rsnet.profile": ANYONE | {"rsnet.engine", "rsnet.models.switchable"},
     "rsnet.profile_report": {"rsnet.profile", "rsnet.resolve"},
+    "rsnet.profile_sweep": {
+        "pipelines.errors",
+        "rsnet.profile",
+        "rsnet.profile_report",
+        "rsnet.resolve",
+    },
     "rsnet.statistics": set(),
     "rsnet.watchdog": {"pipelines.errors", "rsnet.rendezvous"},
     "rsnet.state": {

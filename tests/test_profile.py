@@ -13,7 +13,6 @@ from pipelines.batch import LoaderSpec
 from pipelines.dali import DaliOptions, make_loaders
 from pipelines.synthetic import SyntheticOptions
 from pipelines.synthetic import make_loaders as make_synthetic
-from rsnet import profile as profiler
 from rsnet import profile_report, wandb_service
 from rsnet.assemble import make_trainer
 from rsnet.cli import parse
@@ -21,45 +20,10 @@ from rsnet.models.zoo import build, gflops
 from rsnet.profile import WARMUP_STEPS, profile, time_steps
 from rsnet.resolve import resolve
 from rsnet.run import main
+from tests.clock import Clock, SlowLoader
 
 CPU = torch.device("cpu")
 SIZES = (32, 24)
-
-
-class Clock:
-    """Time that passes only where the test says so, and a microsecond with every look at it."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        self.now += 1e-6
-        return self.now
-
-    def pause(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(profiler, "time", clock)
-    return clock
-
-
-class _Slow:
-    """A loader that takes its time."""
-
-    def __init__(self, loader, clock, pause):
-        self._loader, self._clock, self._pause = loader, clock, pause
-
-    def set_epoch(self, epoch):
-        self._loader.set_epoch(epoch)
-
-    def __iter__(self):
-        for batch in self._loader:
-            self._clock.pause(self._pause)
-            yield batch
 
 
 def _setup(clock: Clock, loader_pause: float, network_pause: float, more: str = ""):
@@ -72,7 +36,7 @@ def _setup(clock: Clock, loader_pause: float, network_pause: float, more: str = 
     ).train
     model.register_forward_pre_hook(lambda *_: clock.pause(network_pause))
     trainer = make_trainer(config, model, 3, 16, CPU)
-    return config, trainer, model, _Slow(loader, clock, loader_pause)
+    return config, trainer, model, SlowLoader(loader, clock, loader_pause)
 
 
 def test_the_parts_of_a_step_are_the_whole(clock):
@@ -152,12 +116,13 @@ def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(call, tmp_path, 
 
 
 def test_wandb_has_the_figures_the_plot_and_the_files(call, wandb_server, capsys):
-    assert call("--profile", "--wandb-name", "mine") == 0
+    assert call("--profile-sweep", "workers", "--wandb-name", "mine") == 0
     ((run_id, (line,)),) = wandb_server.history.items()
     assert f"W&B: online at {wandb_server.url}/me/rsnet/runs/{run_id}" in capsys.readouterr().out
     assert line["profile/images_per_s/end_to_end"] > 0
     assert line["profile/ms/forward 32"] > 0
-    assert {"profile.json", "trace.json.gz"} < wandb_server.files
+    assert line["profile/images_per_s/best"] > 0
+    assert {"profile.json", "sweep.json", "trace.json.gz"} < wandb_server.files
     assert any(name.startswith("media/images/profile/plot_") for name in wandb_server.files)
     assert wandb_server.config[run_id]["global_batch"]["value"] == 4
     assert wandb_server.exit_codes == {run_id: 0}

@@ -92,6 +92,7 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     content = {"network": network, "model": model.state_dict(), "epoch": 1}
     torch.save(to_original(content), "model_best.pth.tar")
     small = ["--epochs", "1", "--batch-size", "4", "--workers", "1", "--wandb", "disabled"]
+    small += ["--profile-steps", "1", "--profile-limit", "1"]
     for number, command in enumerate(COMMANDS):
         here = command.replace("/imagenet_", f"{tmp_path}/").replace("/imagenet", str(photos))
         if command in VERBS_USED and " import " in command:
