@@ -139,3 +139,6 @@ def test_a_profile_without_wandb_costs_a_line(call, tmp_path, monkeypatch, capsy
     lost = f"W&B: lost (it is gone); all of it is in {folder}"
     assert capsys.readouterr().out.splitlines()[-1] == lost
     assert (folder / "profile.json").exists()
+    assert list((tmp_path / "run").iterdir()) == [
+        folder
+    ]  # a training begins there as if nothing were
