@@ -32,7 +32,7 @@ from rsnet.wandb_log import WandbLog
 
 OWN = ("profile", "profile_steps", "profile_sweep", "profile_limit")  # not of a training
 TRACED_STEPS = 3
-TRACE = "trace.json.gz"  # a tenth of the bytes, which W&B's time for uploads is too short for
+TRACE = "trace.json.gz"  # W&B's time for uploads is too short for ten times the bytes
 
 
 class ProfileRun:
