@@ -26,6 +26,8 @@ def make_trainer(
     """Objective, optimizer, schedule and all that `config` adds to them; `model` lies on `device`."""
     c = config
     objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
+    if c.compile:
+        objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
     return Trainer(
         distributed.wrap(
             objective,

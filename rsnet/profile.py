@@ -165,7 +165,9 @@ def time_steps(
 ) -> Times:
     """Whole updates, split into waiting for data, forward at each size, losses, backward and optimizer."""
     watch = Stopwatch(trainer.device)
-    hooks = _hooks(trainer.objective, model, watch)
+    # A compiled objective has no inside, and hooks would cut its graph.
+    is_compiled = any(m._compiled_call_impl is not None for m in trainer.objective.modules())
+    hooks = [] if is_compiled else _hooks(trainer.objective, model, watch)
     trainer.objective.train()
     parts: list[dict[str, float]] = []
     try:
@@ -175,7 +177,7 @@ def time_steps(
                 batch = next(source)
                 watch.mark("data")
                 trainer.forward_backward(batch, last=micro == trainer.accumulate - 1)
-                watch.mark("backward")
+                watch.mark("forward and backward" if is_compiled else "backward")
             trainer.update()
             watch.mark("optimizer")
             found = watch.read()

@@ -17,9 +17,10 @@ from rsnet.store import Store
 
 # Options that do not change what is computed; batch_size and accumulate only by their product.
 ASIDE = {
-    "accumulate", "allow_change", "batch_size", "checkpoint_every", "data", "device", "evaluate", "keep",
-    "log_interval", "on_nonfinite", "on_save_error", "output", "resume", "timeout", "wandb", "wandb_name",
-    "num_classes", "profile", "profile_limit", "profile_steps", "profile_sweep", "wandb_project",
+    "accumulate", "allow_change", "batch_size", "checkpoint_every", "compile", "data", "device", "evaluate",
+    "keep", "log_interval", "num_classes", "on_nonfinite", "on_save_error", "output", "profile",
+    "profile_limit", "profile_steps", "profile_sweep", "resume", "timeout", "wandb", "wandb_name",
+    "wandb_project",
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def run(
         resolve,
         world_size=distributed.world_size(),
         device_type="cuda" if device.type == "cuda" else "cpu",
-        has_bf16=_has_bf16(device),
+        has_bf16=has_bf16(device),
         trained=content["network"] if content else None,
         previous=None if config.evaluate else content["config"] if content else start.config,
         previous_global_batch=content["global_batch"] if content else None,
@@ -129,6 +129,10 @@ def run(
         return session.train(source, content, start.continues)
     except torch.OutOfMemoryError as error:
         raise DataError(_out_of_memory(resolved, device)) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise DataError(f"--compile: {first_line(error)}; train without it") from error
     finally:
         display.stop()
         for loader in (loaders.train, loaders.val):
@@ -195,7 +199,7 @@ def _set_up_torch(config: ResolvedConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 itself; emulated, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -14,7 +14,8 @@ SOURCES = sorted(
 ANYONE = {"pipelines.batch", "pipelines.cli", "pipelines.errors", "pipelines.files"}
 # What of the project a module of rsnet may import. Those not named are free, as run and session are.
 ARROWS = {
-    "rsnet.config": {"pipelines.errors", "rsnet.recipes"},
+    "rsnet.config": {"pipelines.errors", "rsnet.recipes", "rsnet.rules"},
+    "rsnet.rules": {"rsnet.config"},  # for its type checker
     "rsnet.recipes": set(),
     "rsnet.resolve": {"pipelines.errors", "rsnet.config", "rsnet.recipes"},
     "rsnet.ema": {"rsnet.models.switchable"},

@@ -55,6 +55,7 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--kd-type both", "invalid choice 'both' for argument '-t/--kd-type'"),
         ("--workers 0", "--workers 0: at least one thread"),
         ("--evaluate", "--evaluate: say which checkpoint"),
+        ("--evaluate --profile --resume auto", "--evaluate and --profile: choose one"),
         ("--profile-limit 0", "--profile-limit 0.0: must be a positive number of seconds"),
         ("--bacth-size 3", "--bacth-size: there is no such option; did you mean --batch-size?"),
         ("--worker=3", "--worker: there is no such option; did you mean --workers?"),

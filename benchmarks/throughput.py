@@ -1,0 +1,247 @@
+"""What a training step costs beside the original code's way of working: time, memory, the loss.
+
+    python -m benchmarks.throughput --arch parallel_resnet18 parallel_mobilenetv2
+    python -m benchmarks.throughput --arch parallel_resnet18 --data /imagenet
+
+(a) is `benchmarks.plain`, (b) is this trainer with its defaults for the device. They alternate, step by step,
+in one run; the ratio of their medians is the figure to trust. Memory is each one's, in a process of its own.
+With --data also: (b) fed by DALI, beside the slower of its loader alone and its computation alone. Prints one
+JSON object per network. The loaders have a script of their own, `benchmarks.loaders`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+import tyro
+from torch import Tensor, nn
+
+from benchmarks.plain import PlainStep
+from pipelines import dali
+from pipelines.batch import Batch, LoaderSpec
+from rsnet import profile
+from rsnet.assemble import AMP_DTYPES, make_trainer
+from rsnet.config import TrainConfig
+from rsnet.engine import Trainer
+from rsnet.models.zoo import build, gflops
+from rsnet.resolve import ResolvedConfig, resolve
+from rsnet.run import has_bf16
+
+CLASSES = 1000
+LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
+
+
+@dataclass(frozen=True)
+class Options:
+    arch: tuple[str, ...] = ("parallel_resnet18", "parallel_resnet50", "parallel_mobilenetv2")
+    """ResNets and MobileNetV2."""
+
+    sizes: tuple[int, ...] = (224, 192, 160, 128, 96)
+    """Input sizes."""
+
+    batch_size: int = 16
+    """Images a step."""
+
+    rounds: int = 6
+    """Steps of each; the first is not counted."""
+
+    curve: int = 0
+    """Steps over which the losses are compared, on four batches in turn."""
+
+    data: Path | None = None
+    """Folder with train/ and val/, for the loader and the whole."""
+
+    workers: int = 2
+    """DALI's threads."""
+
+
+def measure(arch: str, o: Options) -> dict[str, Any]:
+    """All figures of one network."""
+    found: dict[str, Any] = {"arch": arch, "step": compare_steps(arch, o)}
+    found["peak_memory_mb"] = {
+        which: in_new_process(peak_memory_mb, which, arch, o) for which in SIDES
+    }
+    if o.curve:
+        found["loss"] = compare_losses(arch, o)
+    if o.data:
+        found["end_to_end"] = end_to_end(arch, o)
+    return found
+
+
+def compare_steps(arch: str, o: Options) -> dict[str, Any]:
+    """Seconds a step, alternating."""
+    steps = {which: make_step(which, arch, o) for which in SIDES}
+    batch = make_batches(o, 1)[0]
+    taken: dict[str, list[float]] = {which: [] for which in SIDES}
+    for i in range(o.rounds):
+        for which, step in steps.items():
+            start = time.perf_counter()
+            step(batch)
+            profile.synchronize(batch.labels.device)
+            if i > 0:
+                taken[which].append(time.perf_counter() - start)
+    medians = {which: statistics.median(seconds) for which, seconds in taken.items()}
+    return {
+        "images_per_s": {which: round(o.batch_size / s, 2) for which, s in medians.items()},
+        "seconds_from_to": {w: [round(min(s), 3), round(max(s), 3)] for w, s in taken.items()},
+        "over_plain": round(medians["plain"] / medians["ours"], 2),
+    }
+
+
+def compare_losses(arch: str, o: Options) -> dict[str, Any]:
+    """How far the losses of (b), in its precision and in float32, are from (a)'s, relative to them."""
+    batches = make_batches(o, 4)
+    curves = {}
+    for which in (*SIDES, "ours in float32"):
+        step = make_step(which, arch, o)
+        curves[which] = [step(batches[i % len(batches)]) for i in range(o.curve)]
+    plain = curves.pop("plain")
+    off = {
+        which: [abs(x - y) / y for x, y in zip(curve, plain, strict=True)]
+        for which, curve in curves.items()
+    }
+    return {
+        "first_and_last": {w: [round(c[0], 4), round(c[-1], 4)] for w, c in curves.items()}
+        | {"plain": [round(plain[0], 4), round(plain[-1], 4)]},
+        "mean_difference": {which: round(statistics.mean(d), 5) for which, d in off.items()},
+        "largest_difference": {which: round(max(d), 5) for which, d in off.items()},
+    }
+
+
+def peak_memory_mb(which: str, arch: str, o: Options) -> float:
+    """Of a step, with weights and momentum, without batch and libraries. On a CPU of the whole process."""
+    batch = make_batches(o, 1)[0]
+    device = batch.labels.device
+    before = _memory_mb(device)
+    step = make_step(which, arch, o)
+    for _ in range(3):
+        step(batch)
+    return round(_memory_mb(device) - before)
+
+
+def end_to_end(arch: str, o: Options) -> dict[str, Any]:
+    """Images/s of (b): loader alone, computation alone, both; the last as a share of the slower one."""
+    config, device = _config(arch, o, "auto"), _device()
+    spec = LoaderSpec(
+        config.data, o.sizes, o.batch_size, device, AMP_DTYPES[config.amp] or torch.float32
+    )
+    loader = dali.make_loaders(dali.DaliOptions(workers=o.workers), spec).train
+    assert loader is not None
+    trainer, model = _make_ours(arch, o, "auto")
+    cost = sum(gflops(model, size) for size in o.sizes)
+    rounds = [profile.profile(trainer, model, loader, cost, o.rounds) for _ in range(3)]
+    loader.close()
+    found = {
+        name: statistics.median(p.images_per_s(getattr(p, name)) for p in rounds)
+        for name in ("loader", "compute", "end_to_end")
+    }
+    share = found["end_to_end"] / min(found["loader"], found["compute"])
+    return {name: round(speed, 2) for name, speed in found.items()} | {"share": round(share, 3)}
+
+
+def make_step(which: str, arch: str, o: Options) -> Callable[[Batch], float]:
+    """(a) or (b), from the same weights; a call is an update, and returns its loss."""
+    if which == "plain":
+        plain = PlainStep(make_network(arch).to(_device()), len(o.sizes), LR, MOMENTUM, DECAY)
+        return lambda batch: plain(batch.images, batch.labels)
+    trainer, _ = _make_ours(arch, o, "off" if which == "ours in float32" else "auto")
+    trainer.objective.train()
+    dtype = trainer.amp or torch.float32
+
+    def step(batch: Batch) -> float:
+        images = tuple(x.to(dtype, memory_format=torch.channels_last) for x in batch.images)
+        terms = trainer.forward_backward(Batch(images, batch.labels), last=True)
+        trainer.update()
+        return terms["total"].item()
+
+    return step
+
+
+SIDES = ("plain", "ours")
+
+
+def make_network(arch: str) -> nn.Module:
+    """torchvision's, initialised alike every time."""
+    torch.manual_seed(0)
+    name = {"mobilenetv2": "mobilenet_v2"}.get(
+        arch.removeprefix("parallel_"), arch.removeprefix("parallel_")
+    )
+    options = {"dropout": 0.0} if name == "mobilenet_v2" else {}
+    network: nn.Module = torchvision.models.get_model(name, num_classes=CLASSES, **options)
+    return network
+
+
+def make_batches(o: Options, count: int) -> list[Batch]:
+    """Noise, with labels that could be learnt by heart."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(size: int) -> Tensor:
+        return torch.randn(o.batch_size, 3, size, size, generator=generator).to(_device())
+
+    labels = [
+        torch.randint(0, CLASSES, (o.batch_size,), generator=generator).to(_device())
+        for _ in range(count)
+    ]
+    return [Batch(tuple(map(noise, o.sizes)), y) for y in labels]
+
+
+def _make_ours(arch: str, o: Options, amp: str) -> tuple[Trainer, Any]:
+    model = build(arch, CLASSES, o.sizes)
+    weights = make_network(arch).state_dict()
+    own = model.network.state_dict()
+    model.network.load_state_dict({k: weights[re.sub(r"\.by_resolution\.\d+", "", k)] for k in own})
+    model = model.to(_device()).to(memory_format=torch.channels_last)
+    return make_trainer(_config(arch, o, amp), model, CLASSES, 1000, _device()), model
+
+
+def _config(arch: str, o: Options, amp: str) -> ResolvedConfig:
+    config = TrainConfig(
+        data=o.data or Path(), arch=arch, sizes=o.sizes, batch_size=o.batch_size, lr=LR, momentum=MOMENTUM,
+        weight_decay=DECAY, amp=None if amp == "auto" else "off", epochs=100,
+    )  # fmt: skip
+    kind = "cuda" if _device().type == "cuda" else "cpu"
+    return resolve(config, world_size=1, device_type=kind, has_bf16=has_bf16(_device()))  # type: ignore[arg-type]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status").read_text()
+    return float(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1e3
+
+
+def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def main(o: Options) -> None:
+    device = _device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    cpus = len(os.sched_getaffinity(0))
+    print(
+        json.dumps(
+            {"device": name, "cpus": cpus, "torch": torch.__version__, "batch": o.batch_size}
+        )
+    )
+    for arch in o.arch:
+        print(json.dumps(measure(arch, o), indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
