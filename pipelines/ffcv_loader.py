@@ -12,8 +12,8 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import ffcv_decode
-from pipelines.batch import Batch, Draws, LoaderSpec, PixelNormalizer, byte_table
+from pipelines.batch import Batch, Draws, LoaderSpec, PixelNormalizer
 from pipelines.beton_file import Beton, broken_sample
 from pipelines.errors import DataError
 from pipelines.ffcv import FfcvOptions
 from pipelines.ffcv_decode import CUT_OFF, FINE, Views
+from pipelines.host import HostBatch, as_array, as_images, finished, new_blocks, pixel_table
 from pipelines.page_order import PageSchedule
 from pipelines.sampling import Indices, Schedule, ScheduledLoader, draw, schedule_for
 from pipelines.turbojpeg import JpegDecoder
 
-CHUNK = 4  # images a task: few, so that the threads finish a batch together
 READ_AHEAD = 8  # batches, quasi-random order
 
 
@@ -50,8 +50,7 @@ class FfcvLoader(ScheduledLoader):
         super().__init__(_schedule(options, spec, beton, training))
         self._options, self._spec, self._beton, self._classes = options, spec, beton, classes
         self._normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
-        on_cpu = spec.device.type == "cpu"
-        self._table = _numpy(byte_table(spec.dtype, spec.normalize)) if on_cpu else None
+        self._table = pixel_table(spec) if spec.device.type == "cpu" else None
         self._workers: _Workers | None = None
 
     def _fingerprint(self) -> str:
@@ -64,22 +63,12 @@ class FfcvLoader(ScheduledLoader):
         workers = self._workers
         batches = list(self.schedule.batches(epoch, first_step))
         pages = _PageAdvice(self._options, workers, self._beton, batches)
-        ahead = self._options.prefetch
-        started: deque[_Started] = deque()
-        try:
-            for step in range(len(batches) + ahead):
-                if self._workers is not workers:
-                    raise RuntimeError("the loader was closed while it was read")
-                if step < len(batches):
-                    pages.before(step)
-                    started.append(self._start(workers, epoch, batches[step]))
-                if step >= ahead:
-                    batch = self._finish(started.popleft())
-                    pages.after(step - ahead)
-                    yield batch
-        finally:
-            for abandoned in started:
-                abandoned.cancel()
+        works = self._started(workers, epoch, batches, pages)
+        for step, batch in enumerate(finished(works, ahead=self._options.prefetch)):
+            pages.after(step)
+            yield batch
+            if self._workers is not workers:
+                raise RuntimeError("the loader was closed while it was read")
 
     def close(self) -> None:
         """End the threads and close the file; a later iteration starts them anew."""
@@ -87,7 +76,14 @@ class FfcvLoader(ScheduledLoader):
             self._workers.close()
             self._workers = None
 
-    def _start(self, workers: _Workers, epoch: int, indices: Indices) -> _Started:
+    def _started(
+        self, workers: _Workers, epoch: int, batches: list[Indices], pages: _PageAdvice
+    ) -> Iterator[HostBatch]:
+        for step, indices in enumerate(batches):
+            pages.before(step)
+            yield self._start(workers, epoch, indices)
+
+    def _start(self, workers: _Workers, epoch: int, indices: Indices) -> HostBatch:
         spec, count = self._spec, len(indices)
         buffer, blocks = self._buffers(count)
         status = np.empty(count, np.uint8)
@@ -97,61 +93,53 @@ class FfcvLoader(ScheduledLoader):
         if self.schedule.training:
             views = ffcv_decode.training_views
             draws = (draw(spec.seed, epoch, indices, len(spec.sizes), spec.flip),)
-        outs = tuple(_numpy(block) for block in blocks)
-        tasks = [
-            workers.submit(
-                views, samples, *draws, first, min(first + CHUNK, count), self._table, outs, status
-            )
-            for first in range(0, count, CHUNK)
-        ]
-        return _Started(indices, buffer, blocks, status, tasks)
+        outs = tuple(as_array(block) for block in blocks)
+
+        def fill(first: int, last: int) -> None:
+            workers.run(views, samples, *draws, first, last, self._table, outs, status)
+
+        finish = partial(self._finish, indices, buffer, blocks, status)
+        return HostBatch(workers.pool, count, fill, finish)
 
     def _buffers(self, count: int) -> tuple[Tensor | None, list[Tensor]]:
         """One (count, s, 3 * s) block per size: on the CPU of the compute dtype, where the threads write
         what the network reads; for a GPU bytes, views of one pinned buffer, which goes there at once.
         """
-        shapes = [(count, s, 3 * s) for s in self._spec.sizes]
         if self._spec.device.type == "cpu":
-            return None, [torch.empty(shape, dtype=self._spec.dtype) for shape in shapes]
+            return None, new_blocks(self._spec, count)
+        shapes = [(count, s, 3 * s) for s in self._spec.sizes]
         lengths = [math.prod(shape) for shape in shapes]
         buffer = torch.empty(sum(lengths), dtype=torch.uint8, pin_memory=True)
         blocks = zip(torch.split(buffer, lengths), shapes, strict=True)
         return buffer, [block.view(shape) for block, shape in blocks]
 
-    def _finish(self, started: _Started) -> Batch:
-        for task in started.tasks:
-            task.result()
-        if (started.status != FINE).any():
-            raise self._explained(started)
-        blocks = started.blocks
-        labels = torch.from_numpy(self._beton.labels[started.indices])
-        if started.buffer is not None:
-            pixels = started.buffer.to(self._spec.device, non_blocking=True).view(-1, 3)
-            numbers = self._normalized(pixels).view(-1)
-            blocks = list(torch.split(numbers, [block.numel() for block in blocks]))
+    def _finish(
+        self,
+        indices: Indices,
+        buffer: Tensor | None,
+        blocks: list[Tensor],
+        status: NDArray[np.uint8],
+    ) -> Batch:
+        """The batch once the threads are done; `status` says of each sample how it went."""
+        if (status != FINE).any():
+            raise self._explained(indices, status)
+        labels = torch.from_numpy(self._beton.labels[indices])
+        if buffer is not None:
+            pixels = buffer.to(self._spec.device, non_blocking=True).view(-1, 3)
+            numbers = torch.split(self._normalized(pixels).view(-1), [b.numel() for b in blocks])
+            blocks = [n.view(b.shape) for n, b in zip(numbers, blocks, strict=True)]
             labels = labels.pin_memory().to(self._spec.device, non_blocking=True)
-        images = tuple(
-            block.view(len(labels), s, s, 3).permute(0, 3, 1, 2)
-            for s, block in zip(self._spec.sizes, blocks, strict=True)
-        )
-        return Batch(images, labels)
+        return Batch(as_images(blocks), labels)
 
-    def _explained(self, started: _Started) -> DataError:
-        first = int(np.argmax(started.status != FINE))
-        index = int(started.indices[first])
+    def _explained(self, indices: Indices, status: NDArray[np.uint8]) -> DataError:
+        first = int(np.argmax(status != FINE))
+        index = int(indices[first])
         reason = (
             "the file ends before it does"
-            if started.status[first] == CUT_OFF
+            if status[first] == CUT_OFF
             else "its JPEG does not decode without fault"
         )
         return broken_sample(self._beton, index, self._classes[self._beton.labels[index]], reason)
-
-
-def _numpy(tensor: Tensor) -> NDArray[Any]:
-    """The same memory; of the 16-bit types, which numpy or numba lack, the bits."""
-    bits = tensor.view(torch.int16) if tensor.itemsize == 2 else tensor
-    array: NDArray[Any] = bits.numpy()
-    return array
 
 
 def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bool) -> Schedule:
@@ -161,33 +149,16 @@ def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bo
     return PageSchedule(**vars(schedule), pages=beton.pages)
 
 
-@dataclass(frozen=True)
-class _Started:
-    """A batch in the works: `status` says of each sample how it went, once the tasks are done."""
-
-    indices: Indices
-    buffer: Tensor | None
-    blocks: list[Tensor]
-    status: NDArray[np.uint8]
-    tasks: list[Future[None]]
-
-    def cancel(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-
-
 class _Workers:
     """Threads that share an open file; each task borrows a decoder."""
 
     def __init__(self, threads: int, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
         self._decoders: deque[JpegDecoder] = deque()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
 
-    def submit(self, views: Views, *arguments: Any) -> Future[None]:
-        return self._pool.submit(self._run, views, arguments)
-
-    def _run(self, views: Views, arguments: tuple[Any, ...]) -> None:
+    def run(self, views: Views, *arguments: Any) -> None:
+        """Call it, on one of the pool's threads, with the file and a decoder."""
         try:
             decoder = self._decoders.pop()
         except IndexError:  # as many tasks run as decoders were made so far
@@ -202,7 +173,7 @@ class _Workers:
         os.posix_fadvise(self._file.fileno(), page * page_size, page_size, advice)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
         self._file.close()
 
 

@@ -14,15 +14,14 @@ from pipelines.beton_verify import reasons
 from pipelines.errors import DataError, UsageError
 from pipelines.ffcv import FfcvOptions
 from pipelines.ffcv_loader import FfcvLoader
-from pipelines.resample import MIN_SIZE
+from pipelines.host import check_sizes
 
 
 def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Loaders:
     """As `ffcv.make_loaders`."""
     if not spec.data.is_dir():
         raise UsageError(f"--data: there is no folder {spec.data}")
-    if min(spec.sizes) < MIN_SIZE:
-        raise UsageError(f"--sizes {min(spec.sizes)}: at least {MIN_SIZE} pixels")
+    check_sizes(spec)
     paths = [
         spec.data / f"{split}.beton" for split in (("train", "val") if with_train else ("val",))
     ]
