@@ -1,4 +1,6 @@
-"""DALI: decode once, crop once, resize to every size. On the GPU where there is one, else on the CPU.
+"""DALI: decode once, crop once, resize to every size. On the GPU where there is one.
+
+Without a GPU DALI reads, decodes and crops, and `dali_host` does what is left.
 
 Order, crops, flips and augmentations come from `sampling`; DALI reads, decodes and computes. Its own
 reader and generators are not used, because they depend on the number of shards and cannot start in
@@ -8,8 +10,8 @@ mid-epoch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +23,15 @@ from pipelines.dali_graph import (
     AUGMENTATION_NUMBERS,
     DaliOptions,
     build,
+    crop_graph,
     eval_graph,
+    image_graph,
     path_batch,
     training_graph,
 )
+from pipelines.dali_host import Resizer
 from pipelines.folder import ImageFolder, explain_failure, scan_train_val
+from pipelines.host import HostBatch, check_sizes, finished
 from pipelines.sampling import (
     AUGMENTATION_LANE,
     Indices,
@@ -35,6 +41,8 @@ from pipelines.sampling import (
     uniforms,
 )
 from pipelines.verified import skip_bad
+
+Taken = TypeVar("Taken", Batch, HostBatch)
 
 __all__ = ["DaliLoader", "DaliOptions", "make_loaders"]
 
@@ -64,13 +72,27 @@ class DaliLoader(ScheduledLoader):
         self._spec, self._folder = spec, folder
         self._feed = _Feed(spec, folder, training)
         self._options = options
+        self._on_gpu = spec.device.type == "cuda"
+        if not self._on_gpu:
+            check_sizes(spec)
         self._pipeline: Any = None
+        self._resizer: Resizer | None = None
         self._started = False
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        if self._on_gpu:
+            return self._outputs(epoch, first_step, self._on_device)
+        if self._resizer is None:
+            self._resizer = Resizer(self._spec, self._options.workers)
+        # One batch is resized while the next is waited for; DALI prepares those behind it.
+        return finished(self._outputs(epoch, first_step, self._resizer.start), ahead=1)
+
+    def _outputs(
+        self, epoch: int, first_step: int, take: Callable[[tuple[Any, ...], Tensor], Taken]
+    ) -> Iterator[Taken]:
+        """What `take` makes of the graph's outputs and the labels of each batch."""
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
-            graph = training_graph if self.schedule.training else eval_graph
-            self._pipeline = build(graph, self._feed, self._options, self._spec)
+            self._pipeline = build(self._graph(), self._feed, self._options, self._spec)
         self._drain()
         self._feed.start(self.schedule.batches(epoch, first_step), epoch)
         for step in range(first_step, self.schedule.steps):
@@ -79,7 +101,7 @@ class DaliLoader(ScheduledLoader):
                     self._started = True
                     self._pipeline.schedule_run()
                 outputs = self._pipeline.share_outputs(**self._stream())
-                images = tuple(self._to_torch(output) for output in outputs)
+                taken = take(outputs, self._labels(self._feed.in_flight[0]))
                 self._pipeline.release_outputs()
                 self._pipeline.schedule_run()
             except RuntimeError as error:
@@ -87,15 +109,25 @@ class DaliLoader(ScheduledLoader):
                 self.close()  # DALI's pipelines do not survive an error
                 reason_of = Decoder().reason
                 raise explain_failure(suspects, error, self._spec.data, reason_of) from error
-            indices = self._feed.in_flight.popleft()
-            yield Batch(images, self._labels(indices))
+            self._feed.in_flight.popleft()
+            yield taken
+
+    def _graph(self) -> Any:
+        if self._on_gpu:
+            return training_graph if self.schedule.training else eval_graph
+        return crop_graph if self.schedule.training else image_graph
+
+    def _on_device(self, outputs: tuple[Any, ...], labels: Tensor) -> Batch:
+        return Batch(tuple(self._to_torch(output) for output in outputs), labels)
 
     def _fingerprint(self) -> str:
         return self._folder.fingerprint()
 
     def close(self) -> None:
         """End DALI's threads and free its memory; a later iteration builds it anew."""
-        self._pipeline, self._started = None, False
+        if self._resizer is not None:
+            self._resizer.close()
+        self._pipeline, self._resizer, self._started = None, None, False
         self._feed.stop()
 
     def _drain(self) -> None:

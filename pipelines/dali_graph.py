@@ -1,6 +1,6 @@
-"""DALI's graphs: encoded files and random numbers in, five normalised sizes out. The only user of DALI.
+"""DALI's graphs: encoded files and random numbers in. The only user of DALI.
 
-The same graph runs on the GPU and on the CPU; the device decides where it decodes.
+On a GPU five normalised sizes come out. On the CPU the decoded bytes do, which `dali_host` resizes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DaliOptions:
     """Reading with DALI."""
 
     workers: Annotated[int, arg(aliases=("-j",))] = 4
-    """CPU threads that read and decode."""
+    """CPU threads that read and decode; without a GPU as many others resize."""
 
     decoder_hw_load: float = 0.65
     """Share of the images that the GPU's JPEG engine decodes (A100, H100, ...), 0 to 1."""
@@ -74,7 +74,7 @@ def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any
     """The built pipeline of one of the graphs below."""
     on_gpu = spec.device.type == "cuda"
     # Augmentation needs `if` over a part of a batch, which makes DALI rewrite the graph's source.
-    conditional = graph is training_graph and spec.auto_augment is not None
+    conditional = graph in (training_graph, crop_graph) and spec.auto_augment is not None
     pipeline = pipeline_def(graph, enable_conditionals=conditional)(
         feed,
         options,
@@ -88,7 +88,8 @@ def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any
     return pipeline
 
 
-def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+def crop_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, Any]:
+    """Training's crops as bytes, (height, width, 3), and (S,) int32 flips."""
     paths, area, ratio, position, flips, *numbers = fn.external_source(
         source=feed, num_outputs=5 if spec.auto_augment is None else 6, batch=True
     )
@@ -100,10 +101,21 @@ def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[
     )
     if spec.auto_augment is not None:
         crop = _augmented(crop, shape, numbers[0], spec.auto_augment)
+    return crop, flips
+
+
+def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+    crop, flips = crop_graph(feed, options, spec)
     return tuple(
         _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
         for i, size in enumerate(spec.sizes)
     )
+
+
+def image_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any]:
+    """Evaluation's images as bytes, (height, width, 3)."""
+    (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
+    return (_whole(paths, **_decoder(options, spec.device))[1],)
 
 
 def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:

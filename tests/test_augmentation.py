@@ -20,7 +20,7 @@ from pipelines.errors import UsageError
 from pipelines.folder import scan_train_val
 from pipelines.sampling import AUGMENTATION_LANE, draw, uniforms
 from tests.conftest import write_photo
-from tests.test_dali import devices
+from tests.test_dali import devices, with_the_graph_of_a_gpu
 
 SIZES = (64, 32)
 TORCHVISION = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
@@ -205,7 +205,13 @@ def test_crops_of_a_few_pixels_are_augmented(tmp_path, backend, kind, recwarn):
     assert not recwarn.list
 
 
-def test_only_augmented_training_pays_for_dalis_conditionals(spec, monkeypatch):
+@pytest.mark.parametrize(
+    ("on_gpu", "training", "evaluation"),
+    [(False, "crop_graph", "image_graph"), (True, "training_graph", "eval_graph")],
+)
+def test_only_augmented_training_pays_for_dalis_conditionals(
+    spec, monkeypatch, on_gpu, training, evaluation
+):
     built = []
     real = dali_graph.pipeline_def
 
@@ -215,13 +221,14 @@ def test_only_augmented_training_pays_for_dalis_conditionals(spec, monkeypatch):
 
     monkeypatch.setattr(dali_graph, "pipeline_def", spy)
     for each in (spec, replace(spec, auto_augment="trivial")):
-        for loader in _loaders("dali", each)[:2]:
+        loaders = _loaders("dali", each)
+        for loader in (with_the_graph_of_a_gpu(loaders) if on_gpu else loaders)[:2]:
             next(iter(loader))
     assert built == [
-        ("training_graph", False),
-        ("eval_graph", False),
-        ("training_graph", True),
-        ("eval_graph", False),
+        (training, False),
+        (evaluation, False),
+        (training, True),
+        (evaluation, False),
     ]
 
 

@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import needs_ffcv, write_photo
-
-pytestmark = needs_ffcv
-resample = pytest.importorskip("pipelines.resample")
-
-from pipelines.batch import Rectangle, View, eval_view  # noqa: E402
+from pipelines import resample
+from pipelines.batch import Rectangle, View, eval_view
+from tests.conftest import write_photo
 
 
 @pytest.fixture(scope="module")
