@@ -1,6 +1,6 @@
 """The last part of DALI's work where there is no GPU: decoded pictures to every size, on threads of our own.
 
-DALI's own resize took four fifths of the time of its CPU graph, and is further from PIL's.
+DALI's own resize took three quarters of the time of its CPU graph, and is as far from PIL's.
 """
 
 from __future__ import annotations
