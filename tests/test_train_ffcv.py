@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines import dali, ffcv
 from rsnet.run import main
@@ -42,7 +43,7 @@ def _metrics(run: Path) -> list[dict]:
 
 
 def test_the_run_is_the_one_that_dali_gives(train, photos):
-    """Same order, crops and labels: the losses agree to what the decoders differ by."""
+    """Same order, crops and labels; on a CPU the same pixels, else they differ by what the decoders do."""
     assert train("train_dali.py", dali, dali.DaliOptions, "-d", photos, *RUN, "-c", "a")[0] == 0
     beton = beton_of(photos)
     code, out, _ = train("train_ffcv.py", ffcv, ffcv.FfcvOptions, "-d", beton, *RUN, "-c", "b")
@@ -53,7 +54,8 @@ def test_the_run_is_the_one_that_dali_gives(train, photos):
     for one, two in zip(_metrics(Path("a")), _metrics(Path("b")), strict=True):
         assert set(one) == set(two)
         if one.get("step") == 1 and "train/ce/32" in one:
-            assert one["train/ce/32"] == pytest.approx(two["train/ce/32"], abs=0.05)
+            tolerance = 0.05 if torch.cuda.is_available() else 0
+            assert one["train/ce/32"] == pytest.approx(two["train/ce/32"], rel=0, abs=tolerance)
 
 
 def test_a_finished_run_is_continued(train, photos):
