@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rsnet.models import depthwise
 from rsnet.models.depthwise import DepthwiseConv2d, use_depthwise_convolutions
 
 
@@ -21,10 +22,16 @@ def _run(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor, amp: bool):
 
 
 @pytest.mark.parametrize(
+    "chunk", [2**20, 24 * 81 * 3, 1]
+)  # four images at once, 3 and 1, one by one
+@pytest.mark.parametrize(
     ("kernel", "stride", "pixels"),
     [(3, 2, 15), (5, 1, 9), (5, 2, 8), (3, 2, 1), ((3, 5), (2, 1), 7)],
 )
-def test_it_is_a_plain_convolution_with_gradients_nearer_to_float64(kernel, stride, pixels):
+def test_it_is_a_plain_convolution_with_gradients_nearer_to_float64(
+    kernel, stride, pixels, chunk, monkeypatch
+):
+    monkeypatch.setattr(depthwise, "CHUNK", chunk)
     sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     half = tuple(k // 2 for k in sides)
     plain = nn.Conv2d(24, 24, kernel, stride, half, groups=24, bias=False)
