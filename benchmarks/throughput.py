@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -34,6 +34,7 @@ from rsnet import profile
 from rsnet.assemble import AMP_DTYPES, make_trainer
 from rsnet.config import TrainConfig
 from rsnet.engine import Trainer
+from rsnet.models.recompute import use_recomputation
 from rsnet.models.zoo import build, gflops
 from rsnet.resolve import ResolvedConfig, resolve
 from rsnet.run import has_bf16
@@ -58,6 +59,9 @@ class Options:
 
     curve: int = 0
     """Steps over which the losses are compared, on four batches in turn."""
+
+    recompute: Literal["off", "norm", "blocks"] = "off"
+    """Of (b)."""
 
     data: Path | None = None
     """Folder with train/ and val/, for the loader and the whole."""
@@ -201,6 +205,8 @@ def _make_ours(arch: str, o: Options, amp: str) -> tuple[Trainer, Any]:
     weights = make_network(arch).state_dict()
     own = model.network.state_dict()
     model.network.load_state_dict({k: weights[re.sub(r"\.by_resolution\.\d+", "", k)] for k in own})
+    if o.recompute != "off":
+        use_recomputation(model.network, o.recompute)
     model = model.to(_device()).to(memory_format=torch.channels_last)
     return make_trainer(_config(arch, o, amp), model, CLASSES, 1000, _device()), model
 

@@ -139,6 +139,9 @@ class TrainConfig:
     compile: bool = False
     """Compile a step's forward and backward, all sizes in one graph (torch.compile): minutes at the start."""
 
+    recompute: Literal["off", "norm", "blocks"] = "off"
+    """Save memory: keep outputs of convolutions, or inputs of blocks, and compute the rest twice."""
+
     sync_bn: bool = False
     """BatchNorm over the batches of all processes, still private to each size; needs GPUs."""
 
@@ -215,6 +218,10 @@ class TrainConfig:
                 raise UsageError(f"{flag} {shown}".rstrip() + f": {rule}")
         if self.evaluate and self.is_profile:
             raise UsageError("--evaluate and --profile: choose one of them")
+        if self.compile and self.recompute != "off":
+            raise UsageError(
+                "--compile and --recompute: choose one; the compiler recomputes by itself"
+            )
         if self.evaluate and self.resume is None:
             raise UsageError(
                 "--evaluate: say which checkpoint, with --resume PATH or --resume auto"

@@ -19,8 +19,8 @@ from rsnet.store import Store
 ASIDE = {
     "accumulate", "allow_change", "batch_size", "checkpoint_every", "compile", "data", "device", "evaluate",
     "keep", "log_interval", "num_classes", "on_nonfinite", "on_save_error", "output", "profile",
-    "profile_limit", "profile_steps", "profile_sweep", "resume", "timeout", "wandb", "wandb_name",
-    "wandb_project",
+    "profile_limit", "profile_steps", "profile_sweep", "recompute", "resume", "timeout", "wandb",
+    "wandb_name", "wandb_project",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from rsnet import checkpoint, distributed, report, watchdog
 from rsnet.assemble import AMP_DTYPES
 from rsnet.cli import as_command, parse
 from rsnet.config import TrainConfig
+from rsnet.models.recompute import use_recomputation
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import build, synchronize_batchnorm
 from rsnet.profile_run import ProfileRun
@@ -102,6 +103,8 @@ def run(
         )
         if resolved.sync_bn:
             synchronize_batchnorm(model, resolved.arch)
+        if resolved.recompute != "off":
+            use_recomputation(model.network, resolved.recompute)
         model = model.to(device).to(memory_format=torch.channels_last)
         network = checkpoint.describe(resolved, loaders.classes, outputs)
         if source and content:
@@ -187,7 +190,7 @@ def _out_of_memory(config: ResolvedConfig, device: torch.device) -> str:
     return (
         f"out of GPU memory, {peak:.1f} GB were in use: --batch-size {config.batch_size} at sizes {sizes}, "
         f"amp {config.amp}. Halve --batch-size and double --accumulate ({config.accumulate}), so that an "
-        "update keeps its images, or leave out sizes with --sizes-per-step"
+        "update keeps its images, set --recompute norm or blocks, or leave out sizes with --sizes-per-step"
     )
 
 

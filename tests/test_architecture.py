@@ -71,6 +71,7 @@ ARROWS = {
     "rsnet.models.single_pixel": set(),
     "rsnet.models.pointwise": set(),
     "rsnet.models.depthwise": set(),
+    "rsnet.models.recompute": {"rsnet.models.switchable"},
     "rsnet.models.stem": set(),
     "rsnet.models.resnet": set(),
     "rsnet.models.grow": set(),

@@ -56,6 +56,7 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--workers 0", "--workers 0: at least one thread"),
         ("--evaluate", "--evaluate: say which checkpoint"),
         ("--evaluate --profile --resume auto", "--evaluate and --profile: choose one"),
+        ("--compile --recompute norm", "--compile and --recompute: choose one"),
         ("--profile-limit 0", "--profile-limit 0.0: must be a positive number of seconds"),
         ("--bacth-size 3", "--bacth-size: there is no such option; did you mean --batch-size?"),
         ("--worker=3", "--worker: there is no such option; did you mean --workers?"),
