@@ -36,6 +36,7 @@ from rsnet.config import TrainConfig
 from rsnet.engine import Trainer
 from rsnet.models.recompute import use_recomputation
 from rsnet.models.zoo import build, gflops
+from rsnet.profile_report import images_per_s
 from rsnet.resolve import ResolvedConfig, resolve
 from rsnet.run import has_bf16
 
@@ -146,10 +147,8 @@ def end_to_end(arch: str, o: Options) -> dict[str, Any]:
     cost = sum(gflops(model, size) for size in o.sizes)
     rounds = [profile.profile(trainer, model, loader, cost, o.rounds) for _ in range(3)]
     loader.close()
-    found = {
-        name: statistics.median(p.images_per_s(getattr(p, name)) for p in rounds)
-        for name in ("loader", "compute", "end_to_end")
-    }
+    speeds = [images_per_s(p) for p in rounds]
+    found = {name: statistics.median(s[name] for s in speeds) for name in speeds[0]}
     share = found["end_to_end"] / min(found["loader"], found["compute"])
     return {name: round(speed, 2) for name, speed in found.items()} | {"share": round(share, 3)}
 

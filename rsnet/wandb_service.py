@@ -105,9 +105,8 @@ def log_results(run: Any, columns: list[str | int], rows: list[list[Any]], plot:
 def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:
     """One line of metrics, which W&B also takes for the run's summary; the plot and the files."""
     run.log({**figures, "profile/plot": wandb.Image(str(plot))})
-    for (
-        file
-    ) in files:  # a copy: W&B warns of links, and the next profile overwrites what they lead to
+    for file in files:
+        # W&B warns of links, and the next profile overwrites what they lead to.
         copy = shutil.copy(file, run.dir)
         run.save(copy, base_path=run.dir, policy="now", glob=False)
 

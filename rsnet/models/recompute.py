@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -106,7 +106,5 @@ def _again(norms: tuple[SwitchableBatchNorm2d, ...], active: int) -> Iterator[No
 def _both(
     first: AbstractContextManager[None], second: AbstractContextManager[None]
 ) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(first)
-        stack.enter_context(second)
+    with first, second:
         yield
