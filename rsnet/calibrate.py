@@ -24,7 +24,7 @@ from rsnet.engine import Trainer, evaluate, train_one_epoch
 from rsnet.losses import distillation, ensemble_logits
 from rsnet.models.grow import add_size, neighbours
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d, select_sizes
-from rsnet.models.zoo import build
+from rsnet.models.zoo import rebuild
 from rsnet.optim import LrSchedule, make_sgd
 
 State = dict[str, Tensor]
@@ -239,7 +239,4 @@ def _norms_of(model: ResolutionSwitchable, size: int) -> list[_BatchNorm]:
 def _network(
     network: Mapping[str, Any], sizes: list[int], device: torch.device
 ) -> ResolutionSwitchable:
-    arch, classes, width = network["arch"], network["num_classes"], network["width_mult"]
-    more = {key: network[key] for key in ("stem", "blurpool") if key in network}
-    model = build(arch, classes, sizes, width, **more)
-    return model.to(device).to(memory_format=torch.channels_last)
+    return rebuild(network, sizes).to(device).to(memory_format=torch.channels_last)

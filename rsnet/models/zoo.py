@@ -6,7 +6,7 @@ import copy
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+
+
+# What `build` has to know of a network that a checkpoint describes, besides arch, classes and sizes.
+REBUILT_BY = ("width_mult", "stem", "norm", "blurpool")
 
 
 def list_archs() -> list[str]:
@@ -87,6 +91,13 @@ def build(
         raise UsageError(f"--arch {arch}: {error}") from error
     _check_sizes(model, arch)
     return model
+
+
+def rebuild(network: Mapping[str, Any], sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
+    """The network that a checkpoint describes, at its sizes or others, without its weights."""
+    arch, classes = network["arch"], network["num_classes"]
+    more = {key: network[key] for key in REBUILT_BY if key in network}
+    return build(arch, classes, network["sizes"] if sizes is None else sizes, **more)
 
 
 def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
