@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rsnet import distributed
+from rsnet.bases import Bases
 from rsnet.ema import Ema
 from rsnet.engine import Trainer
 from rsnet.mixing import Mixer
@@ -37,7 +38,7 @@ def make_trainer(
             static=c.accumulate == 1 and c.sizes_per_step == len(c.sizes),
             compress=c.grad_compress == "bf16",
         ),
-        make_sgd(model, c.lr, c.momentum, c.weight_decay, c.decay == "all"),
+        make_sgd(model, c.lr, c.momentum, c.weight_decay, c.decay == "all", c.sgd == "nesterov"),
         LrSchedule(
             lr=c.lr,
             decay=c.lr_decay,
@@ -59,4 +60,5 @@ def make_trainer(
         else None,
         Ema(model, c.ema) if c.ema else None,
         c.most_skipped,
+        Bases(model) if c.is_quantized else None,
     )

@@ -15,10 +15,16 @@ from pipelines.batch import EVAL_CROP_RATIO
 from pipelines.errors import DataError, UsageError, blame
 from pipelines.files import write_whole
 from rsnet import original, torch_file
+from rsnet.models.quantize import FULL, full_precision_names, start_from_weights
 from rsnet.models.switchable import ResolutionSwitchable, select_sizes
 from rsnet.resolve import NETWORK_DEFAULTS, ResolvedConfig
 
 FORMAT = 1
+
+# What has to be the same so that weights fit.
+SAME_NETWORK = (
+    "arch", "width_mult", "stem", "norm", "blurpool", "mode", "qw", "qa", "tf_padding", "num_classes",
+)  # fmt: skip
 
 # What a run begins with, if the file that it starts from holds weights and nothing of a run.
 NEW_RUN: dict[str, Any] = {
@@ -35,6 +41,10 @@ def describe(config: ResolvedConfig, classes: list[str], num_classes: int) -> di
         "stem": config.stem,
         "norm": config.norm,
         "blurpool": config.blurpool,
+        "mode": config.mode,
+        "qw": config.qw,
+        "qa": config.qa,
+        "tf_padding": config.tf_padding,
         "sizes": list(config.sizes),
         "num_classes": num_classes,
         "classes": classes,
@@ -107,7 +117,7 @@ def require_match(trained: Mapping[str, Any], wanted: Mapping[str, Any], trainin
     Training goes on with the same arch, classes and sizes; an evaluation may take some of the sizes.
     """
     problems = []
-    for field in ("arch", "width_mult", "stem", "norm", "blurpool", "num_classes"):
+    for field in SAME_NETWORK:
         there, here = (x.get(field, NETWORK_DEFAULTS.get(field)) for x in (trained, wanted))
         if there != here:
             problems.append(f"--{field.replace('_', '-')} is {there} there and {here} here")
@@ -138,6 +148,26 @@ def load_weights(
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise DataError(reason) from error
+
+
+def start_from(model: ResolutionSwitchable, wanted: Mapping[str, Any], path: Path) -> None:
+    """Give `model`, described by `wanted`, the weights of a full-precision checkpoint, or their averages.
+
+    Raises UsageError if that is not of the same network, or quantized itself; DataError if it is damaged.
+    """
+    with blame("--init-from"):
+        content = load(path)
+    trained = content["network"]
+    bits = {name: wanted[name] for name in ("qw", "qa")}
+    with blame(f"--init-from: {path} does not fit"):
+        if any(trained.get(name, FULL) != FULL for name in bits):
+            raise UsageError("it is quantized itself; --resume goes on with it")
+        require_match({**trained, **bits}, wanted, training=False)
+        names = full_precision_names(model)
+        weights = {names.get(k, k): v for k, v in content.get("ema", content["model"]).items()}
+        own = {k: v for k, v in model.state_dict().items() if k not in names.values()}
+        load_weights(model, {"network": trained, "model": {**own, **weights}})
+    start_from_weights(model)
 
 
 def _serialized(content: Mapping[str, Any]) -> memoryview:

@@ -13,6 +13,7 @@ from pipelines.errors import UsageError
 from rsnet.recipes import RecipeName
 from rsnet.rules import checks
 
+Mode = Literal["resnet", "preact", "preact_typeA"]
 AutoAugmentOption = Literal["none", "trivial", "rand"]
 
 DEFAULT_ARCH = "parallel_resnet50"
@@ -49,6 +50,25 @@ class TrainConfig:
     blurpool: bool = False
     """Blur before strided convolutions."""
 
+    mode: Annotated[Mode | None, arg(metavar="{resnet,preact,preact_typeA}")] = None
+    """resnet: --arch as it is; preact, preact_typeA: a pre-activation ResNet, which --qa needs. Unset:
+    resnet."""
+
+    qw: Annotated[int | None, arg(metavar="BITS")] = None
+    """Bits of the convolutions' weights, 1 to 8, but of the first one's. Unset: 32, not quantized."""
+
+    qa: Annotated[int | None, arg(metavar="BITS")] = None
+    """Bits of the activations, 1 to 8. Unset: 32, not quantized."""
+
+    fixed_qa: bool = False
+    """The activations' levels follow the largest size alone."""
+
+    tf_padding: bool = False
+    """Pad strided layers as TensorFlow does, as networks of the original's quantized code need it."""
+
+    init_from: Annotated[str | None, arg(metavar="CHECKPOINT.pt")] = None
+    """Start from the weights of a full-precision run of this network."""
+
     pretrained: Annotated[str | None, arg(metavar="default|NAME|PATH")] = None
     """Start from weights of the ordinary network: its library's, or a file. Unset: from scratch."""
 
@@ -72,18 +92,21 @@ class TrainConfig:
     """SGD's momentum."""
 
     weight_decay: Annotated[float | None, arg(aliases=("--wd",), metavar="FLOAT")] = None
-    """Unset: the paper's 1e-4 (MobileNets 4e-5)."""
+    """Unset: the paper's 1e-4 (MobileNets 4e-5, quantized 5e-5)."""
+
+    sgd: Annotated[Literal["plain", "nesterov"] | None, arg(metavar="{plain,nesterov}")] = None
+    """Kind of momentum. Unset: plain; nesterov for quantized networks."""
 
     decay: Annotated[Literal["all", "weights"] | None, arg(metavar="{all,weights}")] = None
     """What weight decay acts on; weights: not on norm layers, biases and alpha. Unset: the recipe's (paper
-    all, modern weights)."""
+    all, modern and quantized weights)."""
 
     lr_decay: Annotated[
         Literal["cosine", "step", "linear", "schedule"] | None,
         arg(metavar="{cosine,step,linear,schedule}"),
     ] = None
     """cosine and linear fall to zero by iteration; step and schedule by --gamma at epochs. Unset: the
-    recipe's (cosine; modern: linear up to 87 epochs)."""
+    recipe's (cosine; quantized: schedule; modern: linear up to 87 epochs)."""
 
     step: int = 30
     """Epochs between decays of --lr-decay step."""
@@ -218,6 +241,8 @@ class TrainConfig:
                 raise UsageError(f"{flag} {shown}".rstrip() + f": {rule}")
         if self.evaluate and self.is_profile:
             raise UsageError("--evaluate and --profile: choose one of them")
+        if self.pretrained is not None and self.init_from is not None:
+            raise UsageError("--pretrained and --init-from: choose one of them to start from")
         if self.compile and self.recompute != "off":
             raise UsageError(
                 "--compile and --recompute: choose one; the compiler recomputes by itself"

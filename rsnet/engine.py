@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch, Loader
 from pipelines.errors import DataError
+from rsnet.bases import Bases
 from rsnet.ema import Ema
 from rsnet.metrics import Accuracy, FiniteGuard, TermMeans
 from rsnet.models.switchable import ResolutionSwitchable
@@ -44,6 +45,7 @@ class Trainer:
     sizes_at: optimizer step -> the sizes that take part in it, or None for all.
     mix: (batch, its number in the training) -> a batch of mixed samples.
     most_skipped: updates in a row that may be left out because a loss is not finite.
+    bases: those of learned quantizers, which follow every update.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Trainer:
         mix: Callable[[Batch, int], Batch] | None = None,
         ema: Ema | None = None,
         most_skipped: int = 0,
+        bases: Bases | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -70,6 +73,7 @@ class Trainer:
         self.sizes_at = sizes_at
         self.mix = mix
         self.ema = ema
+        self.bases = bases
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.guard = FiniteGuard(device, most_skipped)
         self.means = TermMeans()  # since the last report
@@ -110,6 +114,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.bases is not None:
+            self.bases.update(self.sizes_at(self.step))
         if self._statistics is not None:
             self._statistics.put_back_if(self.guard.is_bad)
         if self.ema is not None:

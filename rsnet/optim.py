@@ -54,11 +54,13 @@ def make_sgd(
     momentum: float,
     weight_decay: float,
     norm_decay: bool = True,
+    nesterov: bool = False,
 ) -> torch.optim.SGD:
     """SGD on every parameter, all with weight decay: BatchNorm and alpha, too, as the original has it.
 
     norm_decay=False leaves norm layers, biases and alpha without (He et al. 2019, section 3.1): all that
-    has one dimension. One fused kernel per dtype, which can skip an update on the device (`found_inf`).
+    has one dimension. nesterov: Nesterov's momentum, if there is any. One fused kernel per dtype, which
+    can skip an update on the device (`found_inf`).
     """
     filters = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -66,7 +68,9 @@ def make_sgd(
         {"params": filters, "weight_decay": weight_decay},
         {"params": others, "weight_decay": weight_decay if norm_decay else 0.0},
     ]
-    sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    sgd = torch.optim.SGD(
+        groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True
+    )
     if momentum > 0:
         # Else a first update that is skipped, as float16's often is, leaves them uninitialised.
         for parameter in model.parameters():

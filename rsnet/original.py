@@ -18,6 +18,7 @@ from pipelines.errors import DataError, UsageError
 from rsnet.config import DEFAULT_SIZES
 from rsnet.fit import misfits
 from rsnet.models.zoo import build
+from rsnet.resolve import NETWORK_DEFAULTS
 
 # What the original has; its other names build the same networks.
 ARCHS = (
@@ -83,9 +84,7 @@ def from_original(
         "network": {
             "arch": arch,
             "width_mult": 1.0,
-            "stem": "imagenet",
-            "norm": "private",
-            "blurpool": False,
+            **NETWORK_DEFAULTS,
             "sizes": sorted(sizes, reverse=True),
             "num_classes": len(classifier),
             "classes": [],
@@ -104,7 +103,8 @@ def to_original(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises UsageError for a network that the original does not have.
     """
     network = content["network"]
-    plain = {"width_mult": 1.0, "stem": "imagenet", "norm": "private", "blurpool": False}
+    plain = {"width_mult": 1.0, **NETWORK_DEFAULTS}
+    del plain["normalize"]
     changed = [name for name, value in plain.items() if network.get(name, value) != value]
     if network["arch"] not in ARCHS or changed:
         what = " with ".join([network["arch"], *changed])

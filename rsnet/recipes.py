@@ -19,12 +19,17 @@ class Recipe:
     warmup: int = 0
     label_smoothing: float = 0.0
     decay: Literal["all", "weights"] = "all"
+    sgd: Literal["plain", "nesterov"] = "plain"
     ema: float = 0.0
 
 
 # Wang et al. 2020, section 4.1, and the authors' code: weight decay on every parameter, no warm-up.
 PAPER = Recipe(epochs=120, lr=0.1, weight_decay=1e-4)
 PAPER_MOBILENET = Recipe(epochs=150, lr=0.05, weight_decay=4e-5)
+# The authors' code for quantized networks: with --schedule, a tenth at epochs 30, 60, 85, 95 and 105.
+PAPER_QUANTIZED = Recipe(
+    epochs=120, lr=0.1, weight_decay=5e-5, lr_decay="schedule", decay="weights", sgd="nesterov"
+)
 
 # By the epochs that it is at least for. Label smoothing 0.1, warm-up of 5 epochs and no decay of
 # norms, biases (and here alpha): He et al. 2019 ("Bag of Tricks"), sections 3.1 and 5.2. The short
@@ -46,12 +51,18 @@ EMA_STEP = 1e-4
 EMA_BATCH, EMA_EPOCHS = 256, 120
 
 
-def recipe_of(name: RecipeName, arch: str, epochs: int | None, global_batch: int) -> Recipe:
-    """The recipe for an arch; MobileNets have their own paper recipe. epochs: None for the recipe's own.
+def recipe_of(
+    name: RecipeName, arch: str, epochs: int | None, global_batch: int, quantized: bool = False
+) -> Recipe:
+    """The recipe for an arch; MobileNets and quantized networks have their own paper recipes.
+
+    epochs: None for the recipe's own.
 
     The modern one fits its warm-up, decay of the learning rate and averaging to the epochs.
     """
     paper = PAPER_MOBILENET if "mobilenet" in arch else PAPER
+    if quantized:
+        paper = PAPER_QUANTIZED
     if name == "paper":
         return paper
     epochs = epochs or paper.epochs
@@ -67,5 +78,6 @@ def recipe_of(name: RecipeName, arch: str, epochs: int | None, global_batch: int
         warmup=warmup,
         label_smoothing=0.1,
         decay="weights",
+        sgd=paper.sgd,
         ema=round(1 - min(step, 0.1), 6),
     )

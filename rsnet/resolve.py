@@ -14,6 +14,7 @@ from rsnet.config import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_SIZES,
     AutoAugmentOption,
+    Mode,
     TrainConfig,
 )
 from rsnet.recipes import RecipeName, recipe_of
@@ -23,14 +24,25 @@ NETWORK_DEFAULTS = {
     "stem": "imagenet",
     "norm": "private",
     "blurpool": False,
+    "mode": "resnet",
+    "qw": 32,
+    "qa": 32,
+    "tf_padding": False,
     "normalize": "imagenet",
 }
 
 # What a run that goes on takes from its earlier part, unless given anew.
-OF_A_RECIPE = {"decay", "ema", "label_smoothing", "lr_decay", "warmup"}  # unless it is another's
+OF_A_RECIPE = {
+    "decay",
+    "ema",
+    "label_smoothing",
+    "lr_decay",
+    "sgd",
+    "warmup",
+}  # unless it is another's
 TAKEN_OVER = OF_A_RECIPE | {
-    "auto_augment", "clip_grad", "cutmix", "epochs", "mixup", "pretrained", "recipe", "seed",
-    "sizes_per_step", "weight_decay",
+    "auto_augment", "clip_grad", "cutmix", "epochs", "init_from", "mixup", "pretrained", "recipe",
+    "seed", "sizes_per_step", "weight_decay",
 }  # fmt: skip
 
 
@@ -57,6 +69,10 @@ class ResolvedConfig(TrainConfig):
     stem: Literal["imagenet", "small"] = "imagenet"
     norm: Literal["private", "shared"] = "private"
     blurpool: bool = False
+    mode: Mode = "resnet"
+    qw: int = 32
+    qa: int = 32
+    sgd: Literal["plain", "nesterov"] = "plain"
     sizes_per_step: int = 0
 
     def global_batch(self, world_size: int) -> int:
@@ -68,6 +84,11 @@ class ResolvedConfig(TrainConfig):
     accumulate: int = 1
     seed: int = 0
     output: Path = Path()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are quantizers in the network."""
+        return self.qw != 32 or self.qa != 32
 
     @property
     def most_skipped(self) -> int:
@@ -111,7 +132,8 @@ def resolve(
     if previous and given["lr"] is None and global_batch == previous_global_batch:
         given["lr"] = previous.get("lr")  # it belongs to the images of an update
     recipe_name: RecipeName = given["recipe"] or "paper"
-    recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch)
+    bits = [given[name] or known.get(name, 32) for name in ("qw", "qa")]
+    recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < 32)
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
     defaults = {
         **dataclasses.asdict(recipe),
@@ -145,9 +167,27 @@ def resolve(
         unset["num_classes"] = known["num_classes"]
     if config.width_mult == 1.0:
         unset["width_mult"] = known.get("width_mult", 1.0)
-    if not config.blurpool:
-        unset["blurpool"] = known.get("blurpool", False)
-    return ResolvedConfig(**(given | unset | fixed))
+    for name in ("blurpool", "tf_padding"):
+        if not given[name]:
+            unset[name] = known.get(name, False)
+    resolved = ResolvedConfig(**(given | unset | fixed))
+    _check_quantization(resolved)
+    return resolved
+
+
+def _check_quantization(c: ResolvedConfig) -> None:
+    if c.qa != 32 and c.mode == "resnet":
+        raise UsageError(
+            f"--qa {c.qa}: activations are quantized in --mode preact or preact_typeA; in --mode resnet "
+            "the weights alone, as in the original"
+        )
+    if c.fixed_qa and c.qa == 32:
+        raise UsageError("--fixed-qa: there are no quantized activations without --qa")
+    if c.pretrained is not None and c.mode != "resnet":
+        raise UsageError(
+            f"--pretrained: no library has pre-activation ResNets (--mode {c.mode}); train one in full "
+            "precision, and start from it by --init-from"
+        )
 
 
 def _spread(

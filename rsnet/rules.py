@@ -22,6 +22,9 @@ def checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
     def share(x: float) -> bool:
         return 0 <= x < 1
 
+    def bits(n: int) -> bool:
+        return 1 <= n <= 8 or n == 32
+
     def of_a_beta(x: float) -> bool:
         # Beyond, all shares are 1/2, and drawing them takes ever longer.
         return 0 <= x <= 100
@@ -46,6 +49,8 @@ def checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         ),
         ("--num-classes", c.num_classes, lambda n: n >= 2, "at least 2"),
         ("--width-mult", c.width_mult, positive, "must be a positive number"),
+        ("--qw", c.qw, bits, "from 1 to 8, or 32 for full precision"),
+        ("--qa", c.qa, bits, "from 1 to 8, or 32 for full precision"),
         ("--ema", c.ema, share, "must be at least 0 and less than 1"),
         ("--mixup", c.mixup, of_a_beta, "must be from 0 to 100"),
         ("--cutmix", c.cutmix, of_a_beta, "must be from 0 to 100"),

@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -91,21 +92,8 @@ def run(
     )
     try:
         outputs = _outputs(resolved, loaders.classes)
-        model = build(
-            resolved.arch,
-            outputs,
-            resolved.sizes,
-            resolved.width_mult,
-            resolved.stem,
-            resolved.norm,
-            resolved.blurpool,
-            resolved.pretrained if content is None else None,
-        )
-        if resolved.sync_bn:
-            synchronize_batchnorm(model, resolved.arch)
-        if resolved.recompute != "off":
-            use_recomputation(model.network, resolved.recompute)
-        model = model.to(device).to(memory_format=torch.channels_last)
+        model = _build(resolved, outputs, is_new=content is None).to(device)
+        model = model.to(memory_format=torch.channels_last)
         network = checkpoint.describe(resolved, loaders.classes, outputs)
         if source and content:
             with blame(f"--resume: {source} does not fit"):
@@ -115,6 +103,9 @@ def run(
                 checkpoint.load_weights(model, content, "ema" if is_average else "model")
             if training:
                 model.complete_alpha()
+        elif resolved.init_from is not None:
+            path = Path(resolved.init_from)
+            distributed.together(lambda: checkpoint.start_from(model, network, path))
         display.say(as_command(script, resolved, options))
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
@@ -160,6 +151,19 @@ def _evaluate_only(
         run_dir.write_json("evaluation.json", {"gflops": cost, **results})
         report.plot(resolved.output / "evaluation.png", resolved.arch, results, cost)
     return results
+
+
+def _build(c: ResolvedConfig, outputs: int, is_new: bool) -> ResolutionSwitchable:
+    pretrained = c.pretrained if is_new else None
+    model = build(
+        c.arch, outputs, c.sizes, c.width_mult, c.stem, c.norm, c.blurpool, pretrained,
+        c.mode, c.qw, c.qa, c.fixed_qa, c.tf_padding,
+    )  # fmt: skip
+    if c.sync_bn:
+        synchronize_batchnorm(model, c.arch)
+    if c.recompute != "off":
+        use_recomputation(model.network, c.recompute)
+    return model
 
 
 def _spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:

@@ -60,7 +60,7 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--profile-limit 0", "--profile-limit 0.0: must be a positive number of seconds"),
         ("--bacth-size 3", "--bacth-size: there is no such option; did you mean --batch-size?"),
         ("--worker=3", "--worker: there is no such option; did you mean --workers?"),
-        ("--qqq", "--qqq: there is no such option; --help lists all options"),
+        ("--zzz", "--zzz: there is no such option; --help lists all options"),
         ("stray", "stray: there is no such option"),
     ],
 )

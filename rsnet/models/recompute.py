@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from rsnet.models.quantize import Quantizer
 from rsnet.models.switchable import SwitchableBatchNorm2d
 
 What = Literal["norm", "blocks"]
@@ -49,6 +50,7 @@ def _make_recomputed(block: nn.Module, norms: list[SwitchableBatchNorm2d], what:
     block.__class__ = type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
     recomputed: Any = block
     recomputed.recomputed_norms = tuple(norms)
+    recomputed.recomputed_quantizers = [m for m in block.modules() if isinstance(m, Quantizer)]
     recomputed.recomputed_what = what
     recomputed.recomputed_draws = any(isinstance(m, _DropoutNd) for m in block.modules())
 
@@ -57,6 +59,7 @@ class _Recomputed(nn.Module):
     """Put before a block's class."""
 
     recomputed_norms: tuple[SwitchableBatchNorm2d, ...]
+    recomputed_quantizers: list[Quantizer]
     recomputed_what: What
     recomputed_draws: bool
 
@@ -74,7 +77,7 @@ class _Recomputed(nn.Module):
 
     def _contexts(self, active: int) -> Contexts:
         """Of the forward, and of its repetition, for the resolution that is active now."""
-        again = _again(self.recomputed_norms, active)
+        again = _again(self.recomputed_norms, self.recomputed_quantizers, active)
         if self.recomputed_what == "blocks":
             return nullcontext(), again
         first, cached = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
@@ -87,17 +90,24 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
 
 
 @contextmanager
-def _again(norms: tuple[SwitchableBatchNorm2d, ...], active: int) -> Iterator[None]:
-    """The private BatchNorms of that resolution, whose statistics and counts stay as they are."""
+def _again(
+    norms: tuple[SwitchableBatchNorm2d, ...], quantizers: list[Quantizer], active: int
+) -> Iterator[None]:
+    """The private BatchNorms of that resolution, whose statistics and counts stay as they are, and
+    quantizers' too."""
     before = [norm.active for norm in norms]
     layers: list[Any] = [norm.by_resolution[active] for norm in norms]
     held = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for norm, layer in zip(norms, layers, strict=True):
         # Without running statistics it would keep fewer tensors than in the forward.
         norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, None
+    for quantizer in quantizers:
+        quantizer.counting = False
     try:
         yield
     finally:
+        for quantizer in quantizers:
+            quantizer.counting = True
         for norm, layer, was, (momentum, count) in zip(norms, layers, before, held, strict=True):
             norm.active, layer.momentum, layer.num_batches_tracked = was, momentum, count
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsnet.models.quantize import Quantizer, quantized_layers, quantized_once
+
 
 class SwitchableBatchNorm2d(nn.Module):
     """n private copies of a BatchNorm layer, of which `active` is applied.
@@ -81,15 +83,19 @@ class ResolutionSwitchable(nn.Module):
         self.network = make_switchable(network, 1 if shared_norm else len(self.sizes))
         self.alpha = nn.Parameter(torch.ones(len(self.sizes)))
         self._norms = [m for m in self.network.modules() if isinstance(m, SwitchableBatchNorm2d)]
+        self._quantizers = [m for m in self.network.modules() if isinstance(m, Quantizer)]
+        self._quantized = quantized_layers(self.network)
 
     def select(self, size: int) -> None:
         """Make `size` the resolution whose BatchNorm is applied. Raises ValueError if it has none."""
         if size not in self.sizes:
             known = " ".join(map(str, self.sizes))
             raise ValueError(f"no BatchNorm for size {size}; this network has {known}")
-        index = 0 if self.shared_norm else self.sizes.index(size)
+        index = self.sizes.index(size)
         for norm in self._norms:
-            norm.active = index
+            norm.active = 0 if self.shared_norm else index
+        for quantizer in self._quantizers:
+            quantizer.active = index
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """(N, 3, s, s) -> (N, classes), with the BatchNorm of `size`, which is s if not given."""
@@ -106,7 +112,8 @@ class ResolutionSwitchable(nn.Module):
         The largest is first, so that its gradients, the last of the backward, are few when DDP's
         all-reduce of the shared weights begins.
         """
-        return tuple(self(x, s) for x, s in zip(images, sizes or self.sizes, strict=True))
+        with quantized_once(self._quantized):
+            return tuple(self(x, s) for x, s in zip(images, sizes or self.sizes, strict=True))
 
     @torch.no_grad()
     def complete_alpha(self) -> None:

@@ -14,16 +14,23 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder, list_models
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipelines.errors import UsageError, first_line
+from rsnet.models import preact
 from rsnet.models.blurpool import use_blurpool
 from rsnet.models.depthwise import use_depthwise_convolutions
 from rsnet.models.pointwise import use_skipping_convolutions
 from rsnet.models.pretrained import load_pretrained
+from rsnet.models.quantize import FULL, quantize, start_from_weights
 from rsnet.models.resnet import LAYERS, scaled_resnet
+from rsnet.models.same import use_same_padding
 from rsnet.models.single_pixel import use_single_pixel_convolutions
 from rsnet.models.stem import use_small_stem
 from rsnet.models.switchable import ResolutionSwitchable
+
+# resnet: the network as its library has it; preact: `rsnet.models.preact`, with shortcut B or A.
+Mode = Literal["resnet", "preact", "preact_typeA"]
 
 PREFIX = "parallel_"
 TIMM_PREFIX = PREFIX + "timm/"
@@ -43,7 +50,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 # What `build` has to know of a network that a checkpoint describes, besides arch, classes and sizes.
-REBUILT_BY = ("width_mult", "stem", "norm", "blurpool")
+REBUILT_BY = ("width_mult", "stem", "norm", "blurpool", "mode", "qw", "qa", "tf_padding")
 
 
 def list_archs() -> list[str]:
@@ -62,6 +69,11 @@ def build(
     norm: Literal["private", "shared"] = "private",
     blurpool: bool = False,
     pretrained: str | None = None,
+    mode: Mode = "resnet",
+    qw: int = FULL,
+    qa: int = FULL,
+    fixed_qa: bool = False,
+    tf_padding: bool = False,
 ) -> ResolutionSwitchable:
     """The network `arch`, initialised as its library does it, with private BatchNorm per size.
 
@@ -69,10 +81,14 @@ def build(
     zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test compares the formulas).
     stem: "small" is for images of about 32 pixels. norm: "shared" is an ordinary network, to compare with.
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
+    mode, qw, qa, fixed_qa: see `rsnet.models.quantize`; the last BatchNorm of a quantized ResNet's blocks
+    starts at zero, as the original's, but not of a pre-activation one. tf_padding: as TensorFlow does it.
 
-    Raises UsageError for an unknown arch, a width that it does not have, or sizes too small for it.
+    Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
     """
-    if arch.startswith(TIMM_PREFIX):
+    if mode != "resnet":
+        network = _build_preact(arch, num_classes, width_mult, mode)
+    elif arch.startswith(TIMM_PREFIX):
         network = _build_timm(arch, num_classes, width_mult)
     else:
         network = _build_torchvision(arch, num_classes, width_mult)
@@ -82,10 +98,17 @@ def build(
         load_pretrained(network, *_library_name(arch), pretrained)
     if blurpool:
         use_blurpool(network)
+    if tf_padding:
+        use_same_padding(network)
     use_single_pixel_convolutions(network)
     use_skipping_convolutions(network)
     use_depthwise_convolutions(network)
+    if mode == "resnet" and qw != FULL and pretrained is None:
+        _zero_last_gamma(network)
     try:
+        quantize(network, qw, qa, fixed_qa=fixed_qa)
+        if pretrained is not None:
+            start_from_weights(network)
         model = ResolutionSwitchable(network, sizes, shared_norm=norm == "shared")
     except ValueError as error:
         raise UsageError(f"--arch {arch}: {error}") from error
@@ -150,6 +173,23 @@ def _library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
 def _network_class(builder: Any) -> Any:
     """The class that a torchvision builder returns, by its annotation."""
     return inspect.signature(builder, eval_str=True).return_annotation
+
+
+def _build_preact(arch: str, num_classes: int, width_mult: float, mode: Mode) -> nn.Module:
+    name = arch.removeprefix(PREFIX)
+    if name not in preact.LAYERS:
+        known = " ".join(PREFIX + n for n in preact.LAYERS)
+        raise UsageError(f"--mode {mode}: there is no such {arch}; there are {known}")
+    shortcut: preact.Shortcut = "A" if mode == "preact_typeA" else "B"
+    return preact.PreActResNet(name, num_classes, shortcut, width_mult)
+
+
+def _zero_last_gamma(network: nn.Module) -> None:
+    """torchvision's zero_init_residual (Goyal et al. 2017, section 5.1)."""
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            nn.init.zeros_(last.weight)
 
 
 def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
