@@ -64,6 +64,7 @@ class Quantizer(nn.Module):
         self.register_buffer("rest", torch.ones(()))
         self.active = 0
         self.counting = True
+        self.held: Tensor | None = None  # what a weight's gives, while it is shared
         self.statistics: dict[int, Tensor] = {}
 
     def extra_repr(self) -> str:
@@ -80,7 +81,6 @@ class WeightQuantizer(Quantizer):
         """kernel: height x width of the filter, which the start depends on, with the channels."""
         deviation = torch.full((channels, 1), (2 / (kernel * channels)) ** 0.5)
         super().__init__(bits, -1.0, _first_basis(deviation, bits))
-        self.held: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.held is not None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -77,7 +77,9 @@ class _Recomputed(nn.Module):
 
     def _contexts(self, active: int) -> Contexts:
         """Of the forward, and of its repetition, for the resolution that is active now."""
-        again = _again(self.recomputed_norms, self.recomputed_quantizers, active)
+        # What is quantized once for all resolutions is not quantized again.
+        held = [quantizer.held for quantizer in self.recomputed_quantizers]
+        again = _again(self.recomputed_norms, self.recomputed_quantizers, held, active)
         if self.recomputed_what == "blocks":
             return nullcontext(), again
         first, cached = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
@@ -91,23 +93,28 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
 
 @contextmanager
 def _again(
-    norms: tuple[SwitchableBatchNorm2d, ...], quantizers: list[Quantizer], active: int
+    norms: tuple[SwitchableBatchNorm2d, ...],
+    quantizers: list[Quantizer],
+    values: list[Tensor | None],
+    active: int,
 ) -> Iterator[None]:
-    """The private BatchNorms of that resolution, whose statistics and counts stay as they are, and
-    quantizers' too."""
+    """The private BatchNorms of that resolution, and quantizers; what they keep of what they see stays.
+
+    values: the weights that the quantizers gave then, if not to this block alone.
+    """
     before = [norm.active for norm in norms]
     layers: list[Any] = [norm.by_resolution[active] for norm in norms]
     held = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for norm, layer in zip(norms, layers, strict=True):
         # Without running statistics it would keep fewer tensors than in the forward.
         norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, None
-    for quantizer in quantizers:
-        quantizer.counting = False
+    for quantizer, value in zip(quantizers, values, strict=True):
+        quantizer.counting, quantizer.held = False, value
     try:
         yield
     finally:
         for quantizer in quantizers:
-            quantizer.counting = True
+            quantizer.counting, quantizer.held = True, None
         for norm, layer, was, (momentum, count) in zip(norms, layers, before, held, strict=True):
             norm.active, layer.momentum, layer.num_batches_tracked = was, momentum, count
 
