@@ -120,7 +120,10 @@ def require_match(trained: Mapping[str, Any], wanted: Mapping[str, Any], trainin
     for field in SAME_NETWORK:
         there, here = (x.get(field, NETWORK_DEFAULTS.get(field)) for x in (trained, wanted))
         if there != here:
-            problems.append(f"--{field.replace('_', '-')} is {there} there and {here} here")
+            flag = "--" + field.replace("_", "-")
+            is_start = field in ("qw", "qa") and there == FULL and training
+            how = "; to start from it in full precision, give it to --init-from" if is_start else ""
+            problems.append(f"{flag} is {there} there and {here} here{how}")
     # The original's files do not name their classes.
     if not problems and trained["classes"] and trained["classes"] != wanted["classes"]:
         pairs = zip_longest(trained["classes"], wanted["classes"], fillvalue="missing")

@@ -6,13 +6,21 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.batch import Batch
 from rsnet import distributed
 from rsnet.bases import Bases, solve
 from rsnet.engine import Trainer, evaluate
-from rsnet.models.quantize import ActivationQuantizer, Quantizer, WeightQuantizer, table, weight_of
+from rsnet.models.quantize import (
+    ActivationQuantizer,
+    Quantizer,
+    WeightQuantizer,
+    quantized_layers,
+    table,
+    weight_of,
+)
 from rsnet.models.recompute import use_recomputation
 from rsnet.models.zoo import build
 from rsnet.objective import Objective
@@ -239,3 +247,29 @@ def test_a_solution_needs_no_more_than_the_codes_that_occur():
     found = solve(basis, codes, torch.stack((number, total), 1).double())
     assert found.sum().item() == pytest.approx(2, rel=1e-4)  # all that the values say
     assert (found[0, 0] - found[0, 1]).item() == pytest.approx(0.2)  # what they do not say stays
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "parallel_mobilenetv2",
+        "parallel_densenet121",
+        "parallel_efficientnet_b0",
+        "parallel_regnet_y_400mf",
+        "parallel_timm/resnet18d",
+    ],
+)
+def test_weights_of_other_networks_are_quantized_too(arch):
+    model = build(arch, 4, SIZES, qw=3).to(memory_format=torch.channels_last)
+    layers = quantized_layers(model)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(layers) == len(convolutions) - 1
+    before, trainer = _bases(model), _trainer(model, torch.bfloat16)
+    trainer.forward_backward(_batch(4), last=True)
+    for layer in layers:
+        assert weight_of(layer)[0].grad is not None
+        assert len(layer.weight[0].unique()) <= 2**3
+    trainer.update()
+    for name, basis in _bases(model).items():
+        assert basis.isfinite().all()
+        assert not torch.equal(basis, before[name])

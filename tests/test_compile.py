@@ -27,7 +27,9 @@ def _trainer(*more: str):
     config, _ = parse(DaliOptions, ["--data", "d", *LINE.split(), *more])
     config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
     torch.manual_seed(0)
-    model = build(config.arch, 10, SIZES, 0.25, "small").to(memory_format=torch.channels_last)
+    bits = {"mode": config.mode, "qw": config.qw, "qa": config.qa}
+    model = build(config.arch, 10, SIZES, 0.25, "small", **bits)
+    model = model.to(memory_format=torch.channels_last)
     return make_trainer(config, model, 10, 100, torch.device("cpu")), model
 
 
@@ -37,12 +39,16 @@ def batches():
     return make_loaders(SyntheticOptions(train_images=16, val_images=6, classes=10), spec)
 
 
-@pytest.mark.slow  # two minutes of compilation
-def test_a_compiled_training_is_the_eager_one(batches):
+QUANTIZED = ["--mode", "preact", "--qw", "2", "--qa", "2"]
+
+
+@pytest.mark.slow  # minutes of compilation
+@pytest.mark.parametrize("kind", [[], QUANTIZED])
+def test_a_compiled_training_is_the_eager_one(batches, kind):
     """A graph with all sizes, K = 2 of them, and the evaluation, which is not compiled."""
     ends = []
     for more in (["--compile"], []):
-        trainer, model = _trainer("--sizes-per-step", "2", *more)
+        trainer, model = _trainer("--sizes-per-step", "2", *kind, *more)
         trainer.objective.train()
         for batch in batches.train:
             trainer.forward_backward(batch, last=True)
@@ -55,7 +61,8 @@ def test_a_compiled_training_is_the_eager_one(batches):
     assert accuracy["32"]["loss"] == pytest.approx(wanted["32"]["loss"], rel=1e-3)
 
 
-def test_a_compiled_step_is_one_graph(batches, monkeypatch):
+@pytest.mark.parametrize("kind", [[], QUANTIZED])
+def test_a_compiled_step_is_one_graph(batches, monkeypatch, kind):
     """Whatever compiles it: nothing in a step breaks the graph, and no later step compiles anew."""
     graphs = []
 
@@ -65,7 +72,7 @@ def test_a_compiled_step_is_one_graph(batches, monkeypatch):
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend=backend, **more))
-    trainer, model = _trainer("--compile")
+    trainer, model = _trainer("--compile", *kind)
     times = time_steps(trainer, model, iter([b for b in batches.train for _ in range(2)]), 3)
     assert len(graphs) == 1
     assert list(times.parts) == ["data", "forward and backward", "optimizer"]

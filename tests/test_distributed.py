@@ -45,7 +45,11 @@ def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
         return output
 
     # Sizes that sit out a step have no gradients to reduce; averaged weights are what is evaluated.
-    two = run(2, "two", "--sizes-per-step", "2", "--ema", "0.5", "--recompute", "blocks")
+    # Quantizers' bases follow what both ranks see.
+    two = run(
+        2, "two", "--sizes-per-step", "2", "--ema", "0.5", "--recompute", "blocks", "--mode", "preact",
+        "--qw", "2", "--qa", "2", "--checkpoint-every", "1", "--keep", "9",
+    )  # fmt: skip
     metrics = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [2, 2]
     # 17 validation images: counted once, accuracies are multiples of 1/17.
@@ -59,5 +63,12 @@ def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
         assert abs(results[name]["loss"] - metrics[-1][f"val/loss@{name}"]) < 1e-3
     config = json.loads((two / "config.json").read_text())
     assert abs(config["lr"] - 0.1 * 8 / 256) < 1e-12
-    state = torch.load(two / "checkpoints" / "last.pt", weights_only=True)["model"]
-    assert not any(key.startswith("module.") for key in state)
+    content = torch.load(two / "checkpoints" / "last.pt", weights_only=True)
+    assert not any(key.startswith("module.") for key in content["model"])
+    *_, earliest = sorted((two / "checkpoints").glob("last-*.pt"))  # after the first update
+    content = torch.load(earliest, weights_only=True)
+    first, second = (rank["buffers"] for rank in content["ranks"])
+    matrices = [i for i, buffer in enumerate(first) if buffer.ndim == 2]  # BatchNorm has none
+    assert len(matrices) > 60
+    assert all(torch.equal(first[i], second[i]) for i in matrices)
+    assert not all(map(torch.equal, first, second))
