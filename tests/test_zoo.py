@@ -196,3 +196,38 @@ def test_synchronized_batchnorm_stays_private(arch):
     assert len(synced) == len(private)
     assert [type(m.act) for m in synced if hasattr(m, "act")] == acting
     assert {len(norm.by_resolution) for norm in model._norms} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("parallel_resnet18", {}),
+        ("parallel_resnet50", {}),
+        ("parallel_mobilenetv2", {}),
+        ("parallel_resnet18", {"mode": "preact", "qw": 2, "qa": 2}),
+        ("parallel_resnet50", {"mode": "preact_typeA", "qw": 2, "qa": 2}),
+        ("parallel_resnet18", {"tf_padding": True, "qw": 2}),
+    ],
+)
+def test_feature_maps_and_gradients_of_convolutions_are_channels_last_everywhere(arch, options):
+    model = build(arch, 4, (64, 32), **options).to(memory_format=torch.channels_last).train()
+    strayed = []
+
+    def check(name, x):
+        # Of one pixel or one channel all layouts are the same.
+        if min(x.shape[1:]) > 1 and not x.is_contiguous(memory_format=torch.channels_last):
+            strayed.append((name, x.stride()))
+
+    def watch(name, module, y):
+        if isinstance(y, torch.Tensor) and y.ndim == 4:
+            check(name, y)
+            if isinstance(module, nn.Conv2d):
+                y.register_hook(lambda gradient: check(f"gradient of {name}", gradient))
+
+    for name, module in model.network.named_modules():
+        module.register_forward_hook(lambda m, _x, y, n=name: watch(n, m, y))
+    images = [torch.randn(4, 3, s, s).to(memory_format=torch.channels_last) for s in (64, 32)]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        logits = model.forward_all(images)
+    sum(z.float().sum() for z in logits).backward()
+    assert strayed == []
