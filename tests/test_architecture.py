@@ -19,6 +19,7 @@ ARROWS = {
     "rsnet.recipes": set(),
     "rsnet.resolve": {"pipelines.errors", "rsnet.config", "rsnet.recipes"},
     "rsnet.bases": {"rsnet.distributed", "rsnet.models.quantize", "rsnet.models.switchable"},
+    "rsnet.pack": {"rsnet.models.quantize"},
     "rsnet.ema": {"rsnet.models.switchable"},
     "rsnet.mixing": {"pipelines.batch"},
     "rsnet.fit": set(),

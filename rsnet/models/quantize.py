@@ -38,6 +38,12 @@ def table(basis: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return thresholds, levels, ranked
 
 
+def code_table(bits: int, lowest: float) -> Tensor:
+    """The codes, (2^K, K), in the order of the binary numbers: 1 where a bit is set, else `lowest`."""
+    ones = (torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1
+    return torch.where(ones > 0, 1.0, lowest)
+
+
 class Quantizer(nn.Module):
     """What both have: a basis and its moving average, debiased as TensorFlow does it.
 
@@ -57,8 +63,7 @@ class Quantizer(nn.Module):
         if bits not in BITS:
             raise ValueError(f"{bits} bits: from {BITS[0]} to {BITS[-1]}, or {FULL} for none")
         self.bits = bits
-        ones = (torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1
-        self.register_buffer("codes", torch.where(ones > 0, 1.0, lowest), persistent=False)
+        self.register_buffer("codes", code_table(bits, lowest), persistent=False)
         self.register_buffer("basis", start)
         self.register_buffer("total", torch.zeros_like(start))
         self.register_buffer("rest", torch.ones(()))
