@@ -46,6 +46,19 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(photos, whole, tm
 
 
 @pytest.mark.slow
+def test_a_quantized_run_that_is_killed_ends_as_one_that_was_not(photos, tmp_path):
+    """The bases and what their moving averages remember are part of the state."""
+    quantized = ("--mode", "preact", "--qw", "2", "--qa", "2", "--accumulate", "2", "-b", "2")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    finish(command(photos, whole, *quantized))
+    words = command(photos, run, *quantized)
+    for n in (2, 8):  # in the first and in the second epoch
+        _killed_at(words, run, n)
+    finish(words)
+    assert_same_end(run, whole)
+
+
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(photos, tmp_path):
     """A random part of a second behind a random step: in a step, a save, an evaluation, between two."""
     long = ("--epochs", "16")
