@@ -84,8 +84,13 @@ def test_a_verifying_command_is_understood(command):
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """In the order of the README, on a small folder with small sizes, without torchrun.
 
-    Other recipes are run by test_modern_run.py, with a smaller network.
+    Other recipes are run by test_modern_run.py, quantized networks by test_quantized_run.py, with smaller
+    networks.
     """
+
+    def elsewhere(command: str) -> bool:
+        return any(flag in command for flag in ("--recipe", "--qw", "--mode"))
+
     monkeypatch.chdir(tmp_path)
     model = build("parallel_resnet18", 3, (160, 32))
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": [160, 32]}
@@ -101,7 +106,7 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
             assert verb_command("x", verify.VERBS, shlex.split(here)[3:]) == 0
         elif command in CONVERTING:
             assert run_command("x", ConvertOptions, beton.main, shlex.split(here)[3:]) == 0
-        elif command in TRAINING and command.startswith("python") and "--recipe" not in command:
+        elif command in TRAINING and command.startswith("python") and not elsewhere(command):
             script, arguments = _script(here)
             if "--sizes" not in arguments:
                 arguments += ["--sizes", "160", "32"]
