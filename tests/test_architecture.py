@@ -24,6 +24,15 @@ ARROWS = {
     "rsnet.mixing": {"pipelines.batch"},
     "rsnet.fit": set(),
     "rsnet.original": ANYONE | {"rsnet.config", "rsnet.fit", "rsnet.models.zoo", "rsnet.resolve"},
+    "rsnet.original_tf": ANYONE
+    | {
+        "rsnet.bases",
+        "rsnet.fit",
+        "rsnet.models.preact",
+        "rsnet.models.quantize",
+        "rsnet.models.zoo",
+        "rsnet.resolve",
+    },
     "rsnet.compare": ANYONE | {"rsnet.metrics"},
     "rsnet.cli": {"pipelines.cli", "rsnet.config"},
     "rsnet.losses": set(),
