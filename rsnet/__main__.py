@@ -22,6 +22,11 @@ def _loaders(spec: LoaderSpec, train: bool) -> Loaders:
 
 VERBS: Verbs = {
     "import": (convert.ImportOptions, convert.import_original, "a file of the original code"),
+    "import-tf": (
+        convert.ImportTensorFlowOptions,
+        convert.import_tensorflow,
+        "a checkpoint of the original quantized training code",
+    ),
     "export": (convert.ExportOptions, convert.export_original, "a file for the original code"),
     "report": (compare.ReportOptions, compare.report, "table and plot of finished runs"),
     "calibrate": (

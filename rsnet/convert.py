@@ -1,17 +1,19 @@
-"""`python -m rsnet import` and `export`: to and from the original implementation's checkpoint files."""
+"""`python -m rsnet import`, `import-tf`, `export`: from and to the original implementation's checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from pipelines.errors import UsageError
-from rsnet import checkpoint
+from pipelines.errors import UsageError, blame
+from rsnet import checkpoint, tensorflow_file
 from rsnet.config import DEFAULT_SIZES
 from rsnet.original import to_original
+from rsnet.original_tf import from_tensorflow, is_of_model
 from rsnet.runlog import RunDir
 
 
@@ -33,6 +35,17 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
+class ImportTensorFlowOptions:
+    """Make a run directory of a checkpoint of the original quantized training code."""
+
+    original: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    """model-STEP, a folder of such, whose latest is taken, or tensorpack's .npz."""
+
+    output: Annotated[Path, arg(metavar="DIR")]
+    """Run directory to write."""
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """Write a checkpoint for the original code."""
 
@@ -47,17 +60,31 @@ def import_original(options: ImportOptions) -> int:
     content = checkpoint.load(options.original, options.arch, options.sizes)
     if "format" in content:
         raise UsageError(f"{options.original}: this is a checkpoint of this trainer already")
-    run_dir = RunDir(options.output, continues=False, active=True)
-    for path in (run_dir.last, run_dir.best):
-        checkpoint.save(path, content)
-    run_dir.write_json("config.json", {"imported": str(options.original), **content["network"]})
+    best = _write_run(options.output, options.original, content)
     network = content["network"]
     order = " ".join(map(str, options.sizes or DEFAULT_SIZES))
     print(
         f"{network['arch']}, {network['num_classes']} classes, sizes "
         f"{' '.join(map(str, network['sizes']))} (as its bn_0, bn_1, ... are of {order}), "
         "--normalize unit; evaluate it with\n"
-        f"python train_dali.py --data DATA --evaluate --resume {run_dir.best}"
+        f"python train_dali.py --data DATA --evaluate --resume {best}"
+    )
+    return 0
+
+
+def import_tensorflow(options: ImportTensorFlowOptions) -> int:
+    variables = tensorflow_file.read(options.original, is_of_model)
+    with blame(str(options.original)):
+        content = checkpoint.NEW_RUN | from_tensorflow(variables)
+    best = _write_run(options.output, options.original, content)
+    network = content["network"]
+    print(
+        f"{network['arch']} --mode {network['mode']} --qw {network['qw']} --qa {network['qa']}, "
+        f"{network['num_classes']} classes, sizes {' '.join(map(str, network['sizes']))}, "
+        "--normalize imagenet, its first layer for RGB; evaluate it with\n"
+        f"python train_dali.py --data DATA --evaluate --resume {best}\n"
+        "note: the original makes the largest picture by cubic interpolation and all others of that one, by "
+        "nearest neighbour; here they are resized as in all runs, and accuracy may differ"
     )
     return 0
 
@@ -76,3 +103,12 @@ def export_original(options: ExportOptions) -> int:
             f"note: it was trained with --normalize {network['normalize']}; the original code feeds [0, 1]"
         )
     return 0
+
+
+def _write_run(output: Path, original: Path, content: Mapping[str, Any]) -> Path:
+    """Make a run directory that holds `content` as its checkpoints; returns the path of the best."""
+    run_dir = RunDir(output, continues=False, active=True)
+    for path in (run_dir.last, run_dir.best):
+        checkpoint.save(path, content)
+    run_dir.write_json("config.json", {"imported": str(original), **content["network"]})
+    return run_dir.best

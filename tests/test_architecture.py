@@ -33,6 +33,7 @@ ARROWS = {
         "rsnet.models.zoo",
         "rsnet.resolve",
     },
+    "rsnet.tensorflow_file": {"pipelines.errors"},
     "rsnet.compare": ANYONE | {"rsnet.metrics"},
     "rsnet.cli": {"pipelines.cli", "rsnet.config"},
     "rsnet.losses": set(),
@@ -170,6 +171,7 @@ def test_a_room_imports_only_what_it_may(name):
         ("ffcv", {"pipelines.turbojpeg", "pipelines.beton_file", "pipelines.ffcv_decode"}),
         ("numba", {"pipelines.resample", "pipelines.ffcv_decode", "rsnet.models.levels_cpu"}),
         ("wandb", {"rsnet.wandb_log", "rsnet.wandb_service"}),
+        ("tensorflow", {"rsnet.tensorflow_file"}),
         ("timm", {"rsnet.models.zoo", "rsnet.models.pretrained"}),
         (
             "tyro",

@@ -133,7 +133,7 @@ def test_an_exported_file_has_what_the_originals_resume_reads(original):
         (["import", "--output", "o"], "ORIGINAL.pth.tar"),
         (["import", "ORIGINAL", "--output", "o", "--sizes", "32", "32"], "all different"),
         (["import", "OURS", "--output", "o"], "this is a checkpoint of this trainer already"),
-        (["improt"], "improt: there is no such verb; one of import export report calibrate"),
+        (["improt"], "improt: there is no such verb; one of import import-tf export report"),
     ],
 )
 def test_a_mistake_is_one_line(original, tmp_path, monkeypatch, capsys, words, message):
@@ -149,4 +149,4 @@ def test_a_mistake_is_one_line(original, tmp_path, monkeypatch, capsys, words, m
 def test_help_lists_the_verbs(capsys):
     assert main([]) == main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("import", "export", "report", "calibrate"))
+    assert all(verb in out for verb in ("import", "import-tf", "export", "report", "calibrate"))

@@ -16,11 +16,12 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
 
 
 def _requirements() -> dict[str, str]:
-    """{name: lower bound} of everything that pyproject.toml asks for."""
+    """{name: lower bound} of everything that pyproject.toml asks for, for training."""
     project = PYPROJECT["project"]
     lines = [*project["dependencies"], *PYPROJECT["dependency-groups"]["dev"]]
-    for extra in project["optional-dependencies"].values():
-        lines += extra
+    for name, extra in project["optional-dependencies"].items():
+        if name != "tensorflow":  # half a gigabyte, to read the original's checkpoints once
+            lines += extra
     return dict(line.lower().split(">=") for line in lines)
 
 
