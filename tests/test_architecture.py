@@ -170,6 +170,7 @@ def test_a_room_imports_only_what_it_may(name):
         ("nvidia", {"pipelines.dali_graph"}),
         ("ffcv", {"pipelines.turbojpeg", "pipelines.beton_file", "pipelines.ffcv_decode"}),
         ("numba", {"pipelines.resample", "pipelines.ffcv_decode", "rsnet.models.levels_cpu"}),
+        ("safetensors", {"rsnet.models.pretrained"}),
         ("wandb", {"rsnet.wandb_log", "rsnet.wandb_service"}),
         ("tensorflow", {"rsnet.tensorflow_file"}),
         ("timm", {"rsnet.models.zoo", "rsnet.models.pretrained"}),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
@@ -70,16 +71,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UsageError(f"--pretrained: there is no file {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch_file.read(path)
-    except ImportError:
-        raise UsageError(
-            "--pretrained: safetensors is not installed; `uv sync --extra timm`"
-        ) from None
+        is_safe = path.suffix == ".safetensors"
+        content: Any = load_file(path) if is_safe else torch_file.read(path)
     except Exception as error:  # the reader of safetensors raises what it likes
         raise DataError(
             f"--pretrained: {path} has no readable weights: {first_line(error)}"
