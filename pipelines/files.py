@@ -1,11 +1,12 @@
-"""Files that are never half written."""
+"""Files and folders that are never half written."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,24 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`write_whole` of an object."""
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the block ends, or vanishes when it raises.
+
+    Raises OSError, also if there is a file or a folder with something in it at `path`, which stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

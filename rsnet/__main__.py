@@ -6,7 +6,7 @@ import sys
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import Verbs, verb_command
-from rsnet import calibrate, compare, convert, sync
+from rsnet import calibrate, compare, convert, release_run, sync
 
 
 def _loaders(spec: LoaderSpec, train: bool) -> Loaders:
@@ -34,6 +34,7 @@ VERBS: Verbs = {
         lambda options: calibrate.run(options, _loaders),
         "a resolution that was not trained",
     ),
+    "release": (release_run.Options, release_run.run, "a folder to publish and to load from"),
     "sync": (sync.Options, sync.run, "metrics that W&B lacks"),
 }
 

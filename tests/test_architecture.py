@@ -92,6 +92,27 @@ ARROWS = {
     "rsnet.models.levels_cpu": set(),
     "rsnet.models.preact": {"rsnet.models.quantize"},
     "rsnet.models.same": set(),
+    "rsnet.release": {
+        "pipelines.errors",
+        "pipelines.files",
+        "rsnet",
+        "rsnet.fit",
+        "rsnet.models.switchable",
+        "rsnet.models.zoo",
+        "rsnet.release_card",
+        "rsnet.release_config",
+    },
+    "rsnet.release_card": set(),
+    "rsnet.release_config": {"pipelines.batch", "pipelines.errors", "rsnet.metrics"},
+    "rsnet.release_run": {
+        "pipelines.errors",
+        "rsnet.checkpoint",
+        "rsnet.models.zoo",
+        "rsnet.release",
+        "rsnet.release_config",
+        "rsnet.report",
+        "rsnet.resolve",
+    },
     "rsnet.models.single_pixel": set(),
     "rsnet.models.pointwise": set(),
     "rsnet.models.depthwise": set(),
@@ -170,7 +191,7 @@ def test_a_room_imports_only_what_it_may(name):
         ("nvidia", {"pipelines.dali_graph"}),
         ("ffcv", {"pipelines.turbojpeg", "pipelines.beton_file", "pipelines.ffcv_decode"}),
         ("numba", {"pipelines.resample", "pipelines.ffcv_decode", "rsnet.models.levels_cpu"}),
-        ("safetensors", {"rsnet.models.pretrained"}),
+        ("safetensors", {"rsnet.models.pretrained", "rsnet.release"}),
         ("wandb", {"rsnet.wandb_log", "rsnet.wandb_service"}),
         ("tensorflow", {"rsnet.tensorflow_file"}),
         ("timm", {"rsnet.models.zoo", "rsnet.models.pretrained"}),
@@ -178,7 +199,15 @@ def test_a_room_imports_only_what_it_may(name):
             "tyro",
             {
                 f"rsnet.{name}"
-                for name in ("calibrate", "cli", "compare", "config", "convert", "sync")
+                for name in (
+                    "calibrate",
+                    "cli",
+                    "compare",
+                    "config",
+                    "convert",
+                    "release_run",
+                    "sync",
+                )
             }
             | {f"pipelines.{name}" for name in ("beton", "cli", "dali_graph", "ffcv", "verify")},
         ),
