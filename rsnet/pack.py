@@ -38,7 +38,7 @@ def packed(model: nn.Module) -> State:
 def unpacked(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
     """What `packed` gave -> a state dict as `like`, that of the network whose weights are not quantized.
 
-    Quantizers of activations are as after training, but do not know how long it was.
+    Quantizers of activations and counts of batches are as after no training at all.
     """
     state = {}
     for name, expected in like.items():
@@ -46,7 +46,7 @@ def unpacked(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
             state[name] = stored[name]
         elif name + CODES in stored:
             state[name] = _weight(stored[name + CODES], stored[name + BASIS], expected.shape)
-        else:  # a moving average that begins anew
+        else:  # what only training goes on from
             start = torch.ones if name.endswith(".rest") else torch.zeros
             state[name] = start(expected.shape, dtype=expected.dtype)
     return state

@@ -22,8 +22,10 @@ from pipelines.errors import DataError, UsageError, blame, first_line
 from pipelines.files import new_folder, write_json, write_whole
 from rsnet import __version__, release_card, release_config
 from rsnet.fit import misfits
+from rsnet.models.quantize import FULL
 from rsnet.models.switchable import ResolutionSwitchable, select_sizes
 from rsnet.models.zoo import rebuild
+from rsnet.pack import packed, unpacked
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -38,7 +40,7 @@ class Release:
     """What was read from a folder.
 
     config: the content of config.json, whose "network" describes the network as a checkpoint does.
-    state: the network's state dict, on the CPU.
+    state: the network's state dict, on the CPU, with quantized weights as they are applied.
     """
 
     config: dict[str, Any]
@@ -65,7 +67,7 @@ def write(
     """
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"--output: {folder} exists; give another name")
-    data = safetensors.torch.save(_stored(model.state_dict()))
+    data = safetensors.torch.save(_stored(model))
     shared, private = model.count_parameters()
     config = {
         "format": release_config.FORMAT,
@@ -103,10 +105,11 @@ def read(folder: Path) -> Release:
         raise UsageError(f"there is no folder {folder}")
     with blame(str(folder / CONFIG)):
         config = release_config.parse(_read(folder, CONFIG, release_config.MOST_BYTES))
-        state = _without_memory(config["network"]).state_dict()
+        expected = _stored(_without_memory(config["network"]))
+        state = _without_memory(_unpacked(config["network"])).state_dict()
     with blame(str(folder / WEIGHTS)):
-        tensors = _read_weights(folder, config["weights"], _stored(state))
-    return Release(config, _restored(tensors, state))
+        tensors = _read_weights(folder, config["weights"], expected)
+    return Release(config, unpacked(tensors, state))
 
 
 def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
@@ -120,32 +123,25 @@ def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchab
     if not set(wanted) <= set(network["sizes"]):
         there, here = (" ".join(map(str, s)) for s in (network["sizes"], wanted))
         raise UsageError(f"--sizes is {there} in {folder} and {here} here")
-    model = rebuild(network, wanted)
+    model = rebuild(_unpacked(network), wanted)
     model.load_state_dict(
         select_sizes(release.state, network["sizes"], wanted, model.shared_norm), strict=True
     )
     return model.eval()
 
 
-def _stored(state: Mapping[str, Tensor]) -> State:
-    """State dict -> the tensors that are stored: contiguous, without what only training counts."""
+def _stored(model: ResolutionSwitchable) -> State:
+    """The tensors that are stored of a network: contiguous, without what only training counts."""
     return {
         name: value.clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-        if not _is_counter(name)
+        for name, value in packed(model).items()
+        if not name.endswith(".num_batches_tracked")
     }
 
 
-def _restored(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
-    """Stored tensors -> a state dict with the names of `like`."""
-    return {
-        name: torch.zeros(value.shape, dtype=value.dtype) if _is_counter(name) else stored[name]
-        for name, value in like.items()
-    }
-
-
-def _is_counter(name: str) -> bool:
-    return name.endswith(".num_batches_tracked")
+def _unpacked(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of the network that a release is read as: its weights are the levels themselves."""
+    return {**network, "qw": FULL}
 
 
 class _WeightsOnMeta(TorchFunctionMode):

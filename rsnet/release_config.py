@@ -7,11 +7,12 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pipelines.batch import EVAL_CROP_RATIO, MEAN_STD, eval_short_side
 from pipelines.errors import DataError
 from rsnet.metrics import ENSEMBLE
+from rsnet.models.zoo import Mode
 
 FORMAT = 1
 
@@ -62,6 +63,8 @@ def _are_texts(value: Any) -> bool:
 
 _OBJECT = _Rule("an object", lambda v: isinstance(v, dict))
 
+_BITS = _Rule("from 1 to 8, or 32", lambda v: type(v) is int and (1 <= v <= 8 or v == 32))
+
 _TOP = {
     "network": _OBJECT,
     "preprocessing": _OBJECT,
@@ -78,6 +81,10 @@ _NETWORK = {
     "stem": _one_of("imagenet", "small"),
     "norm": _one_of("private", "shared"),
     "blurpool": _one_of(False, True),
+    "mode": _one_of(*get_args(Mode)),
+    "qw": _BITS,
+    "qa": _BITS,
+    "tf_padding": _one_of(False, True),
     "sizes": _Rule("up to 32 integers from 1 to 4096, the largest first", _are_sizes),
     "num_classes": _integer(1, 1_000_000),
     "classes": _Rule("a list of names", _are_texts),

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from pipelines.errors import blame
 from rsnet import checkpoint, release, report
+from rsnet.models.quantize import FULL
 from rsnet.models.zoo import gflops, rebuild
 from rsnet.release_config import result_names
 from rsnet.resolve import NETWORK_DEFAULTS
@@ -61,7 +62,9 @@ def run(options: Options) -> int:
         )
     megabytes = written.config["weights"]["bytes"] / 1e6
     sizes = " ".join(map(str, model.sizes))
-    print(f"{options.output}: {network['arch']}, sizes {sizes}, {megabytes:.1f} MB")
+    full = sum(v.nbytes for v in written.state.values() if v.is_floating_point()) / 1e6
+    unpacked = "" if network["qw"] == FULL else f" ({full:.1f} MB in float32)"
+    print(f"{options.output}: {network['arch']}, sizes {sizes}, {megabytes:.1f} MB{unpacked}")
     return 0
 
 

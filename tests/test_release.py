@@ -38,6 +38,10 @@ NETWORK = {
     "stem": "imagenet",
     "norm": "private",
     "blurpool": False,
+    "mode": "resnet",
+    "qw": 32,
+    "qa": 32,
+    "tf_padding": False,
     "sizes": SIZES,
     "num_classes": 3,
     "classes": ["ant", "bee", "cat"],
@@ -134,8 +138,10 @@ def _assert_same_logits(model: nn.Module, expected: nn.Module, sizes=SIZES) -> N
     [
         {},
         {"norm": "shared", "stem": "small", "blurpool": True},
+        {"qw": 2, "tf_padding": True},
+        {"mode": "preact", "qw": 3, "qa": 2},
     ],
-    ids=["private", "shared_small_blurred"],
+    ids=["private", "shared_small_blurred", "quantized", "quantized_activations"],
 )
 def test_a_release_computes_the_checkpoints_logits_bit_for_bit(tmp_path, changes):
     run = _write_run(tmp_path / "run", NETWORK | changes)
@@ -298,10 +304,14 @@ def test_the_cards_code_runs(folder, monkeypatch):
     assert scope["logits"].shape == (1, 3)
 
 
-def test_reading_needs_torch_torchvision_and_safetensors_alone_and_no_pickle(folder):
+@pytest.mark.parametrize("changes", [{}, {"mode": "preact", "qw": 2, "qa": 2}])
+def test_reading_needs_torch_torchvision_and_safetensors_alone_and_no_pickle(tmp_path, changes):
+    run, folder = _write_run(tmp_path / "run", NETWORK | changes), tmp_path / "release"
+    assert main(["release", str(run), "--output", str(folder)]) == 0
     code = f"""
 import pickle, sys
 from pathlib import Path
+sys.modules["numba"] = None
 import safetensors, torch, torchvision
 before = {{name.split(".")[0] for name in sys.modules}}
 from rsnet import release
@@ -312,6 +322,28 @@ release.load(Path({str(folder)!r}))(torch.zeros(1, 3, 32, 32))
 """
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_quantized_weights_take_their_bits_and_a_basis_a_channel(tmp_path, capsys, bits):
+    network = NETWORK | {"arch": "parallel_resnet18", "width_mult": 1.0, "qw": bits}
+    run, folder = _write_run(tmp_path / "run", network), tmp_path / "release"
+    assert main(["release", str(run), "--output", str(folder)]) == 0
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    filters = [
+        m for m in rebuild(NETWORK | network | {"qw": 32}).modules() if isinstance(m, nn.Conv2d)
+    ]
+    expected = sum(-(-m.weight.numel() * bits // 8) for m in filters[1:])
+    assert sum(v.nbytes for name, v in stored.items() if name.endswith(".codes")) == expected
+    bases = [v for name, v in stored.items() if name.endswith(".basis")]
+    assert sum(v.nbytes for v in bases) == 4 * bits * sum(m.out_channels for m in filters[1:])
+    assert not any(name.endswith((".original", ".total", ".rest")) for name in stored)
+    size = (folder / "model.safetensors").stat().st_size
+    full = sum(
+        v.nbytes for v in release.load(folder).state_dict().values() if v.is_floating_point()
+    )
+    assert f" {size / 1e6:.1f} MB ({full / 1e6:.1f} MB in float32)" in capsys.readouterr().out
+    assert size < (0.05 + 0.035 * (bits - 1)) * full  # of three classes
 
 
 def test_it_says_what_was_taken_and_written(run, tmp_path, capsys):
@@ -632,7 +664,7 @@ def test_a_network_that_its_file_cannot_hold_takes_no_memory(folder, capsys, mon
     code, line = _refusal(folder, capsys)
     assert code == 1
     assert "network.fc.weight is (3, 128), not (1000000, 128)" in line
-    assert built == [True]
+    assert built == [True, True]  # as it is stored and as it is read
 
 
 def _fields(value: object, path: tuple = ()):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,9 +31,7 @@ def encode(
     rows, coded_rows = _rows(values, count), _rows(coded, count)
     above: Tensor | None
     if _is_compiled(values):
-        from rsnet.models import levels_cpu  # compilers take half a second to import
-
-        above = levels_cpu.encode(rows, thresholds, levels, coded_rows)
+        above = _kernels().encode(rows, thresholds, levels, coded_rows)
     else:
         numbers = torch.searchsorted(thresholds[:, 1:].contiguous(), rows.float())
         coded_rows.copy_(levels.gather(1, numbers).where(rows > -torch.inf, rows))
@@ -48,10 +49,8 @@ def keep_up_to(gradient: Tensor, values: Tensor, top: Tensor) -> Tensor:
         and gradient.dtype == values.dtype
         and gradient.stride() == values.stride()
     ):
-        from rsnet.models import levels_cpu
-
         kept = torch.empty_like(values)
-        levels_cpu.keep_up_to(_rows(gradient, 1), _rows(values, 1), top, _rows(kept, 1))
+        _kernels().keep_up_to(_rows(gradient, 1), _rows(values, 1), top, _rows(kept, 1))
         return kept
     return torch.where(values <= top, gradient, 0.0)
 
@@ -69,7 +68,19 @@ def _is_compiled(values: Tensor) -> bool:
         values.device.type == "cpu"
         and values.dtype in COMPILED
         and not torch.compiler.is_compiling()
+        and _kernels() is not None
     )
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The compiled ones, or None without numba, which a released network is used without. Importing it takes
+    half a second."""
+    try:
+        from rsnet.models import levels_cpu
+    except ImportError:
+        return None
+    return levels_cpu
 
 
 def _dense(values: Tensor, count: int) -> Tensor:
