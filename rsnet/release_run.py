@@ -88,6 +88,6 @@ def _accuracy(
                     name: {what: logged[f"val/{what}@{name}"] for what in ("top1", "top5")}
                     for name in result_names(network)
                 }
-        except (ValueError, KeyError, TypeError):  # cut short by a crash, or no evaluation
+        except (ValueError, KeyError):  # cut short by a crash, or no evaluation
             continue
     return None

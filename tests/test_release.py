@@ -179,6 +179,14 @@ def test_a_file_of_the_original_is_released(tmp_path, capsys):
     assert config["preprocessing"]["std"] == [1.0, 1.0, 1.0]
 
 
+def test_what_an_early_checkpoint_does_not_say_is_filled_in(tmp_path):
+    late = ("width_mult", "stem", "norm", "blurpool")
+    network = {k: v for k, v in NETWORK.items() if k not in late}
+    run = _write_run(tmp_path / "run", network)
+    assert main(["release", str(run), "--output", str(tmp_path / "release")]) == 0
+    assert _config(tmp_path / "release")["network"] == NETWORK | {"width_mult": 1.0}
+
+
 def test_every_weight_lies_once_in_the_safetensors_file(run, folder):
     state = checkpoint.load(run / "checkpoints" / "best.pt")["model"]
     wanted = {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
@@ -263,9 +271,10 @@ def test_weights_that_were_not_evaluated_have_no_accuracies(tmp_path, capsys, ca
     run = _write_run(tmp_path / "run", done=3 if case == "within an epoch" else 0)
     path = run / "checkpoints" / "best.pt"
     if case == "no evaluation":
-        (run / "metrics.jsonl").write_text("")
+        (run / "metrics.jsonl").write_text('{"step": 10, "epoch": 2.0, "train/total": 1.0}\n')
     if case == "no run directory":
-        path = path.rename(tmp_path / "best.pt")
+        (run / "copies").mkdir()
+        path = path.rename(run / "copies" / "best.pt")
     assert main(["release", str(path), "--output", str(tmp_path / "release")]) == 0
     assert "note: their accuracies are not known" in capsys.readouterr().out
     assert release.read(tmp_path / "release").config["accuracy"] is None
