@@ -19,8 +19,8 @@ metrics:
 # {arch} for {sizes} pixels
 
 A Resolution Switchable Network: one CNN that classifies images into {num_classes:,} classes at any of these
-resolutions, chosen at run time. Its {shared:,} weights are shared; every BatchNorm is private to a resolution
-({private:,} parameters for all of them).
+resolutions, chosen at run time. They share {shared:,} parameters; {private:,} are private to one of them: its
+{what_is_private}.
 
 {table}
 
@@ -67,6 +67,7 @@ def text(config: Mapping[str, Any]) -> str:
         smallest=network["sizes"][-1],
         num_classes=network["num_classes"],
         **config["parameters"],
+        what_is_private=_what_is_private(network["norm"]),
         table=_table(config),
         note=_note(config["accuracy"] is not None),
         crop_ratio=preprocessing["crop_ratio"],
@@ -75,6 +76,11 @@ def text(config: Mapping[str, Any]) -> str:
         mean=preprocessing["mean"],
         std=preprocessing["std"],
     )
+
+
+def _what_is_private(norm: str) -> str:
+    weight = "weight in the ensemble"
+    return weight if norm == "shared" else f"BatchNorm, and its {weight}"
 
 
 def _table(config: Mapping[str, Any]) -> str:

@@ -148,6 +148,8 @@ def test_a_release_computes_the_checkpoints_logits_bit_for_bit(tmp_path, changes
     assert main(["release", str(run), "--output", str(tmp_path / "release")]) == 0
     model = release.load(tmp_path / "release")
     assert not model.training
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert ("BatchNorm" in card) == (model.shared_norm is False)
     _assert_same_logits(model, _reference(checkpoint.load(run / "checkpoints" / "best.pt")))
 
 
@@ -301,6 +303,7 @@ def test_the_card_says_what_the_network_is_worth_and_needs(folder):
     assert f"| 64 | 20.00 | 52.00 | {gflops['64']:.3f} |" in card
     assert f"| ensemble | 23.00 | 55.00 | {gflops['ensemble']:.3f} |" in card
     assert "(64: 73, 48: 54, 32: 36)" in card
+    assert "private to one of them: its\nBatchNorm, and its weight in the ensemble." in card
     assert "[0.485, 0.456, 0.406]" in card
     assert "arXiv:2007.09558" in card
 
