@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from rsnet.models import depthwise
+from rsnet.models.blurpool import use_blurpool
 from rsnet.models.depthwise import DepthwiseConv2d, use_depthwise_convolutions
+from rsnet.models.same import use_same_padding
 
 
 def _run(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor, amp: bool):
@@ -75,3 +77,16 @@ def test_single_pixels_do_not_lead_outside_the_picture():
     expected = torch.zeros(24, 1, 3, 3)
     expected[:, :, 1, 1] = 2.0
     assert torch.equal(of_weight, expected)
+
+
+def test_convolutions_that_pad_or_blur_their_input_still_do():
+    timm = pytest.importorskip("timm", reason="a convolution of timm's, which pads as TensorFlow")
+    own = timm.layers.Conv2dSame(8, 8, 3, stride=2, groups=8, bias=False)
+    padded, blurred = (nn.Conv2d(24, 24, 3, 2, 1, groups=24, bias=False) for _ in range(2))
+    use_same_padding(padded)
+    use_blurpool(blurred)
+    for layer in (own, padded, blurred):
+        x = torch.randn(2, layer.in_channels, 8, 8)
+        before = layer(x)
+        use_depthwise_convolutions(layer)
+        assert torch.equal(layer(x), before)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rsnet.models.single_pixel import SinglePixelConv2d
+
 # Values in float32 at once: 4 MB stay in the caches, and are no new pages of memory each time (16 images of
 # 96 x 112 x 112 pixels: 41 ms instead of 97).
 CHUNK = 2**20
@@ -63,10 +65,14 @@ class _Depthwise(torch.autograd.Function):
 
 
 def use_depthwise_convolutions(network: nn.Module) -> None:
-    """Make the depthwise convolutions of `network` that are strided or wide such ones, in place."""
+    """Make the depthwise convolutions of `network` that are strided or wide such ones, in place.
+
+    Those that pad or blur their input themselves stay as they are.
+    """
     for module in network.modules():
         if (
             isinstance(module, nn.Conv2d)
+            and type(module) in (nn.Conv2d, SinglePixelConv2d)
             and module.groups == module.in_channels == module.out_channels > 1
             and module.bias is None
             and module.dilation == (1, 1)
