@@ -40,8 +40,10 @@ def test_a_max_pooling_is_tensorflows(size):
     assert network(-1 - _count(size))[0, 0].tolist() == POOLED[size]
 
 
-def test_what_has_no_stride_stays_as_it_is():
-    """There PyTorch's padding is the same; and a 1x1 filter needs none at any stride."""
-    layers = [nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1, stride=2), nn.MaxPool2d(1)]
-    use_same_padding(nn.Sequential(*layers))
-    assert [type(layer) for layer in layers] == [nn.Conv2d, nn.Conv2d, nn.MaxPool2d]
+def test_what_has_no_stride_or_no_padding_stays_as_it_is():
+    """Without a stride PyTorch's padding is the same; timm's Conv2dSame has none, and pads by itself."""
+    layers = [nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1, 2), nn.Conv2d(1, 1, 3, 2)]
+    pools = [nn.MaxPool2d(1), nn.MaxPool2d(3, 2)]
+    use_same_padding(nn.Sequential(*layers, *pools))
+    assert {type(layer) for layer in layers} == {nn.Conv2d}
+    assert {type(pool) for pool in pools} == {nn.MaxPool2d}

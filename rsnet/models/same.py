@@ -25,15 +25,17 @@ class _Same(nn.Module):
 
 
 def use_same_padding(network: nn.Module) -> None:
-    """Make the strided convolutions and max poolings of `network` pad as TensorFlow does, in place.
+    """Make the strided convolutions and max poolings of `network` that pad do it as TensorFlow, in place.
 
-    3x3 with stride 2 on an even size: no pixel before, one after; 7x7: two and three.
+    3x3 with stride 2 on an even size: no pixel before, one after; 7x7: two and three. timm's own layers
+    for SAME, which have a padding of 0, stay.
     """
     for module in network.modules():
         if (
             isinstance(module, nn.Conv2d | nn.MaxPool2d)
             and _first(module.kernel_size) > 1
             and _first(module.stride) > 1
+            and module.padding not in (0, (0, 0))
         ):
             is_pool = isinstance(module, nn.MaxPool2d)
             module.padding = 0 if is_pool else (0, 0)
