@@ -170,6 +170,7 @@ def start_from(model: ResolutionSwitchable, wanted: Mapping[str, Any], path: Pat
         weights = {names.get(k, k): v for k, v in content.get("ema", content["model"]).items()}
         own = {k: v for k, v in model.state_dict().items() if k not in names.values()}
         load_weights(model, {"network": trained, "model": {**own, **weights}})
+    model.complete_alpha()
     start_from_weights(model)
 
 

@@ -14,6 +14,7 @@ import torchvision
 from pipelines.errors import DataError, UsageError
 from rsnet import checkpoint
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.models.zoo import build
 
 NETWORK = {
     "arch": "parallel_resnet18",
@@ -136,6 +137,17 @@ def test_an_evaluation_may_take_some_of_the_sizes_but_no_others():
     checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40]}, training=False)
     with pytest.raises(UsageError, match="--sizes"):
         checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40, 36]}, training=False)
+
+
+def test_sizes_that_calibrate_added_take_part_in_what_starts_from_them(tmp_path):
+    trained = build("parallel_resnet18", 3, (48, 40, 32), 0.125)
+    with torch.no_grad():
+        trained.alpha.copy_(torch.tensor([1.0, -torch.inf, 3.0]))
+    network = NETWORK | {"width_mult": 0.125, "normalize": "imagenet"}
+    checkpoint.save(tmp_path / "x.pt", {"network": network, "model": trained.state_dict()})
+    model = build("parallel_resnet18", 3, (48, 40, 32), 0.125, qw=2)
+    checkpoint.start_from(model, network | {"qw": 2, "qa": 32}, tmp_path / "x.pt")
+    assert model.alpha.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_weights_that_do_not_fit_are_listed_by_name_and_shape():
