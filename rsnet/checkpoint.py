@@ -166,6 +166,9 @@ def start_from(model: ResolutionSwitchable, wanted: Mapping[str, Any], path: Pat
         if any(trained.get(name, FULL) != FULL for name in bits):
             raise UsageError("it is quantized itself; --resume goes on with it")
         require_match({**trained, **bits}, wanted, training=False)
+        there, here = trained["normalize"], wanted["normalize"]
+        if there != here:
+            raise UsageError(f"--normalize is {there} there and {here} here")
         names = full_precision_names(model)
         weights = {names.get(k, k): v for k, v in content.get("ema", content["model"]).items()}
         own = {k: v for k, v in model.state_dict().items() if k not in names.values()}

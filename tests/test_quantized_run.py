@@ -165,6 +165,11 @@ def test_a_checkpoint_of_other_bits_is_refused(
         ("weights", ["--qw", "2"], "it is quantized itself; --resume goes on with it"),
         ("preact", ["--qw", "2"], "--mode is preact there and resnet here"),
         ("plain", ["--qw", "2", "--sizes", "40", "32"], "--sizes is 32 24 16 there and 40 32 here"),
+        (
+            "plain",
+            ["--qw", "2", "--normalize", "unit"],
+            "--normalize is imagenet there and unit here",
+        ),
     ],
 )
 def test_what_does_not_fit_is_not_started_from(
