@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torchvision.models import resnet18
 
 from rsnet.bases import follow
 from rsnet.models.levels import encode
+from rsnet.models.levels_cpu import TASK
 from rsnet.models.quantize import (
     ActivationQuantizer,
     Quantizer,
@@ -107,6 +110,16 @@ def test_compiled_levels_and_counts_are_those_of_plain_operators(monkeypatch, bi
         assert torch.equal(compiled, coded)
         assert torch.equal(also_counted[:, 0], counted[:, 0])
         torch.testing.assert_close(also_counted, counted, rtol=1e-5, atol=0.05)
+
+
+def test_a_forked_process_quantizes_with_threads_of_its_own():
+    quantizer, x = ActivationQuantizer(2), torch.rand(4 * TASK)  # that several threads share
+    quantizer(x)
+    if (child := os.fork()) == 0:
+        signal.alarm(20)
+        quantizer(x)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_bfloat16_is_compared_and_summed_in_float32():

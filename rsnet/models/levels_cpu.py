@@ -6,6 +6,7 @@ ResNet-18's activations of 16 images at five sizes are 80 million values a step.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -77,6 +78,9 @@ def _in_threads(task: Callable[..., None], calls: list[tuple[int, ...]]) -> None
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "levels")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of the threads
 
 
 def _compiled(function: Any) -> Any:
