@@ -112,6 +112,14 @@ def test_compiled_levels_and_counts_are_those_of_plain_operators(monkeypatch, bi
         torch.testing.assert_close(also_counted, counted, rtol=1e-5, atol=0.05)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 0, 4, 4)])
+def test_no_values_have_no_levels_and_count_nothing(shape):
+    quantizer, x = ActivationQuantizer(2), torch.zeros(shape, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad.shape == shape
+    assert not quantizer.statistics[0].any()
+
+
 def test_a_forked_process_quantizes_with_threads_of_its_own():
     quantizer, x = ActivationQuantizer(2), torch.rand(4 * TASK)  # that several threads share
     quantizer(x)

@@ -67,6 +67,7 @@ def _is_compiled(values: Tensor) -> bool:
     return (
         values.device.type == "cpu"
         and values.dtype in COMPILED
+        and values.numel() > 0
         and not torch.compiler.is_compiling()
         and _kernels() is not None
     )
