@@ -125,6 +125,7 @@ def test_fixed_qa_follows_the_largest_size_alone():
     trainer = _trainer(only_largest, lr=0.0, sizes_at=lambda _: SIZES[:1])
     trainer.forward_backward(_batch(8), last=True)
     trainer.update()
+    assert all(q.rest == pytest.approx(0.9) for q in _quantizers(only_largest).values())
     expected, found, other = _bases(only_largest), _bases(fixed), _bases(free)
     for name, q in _quantizers(fixed).items():
         if isinstance(q, ActivationQuantizer):

@@ -152,6 +152,17 @@ def test_the_gradient_ends_above_the_highest_level_in_every_memory_layout(dtype)
         assert torch.equal(found, torch.where(given.float() <= top, gradient, 0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the latter is not compiled
+def test_a_value_at_a_threshold_takes_the_lower_level_and_one_at_the_highest_learns(dtype):
+    quantizer = ActivationQuantizer(2).to(dtype)
+    quantizer.basis.copy_(torch.tensor([[1.0, 2.0]]))
+    x = torch.tensor([0.5, 1.5, 2.5, 3.0, 3.25], dtype=dtype, requires_grad=True)
+    y = quantizer(x)
+    y.sum().backward()
+    assert y.tolist() == [0, 1, 2, 3, 3]
+    assert x.grad.tolist() == [1, 1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_an_update_is_the_least_squares_solution_drawn_to_the_basis(bits):
     weights = torch.randn(4, 5, 3, 3) / 5
