@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pipelines.cli import verb_command
 from pipelines.errors import DataError, UsageError, blame, first_line
+from pipelines.picture import images_below, open_image
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ def scan(root: Path) -> ImageFolder:
         raise UsageError(f"there is no folder {root}")
     classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     if not classes:
-        what = "images but no class folders" if _images_below(root) else "no images"
+        what = "images but no class folders" if images_below(root) else "no images"
         raise UsageError(f"{root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = _images_below(root / name)
+        images = images_below(root / name)
         if not images:
             raise UsageError(f"the class folder {root / name} holds no image")
         paths += images
@@ -114,12 +112,7 @@ def verify_command(data: Path, report: Path | None = None) -> str:
 def broken(path: str) -> str | None:
     """Why PIL does not decode the image at `path`, or None if it does."""
     try:
-        state = Path(path).stat()
-        if not stat.S_ISREG(state.st_mode):  # to open a pipe would be to wait for ever
-            return "it is no regular file"
-        if state.st_size == 0:
-            return "the file is empty"
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
         return first_line(error)
@@ -130,16 +123,6 @@ def cause(error: Exception) -> str:
     """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
     lines = str(error).partition("encountered:")[2].split("\n")
     return next((line.strip() for line in lines if line.strip()), first_line(error))
-
-
-def _images_below(folder: Path) -> list[str]:
-    """Sorted paths of the image files below `folder`, folders that are links included."""
-    return sorted(
-        os.path.join(directory, name)
-        for directory, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -19,11 +19,11 @@ from pipelines.batch import (
     Loaders,
     LoaderSpec,
     PixelNormalizer,
-    eval_short_side,
     random_resized_crop,
 )
 from pipelines.errors import DataError
 from pipelines.folder import ImageFolder, broken, explain_failure, scan_train_val
+from pipelines.picture import eval_picture
 from pipelines.sampling import (
     AUGMENTATION_LANE,
     Indices,
@@ -127,8 +127,7 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
 
     def _eval_views(self, image: Image.Image) -> Iterator[Image.Image]:
         for size in self._spec.sizes:
-            view = F.resize(image, [eval_short_side(size)], InterpolationMode.BILINEAR)
-            yield F.center_crop(view, [size])
+            yield eval_picture(image, size)
 
 
 def _lists(batches: Iterator[Indices]) -> list[list[int]]:

@@ -118,14 +118,20 @@ def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchab
     Raises what `read` does, and UsageError for sizes that it does not have.
     """
     release = read(folder)
-    network = release.config["network"]
-    wanted = network["sizes"] if sizes is None else sizes
-    if not set(wanted) <= set(network["sizes"]):
-        there, here = (" ".join(map(str, s)) for s in (network["sizes"], wanted))
+    known = release.config["network"]["sizes"]
+    wanted = known if sizes is None else sizes
+    if not set(wanted) <= set(known):
+        there, here = (" ".join(map(str, s)) for s in (known, wanted))
         raise UsageError(f"--sizes is {there} in {folder} and {here} here")
-    model = rebuild(_unpacked(network), wanted)
+    return built(release, wanted)
+
+
+def built(release: Release, sizes: Sequence[int]) -> ResolutionSwitchable:
+    """The network of a release at some of its sizes, on the CPU, in eval mode."""
+    network = release.config["network"]
+    model = rebuild(_unpacked(network), sizes)
     model.load_state_dict(
-        select_sizes(release.state, network["sizes"], wanted, model.shared_norm), strict=True
+        select_sizes(release.state, network["sizes"], sizes, model.shared_norm), strict=True
     )
     return model.eval()
 

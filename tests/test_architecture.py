@@ -11,7 +11,14 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *(ROOT / "pipelines").rglob("*.py"), *(ROOT / "rsnet").rglob("*.py")]
 )
-ANYONE = {"pipelines.batch", "pipelines.cli", "pipelines.errors", "pipelines.files"}
+ANYONE = {
+    "pipelines.batch",
+    "pipelines.cli",
+    "pipelines.errors",
+    "pipelines.files",
+    "pipelines.picture",
+    "pipelines.progress",
+}
 # What of the project a module of rsnet may import. Those not named are free, as run and session are.
 ARROWS = {
     "rsnet.config": {"pipelines.errors", "rsnet.recipes", "rsnet.rules"},
@@ -120,6 +127,13 @@ ARROWS = {
         "rsnet.release_config",
         "rsnet.report",
         "rsnet.resolve",
+    },
+    "rsnet.runtime": {
+        "pipelines.batch",
+        "pipelines.errors",
+        "pipelines.picture",
+        "rsnet.models.switchable",
+        "rsnet.release",
     },
     "rsnet.models.single_pixel": set(),
     "rsnet.models.pointwise": set(),

@@ -1,0 +1,41 @@
+"""A picture as an evaluation sees it, decoded and cut by PIL; which files are pictures."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as F
+from torchvision.transforms.functional import InterpolationMode
+
+from pipelines.batch import eval_short_side
+
+
+def images_below(folder: Path) -> list[str]:
+    """Sorted paths of the image files below `folder`, folders that are links included."""
+    return sorted(
+        os.path.join(directory, name)
+        for directory, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    )
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture in a file, of which only the header was read. Raises what PIL does, and OSError."""
+    state = Path(path).stat()
+    if not stat.S_ISREG(state.st_mode):  # to open a pipe would be to wait for ever
+        raise OSError("it is no regular file")
+    if state.st_size == 0:
+        raise OSError("the file is empty")
+    return Image.open(path)
+
+
+def eval_picture(image: Image.Image, size: int) -> Image.Image:
+    """The `size` x `size` pixels of a picture that an evaluation looks at."""
+    resized = F.resize(image, [eval_short_side(size)], InterpolationMode.BILINEAR)
+    centre: Image.Image = F.center_crop(resized, [size])
+    return centre
