@@ -6,7 +6,7 @@ import sys
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import Verbs, verb_command
-from rsnet import calibrate, compare, convert, release_run, sync
+from rsnet import calibrate, compare, convert, predict, release_run, sync
 
 
 def _loaders(spec: LoaderSpec, train: bool) -> Loaders:
@@ -35,6 +35,7 @@ VERBS: Verbs = {
         "a resolution that was not trained",
     ),
     "release": (release_run.Options, release_run.run, "a folder to publish and to load from"),
+    "predict": (predict.Options, predict.run, "what a release says of images"),
     "sync": (sync.Options, sync.run, "metrics that W&B lacks"),
 }
 

@@ -135,6 +135,13 @@ ARROWS = {
         "rsnet.models.switchable",
         "rsnet.release",
     },
+    "rsnet.predict": {
+        "pipelines.cli",
+        "pipelines.errors",
+        "pipelines.picture",
+        "pipelines.progress",
+        "rsnet.runtime",
+    },
     "rsnet.models.single_pixel": set(),
     "rsnet.models.pointwise": set(),
     "rsnet.models.depthwise": set(),
@@ -227,6 +234,7 @@ def test_a_room_imports_only_what_it_may(name):
                     "compare",
                     "config",
                     "convert",
+                    "predict",
                     "release_run",
                     "sync",
                 )
