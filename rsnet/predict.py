@@ -38,6 +38,10 @@ class Options:
     size: int | None = None
     """Resolution. Unset: the release's largest."""
 
+    confidence: float | None = None
+    """In place of a size: begin with the smallest, and go on to the next larger one with those images
+    alone whose most likely class is below this probability."""
+
     device: str | None = None
     """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
 
@@ -62,7 +66,7 @@ def run(options: Options) -> int:
     readable = _Readable(classifier, paths)
     # A bar would be torn by lines on the same terminal.
     shown = any(p.is_dir() for p in options.images) and not (options.json and sys.stdout.isatty())
-    answers = classifier.stream(readable, options.size)
+    answers = classifier.stream(readable, options.size, options.confidence)
     with ExitStack() as stack:
         out = sys.stdout  # which the bar replaces by its own console, on stderr
         if shown:

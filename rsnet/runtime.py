@@ -9,9 +9,9 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,12 +42,25 @@ class Prediction:
     first. A class that the release has no name for goes by its index.
     size: the resolution that decided.
     ms: milliseconds of the image's batch over the images in it, from uint8 pixels on the host to
-    probabilities there; decoding and resizing are not part of it.
+    probabilities there, summed over the sizes that it went through; without decoding and resizing.
     """
 
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
     size: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class _Waiting(Generic[Key]):
+    """An image on its way to a forward; ms: what the sizes before took.
+
+    pixels: (s, s, 3) uint8. image: None where no larger size may follow, as decoded images are large.
+    """
+
+    key: Key
+    image: Image.Image | None
+    pixels: Tensor
     ms: float
 
 
@@ -103,21 +116,26 @@ class SwitchableClassifier:
         return cls(model, network, place, dtype, batch_size, top)
 
     def classify(
-        self, images: Picture | Sequence[Picture], size: int | None = None
+        self,
+        images: Picture | Sequence[Picture],
+        size: int | None = None,
+        confidence: float | None = None,
     ) -> list[Prediction]:
         """One prediction per image, in their order, of one picture or a list or tuple of such.
 
         Pictures are prepared as in an evaluation: all of PIL's modes to RGB, EXIF's rotation left out.
         size: one of `sizes`; the largest if not given.
+        confidence: in its place, a probability in (0, 1]: the smallest size comes first, and an image goes
+        on to the next larger one as long as its most likely class is below that.
 
-        Raises UsageError, a ValueError, for another size, no images, or what is no picture; DataError,
-        which names the image, for one that cannot be decoded or is too large.
+        Raises UsageError, a ValueError, for another size or confidence, no images, or what is no picture;
+        DataError, which names the image, for one that cannot be decoded or is too large.
         """
         pictures = images if isinstance(images, list | tuple) else [cast(Picture, images)]
         if not pictures:
             raise UsageError("there are no images")
         decoded = ((i, self.decode(picture, f"image {i}")) for i, picture in enumerate(pictures))
-        found = dict(self.stream(decoded, size))
+        found = dict(self.stream(decoded, size, confidence))
         return [found[i] for i in range(len(pictures))]
 
     def decode(self, picture: Picture, name: str = "the image") -> Image.Image:
@@ -133,17 +151,34 @@ class SwitchableClassifier:
             return self._rgb(image)
 
     def stream(
-        self, images: Iterable[tuple[Key, Image.Image]], size: int | None = None
+        self,
+        images: Iterable[tuple[Key, Image.Image]],
+        size: int | None = None,
+        confidence: float | None = None,
     ) -> Iterator[tuple[Key, Prediction]]:
         """Predictions of decoded images, under the keys these came with; for more than memory holds.
 
+        They come when they are decided: in the order of the images, unless `confidence` is given, when up
+        to two batches of decoded images wait at each size but the largest.
+
         Raises what `classify` does.
         """
-        chosen = self.sizes[0] if size is None else size
-        if chosen not in self.sizes:
+        return self._cascade(images, self._ladder(size, confidence), confidence)
+
+    def _ladder(self, size: int | None, confidence: float | None) -> Sequence[int]:
+        """The sizes that an image goes through."""
+        if confidence is not None:
+            if size is not None:
+                raise UsageError("give a size or a confidence, not both")
+            if not 0 < confidence <= 1:
+                raise UsageError(f"confidence {confidence}: must be above 0, and 1 at most")
+            return self.sizes[::-1]
+        if size is None:
+            return self.sizes[:1]
+        if size not in self.sizes:
             known = " ".join(map(str, self.sizes))
-            raise UsageError(f"size {chosen}: this network has {known}")
-        return self._stream(images, chosen)
+            raise UsageError(f"size {size}: this network has {known}")
+        return (size,)
 
     def _rgb(self, image: Image.Image) -> Image.Image:
         """Refuses a huge image before its pixels are read, and one too long to be resized."""
@@ -156,19 +191,39 @@ class SwitchableClassifier:
             )
         return image.convert("RGB")
 
-    def _stream(
-        self, images: Iterable[tuple[Key, Image.Image]], size: int
+    def _cascade(
+        self,
+        images: Iterable[tuple[Key, Image.Image]],
+        ladder: Sequence[int],
+        confidence: float | None,
     ) -> Iterator[tuple[Key, Prediction]]:
-        keys: list[Key] = []
-        pixels: list[Tensor] = []
+        waiting: list[list[_Waiting[Key]]] = [[] for _ in ladder]
         for key, image in images:
-            keys.append(key)
-            pixels.append(_pixels(image, size))
-            if len(keys) == self._batch_size:
-                yield from zip(keys, self._predict(pixels, size), strict=True)
-                keys, pixels = [], []
-        if keys:
-            yield from zip(keys, self._predict(pixels, size), strict=True)
+            waiting[0].append(_waiting(key, image, ladder, 0, 0.0))
+            yield from self._climb(waiting, ladder, confidence, self._batch_size)
+        yield from self._climb(waiting, ladder, confidence, 1)
+
+    def _climb(
+        self,
+        waiting: list[list[_Waiting[Key]]],
+        ladder: Sequence[int],
+        confidence: float | None,
+        fewest: int,
+    ) -> Iterator[tuple[Key, Prediction]]:
+        """Compute at each size as long as there wait `fewest` images; the unsure wait at the next."""
+        for level, size in enumerate(ladder):
+            while len(waiting[level]) >= fewest:
+                batch = waiting[level][: self._batch_size]
+                del waiting[level][: self._batch_size]
+                predictions = self._predict([one.pixels for one in batch], size)
+                for one, prediction in zip(batch, predictions, strict=True):
+                    ms = one.ms + prediction.ms
+                    unsure = confidence is not None and prediction.probabilities[0] < confidence
+                    if unsure and one.image is not None:
+                        next_ = _waiting(one.key, one.image, ladder, level + 1, ms)
+                        waiting[level + 1].append(next_)
+                    else:
+                        yield one.key, replace(prediction, ms=ms)
 
     def _predict(self, pixels: list[Tensor], size: int) -> list[Prediction]:
         start = time.perf_counter()
@@ -223,9 +278,11 @@ def _open(path: str | Path) -> Image.Image:
         return open_image(path)
 
 
-def _pixels(image: Image.Image, size: int) -> Tensor:
-    """(size, size, 3) uint8."""
-    return torch.from_numpy(np.array(eval_picture(image, size)))
+def _waiting(
+    key: Key, image: Image.Image, ladder: Sequence[int], level: int, ms: float
+) -> _Waiting[Key]:
+    pixels = torch.from_numpy(np.array(eval_picture(image, ladder[level])))
+    return _Waiting(key, image if level + 1 < len(ladder) else None, pixels, ms)
 
 
 def _require_device(device: str | torch.device) -> torch.device:

@@ -89,6 +89,21 @@ def test_the_table_has_a_row_an_image_in_their_order(release, classifier, album,
         assert top == ", ".join(f"{c} {100 * p:.1f}" for c, p in pairs)
 
 
+def test_a_cascades_table_is_in_the_order_of_the_images(release, classifier, album, capsys):
+    paths = [album / name for name in ALBUM]
+    best = [p.probabilities[0] for p in classifier.classify(paths, size=32)]
+    threshold = sorted(best)[1]  # one image goes on, and is decided after the others
+    paths.insert(0, paths.pop(best.index(min(best))))
+    words = ["--confidence", threshold, "--batch-size", 3]
+    code, (_, *rows), _ = _predict(capsys, release, *paths, *words)
+    assert code == 0
+    assert [row.split()[0] for row in rows] == list(map(str, paths))
+    assert rows[0].split()[1] in ("48", "64")
+    assert [row.split()[1] for row in rows[1:]] == ["32", "32"]
+    _, lines, _ = _predict(capsys, release, *paths, *words, "--json")
+    assert [json.loads(line)["image"] for line in lines] == [*map(str, paths[1:]), str(paths[0])]
+
+
 def test_as_many_classes_are_named_as_asked_for(release, album, capsys):
     _, lines, _ = _predict(capsys, release, album, "--json", "--top", 2)
     assert [len(json.loads(line)["top"]) for line in lines] == [2, 2, 2]
@@ -123,6 +138,7 @@ def test_no_image_is_one_line_and_exit_code_2(release, tmp_path, capsys):
     [
         ([], "there is no image in the command"),
         (["nowhere"], "there is no file or folder nowhere"),
+        (["album", "--confidence", "8"], "confidence 8.0: must be above 0, and 1 at most"),
         (["album", "--size", "40"], "size 40: this network has 64 48 32"),
     ],
 )

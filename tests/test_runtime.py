@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import struct
@@ -313,3 +314,91 @@ assert loaded <= {{"rsnet", "pipelines"}}, loaded
 SwitchableClassifier.load({str(folder)!r}).classify({str(files["rgb"])!r}, 32)
 """
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+def _cascade_by_hand(folder: Path, photos: list[Image.Image], confidence: float) -> list[tuple]:
+    """Every image alone through one size after the other: size and best class."""
+    classifier = SwitchableClassifier.load(folder)
+    decided = []
+    for photo in photos:
+        for size in (32, 48, 64):
+            (one,) = classifier.classify(photo, size)
+            if one.probabilities[0] >= confidence:
+                break
+        decided.append((one.size, one.classes[0]))
+    return decided
+
+
+def _threshold(classifier: SwitchableClassifier, photos: list[Image.Image]) -> float:
+    """A confidence that some images reach at each size, between any two of their probabilities."""
+    found = {s: [p.probabilities[0] for p in classifier.classify(photos, s)] for s in SIZES}
+    candidates = sorted(p for values in found.values() for p in values)
+    for low, high in itertools.pairwise(candidates):
+        middle = (low + high) / 2
+        unsure = [i for i, p in enumerate(found[32]) if p < middle]
+        later = [i for i in unsure if found[48][i] < middle]
+        if high - low > 1e-5 and 4 < len(later) < len(unsure) - 1 < len(photos) - 2:
+            return middle
+    raise AssertionError("no such threshold")
+
+
+@pytest.fixture(scope="module")
+def photos_and_threshold(loaded) -> tuple[list[Image.Image], float]:
+    photos = [_photo(seed) for seed in range(19)]
+    return photos, _threshold(loaded, photos)
+
+
+def test_only_the_unsure_go_on_to_the_next_larger_size(classifier, folder, photos_and_threshold):
+    photos, threshold = photos_and_threshold
+    found = classifier.classify(photos, confidence=threshold)
+    assert [(p.size, p.classes[0]) for p in found] == _cascade_by_hand(folder, photos, threshold)
+    assert {p.size for p in found} == set(SIZES)
+
+
+def test_the_unsure_are_regrouped_into_full_batches(classifier, photos_and_threshold):
+    photos, threshold = photos_and_threshold
+    seen = _seen(classifier)
+    sizes = [p.size for p in classifier.classify(photos, confidence=threshold)]
+    computed = {size: [len(b) for b in seen if b.shape[-1] == size] for size in SIZES}
+    images = {32: 19, 48: 19 - sizes.count(32), 64: sizes.count(64)}
+    for size, count in images.items():
+        assert sum(computed[size]) == count
+        assert computed[size][:-1] == [4] * ((count - 1) // 4)
+
+
+def test_the_cascade_computes_a_larger_size_before_it_has_read_all_images(classifier):
+    seen = _seen(classifier)
+    answers = classifier.stream(((i, _photo(i)) for i in range(10)), confidence=1.0)
+    next(answers)
+    assert [(len(b), b.shape[-1]) for b in seen] == [(4, 32), (4, 48), (4, 64)]
+    assert [key for key, _ in answers] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(("confidence", "size"), [(1e-9, 32), (1.0, 64)])
+def test_the_bounds_of_the_confidence_decide_at_the_smallest_and_the_largest(
+    classifier, confidence, size
+):
+    seen = _seen(classifier)
+    assert classifier.classify(_photo(0), confidence=confidence)[0].size == size
+    assert len(seen) == (1 if size == 32 else 3)
+
+
+def test_a_cascades_milliseconds_are_those_of_all_sizes_passed(classifier, monkeypatch):
+    ticks = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
+    monkeypatch.setattr("rsnet.runtime.time.perf_counter", lambda: next(ticks))
+    one, two = classifier.classify([_photo(0), _photo(1)], confidence=1.0)
+    assert one.ms == two.ms == 3500.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"confidence": 0.0}, "confidence 0.0: must be above 0, and 1 at most"),
+        ({"confidence": 80.0}, "confidence 80.0: must be above 0"),
+        ({"confidence": float("nan")}, "confidence nan: must be above 0"),
+        ({"confidence": 0.5, "size": 64}, "give a size or a confidence, not both"),
+    ],
+)
+def test_a_confidence_that_is_none_is_refused(classifier, options, message):
+    with pytest.raises(UsageError, match=message):
+        classifier.classify(_photo(0), **options)
