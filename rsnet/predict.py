@@ -42,6 +42,10 @@ class Options:
     """In place of a size: begin with the smallest, and go on to the next larger one with those images
     alone whose most likely class is below this probability."""
 
+    budget_ms: float | None = None
+    """In place of both: milliseconds that a batch may take. The most accurate size that fits is taken;
+    latencies are measured if those beside the release are of another device or batch size."""
+
     device: str | None = None
     """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
 
@@ -66,7 +70,7 @@ def run(options: Options) -> int:
     readable = _Readable(classifier, paths)
     # A bar would be torn by lines on the same terminal.
     shown = any(p.is_dir() for p in options.images) and not (options.json and sys.stdout.isatty())
-    answers = classifier.stream(readable, options.size, options.confidence)
+    answers = classifier.stream(readable, options.size, options.confidence, options.budget_ms)
     with ExitStack() as stack:
         out = sys.stdout  # which the bar replaces by its own console, on stderr
         if shown:

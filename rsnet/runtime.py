@@ -6,30 +6,22 @@ Needs torch, torchvision, safetensors, numpy and pillow alone.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.batch import PixelNormalizer, eval_view
-from pipelines.errors import DataError, UsageError, first_line
-from pipelines.picture import eval_picture, open_image
-from rsnet import release
-from rsnet.models.switchable import ResolutionSwitchable
-
-# A path, a PIL image, uint8 as an (H, W, 3) array, or uint8 as a (3, H, W) tensor on any device.
-Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
-
-# Takes 0.3 GB decoded. A file of kilobytes can claim more; no photo has more.
-MOST_PIXELS = 100_000_000
+from pipelines.batch import PixelNormalizer
+from pipelines.errors import UsageError, first_line
+from pipelines.picture import eval_picture
+from rsnet import latency, pictures, release
+from rsnet.pictures import Picture
 
 Key = TypeVar("Key")
 
@@ -72,19 +64,23 @@ class SwitchableClassifier:
 
     def __init__(
         self,
-        model: ResolutionSwitchable,
-        network: Mapping[str, Any],
+        folder: Path,
+        read: release.Release,
         device: torch.device,
         dtype: torch.dtype | None,
         batch_size: int,
         top: int,
     ) -> None:
-        """What `load` says; network: the description of `model` in config.json."""
+        """What `load` says; read: the release that lies in `folder`."""
+        network = read.config["network"]
+        model = release.built(read, network["sizes"])
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.sizes = model.sizes
         self._names, self._outputs = network["classes"], network["num_classes"]
         self._device, self._dtype = device, dtype
         self._batch_size, self._top = batch_size, min(top, self._outputs)
+        self._folder, self._config = folder, read.config
+        self._latencies: latency.Table | None = None
         self._normalize = PixelNormalizer(device, dtype or torch.float32, network["normalize"])
 
     @classmethod
@@ -110,16 +106,14 @@ class SwitchableClassifier:
             if number < 1:
                 raise UsageError(f"{name} {number}: at least 1 is needed")
         place = _require_device(device)
-        read = release.read(Path(folder))
-        network = read.config["network"]
-        model = release.built(read, network["sizes"])
-        return cls(model, network, place, dtype, batch_size, top)
+        return cls(Path(folder), release.read(Path(folder)), place, dtype, batch_size, top)
 
     def classify(
         self,
         images: Picture | Sequence[Picture],
         size: int | None = None,
         confidence: float | None = None,
+        budget_ms: float | None = None,
     ) -> list[Prediction]:
         """One prediction per image, in their order, of one picture or a list or tuple of such.
 
@@ -127,34 +121,34 @@ class SwitchableClassifier:
         size: one of `sizes`; the largest if not given.
         confidence: in its place, a probability in (0, 1]: the smallest size comes first, and an image goes
         on to the next larger one as long as its most likely class is below that.
+        budget_ms: in place of both, the milliseconds that a whole batch may take: the most accurate size
+        that does so in 95 of 100 batches is taken, by a table that `calibrate_latency` measures if it did
+        not before.
 
-        Raises UsageError, a ValueError, for another size or confidence, no images, or what is no picture;
+        Raises UsageError, a ValueError, for another size, a wrong confidence, a budget that no size fits
+        into, more than one of the three, no images, or what is no picture;
         DataError, which names the image, for one that cannot be decoded or is too large.
         """
-        pictures = images if isinstance(images, list | tuple) else [cast(Picture, images)]
-        if not pictures:
+        many = images if isinstance(images, list | tuple) else [cast(Picture, images)]
+        if not many:
             raise UsageError("there are no images")
-        decoded = ((i, self.decode(picture, f"image {i}")) for i, picture in enumerate(pictures))
-        found = dict(self.stream(decoded, size, confidence))
-        return [found[i] for i in range(len(pictures))]
+        decoded = ((i, self.decode(picture, f"image {i}")) for i, picture in enumerate(many))
+        found = dict(self.stream(decoded, size, confidence, budget_ms))
+        return [found[i] for i in range(len(many))]
 
     def decode(self, picture: Picture, name: str = "the image") -> Image.Image:
         """The RGB image of a picture. In an error it goes by its path, or else by `name`.
 
         Raises UsageError for what is no picture, DataError for one that cannot be decoded or is too large.
         """
-        if isinstance(picture, str | Path):
-            with _blamed(str(picture)), _open(picture) as image:
-                return self._rgb(image)
-        image = picture if isinstance(picture, Image.Image) else _from_array(picture, name)
-        with _blamed(name):
-            return self._rgb(image)
+        return pictures.decode(picture, name, self.sizes[0])
 
     def stream(
         self,
         images: Iterable[tuple[Key, Image.Image]],
         size: int | None = None,
         confidence: float | None = None,
+        budget_ms: float | None = None,
     ) -> Iterator[tuple[Key, Prediction]]:
         """Predictions of decoded images, under the keys these came with; for more than memory holds.
 
@@ -163,13 +157,52 @@ class SwitchableClassifier:
 
         Raises what `classify` does.
         """
-        return self._cascade(images, self._ladder(size, confidence), confidence)
+        return self._cascade(images, self._ladder(size, confidence, budget_ms), confidence)
 
-    def _ladder(self, size: int | None, confidence: float | None) -> Sequence[int]:
+    def calibrate_latency(self) -> latency.Table:
+        """Measure a whole batch at each size, from pixels on the host to probabilities there.
+
+        The table is kept beside the release, as latency-DEVICE.json, where that can be written.
+        """
+        pixels = {
+            s: [torch.zeros(s, s, 3, dtype=torch.uint8)] * self._batch_size for s in self.sizes
+        }
+        self._latencies = latency.measure(lambda s: self._predict(pixels[s], s), self.sizes)
+        with suppress(OSError):
+            latency.save(self._latency_file, self._conditions, self._latencies)
+        return self._latencies
+
+    def _size_within(self, budget_ms: float) -> int:
+        known = self._latencies or latency.load(self._latency_file, self._conditions, self.sizes)
+        self._latencies = known or self.calibrate_latency()
+        return latency.best_size(self._latencies, budget_ms, self._config["accuracy"])
+
+    @property
+    def _latency_file(self) -> Path:
+        return latency.path_of(self._folder, self._conditions["device"])
+
+    @property
+    def _conditions(self) -> dict[str, Any]:
+        """What a table of latencies holds for."""
+        gpu = self._device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self._device) if gpu else self._device.type,
+            "threads": torch.get_num_threads(),
+            "batch_size": self._batch_size,
+            "dtype": str(self._dtype or torch.float32),
+            "torch": torch.__version__,
+            "sha256": self._config["weights"]["sha256"],
+        }
+
+    def _ladder(
+        self, size: int | None, confidence: float | None, budget_ms: float | None
+    ) -> Sequence[int]:
         """The sizes that an image goes through."""
+        if [size, confidence, budget_ms].count(None) < 2:
+            raise UsageError("give one of size, confidence and budget_ms")
+        if budget_ms is not None:
+            return (self._size_within(budget_ms),)
         if confidence is not None:
-            if size is not None:
-                raise UsageError("give a size or a confidence, not both")
             if not 0 < confidence <= 1:
                 raise UsageError(f"confidence {confidence}: must be above 0, and 1 at most")
             return self.sizes[::-1]
@@ -179,17 +212,6 @@ class SwitchableClassifier:
             known = " ".join(map(str, self.sizes))
             raise UsageError(f"size {size}: this network has {known}")
         return (size,)
-
-    def _rgb(self, image: Image.Image) -> Image.Image:
-        """Refuses a huge image before its pixels are read, and one too long to be resized."""
-        if 0 in image.size:
-            raise DataError("it has no pixels")
-        resized = eval_view(image.height, image.width, self.sizes[0])
-        if max(image.height * image.width, resized.height * resized.width) > MOST_PIXELS:
-            raise DataError(
-                f"{image.width} x {image.height} pixels are too many, or too long a row"
-            )
-        return image.convert("RGB")
 
     def _cascade(
         self,
@@ -245,37 +267,6 @@ class SwitchableClassifier:
 
     def _name(self, index: int) -> str:
         return self._names[index] if index < len(self._names) else str(index)
-
-
-def _from_array(picture: NDArray[np.uint8] | Tensor, name: str) -> Image.Image:
-    if isinstance(picture, Tensor):
-        layout, channels, byte = "(3, H, W)", 0, picture.dtype == torch.uint8
-    elif isinstance(picture, np.ndarray):
-        layout, channels, byte = "(H, W, 3)", 2, picture.dtype == np.uint8
-    else:
-        what = "a path, a PIL image, an array or a tensor"
-        raise UsageError(f"{name} is a {type(picture).__name__}, must be {what}")
-    shape = tuple(picture.shape)
-    if not byte or len(shape) != 3 or shape[channels] != 3 or 0 in shape:
-        raise UsageError(f"{name} is {picture.dtype} of shape {shape}, must be uint8 {layout}")
-    if isinstance(picture, Tensor):
-        picture = picture.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(picture)
-
-
-@contextmanager
-def _blamed(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
-        raise DataError(f"{name}: {first_line(error)}") from error
-
-
-def _open(path: str | Path) -> Image.Image:
-    with warnings.catch_warnings():
-        # PIL's, of half as many pixels as it refuses; MOST_PIXELS is between.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return open_image(path)
 
 
 def _waiting(

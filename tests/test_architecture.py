@@ -132,9 +132,12 @@ ARROWS = {
         "pipelines.batch",
         "pipelines.errors",
         "pipelines.picture",
-        "rsnet.models.switchable",
+        "rsnet.latency",
+        "rsnet.pictures",
         "rsnet.release",
     },
+    "rsnet.pictures": {"pipelines.batch", "pipelines.errors", "pipelines.picture"},
+    "rsnet.latency": {"pipelines.errors", "pipelines.files"},
     "rsnet.predict": {
         "pipelines.cli",
         "pipelines.errors",

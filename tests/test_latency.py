@@ -1,0 +1,143 @@
+"""Latencies of the sizes: how they are measured and kept, and which size a budget buys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.errors import DataError, UsageError
+from rsnet import latency
+from rsnet.runtime import SwitchableClassifier
+from tests import releases
+from tests.releases import SIZES
+
+IMAGE = np.zeros((40, 50, 3), np.uint8)
+# The smallest is the most accurate; 64 and 48 are alike.
+ACCURACY = {
+    name: {"top1": top1, "top5": 90.0}
+    for name, top1 in (("64", 60.0), ("48", 60.0), ("32", 70.0), ("ensemble", 80.0))
+}
+TABLE = {
+    64: {"median": 8.0, "p95": 9.0},
+    48: {"median": 4.0, "p95": 5.0},
+    32: {"median": 2.0, "p95": 3.0},
+}
+
+
+class _Clock:
+    """Time passes in forwards alone."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_median_and_p95_are_those_of_the_turns_after_the_warm_up(monkeypatch):
+    clock, turns = _Clock(), []
+    monkeypatch.setattr(latency, "time", clock)
+
+    def forward(size: int) -> None:
+        turns.append(size)
+        turn = (len(turns) - 1) // 2 - latency.WARM_UP
+        clock.now += 100 if turn < 0 else size * (turn + 1) / 1000
+
+    table = latency.measure(forward, (2, 1))
+    assert turns == [2, 1] * (latency.WARM_UP + latency.REPEATS)
+    times = np.arange(1, latency.REPEATS + 1)
+    for size in (1, 2):
+        assert table[size]["median"] == pytest.approx(size * np.median(times))
+        assert table[size]["p95"] == pytest.approx(size * np.percentile(times, 95))
+
+
+@pytest.mark.parametrize(
+    ("budget", "accuracy", "size"),
+    [(9.0, None, 64), (8.9, None, 48), (3.0, None, 32), (9.0, ACCURACY, 32)],
+)
+def test_a_budget_buys_the_most_accurate_size_whose_p95_fits(budget, accuracy, size):
+    assert latency.best_size(TABLE, budget, accuracy) == size
+
+
+def test_of_sizes_alike_the_faster_is_bought():
+    slow = TABLE | {32: {"median": 20.0, "p95": 20.0}}
+    assert latency.best_size(slow, 10.0, ACCURACY) == 48
+
+
+def test_a_budget_that_is_too_small_is_told_what_the_fastest_takes():
+    message = r"no size fits into 2.9 ms: size 32 takes 3.00 ms in 95 of 100 batches"
+    with pytest.raises(UsageError, match=message):
+        latency.best_size(TABLE, 2.9, None)
+
+
+def test_a_table_is_read_back_for_the_same_conditions_alone(tmp_path):
+    path = latency.path_of(tmp_path, "NVIDIA H100 / 80GB")
+    assert path.name == "latency-NVIDIA-H100-80GB.json"
+    assert latency.load(path, {"batch_size": 4}, SIZES) is None
+    latency.save(path, {"batch_size": 4}, TABLE)
+    assert latency.load(path, {"batch_size": 4}, SIZES) == TABLE
+    assert latency.load(path, {"batch_size": 1}, SIZES) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"conditions": {}, "ms": {"64": 3}}'])
+def test_a_file_that_is_no_table_is_named(tmp_path, text):
+    (tmp_path / "latency-cpu.json").write_text(text)
+    with pytest.raises(DataError, match=r"latency-cpu\.json is no table of latencies; remove it"):
+        latency.load(tmp_path / "latency-cpu.json", {}, SIZES)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return releases.write(tmp_path / "release", ACCURACY)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[int]:
+    """The images of each batch that was computed for a table, which is TABLE."""
+    images: list[int] = []
+
+    def measure(forward, sizes):
+        assert sizes == SIZES
+        images.extend(len(forward(size)) for size in sizes)
+        return TABLE
+
+    monkeypatch.setattr(latency, "measure", measure)
+    return images
+
+
+def test_whole_batches_are_measured_once_and_kept_beside_the_release(folder, measured):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for _ in range(2):
+        classifier = SwitchableClassifier.load(folder, batch_size=3)
+        assert classifier.classify(IMAGE, budget_ms=9.0)[0].size == 32
+        assert classifier.classify(IMAGE, budget_ms=3.0)[0].size == 32
+    assert measured == [3, 3, 3]
+    kept = json.loads((folder / "latency-cpu.json").read_text())
+    assert kept["ms"]["48"] == TABLE[48]
+    assert kept["conditions"]["batch_size"] == 3
+    assert {n: (folder / n).read_bytes() for n in before} == before
+    SwitchableClassifier.load(folder, batch_size=2).classify(IMAGE, budget_ms=9.0)
+    assert measured[3:] == [2, 2, 2]
+
+
+def test_a_release_that_cannot_be_written_to_is_measured_in_each_process(
+    folder, measured, monkeypatch
+):
+    def fail(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(latency, "write_json", fail)
+    classifier = SwitchableClassifier.load(folder, batch_size=3)
+    for _ in range(2):
+        assert classifier.classify(IMAGE, budget_ms=9.0)[0].size == 32
+    assert measured == [3, 3, 3]
+
+
+@pytest.mark.parametrize("other", [{"size": 64}, {"confidence": 0.5}])
+def test_a_budget_stands_alone(folder, other):
+    classifier = SwitchableClassifier.load(folder)
+    with pytest.raises(UsageError, match="give one of size, confidence and budget_ms"):
+        classifier.classify(IMAGE, budget_ms=1.0, **other)
