@@ -15,7 +15,8 @@ from pipelines.batch import EVAL_CROP_RATIO
 from pipelines.errors import DataError, UsageError, blame
 from pipelines.files import write_whole
 from rsnet import original, torch_file
-from rsnet.models.quantize import FULL, full_precision_names, start_from_weights
+from rsnet.bits import FULL
+from rsnet.models.quantize import full_precision_names, start_from_weights
 from rsnet.models.switchable import ResolutionSwitchable, select_sizes
 from rsnet.resolve import NETWORK_DEFAULTS, ResolvedConfig
 

@@ -251,6 +251,8 @@ class TrainConfig:
             raise UsageError(
                 "--evaluate: say which checkpoint, with --resume PATH or --resume auto"
             )
+        if self.evaluate and self.init_from is not None:
+            raise UsageError("--init-from: a training starts from it; --evaluate takes --resume")
 
     @property
     def is_profile(self) -> bool:

@@ -18,9 +18,9 @@ from torch import Tensor
 from pipelines.batch import EVAL_CROP_RATIO
 from pipelines.errors import DataError
 from rsnet.bases import DECAY
+from rsnet.bits import BITS, FULL
 from rsnet.fit import misfits
 from rsnet.models.preact import LAYERS
-from rsnet.models.quantize import FULL
 from rsnet.models.zoo import PREFIX, rebuild
 from rsnet.resolve import NETWORK_DEFAULTS
 
@@ -79,8 +79,8 @@ def from_tensorflow(variables: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Which network it is, its bits, sizes and classes are read off their names and shapes.
 
-    Raises DataError if they are of no such network, with names and shapes of what does not fit; UsageError
-    for bits or sizes that our networks cannot have.
+    Raises DataError if they are of no such network, with names and shapes of what does not fit, or of other
+    bits than our networks can have; UsageError for sizes that those cannot have.
     """
     variables = {_without_outer_scope(name): value for name, value in variables.items()}
     network = _describe(variables)
@@ -153,9 +153,14 @@ def _mode(variables: Mapping[str, Tensor]) -> str:
 
 
 def _bits(variables: Mapping[str, Tensor], basis: str) -> int:
-    """The length of most bases (K, ...) of a kind; FULL if there are none."""
+    """The length of most bases (K, ...) of a kind; FULL if there are none. Raises DataError above 8."""
     lengths = [len(v) for name, v in variables.items() if name.endswith(basis) and v.ndim > 0]
-    return mode(lengths) if lengths else FULL
+    bits = mode(lengths) if lengths else FULL
+    if bits not in BITS and lengths:
+        raise DataError(
+            f"bases {basis} of {bits} numbers: from {BITS[0]} to {BITS[-1]} bits are known"
+        )
+    return bits
 
 
 def _names(ours: Sequence[str], sizes: Sequence[int]) -> dict[str, str]:

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from pipelines.errors import DataError, UsageError, blame, first_line
 from pipelines.files import new_folder, write_json, write_whole
 from rsnet import __version__, release_card, release_config
+from rsnet.bits import FULL
 from rsnet.fit import misfits
-from rsnet.models.quantize import FULL
 from rsnet.models.switchable import ResolutionSwitchable, select_sizes
 from rsnet.models.zoo import rebuild
 from rsnet.pack import packed, unpacked

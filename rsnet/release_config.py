@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from pipelines.batch import EVAL_CROP_RATIO, MEAN_STD, eval_short_side
 from pipelines.errors import DataError
+from rsnet.bits import BITS, FULL
 from rsnet.metrics import ENSEMBLE
 from rsnet.models.zoo import Mode
 
@@ -63,7 +64,7 @@ def _are_texts(value: Any) -> bool:
 
 _OBJECT = _Rule("an object", lambda v: isinstance(v, dict))
 
-_BITS = _Rule("from 1 to 8, or 32", lambda v: type(v) is int and (1 <= v <= 8 or v == 32))
+_BITS = _Rule("from 1 to 8, or 32", lambda v: type(v) is int and (v in BITS or v == FULL))
 
 _TOP = {
     "network": _OBJECT,

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from pipelines.errors import blame
 from rsnet import checkpoint, release, report
-from rsnet.models.quantize import FULL
+from rsnet.bits import FULL
 from rsnet.models.zoo import gflops, rebuild
 from rsnet.release_config import result_names
 from rsnet.resolve import NETWORK_DEFAULTS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.errors import UsageError
+from rsnet.bits import FULL
 from rsnet.config import (
     DEFAULT_ARCH,
     DEFAULT_BATCH_SIZE,
@@ -25,8 +26,8 @@ NETWORK_DEFAULTS = {
     "norm": "private",
     "blurpool": False,
     "mode": "resnet",
-    "qw": 32,
-    "qa": 32,
+    "qw": FULL,
+    "qa": FULL,
     "tf_padding": False,
     "normalize": "imagenet",
 }
@@ -70,8 +71,8 @@ class ResolvedConfig(TrainConfig):
     norm: Literal["private", "shared"] = "private"
     blurpool: bool = False
     mode: Mode = "resnet"
-    qw: int = 32
-    qa: int = 32
+    qw: int = FULL
+    qa: int = FULL
     sgd: Literal["plain", "nesterov"] = "plain"
     sizes_per_step: int = 0
 
@@ -88,7 +89,12 @@ class ResolvedConfig(TrainConfig):
     @property
     def is_quantized(self) -> bool:
         """Whether there are quantizers in the network."""
-        return self.qw != 32 or self.qa != 32
+        return self.qw != FULL or self.qa != FULL
+
+    @property
+    def never_decays(self) -> bool:
+        """Whether the training ends before the schedule of its learning rate begins."""
+        return self.lr_decay == "schedule" and self.epochs <= min(self.schedule, default=0)
 
     @property
     def most_skipped(self) -> int:
@@ -132,8 +138,8 @@ def resolve(
     if previous and given["lr"] is None and global_batch == previous_global_batch:
         given["lr"] = previous.get("lr")  # it belongs to the images of an update
     recipe_name: RecipeName = given["recipe"] or "paper"
-    bits = [given[name] or known.get(name, 32) for name in ("qw", "qa")]
-    recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < 32)
+    bits = [given[name] or known.get(name, FULL) for name in ("qw", "qa")]
+    recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < FULL)
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
     defaults = {
         **dataclasses.asdict(recipe),
@@ -176,13 +182,17 @@ def resolve(
 
 
 def _check_quantization(c: ResolvedConfig) -> None:
-    if c.qa != 32 and c.mode == "resnet":
+    if c.qa != FULL and c.mode == "resnet":
         raise UsageError(
             f"--qa {c.qa}: activations are quantized in --mode preact or preact_typeA; in --mode resnet "
             "the weights alone, as in the original"
         )
-    if c.fixed_qa and c.qa == 32:
+    if c.fixed_qa and c.qa == FULL:
         raise UsageError("--fixed-qa: there are no quantized activations without --qa")
+    if c.blurpool and c.qa != FULL:
+        raise UsageError(
+            f"--blurpool: what is blurred is no longer at the levels of --qa {c.qa}; give one of them"
+        )
     if c.pretrained is not None and c.mode != "resnet":
         raise UsageError(
             f"--pretrained: no library has pre-activation ResNets (--mode {c.mode}); train one in full "

@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.batch import Loader
 from pipelines.errors import UsageError, blame
 from rsnet import checkpoint
+from rsnet.bits import FULL
 from rsnet.config import DEFAULT_ARCH, TrainConfig, as_plain
 from rsnet.resolve import ResolvedConfig, output_of
 from rsnet.store import Store
@@ -48,11 +49,17 @@ class Start:
     must_be_same: bool = False
     """Whether it goes on without having been told to, which only the same options allow."""
 
-    def require_same(self, config: ResolvedConfig, global_batch: int) -> None:
-        """Raise UsageError if the run directory's run goes on by itself, but has other options."""
+    def require_same(self, given: TrainConfig, config: ResolvedConfig, global_batch: int) -> None:
+        """Raise UsageError if the run directory's run goes on by itself, but has other options.
+
+        given: what `config` was resolved from.
+        """
         if not self.must_be_same:
             return
-        changed = changes(self.config, as_plain(config))
+        plain = as_plain(config)
+        # Bits that are not asked for are the checkpoint's only where --resume asks for those.
+        plain |= {name: FULL for name in ("qw", "qa") if getattr(given, name) is None}
+        changed = changes(self.config, plain)
         before = self.content["global_batch"] if self.content else global_batch
         if before != global_batch:
             changed.append(f"global batch {before} -> {global_batch}")

@@ -6,6 +6,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from rsnet.bits import BITS, FULL
+
 if TYPE_CHECKING:
     from rsnet.config import TrainConfig
 
@@ -23,7 +25,7 @@ def checks(c: TrainConfig) -> list[tuple[str, Any, Any, str]]:
         return 0 <= x < 1
 
     def bits(n: int) -> bool:
-        return 1 <= n <= 8 or n == 32
+        return n in BITS or n == FULL
 
     def of_a_beta(x: float) -> bool:
         # Beyond, all shares are 1/2, and drawing them takes ever longer.

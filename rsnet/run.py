@@ -85,7 +85,7 @@ def run(
     if resolved.sync_bn and device.type != "cuda":
         raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
     swept = names_of(resolved.profile_sweep, options, distributed.world_size())
-    start.require_same(resolved, resolved.global_batch(distributed.world_size()))
+    start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
     _set_up_torch(resolved)
     loaders = distributed.together(
         lambda: make_loaders(options, _spec(resolved, device), not resolved.evaluate)
@@ -107,6 +107,12 @@ def run(
             path = Path(resolved.init_from)
             distributed.together(lambda: checkpoint.start_from(model, network, path))
         display.say(as_command(script, resolved, options))
+        if resolved.never_decays:
+            first = min(resolved.schedule)
+            display.say(
+                f"note: the learning rate stays at {resolved.lr:g}: --epochs {resolved.epochs} end before "
+                f"--schedule's first, {first}"
+            )
         if resolved.evaluate:
             return _evaluate_only(config, resolved, model, loaders, device, display)
         if resolved.is_profile:

@@ -22,9 +22,10 @@ ANYONE = {
 # What of the project a module of rsnet may import. Those not named are free, as run and session are.
 ARROWS = {
     "rsnet.config": {"pipelines.errors", "rsnet.recipes", "rsnet.rules"},
-    "rsnet.rules": {"rsnet.config"},  # for its type checker
+    "rsnet.bits": set(),
+    "rsnet.rules": {"rsnet.bits", "rsnet.config"},  # the latter for its type checker
     "rsnet.recipes": set(),
-    "rsnet.resolve": {"pipelines.errors", "rsnet.config", "rsnet.recipes"},
+    "rsnet.resolve": {"rsnet.bits", "pipelines.errors", "rsnet.config", "rsnet.recipes"},
     "rsnet.bases": {"rsnet.distributed", "rsnet.models.quantize", "rsnet.models.switchable"},
     "rsnet.pack": {"rsnet.models.quantize"},
     "rsnet.ema": {"rsnet.models.switchable"},
@@ -33,6 +34,7 @@ ARROWS = {
     "rsnet.original": ANYONE | {"rsnet.config", "rsnet.fit", "rsnet.models.zoo", "rsnet.resolve"},
     "rsnet.original_tf": ANYONE
     | {
+        "rsnet.bits",
         "rsnet.bases",
         "rsnet.fit",
         "rsnet.models.preact",
@@ -60,6 +62,7 @@ ARROWS = {
     },
     "rsnet.checkpoint": ANYONE
     | {
+        "rsnet.bits",
         "rsnet.models.quantize",
         "rsnet.models.switchable",
         "rsnet.original",
@@ -88,18 +91,20 @@ ARROWS = {
         "rsnet.models.switchable",
         "rsnet.optim",
     },
-    "rsnet.resume": ANYONE | {"rsnet.checkpoint", "rsnet.config", "rsnet.resolve", "rsnet.store"},
+    "rsnet.resume": ANYONE
+    | {"rsnet.bits", "rsnet.checkpoint", "rsnet.config", "rsnet.resolve", "rsnet.store"},
     "rsnet.sync": ANYONE | {"rsnet.report", "rsnet.wandb_log", "rsnet.wandb_service"},
     "rsnet.wandb_log": {"pipelines.errors", "pipelines.files", "rsnet.wandb_service"},
     "rsnet.wandb_service": {"pipelines.errors"},
     "rsnet.report": {"rsnet.metrics"},
     "rsnet.models.switchable": {"rsnet.models.quantize"},
-    "rsnet.models.quantize": {"rsnet.models.levels"},
+    "rsnet.models.quantize": {"rsnet.bits", "rsnet.models.levels"},
     "rsnet.models.levels": {"rsnet.models.levels_cpu"},
     "rsnet.models.levels_cpu": set(),
     "rsnet.models.preact": {"rsnet.models.quantize"},
     "rsnet.models.same": set(),
     "rsnet.release": {
+        "rsnet.bits",
         "pipelines.errors",
         "pipelines.files",
         "rsnet",
@@ -113,12 +118,14 @@ ARROWS = {
     },
     "rsnet.release_card": set(),
     "rsnet.release_config": {
+        "rsnet.bits",
         "pipelines.batch",
         "pipelines.errors",
         "rsnet.metrics",
         "rsnet.models.zoo",
     },
     "rsnet.release_run": {
+        "rsnet.bits",
         "pipelines.errors",
         "rsnet.checkpoint",
         "rsnet.models.quantize",
@@ -147,7 +154,7 @@ ARROWS = {
     },
     "rsnet.models.single_pixel": set(),
     "rsnet.models.pointwise": set(),
-    "rsnet.models.depthwise": set(),
+    "rsnet.models.depthwise": {"rsnet.models.single_pixel"},
     "rsnet.models.recompute": {"rsnet.models.quantize", "rsnet.models.switchable"},
     "rsnet.models.stem": set(),
     "rsnet.models.resnet": set(),
@@ -155,6 +162,7 @@ ARROWS = {
     "rsnet.models.blurpool": {"rsnet.models.single_pixel"},
     "rsnet.models.pretrained": {"pipelines.errors", "rsnet.fit", "rsnet.torch_file"},
     "rsnet.models.zoo": {
+        "rsnet.bits",
         "pipelines.errors",
         *(
             f"rsnet.models.{name}"

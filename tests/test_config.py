@@ -55,6 +55,7 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--kd-type both", "invalid choice 'both' for argument '-t/--kd-type'"),
         ("--workers 0", "--workers 0: at least one thread"),
         ("--evaluate", "--evaluate: say which checkpoint"),
+        ("--evaluate --resume auto --init-from x.pt", "--evaluate takes --resume"),
         ("--evaluate --profile --resume auto", "--evaluate and --profile: choose one"),
         ("--compile --recompute norm", "--compile and --recompute: choose one"),
         ("--profile-limit 0", "--profile-limit 0.0: must be a positive number of seconds"),

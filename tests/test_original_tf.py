@@ -147,6 +147,16 @@ def test_what_tells_sizes_and_classes_has_to_be_there(name):
         from_tensorflow(variables)
 
 
+def test_more_bits_than_a_quantizer_has_are_refused():
+    _, variables = _file(qw=2)
+    variables = {
+        k: torch.zeros(12, v.shape[1]) if k.endswith("weight_quant/basis") else v
+        for k, v in _picked(variables).items()
+    }
+    with pytest.raises(DataError, match="of 12 numbers: from 1 to 8 bits are known"):
+        from_tensorflow(variables)
+
+
 def test_an_unknown_depth_is_said():
     _, variables = _file()
     variables = {k: v for k, v in _picked(variables).items() if "group3/block1" not in k}

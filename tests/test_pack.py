@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from rsnet.models.quantize import WeightQuantizer
+from rsnet.models.quantize import Quantizer, WeightQuantizer
 from rsnet.models.zoo import build
 from rsnet.pack import pack, packed, unpack, unpacked
 
@@ -45,8 +45,12 @@ def test_unpacked_networks_give_the_same_bits(options):
         ):  # as training leaves it, also with signs turned round
             module.basis.mul_(torch.randn_like(module.basis))
     stored = packed(model)
+    assert not any(name.endswith((".total", ".rest")) for name in stored)
     plain = build("parallel_resnet10", 7, SIZES, 0.25, "small", **(options | {"qw": 32}))
     plain.load_state_dict(unpacked(stored, plain.state_dict()))
+    for quantizer in plain.modules():
+        if isinstance(quantizer, Quantizer):  # a training would begin its averages anew
+            assert (quantizer.rest, quantizer.total.any()) == (1, False)
     plain.eval()
     with torch.no_grad():
         for size in SIZES:

@@ -16,6 +16,7 @@ from rsnet.bases import follow
 from rsnet.models.levels import encode
 from rsnet.models.levels_cpu import TASK
 from rsnet.models.quantize import (
+    ActivationPlace,
     ActivationQuantizer,
     Quantizer,
     WeightQuantizer,
@@ -96,7 +97,7 @@ def test_every_value_gets_the_level_of_its_interval_in_every_memory_layout(bits,
         torch.testing.assert_close(y[channel], expected)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 2, 4, 5])
 @pytest.mark.parametrize("shape", [(7, 3), (64, 5, 40, 41), (3, 700_001)])
 def test_compiled_levels_and_counts_are_those_of_plain_operators(monkeypatch, bits, shape):
     x = torch.randn(shape)
@@ -178,6 +179,34 @@ def test_an_update_is_the_least_squares_solution_drawn_to_the_basis(bits):
         torch.testing.assert_close(quantizer.basis[channel].double(), expected, **TOLERANCE)
 
 
+def test_all_sizes_of_an_update_are_solved_for_the_same_codes_and_drawn_to_the_basis_as_it_moves():
+    """Few values, so that the ridge of 1e-4 counts; the first size turns the order of the middle codes."""
+    quantizer = WeightQuantizer(2, 1, 9)
+    quantizer.basis.copy_(torch.tensor([[1.0, 1.05]]))
+    # Of the levels -2.05, -0.05, 0.05, 2.05; as the codes are in their order.
+    codes = torch.tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]]).double()
+    numbers = [torch.tensor([1e-4, 2e-4, 1e-4, 3e-4]), torch.tensor([2e-4, 0, 3e-4, 1e-4])]
+    sums = [torch.tensor([-2e-4, 3e-4, -1e-4, 6e-4]), torch.tensor([-4e-4, 0, 2e-4, 2e-4])]
+    v, total, rest = quantizer.basis[0].double(), torch.zeros(2).double(), 1.0
+    for number, values in zip(numbers, sums, strict=True):
+        squares = codes.T @ (codes * number.double()[:, None]) + 1e-4 * torch.eye(2)
+        new = torch.linalg.solve(squares, codes.T @ values.double() + 1e-4 * v)
+        total, rest = 0.9 * total + 0.1 * new, 0.9 * rest
+        v = total / (1 - rest)
+        assert v[0] > v[1]  # by the first solution; codes that followed it would be others
+    follow([quantizer], [torch.stack(s).double()[None] for s in zip(numbers, sums, strict=True)])
+    torch.testing.assert_close(quantizer.basis[0].double(), v, rtol=1e-6, atol=1e-7)
+
+
+def test_levels_are_in_order_with_their_codes_whatever_the_signs_of_a_basis():
+    basis = torch.tensor([[-1.0, 0.25], [0.5, -2.0]])
+    thresholds, levels, codes = table(basis, WeightQuantizer(2, 2, 9).codes)
+    assert levels.tolist() == [[-1.25, -0.75, 0.75, 1.25], [-2.5, -1.5, 1.5, 2.5]]
+    assert thresholds.tolist() == [[-math.inf, -1, 0, 1], [-math.inf, -2, 0, 2]]
+    assert codes[0].tolist() == [[1, -1], [1, 1], [-1, -1], [-1, 1]]
+    assert codes[1].tolist() == [[-1, 1], [1, 1], [-1, -1], [1, -1]]
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(
     "values", [torch.zeros(1000), torch.ones(1000), torch.full((1000,), 1e-6), torch.rand(3)]
@@ -244,6 +273,8 @@ def test_all_convolutions_but_the_first_are_quantized_and_no_linear_layer():
     convolutions = {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
     assert names == convolutions - {"conv1"}
     assert "layer2.0.downsample.0" in names
+    headless = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3)))  # its last layer is one
+    assert quantized_layers(quantize(headless, 2)) == [headless[1]]
     kept = quantize(resnet18(), 2, skip=["layer1.0.conv1"])
     assert not hasattr(kept.layer1[0].conv1, "parametrizations")
     assert hasattr(kept.conv1, "parametrizations")
@@ -256,6 +287,25 @@ def test_all_convolutions_but_the_first_are_quantized_and_no_linear_layer():
 def test_what_cannot_be_quantized_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantize(resnet18(), *arguments)
+
+
+def test_a_network_that_weights_cannot_be_quantized_of_is_refused():
+    with pytest.raises(ValueError, match="Linear has no convolution to quantize"):
+        quantize(nn.Linear(2, 2), 2)
+    with pytest.raises(ValueError, match="no layers to skip: bn1 conv9"):
+        quantize(resnet18(), 2, skip=["conv1", "conv9", "bn1"])
+    network = resnet18()
+    nn.utils.parametrizations.weight_norm(network.layer1[0].conv1)
+    with pytest.raises(ValueError, match=r"the weight of layer1\.0\.conv1 is parametrized already"):
+        quantize(network, 2)
+
+
+def test_a_place_that_stands_twice_becomes_two_quantizers():
+    place = ActivationPlace()
+    network = quantize(nn.Sequential(place, nn.Conv2d(3, 3, 1), place, nn.Conv2d(3, 3, 1)), 2, 2)
+    assert isinstance(network[0], ActivationQuantizer)
+    assert isinstance(network[2], ActivationQuantizer)
+    assert network[0] is not network[2]
 
 
 def test_a_network_is_quantized_once():

@@ -53,6 +53,7 @@ def test_a_quantized_run_has_the_originals_recipe(runs):
     found = {
         k: config[k] for k in ("lr_decay", "weight_decay", "decay", "sgd", "schedule", "gamma")
     }
+    assert config["lr"] == pytest.approx(0.1 * 8 / 256)
     assert found == {
         "lr_decay": "schedule", "weight_decay": 5e-5, "decay": "weights", "sgd": "nesterov",
         "schedule": [30, 60, 85, 95, 105], "gamma": 0.1,
@@ -123,6 +124,7 @@ def test_training_starts_from_a_full_precision_run(train, photos, runs, tmp_path
          "parallel_mobilenetv2"),
         (["--qw", "2", "--pretrained", "default", "--init-from", "x.pt"], "choose one"),
         (["--qw", "2", "--init-from", "x.pt"], "--init-from: there is no checkpoint x.pt"),
+        ([*BOTH, "--blurpool"], "--blurpool: what is blurred is no longer at the levels of --qa 2"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(train, photos, tmp_path, words, message):
@@ -157,6 +159,20 @@ def test_a_checkpoint_of_other_bits_is_refused(
     code, _, err = train(*line)
     assert (code, len(err.splitlines())) == (2, 1)
     assert message in err
+
+
+def test_a_plain_command_does_not_go_on_with_a_quantized_run_by_itself(train, photos, runs):
+    before = sorted((p, p.stat().st_mtime_ns) for p in (runs / "both").rglob("*"))
+    line = ["--data", photos, *RUN, "--mode", "preact", "-c", runs / "both", "--epochs", 1]
+    code, _, err = train(*line)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "holds a run already, of other options (--qw 2 -> 32, --qa 2 -> 32)" in err
+    assert sorted((p, p.stat().st_mtime_ns) for p in (runs / "both").rglob("*")) == before
+
+
+def test_a_schedule_that_no_epoch_reaches_is_said(train, photos, tmp_path):
+    line = ["--data", photos, *RUN, "--qw", 2, "--epochs", 1, "-c", tmp_path / "run"]
+    assert "the learning rate stays at 0.003125: --epochs 1 end before" in train(*line)[1]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ def test_the_papers_recipe_is_plain_sgd():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", ["--qw 2", "--mode preact --qa 2", "--mode preact --qw 4 --qa 3"])
+def test_what_is_quantized_has_the_recipe_of_the_authors_quantized_code(bits):
+    c = _resolve(f"{bits} --arch parallel_mobilenetv2" if "preact" not in bits else bits)
+    assert (c.epochs, c.lr, c.weight_decay, c.decay) == (120, 0.1, 5e-5, "weights")
+    assert (c.lr_decay, c.sgd, c.momentum) == ("schedule", "nesterov", 0.9)
+
+
 @pytest.mark.parametrize(
     ("epochs", "warmup", "lr_decay"),
     [(3, 0, "cosine"), (16, 2, "linear"), (30, 2, "linear"), (88, 5, "cosine"), (120, 5, "cosine")],

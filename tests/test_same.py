@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,29 @@ def test_a_strided_convolution_is_tensorflows(size, kernel):
     conv.weight.data = _count(kernel)
     use_same_padding(network := nn.Sequential(conv))
     assert network(_count(size))[0, 0].tolist() == CONVOLVED[size, kernel]
+
+
+def _one_dimensional(values: list[float], kernel: list[float]) -> list[float]:
+    """At stride 2, as TensorFlow documents SAME: the smaller half of the padding comes first."""
+    outputs = -(-len(values) // 2)
+    padding = max((outputs - 1) * 2 + len(kernel) - len(values), 0)
+    padded = [0.0] * (padding // 2) + values + [0.0] * (padding - padding // 2)
+    return [sum(map(operator.mul, kernel, padded[2 * i :])) for i in range(outputs)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 5), (5, 4), (2, 7)])
+def test_height_and_width_are_padded_each_by_its_own_length(height, width):
+    """A picture and a filter that are outer products convolve to the outer product of rows and columns."""
+    column, row = torch.arange(1.0, height + 1), torch.arange(1.0, width + 1)
+    down, across = torch.tensor([1.0, 2, 4]), torch.tensor([1.0, 3, 9])
+    conv = nn.Conv2d(1, 1, 3, stride=2, padding=1, bias=False)
+    conv.weight.data = torch.outer(down, across)[None, None]
+    use_same_padding(network := nn.Sequential(conv))
+    expected = torch.outer(
+        torch.tensor(_one_dimensional(column.tolist(), down.tolist())),
+        torch.tensor(_one_dimensional(row.tolist(), across.tolist())),
+    )
+    assert torch.equal(network(torch.outer(column, row)[None, None])[0, 0], expected)
 
 
 @pytest.mark.parametrize("size", POOLED)

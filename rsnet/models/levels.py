@@ -10,6 +10,10 @@ from torch import Tensor
 
 COMPILED = (torch.float32, torch.bfloat16)  # on a CPU
 
+# Thresholds that values are compared with together: all of 2 bits; of 8 bits it would take 256 times the
+# memory of the values.
+AT_ONCE = 4
+
 
 def encode(
     values: Tensor, thresholds: Tensor, levels: Tensor, counting: bool
@@ -57,10 +61,13 @@ def keep_up_to(gradient: Tensor, values: Tensor, top: Tensor) -> Tensor:
 
 def _above(rows: Tensor, thresholds: Tensor) -> Tensor:
     """How many of each row lie above each threshold, and their sum: (C, 2, L) float64."""
-    above = rows[:, None] > thresholds[..., None]
-    number = above.sum(2, dtype=torch.float64)
-    total = torch.where(above, rows[:, None], 0.0).sum(2, dtype=torch.float64)
-    return torch.stack((number, total), 1)
+    parts = []
+    for some in torch.split(thresholds, AT_ONCE, dim=1):
+        above = rows[:, None] > some[..., None]
+        number = above.sum(2, dtype=torch.float64)
+        total = torch.where(above, rows[:, None], 0.0).sum(2, dtype=torch.float64)
+        parts.append(torch.stack((number, total), 1))
+    return torch.cat(parts, 2)
 
 
 def _is_compiled(values: Tensor) -> bool:

@@ -92,6 +92,17 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
+def _widen(block: NDArray[Any], words: NDArray[np.uint32], values: NDArray[np.float32]) -> None:
+    """Write float32s or, as 16-bit integers, bfloat16s into `values`, whose memory `words` is too."""
+    if block.itemsize == 2:
+        for j in range(len(block)):
+            words[j] = np.uint32(block[j]) << np.uint32(16)
+    else:
+        for j in range(len(block)):
+            values[j] = block[j]
+
+
+@_compiled
 def _encode(
     rows: NDArray[Any],
     thresholds: NDArray[np.float32],
@@ -99,7 +110,7 @@ def _encode(
     coded: NDArray[Any],
     above: NDArray[np.float64],
 ) -> None:
-    """Write `coded` and add to `above`, (C, 2, L). 16-bit integers stand for bfloat16."""
+    """Write `coded` and add to `above`, (C, 2, L)."""
     words = np.empty(_BLOCK, np.uint32)
     values = words.view(np.float32)
     for c in range(rows.shape[0]):
@@ -107,12 +118,7 @@ def _encode(
             block = rows[c, first : first + _BLOCK]
             out = coded[c, first : first + _BLOCK]
             out[:] = block
-            if block.itemsize == 2:
-                for j in range(len(block)):
-                    words[j] = np.uint32(block[j]) << np.uint32(16)
-            else:
-                for j in range(len(block)):
-                    values[j] = block[j]
+            _widen(block, words, values)
             for i in range(thresholds.shape[1]):
                 threshold, level = thresholds[c, i], levels[c, i]
                 number, total = np.int32(0), np.float32(0)
@@ -134,11 +140,6 @@ def _keep_up_to(
     for first in range(0, len(values), _BLOCK):
         block, g = values[first : first + _BLOCK], gradient[first : first + _BLOCK]
         out = kept[first : first + _BLOCK]
-        if block.itemsize == 2:
-            for j in range(len(block)):
-                words[j] = np.uint32(block[j]) << np.uint32(16)
-        else:
-            for j in range(len(block)):
-                floats[j] = block[j]
+        _widen(block, words, floats)
         for j in range(len(block)):
             out[j] = g[j] if floats[j] <= top else 0

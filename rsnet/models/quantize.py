@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rsnet.bits import BITS, FULL
 from rsnet.models.levels import encode, keep_up_to
-
-BITS = range(1, 9)
-FULL = 32  # bits of what is not quantized
 
 _QUARTILE = 0.6745  # of a normal distribution: where the original's first levels come from
 
@@ -32,6 +30,8 @@ def table(basis: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     levels, order = (basis[:, None] * codes).sum(2).sort(dim=1)
     thresholds = nn.functional.pad((levels[:, 1:] + levels[:, :-1]) / 2, (1, 0), value=-torch.inf)
     ranked = codes[order]
+    # The original puts what lies below the first threshold at 0 after it has sorted; with a negative entry in
+    # the basis the lowest level would be another.
     is_signed = codes[0, 0] < 0
     levels[:, 0] = torch.where(is_signed, levels[:, 0], 0)
     ranked[:, 0] = torch.where(is_signed, ranked[:, 0], 0)
@@ -49,8 +49,12 @@ class Quantizer(nn.Module):
 
     basis: (C, K), what is applied. total: (C, K), the sum of past solutions, weighted. rest: (), what the
     start would still weigh, 0.9 to the power of the updates; the basis is total / (1 - rest).
-    statistics: of the forwards since the last update, by the number of their resolution: (C, 2, L) float64,
-    see `encode`.
+    statistics: of the forwards since the last update, by the number of their resolution (0 for weights, which
+    are the same at all): (C, 2, L) float64, how many values took each of the L levels and their sum, see
+    `encode`.
+    active: the number of the resolution that is computed. counting: whether a forward in training adds to the
+    statistics; one that only computes again what was not kept does not. held: what a weight's quantizer
+    gives while all resolutions share it, see `quantized_once`.
     """
 
     basis: Tensor
@@ -69,7 +73,7 @@ class Quantizer(nn.Module):
         self.register_buffer("rest", torch.ones(()))
         self.active = 0
         self.counting = True
-        self.held: Tensor | None = None  # what a weight's gives, while it is shared
+        self.held: Tensor | None = None
         self.statistics: dict[int, Tensor] = {}
 
     def extra_repr(self) -> str:
@@ -171,19 +175,28 @@ def quantize(
     fixed_qa: the activations' bases follow the largest resolution alone.
 
     Raises ValueError for other numbers of bits, for activations of a network without places for their
-    quantizers, and for a network that is quantized already.
+    quantizers, for weights of one without convolutions, for names in `skip` that are no layers', for weights
+    that are parametrized, and for a network that is quantized already.
     """
     if any(isinstance(m, Quantizer) for m in network.modules()):
         raise ValueError("the network is quantized already")
-    places = [n for n, m in network.named_modules() if isinstance(m, ActivationPlace)]
+    # Also those that one module stands at: each layer has levels of its own.
+    modules = list(network.named_modules(remove_duplicate=False))
+    places = [n for n, m in modules if isinstance(m, ActivationPlace)]
     if qa != FULL and not places:
         raise ValueError(f"{type(network).__name__} has no places to quantize activations at")
     layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    convolutions = {n: m for n, m in layers if isinstance(m, nn.Conv2d)}
+    if qw != FULL and not convolutions:
+        raise ValueError(f"{type(network).__name__} has no convolution to quantize")
     if skip is None:
-        first = next(n for n, m in layers if isinstance(m, nn.Conv2d))
-        skip = (first, layers[-1][0])
-    for name, layer in layers if qw != FULL else ():
-        if isinstance(layer, nn.Conv2d) and name not in skip:
+        skip = [*convolutions][:1] + [name for name, _ in layers[-1:]]
+    if unknown := set(skip) - {name for name, _ in layers}:
+        raise ValueError(f"no layers to skip: {' '.join(sorted(unknown))}")
+    for name, layer in convolutions.items() if qw != FULL else ():
+        if name not in skip:
+            if parametrize.is_parametrized(layer, "weight"):
+                raise ValueError(f"the weight of {name} is parametrized already")
             height, width = layer.kernel_size
             quantizer = WeightQuantizer(qw, layer.out_channels, height * width)
             # Unsafe is only that it is not tried out, which would count as a forward.

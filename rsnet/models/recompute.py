@@ -78,8 +78,8 @@ class _Recomputed(nn.Module):
     def _contexts(self, active: int) -> Contexts:
         """Of the forward, and of its repetition, for the resolution that is active now."""
         # What is quantized once for all resolutions is not quantized again.
-        held = [quantizer.held for quantizer in self.recomputed_quantizers]
-        again = _again(self.recomputed_norms, self.recomputed_quantizers, held, active)
+        held = {quantizer: quantizer.held for quantizer in self.recomputed_quantizers}
+        again = _again(self.recomputed_norms, held, active)
         if self.recomputed_what == "blocks":
             return nullcontext(), again
         first, cached = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
@@ -94,13 +94,12 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
 @contextmanager
 def _again(
     norms: tuple[SwitchableBatchNorm2d, ...],
-    quantizers: list[Quantizer],
-    values: list[Tensor | None],
+    quantizers: dict[Quantizer, Tensor | None],
     active: int,
 ) -> Iterator[None]:
     """The private BatchNorms of that resolution, and quantizers; what they keep of what they see stays.
 
-    values: the weights that the quantizers gave then, if not to this block alone.
+    quantizers: with the weights that they gave then, if not to this block alone.
     """
     before = [norm.active for norm in norms]
     layers: list[Any] = [norm.by_resolution[active] for norm in norms]
@@ -108,7 +107,7 @@ def _again(
     for norm, layer in zip(norms, layers, strict=True):
         # Without running statistics it would keep fewer tensors than in the forward.
         norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, None
-    for quantizer, value in zip(quantizers, values, strict=True):
+    for quantizer, value in quantizers.items():
         quantizer.counting, quantizer.held = False, value
     try:
         yield

@@ -17,12 +17,13 @@ from torchvision.models import get_model_builder, list_models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipelines.errors import UsageError, first_line
+from rsnet.bits import FULL
 from rsnet.models import preact
 from rsnet.models.blurpool import use_blurpool
 from rsnet.models.depthwise import use_depthwise_convolutions
 from rsnet.models.pointwise import use_skipping_convolutions
 from rsnet.models.pretrained import load_pretrained
-from rsnet.models.quantize import FULL, quantize, start_from_weights
+from rsnet.models.quantize import quantize, start_from_weights
 from rsnet.models.resnet import LAYERS, scaled_resnet
 from rsnet.models.same import use_same_padding
 from rsnet.models.single_pixel import use_single_pixel_convolutions
