@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.beton import WriteMode
 from pipelines.beton_file import JPG, RAW, Stored
 from pipelines.errors import DataError, first_line
+from pipelines.picture import open_image
 from pipelines.sampling import uniforms
 from pipelines.turbojpeg import Bytes, JpegDecoder
 
@@ -96,7 +97,7 @@ class Encoder:
 
 def _pixels_by_pil(path: str) -> Bytes:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
         raise DataError(first_line(error)) from None

@@ -24,14 +24,22 @@ def images_below(folder: Path) -> list[str]:
     )
 
 
+# What IMG_EXTENSIONS stand for, and GIF. PIL goes by the first bytes, whatever the name, and would also take
+# PostScript, which it runs Ghostscript on.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
+
 def open_image(path: str | Path) -> Image.Image:
-    """The picture in a file, of which only the header was read. Raises what PIL does, and OSError."""
+    """The picture in a file of one of `FORMATS`, of which only the header was read.
+
+    Raises what PIL does, and OSError.
+    """
     state = Path(path).stat()
     if not stat.S_ISREG(state.st_mode):  # to open a pipe would be to wait for ever
         raise OSError("it is no regular file")
     if state.st_size == 0:
         raise OSError("the file is empty")
-    return Image.open(path)
+    return Image.open(path, formats=FORMATS)
 
 
 def eval_picture(image: Image.Image, size: int) -> Image.Image:

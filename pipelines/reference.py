@@ -23,7 +23,7 @@ from pipelines.batch import (
 )
 from pipelines.errors import DataError
 from pipelines.folder import ImageFolder, broken, explain_failure, scan_train_val
-from pipelines.picture import eval_picture
+from pipelines.picture import eval_picture, open_image
 from pipelines.sampling import (
     AUGMENTATION_LANE,
     Indices,
@@ -97,7 +97,7 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
     def __getitem__(self, index: int) -> tuple[list[Tensor], int] | DataError:
         path = self._folder.paths[index]
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 rgb = image.convert("RGB")
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
             return explain_failure([path], error, self._spec.data, broken)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from pipelines.errors import UsageError
@@ -91,6 +92,19 @@ def test_an_evaluation_needs_no_training_folder(data):
     train, val = scan_train_val(data, with_train=False)
     assert train is None
     assert len(val.paths) == 3
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
+    assert "cannot identify image file" in broken(str(path))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"])
+def test_a_picture_of_a_usual_format_is_one_by_any_name(tmp_path, kind):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg", kind)
+    assert broken(str(tmp_path / "photo.jpg")) is None
 
 
 def test_a_good_image_is_not_broken(data):
