@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.batch import eval_view
 from pipelines.errors import DataError, UsageError, first_line
-from pipelines.picture import open_image
+from pipelines.picture import eval_picture, open_image
 
 # A path, a PIL image, uint8 as an (H, W, 3) array, or uint8 as a (3, H, W) tensor on any device.
 Picture = str | Path | Image.Image | NDArray[np.uint8] | Tensor
@@ -37,6 +37,11 @@ def decode(picture: Picture, name: str, size: int) -> Image.Image:
     image = picture if isinstance(picture, Image.Image) else _from_array(picture, name)
     with _blamed(name):
         return _rgb(image, size)
+
+
+def eval_pixels(image: Image.Image, size: int) -> Tensor:
+    """What an evaluation looks at of an RGB image: (size, size, 3) uint8."""
+    return torch.from_numpy(np.array(eval_picture(image, size)))
 
 
 def _rgb(image: Image.Image, size: int) -> Image.Image:

@@ -8,52 +8,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pipelines.batch import PixelNormalizer
 from pipelines.errors import UsageError, first_line
-from pipelines.picture import eval_picture
-from rsnet import latency, pictures, release
+from rsnet import cascade, latency, pictures, release
+from rsnet.cascade import Ladder, Prediction, Step
 from rsnet.pictures import Picture
 
+__all__ = ["Prediction", "SwitchableClassifier"]
+
 Key = TypeVar("Key")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the network says of one image.
-
-    classes, probabilities: the most likely classes' names and softmax outputs in [0, 1], the most likely
-    first. A class that the release has no name for goes by its index.
-    size: the resolution that decided.
-    ms: milliseconds of the image's batch over the images in it, from uint8 pixels on the host to
-    probabilities there, summed over the sizes that it went through; without decoding and resizing.
-    """
-
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    size: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class _Waiting(Generic[Key]):
-    """An image on its way to a forward; ms: what the sizes before took.
-
-    pixels: (s, s, 3) uint8. image: None where no larger size may follow, as decoded images are large.
-    """
-
-    key: Key
-    image: Image.Image | None
-    pixels: Tensor
-    ms: float
 
 
 class SwitchableClassifier:
@@ -157,7 +127,8 @@ class SwitchableClassifier:
 
         Raises what `classify` does.
         """
-        return self._cascade(images, self._ladder(size, confidence, budget_ms), confidence)
+        ladder = self._ladder(size, confidence, budget_ms)
+        return cascade.climb(images, ladder, self._predict, self._batch_size)
 
     def calibrate_latency(self) -> latency.Table:
         """Measure a whole batch at each size, from pixels on the host to probabilities there.
@@ -196,56 +167,21 @@ class SwitchableClassifier:
 
     def _ladder(
         self, size: int | None, confidence: float | None, budget_ms: float | None
-    ) -> Sequence[int]:
+    ) -> Ladder:
         """The sizes that an image goes through."""
         if [size, confidence, budget_ms].count(None) < 2:
             raise UsageError("give one of size, confidence and budget_ms")
-        if budget_ms is not None:
-            return (self._size_within(budget_ms),)
         if confidence is not None:
             if not 0 < confidence <= 1:
                 raise UsageError(f"confidence {confidence}: must be above 0, and 1 at most")
-            return self.sizes[::-1]
-        if size is None:
-            return self.sizes[:1]
-        if size not in self.sizes:
+            *smaller, largest = self.sizes[::-1]
+            return (*(Step(s, confidence) for s in smaller), Step(largest))
+        if budget_ms is not None:
+            return (Step(self._size_within(budget_ms)),)
+        if size is not None and size not in self.sizes:
             known = " ".join(map(str, self.sizes))
             raise UsageError(f"size {size}: this network has {known}")
-        return (size,)
-
-    def _cascade(
-        self,
-        images: Iterable[tuple[Key, Image.Image]],
-        ladder: Sequence[int],
-        confidence: float | None,
-    ) -> Iterator[tuple[Key, Prediction]]:
-        waiting: list[list[_Waiting[Key]]] = [[] for _ in ladder]
-        for key, image in images:
-            waiting[0].append(_waiting(key, image, ladder, 0, 0.0))
-            yield from self._climb(waiting, ladder, confidence, self._batch_size)
-        yield from self._climb(waiting, ladder, confidence, 1)
-
-    def _climb(
-        self,
-        waiting: list[list[_Waiting[Key]]],
-        ladder: Sequence[int],
-        confidence: float | None,
-        fewest: int,
-    ) -> Iterator[tuple[Key, Prediction]]:
-        """Compute at each size as long as there wait `fewest` images; the unsure wait at the next."""
-        for level, size in enumerate(ladder):
-            while len(waiting[level]) >= fewest:
-                batch = waiting[level][: self._batch_size]
-                del waiting[level][: self._batch_size]
-                predictions = self._predict([one.pixels for one in batch], size)
-                for one, prediction in zip(batch, predictions, strict=True):
-                    ms = one.ms + prediction.ms
-                    unsure = confidence is not None and prediction.probabilities[0] < confidence
-                    if unsure and one.image is not None:
-                        next_ = _waiting(one.key, one.image, ladder, level + 1, ms)
-                        waiting[level + 1].append(next_)
-                    else:
-                        yield one.key, replace(prediction, ms=ms)
+        return (Step(size or self.sizes[0]),)
 
     def _predict(self, pixels: list[Tensor], size: int) -> list[Prediction]:
         start = time.perf_counter()
@@ -267,13 +203,6 @@ class SwitchableClassifier:
 
     def _name(self, index: int) -> str:
         return self._names[index] if index < len(self._names) else str(index)
-
-
-def _waiting(
-    key: Key, image: Image.Image, ladder: Sequence[int], level: int, ms: float
-) -> _Waiting[Key]:
-    pixels = torch.from_numpy(np.array(eval_picture(image, ladder[level])))
-    return _Waiting(key, image if level + 1 < len(ladder) else None, pixels, ms)
 
 
 def _require_device(device: str | torch.device) -> torch.device:

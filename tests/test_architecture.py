@@ -135,10 +135,11 @@ ARROWS = {
         "rsnet.report",
         "rsnet.resolve",
     },
+    "rsnet.cascade": {"rsnet.pictures"},
     "rsnet.runtime": {
         "pipelines.batch",
         "pipelines.errors",
-        "pipelines.picture",
+        "rsnet.cascade",
         "rsnet.latency",
         "rsnet.pictures",
         "rsnet.release",
