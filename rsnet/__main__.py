@@ -6,7 +6,7 @@ import sys
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import Verbs, verb_command
-from rsnet import calibrate, compare, convert, predict, release_run, sync
+from rsnet import calibrate, compare, convert, predict, release_run, sync, tune
 
 
 def _loaders(spec: LoaderSpec, train: bool) -> Loaders:
@@ -36,6 +36,7 @@ VERBS: Verbs = {
     ),
     "release": (release_run.Options, release_run.run, "a folder to publish and to load from"),
     "predict": (predict.Options, predict.run, "what a release says of images"),
+    "tune": (tune.Options, tune.run, "a cascade for an accuracy or a latency"),
     "sync": (sync.Options, sync.run, "metrics that W&B lacks"),
 }
 

@@ -7,8 +7,11 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipelines.errors import DataError, UsageError
 from pipelines.files import write_json
@@ -18,24 +21,53 @@ Table = dict[int, dict[str, float]]
 
 WARM_UP, REPEATS = 5, 40
 
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def device_name(device: torch.device) -> str:
+    """As `NVIDIA H100` or `cpu AMD EPYC 9654`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        model = re.search(r"^model name\s*: *(.+)", CPU_INFO.read_text(), re.MULTILINE)
+        return f"{device.type} {model[1].strip()}" if model else device.type
+    return device.type
+
 
 def measure(forward: Callable[[int], object], sizes: tuple[int, ...]) -> Table:
     """The times of `forward(size)`, which returns when its result is on the host.
 
+    By size: {"median": ms, "p95": ms}.
+    """
+    return {
+        size: {"median": percentile(t, 50), "p95": percentile(t, 95)}
+        for size, t in sample(forward, sizes, REPEATS).items()
+    }
+
+
+def sample(
+    forward: Callable[[int], object], sizes: tuple[int, ...], repeats: int
+) -> dict[int, list[float]]:
+    """Milliseconds of each of the `repeats` forwards that follow the warm-up, by size.
+
     The sizes take turns, so that what else the machine does meanwhile falls on all of them.
     """
     times: dict[int, list[float]] = {size: [] for size in sizes}
-    for turn in range(WARM_UP + REPEATS):
+    for turn in range(WARM_UP + repeats):
         for size in sizes:
             start = time.perf_counter()
             forward(size)
             if turn >= WARM_UP:
                 times[size].append(1000 * (time.perf_counter() - start))
-    return {size: {"median": statistics.median(t), "p95": _p95(t)} for size, t in times.items()}
+    return times
+
+
+def percentile(times: list[float], percent: int) -> float:
+    return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
 
 
 def path_of(folder: Path, device: str) -> Path:
-    """device: its name, as `cpu` or `NVIDIA H100`."""
+    """device: its name."""
     return folder / f"latency-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
 
 
@@ -75,7 +107,3 @@ def best_size(
     if accuracy is None:
         return max(fitting)
     return max(fitting, key=lambda s: (accuracy[str(s)]["top1"], -table[s]["p95"]))
-
-
-def _p95(times: list[float]) -> float:
-    return statistics.quantiles(times, n=20, method="inclusive")[-1]

@@ -46,6 +46,10 @@ class Options:
     """In place of both: milliseconds that a batch may take. The most accurate size that fits is taken;
     latencies are measured if those beside the release are of another device or batch size."""
 
+    tuned: bool = False
+    """Probabilities calibrated by what `python -m rsnet tune` fitted; and its cascade, unless one of the
+    three above is given."""
+
     device: str | None = None
     """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
 
@@ -70,7 +74,9 @@ def run(options: Options) -> int:
     readable = _Readable(classifier, paths)
     # A bar would be torn by lines on the same terminal.
     shown = any(p.is_dir() for p in options.images) and not (options.json and sys.stdout.isatty())
-    answers = classifier.stream(readable, options.size, options.confidence, options.budget_ms)
+    answers = classifier.stream(
+        readable, options.size, options.confidence, options.budget_ms, options.tuned
+    )
     with ExitStack() as stack:
         out = sys.stdout  # which the bar replaces by its own console, on stderr
         if shown:

@@ -6,8 +6,9 @@ Needs torch, torchvision, safetensors, numpy and pillow alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,12 +19,16 @@ from torch import Tensor
 from pipelines.batch import PixelNormalizer
 from pipelines.errors import UsageError, first_line
 from rsnet import cascade, latency, pictures, release
+from rsnet import tuned as tuned_file
 from rsnet.cascade import Ladder, Prediction, Step
 from rsnet.pictures import Picture
+from rsnet.tuned import Tuned
 
 __all__ = ["Prediction", "SwitchableClassifier"]
 
 Key = TypeVar("Key")
+
+UNCALIBRATED: Mapping[int, float] = {}  # temperatures
 
 
 class SwitchableClassifier:
@@ -84,6 +89,7 @@ class SwitchableClassifier:
         size: int | None = None,
         confidence: float | None = None,
         budget_ms: float | None = None,
+        tuned: bool = False,
     ) -> list[Prediction]:
         """One prediction per image, in their order, of one picture or a list or tuple of such.
 
@@ -94,16 +100,20 @@ class SwitchableClassifier:
         budget_ms: in place of both, the milliseconds that a whole batch may take: the most accurate size
         that does so in 95 of 100 batches is taken, by a table that `calibrate_latency` measures if it did
         not before.
+        tuned: probabilities are calibrated by the temperatures of `python -m rsnet tune`, also those that
+        `confidence` is compared with; and if none of the three is given, its cascade decides. Without it,
+        what was tuned changes nothing.
 
         Raises UsageError, a ValueError, for another size, a wrong confidence, a budget that no size fits
-        into, more than one of the three, no images, or what is no picture;
-        DataError, which names the image, for one that cannot be decoded or is too large.
+        into, more than one of the three, no images, what is no picture, or a release that is not tuned;
+        DataError for an image, which it names, that cannot be decoded or is too large, and for a
+        damaged tuned.json.
         """
         many = images if isinstance(images, list | tuple) else [cast(Picture, images)]
         if not many:
             raise UsageError("there are no images")
         decoded = ((i, self.decode(picture, f"image {i}")) for i, picture in enumerate(many))
-        found = dict(self.stream(decoded, size, confidence, budget_ms))
+        found = dict(self.stream(decoded, size, confidence, budget_ms, tuned))
         return [found[i] for i in range(len(many))]
 
     def decode(self, picture: Picture, name: str = "the image") -> Image.Image:
@@ -119,51 +129,84 @@ class SwitchableClassifier:
         size: int | None = None,
         confidence: float | None = None,
         budget_ms: float | None = None,
+        tuned: bool = False,
     ) -> Iterator[tuple[Key, Prediction]]:
         """Predictions of decoded images, under the keys these came with; for more than memory holds.
 
-        They come when they are decided: in the order of the images, unless `confidence` is given, when up
-        to two batches of decoded images wait at each size but the largest.
+        They come when they are decided: in the order of the images, but for a cascade, in which up to two
+        batches of decoded images wait at each size but the largest.
 
         Raises what `classify` does.
         """
-        ladder = self._ladder(size, confidence, budget_ms)
-        return cascade.climb(images, ladder, self._predict, self._batch_size)
+        found = self._read_tuned() if tuned else None
+        is_free = [size, confidence, budget_ms] == [None, None, None]
+        ladder = found.ladder if found and is_free else self._ladder(size, confidence, budget_ms)
+        predict = partial(self._predict, temperatures=found.temperatures if found else UNCALIBRATED)
+        return cascade.climb(images, ladder, predict, self._batch_size)
 
     def calibrate_latency(self) -> latency.Table:
         """Measure a whole batch at each size, from pixels on the host to probabilities there.
 
         The table is kept beside the release, as latency-DEVICE.json, where that can be written.
         """
-        pixels = {
-            s: [torch.zeros(s, s, 3, dtype=torch.uint8)] * self._batch_size for s in self.sizes
-        }
-        self._latencies = latency.measure(lambda s: self._predict(pixels[s], s), self.sizes)
+        self._latencies = latency.measure(self.blank_forward(self._batch_size), self.sizes)
         with suppress(OSError):
-            latency.save(self._latency_file, self._conditions, self._latencies)
+            latency.save(self._latency_file, self.conditions, self._latencies)
         return self._latencies
 
-    def _size_within(self, budget_ms: float) -> int:
-        known = self._latencies or latency.load(self._latency_file, self._conditions, self.sizes)
-        self._latencies = known or self.calibrate_latency()
-        return latency.best_size(self._latencies, budget_ms, self._config["accuracy"])
+    def latencies(self) -> latency.Table:
+        """Milliseconds of a whole batch: the table beside the release if it holds, else a new one.
+
+        Raises DataError for a file that is no such table.
+        """
+        if self._latencies is None:
+            self._latencies = latency.load(self._latency_file, self.conditions, self.sizes)
+        return self._latencies or self.calibrate_latency()
+
+    def ms_per_image(self) -> dict[int, float]:
+        """By size, the median batch's milliseconds over the images in it."""
+        return {s: ms["median"] / self._batch_size for s, ms in self.latencies().items()}
+
+    def blank_forward(self, batch_size: int) -> Callable[[int], object]:
+        """What computes a batch of black images at a size, from the host and back: to be timed."""
+        pixels = {s: [torch.zeros(s, s, 3, dtype=torch.uint8)] * batch_size for s in self.sizes}
+        return lambda size: self._predict(pixels[size], size)
+
+    @torch.inference_mode()
+    def logits(self, pixels: Tensor, size: int) -> Tensor:
+        """(N, size, size, 3) uint8, as `pictures.eval_pixels` has them -> (N, classes) float32."""
+        images = self._normalize(pixels.to(self._device)).permute(0, 3, 1, 2)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            logits: Tensor = self.model(images, size)
+        return logits.float()
 
     @property
-    def _latency_file(self) -> Path:
-        return latency.path_of(self._folder, self._conditions["device"])
+    def batch_size(self) -> int:
+        return self._batch_size
 
     @property
-    def _conditions(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
+        """The content of the release's config.json."""
+        return self._config
+
+    @property
+    def conditions(self) -> dict[str, Any]:
         """What a table of latencies holds for."""
-        gpu = self._device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name(self._device) if gpu else self._device.type,
+            "device": latency.device_name(self._device),
             "threads": torch.get_num_threads(),
             "batch_size": self._batch_size,
             "dtype": str(self._dtype or torch.float32),
             "torch": torch.__version__,
             "sha256": self._config["weights"]["sha256"],
         }
+
+    @property
+    def _latency_file(self) -> Path:
+        return latency.path_of(self._folder, self.conditions["device"])
+
+    def _read_tuned(self) -> Tuned:
+        return tuned_file.read(self._folder, self._config["weights"]["sha256"], self.sizes)
 
     def _ladder(
         self, size: int | None, confidence: float | None, budget_ms: float | None
@@ -177,29 +220,24 @@ class SwitchableClassifier:
             *smaller, largest = self.sizes[::-1]
             return (*(Step(s, confidence) for s in smaller), Step(largest))
         if budget_ms is not None:
-            return (Step(self._size_within(budget_ms)),)
+            best = latency.best_size(self.latencies(), budget_ms, self._config["accuracy"])
+            return (Step(best),)
         if size is not None and size not in self.sizes:
             known = " ".join(map(str, self.sizes))
             raise UsageError(f"size {size}: this network has {known}")
         return (Step(size or self.sizes[0]),)
 
-    def _predict(self, pixels: list[Tensor], size: int) -> list[Prediction]:
+    def _predict(
+        self, pixels: list[Tensor], size: int, temperatures: Mapping[int, float] = UNCALIBRATED
+    ) -> list[Prediction]:
         start = time.perf_counter()
-        probabilities, classes = (t.tolist() for t in self._most_likely(torch.stack(pixels), size))
+        logits = self.logits(torch.stack(pixels), size) / temperatures.get(size, 1.0)
+        probabilities, classes = (t.tolist() for t in logits.softmax(dim=1).topk(self._top))
         ms = 1000 * (time.perf_counter() - start) / len(pixels)
         return [
             Prediction(tuple(map(self._name, indices)), tuple(values), size, ms)
             for values, indices in zip(probabilities, classes, strict=True)
         ]
-
-    @torch.inference_mode()
-    def _most_likely(self, pixels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """(N, s, s, 3) uint8 -> (N, top) probabilities and (N, top) classes."""
-        images = self._normalize(pixels.to(self._device)).permute(0, 3, 1, 2)
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            logits = self.model(images, size)
-        values, indices = logits.float().softmax(dim=1).topk(self._top)
-        return values, indices
 
     def _name(self, index: int) -> str:
         return self._names[index] if index < len(self._names) else str(index)

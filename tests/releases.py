@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from rsnet import release
@@ -46,3 +48,14 @@ def write(folder: Path, accuracy: dict | None = None, **changes: object) -> Path
         gflops=dict.fromkeys(names, 1.0), accuracy=accuracy, averaged=False, source={},
     )  # fmt: skip
     return folder
+
+
+def pixels(photo: Path, size: int) -> torch.Tensor:
+    """(size, size, 3) uint8 that an evaluation sees, by PIL alone."""
+    with Image.open(photo) as opened:
+        image = opened.convert("RGB")
+    short = int(size / 0.875)
+    width, height = (short * side // min(image.size) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return torch.tensor(np.array(resized.crop((left, top, left + size, top + size))))

@@ -16,6 +16,8 @@ ANYONE = {
     "pipelines.cli",
     "pipelines.errors",
     "pipelines.files",
+    "pipelines.folder",
+    "pipelines.parallel",
     "pipelines.picture",
     "pipelines.progress",
 }
@@ -143,6 +145,20 @@ ARROWS = {
         "rsnet.latency",
         "rsnet.pictures",
         "rsnet.release",
+        "rsnet.tuned",
+    },
+    "rsnet.tuned": {"pipelines.errors", "pipelines.files", "rsnet.cascade"},
+    "rsnet.scores": ANYONE | {"rsnet.pictures", "rsnet.runtime"},
+    "rsnet.temperature": set(),
+    "rsnet.thresholds": {"rsnet.cascade", "rsnet.scores"},
+    "rsnet.tune": {
+        "pipelines.errors",
+        "rsnet.cascade",
+        "rsnet.runtime",
+        "rsnet.scores",
+        "rsnet.temperature",
+        "rsnet.thresholds",
+        "rsnet.tuned",
     },
     "rsnet.pictures": {"pipelines.batch", "pipelines.errors", "pipelines.picture"},
     "rsnet.latency": {"pipelines.errors", "pipelines.files"},
@@ -249,6 +265,7 @@ def test_a_room_imports_only_what_it_may(name):
                     "predict",
                     "release_run",
                     "sync",
+                    "tune",
                 )
             }
             | {f"pipelines.{name}" for name in ("beton", "cli", "dali_graph", "ffcv", "verify")},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.errors import DataError, UsageError
 from rsnet import latency
@@ -89,6 +90,21 @@ def test_a_file_that_is_no_table_is_named(tmp_path, text):
         latency.load(tmp_path / "latency-cpu.json", {}, SIZES)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model name\t: AMD EPYC 9654\nmodel name\t: no\n", "cpu AMD EPYC 9654"),
+        ("Hardware: none\n", "cpu"),
+        (None, "cpu"),
+    ],
+)
+def test_a_cpu_goes_by_its_models_name(tmp_path, monkeypatch, text, name):
+    monkeypatch.setattr(latency, "CPU_INFO", tmp_path / "cpuinfo")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert latency.device_name(torch.device("cpu")) == name
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return releases.write(tmp_path / "release", ACCURACY)
@@ -115,7 +131,8 @@ def test_whole_batches_are_measured_once_and_kept_beside_the_release(folder, mea
         assert classifier.classify(IMAGE, budget_ms=9.0)[0].size == 32
         assert classifier.classify(IMAGE, budget_ms=3.0)[0].size == 32
     assert measured == [3, 3, 3]
-    kept = json.loads((folder / "latency-cpu.json").read_text())
+    (file,) = folder.glob("latency-cpu*.json")
+    kept = json.loads(file.read_text())
     assert kept["ms"]["48"] == TABLE[48]
     assert kept["conditions"]["batch_size"] == 3
     assert {n: (folder / n).read_bytes() for n in before} == before
