@@ -107,3 +107,12 @@ def best_size(
     if accuracy is None:
         return max(fitting)
     return max(fitting, key=lambda s: (accuracy[str(s)]["top1"], -table[s]["p95"]))
+
+
+def choices(
+    table: Table, accuracy: Mapping[str, Mapping[str, float]] | None
+) -> list[tuple[int, float]]:
+    """The sizes that some budget buys, the most accurate first, each with the least such budget in ms."""
+    budgets = sorted((ms["p95"] for ms in table.values()), reverse=True)
+    least = {best_size(table, budget, accuracy): budget for budget in budgets}
+    return list(least.items())

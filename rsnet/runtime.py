@@ -51,10 +51,13 @@ class SwitchableClassifier:
         model = release.built(read, network["sizes"])
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.sizes = model.sizes
-        self._names, self._outputs = network["classes"], network["num_classes"]
+        self.num_classes: int = network["num_classes"]
+        self.accuracy: dict[str, dict[str, float]] | None = read.config["accuracy"]
+        self._names = network["classes"]
         self._device, self._dtype = device, dtype
-        self._batch_size, self._top = batch_size, min(top, self._outputs)
-        self._folder, self._config = folder, read.config
+        self._batch_size, self._top = batch_size, min(top, self.num_classes)
+        self.config = read.config  # the content of config.json
+        self._folder, self._sha256 = folder, read.config["weights"]["sha256"]
         self._latencies: latency.Table | None = None
         self._normalize = PixelNormalizer(device, dtype or torch.float32, network["normalize"])
 
@@ -140,8 +143,8 @@ class SwitchableClassifier:
         """
         found = self._read_tuned() if tuned else None
         is_free = [size, confidence, budget_ms] == [None, None, None]
-        ladder = found.ladder if found and is_free else self._ladder(size, confidence, budget_ms)
-        predict = partial(self._predict, temperatures=found.temperatures if found else UNCALIBRATED)
+        ladder = found.ladder if found and is_free else self.ladder(size, confidence, budget_ms)
+        predict = partial(self.predict, temperatures=found.temperatures if found else UNCALIBRATED)
         return cascade.climb(images, ladder, predict, self._batch_size)
 
     def calibrate_latency(self) -> latency.Table:
@@ -170,7 +173,7 @@ class SwitchableClassifier:
     def blank_forward(self, batch_size: int) -> Callable[[int], object]:
         """What computes a batch of black images at a size, from the host and back: to be timed."""
         pixels = {s: [torch.zeros(s, s, 3, dtype=torch.uint8)] * batch_size for s in self.sizes}
-        return lambda size: self._predict(pixels[size], size)
+        return lambda size: self.predict(pixels[size], size)
 
     @torch.inference_mode()
     def logits(self, pixels: Tensor, size: int) -> Tensor:
@@ -185,11 +188,6 @@ class SwitchableClassifier:
         return self._batch_size
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The content of the release's config.json."""
-        return self._config
-
-    @property
     def conditions(self) -> dict[str, Any]:
         """What a table of latencies holds for."""
         return {
@@ -198,7 +196,7 @@ class SwitchableClassifier:
             "batch_size": self._batch_size,
             "dtype": str(self._dtype or torch.float32),
             "torch": torch.__version__,
-            "sha256": self._config["weights"]["sha256"],
+            "sha256": self._sha256,
         }
 
     @property
@@ -206,12 +204,15 @@ class SwitchableClassifier:
         return latency.path_of(self._folder, self.conditions["device"])
 
     def _read_tuned(self) -> Tuned:
-        return tuned_file.read(self._folder, self._config["weights"]["sha256"], self.sizes)
+        return tuned_file.read(self._folder, self._sha256, self.sizes)
 
-    def _ladder(
-        self, size: int | None, confidence: float | None, budget_ms: float | None
+    def ladder(
+        self,
+        size: int | None = None,
+        confidence: float | None = None,
+        budget_ms: float | None = None,
     ) -> Ladder:
-        """The sizes that an image goes through."""
+        """The sizes that an image goes through. The arguments, and what is raised, are `classify`'s."""
         if [size, confidence, budget_ms].count(None) < 2:
             raise UsageError("give one of size, confidence and budget_ms")
         if confidence is not None:
@@ -220,16 +221,19 @@ class SwitchableClassifier:
             *smaller, largest = self.sizes[::-1]
             return (*(Step(s, confidence) for s in smaller), Step(largest))
         if budget_ms is not None:
-            best = latency.best_size(self.latencies(), budget_ms, self._config["accuracy"])
-            return (Step(best),)
+            return (Step(latency.best_size(self.latencies(), budget_ms, self.accuracy)),)
         if size is not None and size not in self.sizes:
             known = " ".join(map(str, self.sizes))
             raise UsageError(f"size {size}: this network has {known}")
         return (Step(size or self.sizes[0]),)
 
-    def _predict(
+    def predict(
         self, pixels: list[Tensor], size: int, temperatures: Mapping[int, float] = UNCALIBRATED
     ) -> list[Prediction]:
+        """Predictions of one batch: (size, size, 3) uint8 each, as `pictures.eval_pixels` gives them.
+
+        temperatures: by size, what logits are divided by; 1 if not given.
+        """
         start = time.perf_counter()
         logits = self.logits(torch.stack(pixels), size) / temperatures.get(size, 1.0)
         probabilities, classes = (t.tolist() for t in logits.softmax(dim=1).topk(self._top))

@@ -1,0 +1,203 @@
+"""`python -m rsnet serve`: a release behind a web page and a JSON interface."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import math
+import signal
+import socket
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from PIL import Image
+from tyro.conf import Positional, arg
+
+from pipelines.errors import DataError, UsageError
+from rsnet import latency
+from rsnet.deadline import Cost, DeadlineController
+from rsnet.runtime import SwitchableClassifier
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a release: a web page that compares its sizes, and JSON. Ctrl-C ends it.
+
+    Exit code: 0 if it was stopped, 1 if the port is taken, 2 for a mistake in the command.
+    """
+
+    release: Positional[Annotated[Path, arg(metavar="DIR")]]
+    """Folder that `python -m rsnet release` wrote."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at: this machine alone. 0.0.0.0 lets in everyone who can reach it."""
+
+    port: int = 8000
+    """0 takes a free one."""
+
+    allow_host: tuple[str, ...] = ()
+    """Further names by which a server that listens to this machine alone may be called, as by a proxy."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
+
+    deadline_ms: float | None = None
+    """Milliseconds that 99 of 100 answers may take, from when the image is there. Under load, requests that
+    name neither size, confidence nor budget get a smaller size, and the last resort is 503."""
+
+    batch_size: int = 8
+    """Images that are computed at once, at most."""
+
+    batch_wait_ms: float = 2.0
+    """How long an image waits for others to share a batch with."""
+
+    queue: int = 64
+    """Requests under way at once. More are refused with 503."""
+
+    timeout: float = 10.0
+    """Seconds until an image has to be there, and as many until it has to be answered."""
+
+    max_megabytes: float = 10.0
+    """Largest body of a request."""
+
+    max_megapixels: float = 50.0
+    """Largest image; decoding takes 3 MB of memory for each."""
+
+    top: int = 5
+    """Classes to name."""
+
+
+def run(options: Options) -> int:
+    _check(options)
+    _require_packages()
+    with _bound(options.host, options.port) as listener:
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        classifier = SwitchableClassifier.load(
+            options.release, device, batch_size=options.batch_size, top=options.top
+        )
+        app = make_app(classifier, options, _is_loopback(listener))
+        # As an error it is caught, and answered; as a warning it would end up in the server's output.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        _serve(app, listener, f"{options.release}, sizes {' '.join(map(str, classifier.sizes))}")
+    return 0
+
+
+def make_app(classifier: SwitchableClassifier, options: Options, is_loopback: bool) -> FastAPI:
+    """The server's application. Measures latencies if none are known.
+
+    is_loopback: whether other machines cannot reach it.
+
+    Raises DataError for a damaged table of latencies.
+    """
+    from rsnet.server.app import make_app
+    from rsnet.server.service import Service, Settings
+    from rsnet.server.upload import Limits
+
+    table = classifier.latencies()
+    choices = latency.choices(table, classifier.accuracy)
+    settings = Settings(
+        Limits(
+            int(options.max_megabytes * 1e6), int(options.max_megapixels * 1e6), options.timeout
+        ),
+        options.batch_size,
+        options.batch_wait_ms / 1000,
+        options.queue,
+        options.timeout,
+    )
+    controller = None
+    if options.deadline_ms is not None:
+        costs = _costs(classifier, table)
+        ladder = [size for size, _ in choices]
+        controller = DeadlineController(options.deadline_ms, costs, ladder, options.batch_size)
+    info = {
+        "sizes": classifier.sizes,
+        "classes": classifier.num_classes,
+        "accuracy": classifier.accuracy,
+        "latency": {"batch_size": options.batch_size, "ms": table},
+        "choices": [{"size": size, "from_ms": ms} for size, ms in choices],
+        "deadline_ms": options.deadline_ms,
+        "max_bytes": settings.limits.most_bytes,
+    }
+    hosts = (*LOOPBACK, *options.allow_host) if is_loopback else None
+    return make_app(Service(classifier, settings, controller), info, hosts)
+
+
+def _serve(app: FastAPI, listener: socket.socket, what: str) -> None:
+    import uvicorn
+
+    from rsnet.server.protocol import Protocol
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, http=Protocol, ws="none", log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, timeout_graceful_shutdown=5,
+        )
+    )  # fmt: skip
+
+    def stop(*_: Any) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it caught anew in the end
+        signal.signal(number, stop)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{what}: http://{shown}:{port}/ (Ctrl-C ends)", flush=True)
+    server.run([listener])
+
+
+def _check(options: Options) -> None:
+    for name in ("timeout", "max_megabytes", "max_megapixels", "deadline_ms", "batch_wait_ms"):
+        value = getattr(options, name)
+        lowest = 0 if name == "batch_wait_ms" else 1e-3
+        if value is not None and not (lowest <= value and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
+    if options.queue < 1:
+        raise UsageError(f"--queue {options.queue}: at least 1 is needed")
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port {options.port}: a number from 0 to 65535 is needed")
+
+
+def _require_packages() -> None:
+    for name in ("fastapi", "uvicorn", "python_multipart"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise UsageError(
+                f"{name}, which serves, is not installed; `uv sync --extra serve`"
+            ) from None
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address, before anything else is done; nobody can connect to it yet."""
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"--host {host}: {error.strerror}") from error
+    # asyncio turns off Nagle's delay, of 40 ms an answer, only for sockets that say that they are TCP's.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise DataError(f"--host {host} --port {port}: {error.strerror}") from error
+    return listener
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _costs(classifier: SwitchableClassifier, table: latency.Table) -> dict[int, Cost]:
+    """Medians: of a batch of one image, measured now, and of a full batch."""
+    pixels = {s: [torch.zeros(s, s, 3, dtype=torch.uint8)] for s in classifier.sizes}
+    single = latency.measure(lambda s: classifier.predict(pixels[s], s), classifier.sizes)
+    return {s: Cost(single[s]["median"], table[s]["median"]) for s in classifier.sizes}
