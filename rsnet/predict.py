@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
@@ -59,6 +59,15 @@ class Options:
     top: int = 5
     """Classes to name."""
 
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in."""
+
+    fold: bool = False
+    """Make BatchNorm part of the convolutions: faster, with a copy of the weights for each size used."""
+
+    cuda_graphs: bool = False
+    """Fewer calls from the host to a GPU (not measured yet)."""
+
     json: bool = False
     """One line of JSON an image, as soon as it is classified."""
 
@@ -70,6 +79,9 @@ def run(options: Options) -> int:
         options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         batch_size=options.batch_size,
         top=options.top,
+        dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
+        fold=options.fold,
+        cuda_graphs=options.cuda_graphs,
     )
     readable = _Readable(classifier, paths)
     # A bar would be torn by lines on the same terminal.

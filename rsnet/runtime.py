@@ -21,6 +21,7 @@ from pipelines.errors import UsageError, first_line
 from rsnet import cascade, latency, pictures, release
 from rsnet import tuned as tuned_file
 from rsnet.cascade import Ladder, Prediction, Step
+from rsnet.forward import Forward
 from rsnet.pictures import Picture
 from rsnet.tuned import Tuned
 
@@ -45,6 +46,8 @@ class SwitchableClassifier:
         dtype: torch.dtype | None,
         batch_size: int,
         top: int,
+        fold: bool,
+        cuda_graphs: bool,
     ) -> None:
         """What `load` says; read: the release that lies in `folder`."""
         network = read.config["network"]
@@ -53,8 +56,9 @@ class SwitchableClassifier:
         self.sizes = model.sizes
         self.num_classes: int = network["num_classes"]
         self.accuracy: dict[str, dict[str, float]] | None = read.config["accuracy"]
+        self._forward = Forward(self.model, device, dtype, batch_size, fold, cuda_graphs)
         self._names = network["classes"]
-        self._device, self._dtype = device, dtype
+        self._device = device
         self._batch_size, self._top = batch_size, min(top, self.num_classes)
         self.config = read.config  # the content of config.json
         self._folder, self._sha256 = folder, read.config["weights"]["sha256"]
@@ -69,14 +73,18 @@ class SwitchableClassifier:
         dtype: torch.dtype | None = None,
         batch_size: int = 32,
         top: int = 5,
+        fold: bool = False,
+        cuda_graphs: bool = False,
     ) -> SwitchableClassifier:
         """The network of the release in `folder`.
 
         dtype: torch.bfloat16 computes under autocast; None in float32. batch_size: images a forward, at
-        most. top: how many classes a prediction names.
+        most. top: how many classes a prediction names. fold: BatchNorm becomes part of the convolutions;
+        faster, with a copy of the weights for each size that is used. cuda_graphs: fewer calls from the
+        host, on a GPU alone (not measured yet).
 
         Raises what `release.read` does, and UsageError, a ValueError, for a device that is not there,
-        another dtype, or numbers below 1.
+        another dtype, numbers below 1, and a fold of a network whose activations are quantized.
         """
         if dtype not in (None, torch.bfloat16):
             raise UsageError(f"dtype {dtype}: give torch.bfloat16 or None")
@@ -84,7 +92,8 @@ class SwitchableClassifier:
             if number < 1:
                 raise UsageError(f"{name} {number}: at least 1 is needed")
         place = _require_device(device)
-        return cls(Path(folder), release.read(Path(folder)), place, dtype, batch_size, top)
+        read = release.read(Path(folder))
+        return cls(Path(folder), read, place, dtype, batch_size, top, fold, cuda_graphs)
 
     def classify(
         self,
@@ -179,9 +188,7 @@ class SwitchableClassifier:
     def logits(self, pixels: Tensor, size: int) -> Tensor:
         """(N, size, size, 3) uint8, as `pictures.eval_pixels` has them -> (N, classes) float32."""
         images = self._normalize(pixels.to(self._device)).permute(0, 3, 1, 2)
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            logits: Tensor = self.model(images, size)
-        return logits.float()
+        return self._forward(images, size).float()
 
     @property
     def batch_size(self) -> int:
@@ -194,7 +201,7 @@ class SwitchableClassifier:
             "device": latency.device_name(self._device),
             "threads": torch.get_num_threads(),
             "batch_size": self._batch_size,
-            "dtype": str(self._dtype or torch.float32),
+            **self._forward.conditions,
             "torch": torch.__version__,
             "sha256": self._sha256,
         }

@@ -142,6 +142,7 @@ ARROWS = {
         "pipelines.batch",
         "pipelines.errors",
         "rsnet.cascade",
+        "rsnet.forward",
         "rsnet.latency",
         "rsnet.pictures",
         "rsnet.release",
@@ -160,6 +161,14 @@ ARROWS = {
         "rsnet.thresholds",
         "rsnet.tuned",
     },
+    "rsnet.forward": {
+        "pipelines.errors",
+        "rsnet.fold",
+        "rsnet.graphs",
+        "rsnet.models.switchable",
+    },
+    "rsnet.fold": {"pipelines.errors", "rsnet.models.quantize", "rsnet.models.switchable"},
+    "rsnet.graphs": set(),
     "rsnet.pictures": {"pipelines.batch", "pipelines.errors", "pipelines.picture"},
     "rsnet.latency": {"pipelines.errors", "pipelines.files"},
     "rsnet.predict": {

@@ -32,8 +32,9 @@ def classifier(release) -> SwitchableClassifier:
 def _loaded_once(monkeypatch, classifier):
     """All but the options that loading takes are the same in all tests."""
 
-    def load(_folder, device, batch_size, top):
+    def load(_folder, device, batch_size, top, **computed):
         assert device == "cpu" or torch.cuda.is_available()
+        assert computed == {"dtype": None, "fold": False, "cuda_graphs": False}
         classifier._batch_size, classifier._top = batch_size, top
         return classifier
 

@@ -174,15 +174,17 @@ def test_switching_the_size_moves_and_copies_no_weights(classifier, monkeypatch)
     assert answers[0] != answers[1]
 
 
-def test_bfloat16_is_computed_only_when_asked_for(folder):
-    network = {}
-    for dtype in (None, torch.bfloat16):
-        classifier = SwitchableClassifier.load(folder, dtype=dtype)
-        logits = _logits(classifier)
-        classifier.classify(_photo(0))
-        network[dtype] = logits[0].dtype
-        assert all(p.dtype == torch.float32 for p in classifier.model.parameters())
-    assert network == {None: torch.float32, torch.bfloat16: torch.bfloat16}
+def test_bfloat16_is_autocast_of_the_released_network_bit_for_bit(folder):
+    classifier = SwitchableClassifier.load(folder, dtype=torch.bfloat16)
+    seen, logits = _seen(classifier), _logits(classifier)
+    classifier.classify([_photo(0), _photo(1)], 48)
+    network = release.load(folder).to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = network(seen[0], 48)
+    assert logits[0].dtype == torch.bfloat16
+    assert torch.equal(logits[0], expected)
+    norms = [m for m in classifier.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {p.dtype for norm in norms for p in norm.parameters()} == {torch.float32}
 
 
 def test_no_graph_is_recorded(classifier):

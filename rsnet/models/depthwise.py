@@ -24,7 +24,10 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        trains = (
+            torch.is_grad_enabled() and self.bias is None
+        )  # it gets one when BatchNorm is folded
+        if trains and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             return cast(
                 Tensor, _Depthwise.apply(x.to(dtype), self.weight, self.stride, self.padding)
