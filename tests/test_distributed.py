@@ -33,7 +33,8 @@ def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         done = subprocess.run(
             [sys.executable, *launcher, str(script), "--data", str(photos),
-             "--arch", "parallel_resnet18", "--sizes", "32", "24", "16", "--epochs", "1", "--workers", "1",
+             "--arch", "parallel_resnet10", "--width-mult", "0.25", "--sizes", "32", "24", "16",
+             "--epochs", "1", "--workers", "1",
              "--batch-size", str(8 // processes), "--wandb", "disabled", "--amp", "off",
              "--output", str(output), *more],
             capture_output=True, text=True, timeout=300, check=False,

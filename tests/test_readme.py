@@ -82,7 +82,7 @@ def test_a_verifying_command_is_understood(command):
 
 @needs_ffcv
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
-    """In the order of the README, on a small folder with small sizes, without torchrun.
+    """In the order of the README, on a small folder with small sizes, narrow, without torchrun.
 
     Other recipes are run by test_modern_run.py, quantized networks by test_quantized_run.py, with smaller
     networks.
@@ -112,6 +112,8 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
                 arguments += ["--sizes", "160", "32"]
             if script == "train_ffcv.py":
                 arguments += ["--output", str(number)]
+            if "--resume" not in arguments:
+                arguments += ["--width-mult", "0.25"]
             monkeypatch.setattr("sys.argv", [script, *arguments, *small])
             assert main(script, *SCRIPTS[script]) == 0
     assert "     160" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.resnet import BasicBlock
 
 from rsnet.models.switchable import (
     ResolutionSwitchable,
@@ -203,7 +204,9 @@ class _All(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_as_one_graph_it_still_switches(model):
+def test_compiled_as_one_graph_it_still_switches():
+    network = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    model = _randomised(ResolutionSwitchable(network, SIZES)).eval()
     images = [torch.randn(2, 3, s, s) for s in SIZES]
     compiled = torch.compile(_All(model), backend="aot_eager", fullgraph=True)
     for ours, expected in zip(compiled(*images), model.forward_all(images), strict=True):
