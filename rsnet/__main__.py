@@ -6,7 +6,17 @@ import sys
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.cli import Verbs, verb_command
-from rsnet import calibrate, compare, convert, predict, release_run, serve, sync, tune
+from rsnet import (
+    bench,
+    calibrate,
+    compare,
+    convert,
+    predict,
+    release_run,
+    serve,
+    sync,
+    tune,
+)
 
 
 def _loaders(spec: LoaderSpec, train: bool) -> Loaders:
@@ -37,6 +47,7 @@ VERBS: Verbs = {
     "release": (release_run.Options, release_run.run, "a folder to publish and to load from"),
     "predict": (predict.Options, predict.run, "what a release says of images"),
     "tune": (tune.Options, tune.run, "a cascade for an accuracy or a latency"),
+    "bench": (bench.Options, bench.run, "what the sizes are worth on this device"),
     "serve": (serve.Options, serve.run, "a web page and JSON for a release"),
     "sync": (sync.Options, sync.run, "metrics that W&B lacks"),
 }

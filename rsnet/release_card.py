@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.errors import DataError
+
 _CARD = """\
 ---
 library_name: rsnet
@@ -57,6 +59,9 @@ Wang, Sun, Li and Yao: Resolution Switchable Networks for Runtime Efficient Imag
 [arXiv:2007.09558](https://arxiv.org/abs/2007.09558)
 """
 
+# Around what bench writes.
+_BEGIN, _END = "<!-- bench -->", "<!-- end of bench -->"
+
 
 def text(config: Mapping[str, Any]) -> str:
     """The card of the release whose config.json has this content."""
@@ -76,6 +81,20 @@ def text(config: Mapping[str, Any]) -> str:
         mean=preprocessing["mean"],
         std=preprocessing["std"],
     )
+
+
+def with_bench(card: str, section: str) -> str:
+    """A card with this section, in place of that of an earlier bench, or at its end; the rest as it is.
+
+    Raises DataError if the markers around the section are not one pair.
+    """
+    before, begin, rest = card.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if [card.count(_BEGIN), card.count(_END)] != ([1, 1] if begin and end else [0, 0]):
+        raise DataError(f"the section between {_BEGIN} and {_END} is damaged; remove it")
+    if not begin:
+        before, after = card.rstrip("\n") + "\n\n", "\n"
+    return f"{before}{_BEGIN}\n{section}\n{_END}{after}"
 
 
 def _what_is_private(norm: str) -> str:

@@ -58,8 +58,8 @@ class SwitchableClassifier:
         self.accuracy: dict[str, dict[str, float]] | None = read.config["accuracy"]
         self._forward = Forward(self.model, device, dtype, batch_size, fold, cuda_graphs)
         self._names = network["classes"]
-        self._device = device
-        self._batch_size, self._top = batch_size, min(top, self.num_classes)
+        self.device = device
+        self.batch_size, self._top = batch_size, min(top, self.num_classes)
         self.config = read.config  # the content of config.json
         self._folder, self._sha256 = folder, read.config["weights"]["sha256"]
         self._latencies: latency.Table | None = None
@@ -150,18 +150,18 @@ class SwitchableClassifier:
 
         Raises what `classify` does.
         """
-        found = self._read_tuned() if tuned else None
+        found = self.tuned() if tuned else None
         is_free = [size, confidence, budget_ms] == [None, None, None]
         ladder = found.ladder if found and is_free else self.ladder(size, confidence, budget_ms)
         predict = partial(self.predict, temperatures=found.temperatures if found else UNCALIBRATED)
-        return cascade.climb(images, ladder, predict, self._batch_size)
+        return cascade.climb(images, ladder, predict, self.batch_size)
 
     def calibrate_latency(self) -> latency.Table:
         """Measure a whole batch at each size, from pixels on the host to probabilities there.
 
         The table is kept beside the release, as latency-DEVICE.json, where that can be written.
         """
-        self._latencies = latency.measure(self.blank_forward(self._batch_size), self.sizes)
+        self._latencies = latency.measure(self.blank_forward(self.batch_size), self.sizes)
         with suppress(OSError):
             latency.save(self._latency_file, self.conditions, self._latencies)
         return self._latencies
@@ -177,7 +177,7 @@ class SwitchableClassifier:
 
     def ms_per_image(self) -> dict[int, float]:
         """By size, the median batch's milliseconds over the images in it."""
-        return {s: ms["median"] / self._batch_size for s, ms in self.latencies().items()}
+        return {s: ms["median"] / self.batch_size for s, ms in self.latencies().items()}
 
     def blank_forward(self, batch_size: int) -> Callable[[int], object]:
         """What computes a batch of black images at a size, from the host and back: to be timed."""
@@ -187,20 +187,16 @@ class SwitchableClassifier:
     @torch.inference_mode()
     def logits(self, pixels: Tensor, size: int) -> Tensor:
         """(N, size, size, 3) uint8, as `pictures.eval_pixels` has them -> (N, classes) float32."""
-        images = self._normalize(pixels.to(self._device)).permute(0, 3, 1, 2)
+        images = self._normalize(pixels.to(self.device)).permute(0, 3, 1, 2)
         return self._forward(images, size).float()
-
-    @property
-    def batch_size(self) -> int:
-        return self._batch_size
 
     @property
     def conditions(self) -> dict[str, Any]:
         """What a table of latencies holds for."""
         return {
-            "device": latency.device_name(self._device),
+            "device": latency.device_name(self.device),
             "threads": torch.get_num_threads(),
-            "batch_size": self._batch_size,
+            "batch_size": self.batch_size,
             **self._forward.conditions,
             "torch": torch.__version__,
             "sha256": self._sha256,
@@ -210,7 +206,8 @@ class SwitchableClassifier:
     def _latency_file(self) -> Path:
         return latency.path_of(self._folder, self.conditions["device"])
 
-    def _read_tuned(self) -> Tuned:
+    def tuned(self) -> Tuned:
+        """What `python -m rsnet tune` found. Raises what `tuned.read` does."""
         return tuned_file.read(self._folder, self._sha256, self.sizes)
 
     def ladder(

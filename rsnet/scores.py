@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.errors import DataError, UsageError
+from pipelines.errors import DataError, UsageError, blame
 from pipelines.folder import ImageFolder, scan
 from pipelines.parallel import ordered_map
 from pipelines.progress import Progress
@@ -29,7 +29,12 @@ class Scores:
     logits: dict[int, Tensor]
 
     def halves(self) -> tuple[Scores, Scores]:
-        """Every image in one of two halves by chance, the same for as many images."""
+        """Every image in one of two halves by chance, the same for as many images.
+
+        Raises UsageError for less than two images.
+        """
+        if len(self.labels) < 2:
+            raise UsageError("--data: at least 2 images are needed, as half of them are fitted to")
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.labels)))
         middle = len(order) // 2
         return self._of(order[:middle]), self._of(order[middle:])
@@ -41,11 +46,12 @@ class Scores:
 def find(data: Path, network: Mapping[str, Any]) -> ImageFolder:
     """The labelled images in `data`, or in its `val`, with labels in the order of the network's outputs.
 
-    Raises UsageError if the class folders are not the network's classes.
+    Raises UsageError if there are none, or the class folders are not the network's classes.
     """
     names: list[str] = network["classes"]
     nested = data / "val"
-    folder = scan(nested if nested.is_dir() and "val" not in names else data)
+    with blame("--data"):
+        folder = scan(nested if nested.is_dir() and "val" not in names else data)
     if not names and len(folder.classes) == network["num_classes"]:
         return folder  # in the order of the folders' names, as it was trained
     unknown, missing = set(folder.classes) - set(names), set(names) - set(folder.classes)
@@ -55,7 +61,8 @@ def find(data: Path, network: Mapping[str, Any]) -> ImageFolder:
                 f"--data: {folder.root} {what} {min(some)!r}, other than the release"
                 f" ({len(folder.classes)} classes there, {len(names)} here)"
             )
-    outputs = np.array([names.index(name) for name in folder.classes])
+    output_of = {name: i for i, name in enumerate(names)}
+    outputs = np.array([output_of[name] for name in folder.classes])
     return ImageFolder(folder.root, folder.classes, folder.paths, outputs[folder.labels])
 
 

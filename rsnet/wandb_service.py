@@ -97,9 +97,9 @@ def start(
 
 
 def log_results(run: Any, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
-    """The final table and the plot."""
+    """The final table and the plot, which goes by its file's name."""
     table = wandb.Table(columns=columns, data=rows)
-    run.log({"results": table, "accuracy_flops": wandb.Image(str(plot))})
+    run.log({"results": table, plot.stem: wandb.Image(str(plot))})
 
 
 def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:

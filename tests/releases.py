@@ -1,4 +1,4 @@
-"""A small release whose sizes disagree, made in a moment."""
+"""A small release whose sizes disagree, and labelled photos for it, made in a moment."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from rsnet import release
 from rsnet.models.zoo import rebuild
+from tests.conftest import write_photo
 
 SIZES = (64, 48, 32)
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
@@ -48,6 +49,13 @@ def write(folder: Path, accuracy: dict | None = None, **changes: object) -> Path
         gflops=dict.fromkeys(names, 1.0), accuracy=accuracy, averaged=False, source={},
     )  # fmt: skip
     return folder
+
+
+def write_photos(root: Path) -> Path:
+    """Ten photos of each class, in class folders."""
+    for i in range(70):
+        write_photo(root / CLASSES[i % 7] / f"{i}.jpg", 60 + i % 9, 80 - i % 5, seed=i)
+    return root
 
 
 def pixels(photo: Path, size: int) -> torch.Tensor:

@@ -118,7 +118,7 @@ ARROWS = {
         "rsnet.release_card",
         "rsnet.release_config",
     },
-    "rsnet.release_card": set(),
+    "rsnet.release_card": {"pipelines.errors"},
     "rsnet.release_config": {
         "rsnet.bits",
         "pipelines.batch",
@@ -152,6 +152,30 @@ ARROWS = {
     "rsnet.scores": ANYONE | {"rsnet.pictures", "rsnet.runtime"},
     "rsnet.temperature": set(),
     "rsnet.thresholds": {"rsnet.cascade", "rsnet.scores"},
+    "rsnet.memory": set(),
+    "rsnet.bench": {
+        "pipelines.errors",
+        "pipelines.files",
+        "rsnet.bench_figures",
+        "rsnet.bench_report",
+        "rsnet.release",
+        "rsnet.release_card",
+        "rsnet.runtime",
+        "rsnet.scores",
+        "rsnet.wandb_log",
+    },
+    "rsnet.bench_figures": {
+        "pipelines.errors",
+        "rsnet.cascade",
+        "rsnet.latency",
+        "rsnet.memory",
+        "rsnet.runtime",
+        "rsnet.scores",
+        "rsnet.temperature",
+        "rsnet.thresholds",
+        "rsnet.tuned",
+    },
+    "rsnet.bench_report": {"rsnet.bench_figures"},
     "rsnet.tune": {
         "pipelines.errors",
         "rsnet.cascade",
@@ -291,6 +315,7 @@ def test_a_room_imports_only_what_it_may(name):
             {
                 f"rsnet.{name}"
                 for name in (
+                    "bench",
                     "calibrate",
                     "cli",
                     "compare",

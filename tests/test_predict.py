@@ -35,7 +35,7 @@ def _loaded_once(monkeypatch, classifier):
     def load(_folder, device, batch_size, top, **computed):
         assert device == "cpu" or torch.cuda.is_available()
         assert computed == {"dtype": None, "fold": False, "cuda_graphs": False}
-        classifier._batch_size, classifier._top = batch_size, top
+        classifier.batch_size, classifier._top = batch_size, top
         return classifier
 
     monkeypatch.setattr(predict.SwitchableClassifier, "load", load)

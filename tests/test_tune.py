@@ -20,7 +20,6 @@ from rsnet.cascade import Step
 from rsnet.runtime import SwitchableClassifier
 from rsnet.tuned import Tuned
 from tests import releases
-from tests.conftest import write_photo
 from tests.releases import CLASSES, SIZES
 
 TABLE = {s: {"median": ms, "p95": ms} for s, ms in ((64, 40.0), (48, 20.0), (32, 8.0))}
@@ -39,11 +38,7 @@ def folder(written, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Ten photos of each class."""
-    root = tmp_path_factory.mktemp("labelled") / "val"
-    for i in range(70):
-        write_photo(root / CLASSES[i % 7] / f"{i}.jpg", 60 + i % 9, 80 - i % 5, seed=i)
-    return root
+    return releases.write_photos(tmp_path_factory.mktemp("labelled") / "val")
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +246,26 @@ def test_images_of_other_classes_are_one_line(folder, data, tmp_path, capsys):
     code, _, err = _tune(capsys, folder, "--data", other, "--target-ms", 9)
     assert code == 2
     assert "other lacks the class 'ant', other than the release (6 classes there, 7 here)" in err
+
+
+def test_what_has_no_labelled_images_is_one_line(folder, tmp_path, capsys):
+    code, _, err = _tune(capsys, folder, "--data", tmp_path / "none", "--target-ms", 9)
+    assert (code, err) == (2, f"rsnet tune: error: --data: there is no folder {tmp_path}/none\n")
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(UsageError, match="--data: at least 2 images are needed"):
+        scores.Scores(torch.zeros(1), {64: torch.zeros(1, 2)}).halves()
+
+
+def test_outputs_that_are_not_finite_name_the_image(folder, data, monkeypatch):
+    classifier = SwitchableClassifier.load(folder)
+    monkeypatch.setattr(
+        classifier, "logits", lambda pixels, _: torch.full((len(pixels), 8), torch.nan)
+    )
+    labelled = scores.find(data, classifier.config["network"])
+    with pytest.raises(DataError, match=r"0\.jpg: the network's outputs at size 64 are not finite"):
+        scores.collect(classifier, labelled)
 
 
 def test_a_broken_image_ends_it_with_its_path(folder, data, tmp_path, capsys):
