@@ -22,7 +22,10 @@ from rsnet.deadline import Cost, DeadlineController
 from rsnet.runtime import SwitchableClassifier
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
+
+    from rsnet.server.service import Service
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -78,35 +81,32 @@ class Options:
 def run(options: Options) -> int:
     _check(options)
     _require_packages()
-    with _bound(options.host, options.port) as listener:
+    with bind(options.host, options.port) as listener:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         classifier = SwitchableClassifier.load(
             options.release, device, batch_size=options.batch_size, top=options.top
         )
-        app = make_app(classifier, options, _is_loopback(listener))
+        app = make_app(make_service(classifier, options), options, _is_loopback(listener))
         # As an error it is caught, and answered; as a warning it would end up in the server's output.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         _serve(app, listener, f"{options.release}, sizes {' '.join(map(str, classifier.sizes))}")
     return 0
 
 
-def make_app(classifier: SwitchableClassifier, options: Options, is_loopback: bool) -> FastAPI:
-    """The server's application. Measures latencies if none are known.
-
-    is_loopback: whether other machines cannot reach it.
+def make_service(classifier: SwitchableClassifier, options: Options) -> Service:
+    """Measures latencies if none are known, or a deadline needs those of single images.
 
     Raises DataError for a damaged table of latencies.
     """
-    from rsnet.server.app import make_app
     from rsnet.server.service import Service, Settings
     from rsnet.server.upload import Limits
 
     table = classifier.latencies()
-    choices = latency.choices(table, classifier.accuracy)
+    most_bytes, most_pixels = (
+        int(1e6 * most) for most in (options.max_megabytes, options.max_megapixels)
+    )
     settings = Settings(
-        Limits(
-            int(options.max_megabytes * 1e6), int(options.max_megapixels * 1e6), options.timeout
-        ),
+        Limits(most_bytes, most_pixels, options.timeout),
         options.batch_size,
         options.batch_wait_ms / 1000,
         options.queue,
@@ -115,32 +115,46 @@ def make_app(classifier: SwitchableClassifier, options: Options, is_loopback: bo
     controller = None
     if options.deadline_ms is not None:
         costs = _costs(classifier, table)
-        ladder = [size for size, _ in choices]
+        ladder = [size for size, _ in latency.choices(table, classifier.accuracy)]
         controller = DeadlineController(options.deadline_ms, costs, ladder, options.batch_size)
+    return Service(classifier, settings, controller)
+
+
+def make_app(service: Service, options: Options, is_loopback: bool) -> FastAPI:
+    """is_loopback: whether other machines cannot reach it."""
+    from rsnet.server.app import make_app
+
+    classifier, table = service.classifier, service.classifier.latencies()
     info = {
         "sizes": classifier.sizes,
         "classes": classifier.num_classes,
         "accuracy": classifier.accuracy,
         "latency": {"batch_size": options.batch_size, "ms": table},
-        "choices": [{"size": size, "from_ms": ms} for size, ms in choices],
+        "choices": [
+            {"size": size, "from_ms": ms}
+            for size, ms in latency.choices(table, classifier.accuracy)
+        ],
         "deadline_ms": options.deadline_ms,
-        "max_bytes": settings.limits.most_bytes,
+        "max_bytes": int(1e6 * options.max_megabytes),
     }
-    hosts = (*LOOPBACK, *options.allow_host) if is_loopback else None
-    return make_app(Service(classifier, settings, controller), info, hosts)
+    return make_app(service, info, (*LOOPBACK, *options.allow_host) if is_loopback else None)
 
 
-def _serve(app: FastAPI, listener: socket.socket, what: str) -> None:
+def make_server(app: FastAPI) -> uvicorn.Server:
     import uvicorn
 
     from rsnet.server.protocol import Protocol
 
-    server = uvicorn.Server(
+    return uvicorn.Server(
         uvicorn.Config(
             app, http=Protocol, ws="none", log_config=None, access_log=False, server_header=False,
             proxy_headers=False, timeout_graceful_shutdown=5,
         )
     )  # fmt: skip
+
+
+def _serve(app: FastAPI, listener: socket.socket, what: str) -> None:
+    server = make_server(app)
 
     def stop(*_: Any) -> None:
         server.should_exit = True
@@ -175,8 +189,11 @@ def _require_packages() -> None:
             ) from None
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket at the address, before anything else is done; nobody can connect to it yet."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, to which nobody can connect before it listens.
+
+    Raises UsageError if there is no such address, DataError if it cannot be had.
+    """
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:

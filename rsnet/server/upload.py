@@ -67,10 +67,9 @@ def decode(data: bytes, sizes: Sequence[int], most_pixels: int) -> dict[int, Ten
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
         raise HTTPException(400, f"the image is damaged: {first_line(error)}") from error
     with image:
-        if 0 not in image.size:
-            view = eval_view(image.height, image.width, max(sizes))
-            if max(image.height * image.width, view.height * view.width) > most_pixels:
-                raise too_many
+        view = eval_view(image.height, image.width, max(sizes))
+        if max(image.height * image.width, view.height * view.width) > most_pixels:
+            raise too_many
         try:
             rgb = pictures.decode(image, "the image", max(sizes))
         except DataError as error:
