@@ -79,9 +79,10 @@ class DeadlineController:
         """A batch has taken `ms`."""
         self._slowdown += NEW * (ms / self._ms(size, images) - self._slowdown)
 
-    def answered(self, ms: float) -> None:
-        """A request had its answer after `ms`."""
-        self._answers.append(ms)
+    def answered(self, size: int, ms: float) -> None:
+        """A request for which `size` was chosen had its answer after `ms`."""
+        if size == self._ladder[self._level]:  # else it says nothing of the size that is chosen now
+            self._answers.append(ms)
 
     def _expected(self, size: int, waiting: Mapping[int, int]) -> float:
         """Milliseconds until a request at this size would be answered."""

@@ -435,11 +435,13 @@ class _Controller:
     def computed(self, *batch):
         self.batches.append(batch)
 
-    def answered(self, ms):
-        self.answers.append(ms)
+    def answered(self, size, ms):
+        self.answers.append((size, ms))
 
 
-def test_the_controller_hears_of_what_waits_and_of_all_batches_and_answers(classifier, gate, pool):
+def test_the_controller_hears_of_what_waits_of_all_batches_and_of_its_answers(
+    classifier, gate, pool
+):
     controller, options = _Controller(), serve.Options(Path(), batch_size=4)
     service = serve.make_service(classifier, options)
     service = Service(classifier, service._settings, controller)
@@ -456,8 +458,8 @@ def test_the_controller_hears_of_what_waits_and_of_all_batches_and_answers(class
     assert [(size, images) for size, images, _ in controller.batches] == [
         (size, len(images)) for size, images in gate.batches
     ]
-    assert len(controller.answers) == 3
-    assert all(ms > 0 for ms in controller.answers)
+    assert [size for size, _ in controller.answers] == [48, 48]
+    assert all(ms > 0 for _, ms in controller.answers)
 
 
 @pytest.fixture

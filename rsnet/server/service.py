@@ -6,11 +6,10 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import HTTPException, Request
 
@@ -20,8 +19,6 @@ from rsnet.deadline import DeadlineController
 from rsnet.runtime import SwitchableClassifier
 from rsnet.server import upload
 from rsnet.server.batches import Batches
-
-Computing = Coroutine[Any, Any, list[Prediction]]
 
 # PIL decodes without Python's lock. Each thread may hold a decoded image of `most_pixels`.
 DECODERS = min(4, os.cpu_count() or 1)
@@ -93,22 +90,19 @@ class Service:
         return await self._answer(request, tuple(Step(s, 2.0) for s in self.classifier.sizes))
 
     async def _answer(self, request: Request, ladder: Ladder | None) -> list[Prediction]:
+        """ladder: None for the size that the controller chooses."""
         with self._admitted():
             data = await upload.read(request, self._settings.limits)
+            if ladder is not None:
+                return await self._unless_left(request, data, ladder)
+            assert self._controller is not None
             start = time.monotonic()
-            ladder = ladder or (Step(self._chosen_size(start)),)
-            with self._waiting(ladder):
-                answer = await self._unless_left(request, self._computed(data, ladder))
-        if self._controller:
-            self._controller.answered(1000 * (time.monotonic() - start))
-        return answer
-
-    def _chosen_size(self, now: float) -> int:
-        assert self._controller is not None
-        size = self._controller.choose(now, self._unanswered)
-        if size is None:
-            raise _busy("no size is fast enough for the deadline now")
-        return size
+            size = self._controller.choose(start, self._unanswered)
+            if size is None:
+                raise _busy("no size is fast enough for the deadline now")
+            answer = await self._unless_left(request, data, (Step(size),))
+            self._controller.answered(size, 1000 * (time.monotonic() - start))
+            return answer
 
     async def _computed(self, data: bytes, ladder: Ladder) -> list[Prediction]:
         sizes = [step.size for step in ladder]
@@ -119,19 +113,20 @@ class Service:
         except Exception as error:  # whatever the network's library raises
             raise HTTPException(500, f"computing failed: {first_line(error)}") from error
 
-    async def _unless_left(
-        self, request: Request, computed: Coroutine[Any, Any, list[Prediction]]
-    ) -> list[Prediction]:
+    async def _unless_left(self, request: Request, data: bytes, ladder: Ladder) -> list[Prediction]:
         """What is computed; given up if that takes too long, or the client has left."""
-        task, left = asyncio.ensure_future(computed), asyncio.ensure_future(_has_left(request))
+        task = asyncio.ensure_future(self._computed(data, ladder))
+        left = asyncio.ensure_future(_has_left(request))
         try:
-            await asyncio.wait(
-                (task, left), timeout=self._settings.timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            with self._waiting(ladder):
+                await asyncio.wait(
+                    (task, left),
+                    timeout=self._settings.timeout_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
             if task.done():
                 return task.result()
-            if left.done():
-                raise HTTPException(400, "the client left")  # nobody reads this
+            # Nobody reads this if the client has left.
             raise HTTPException(504, f"there was no answer within {self._settings.timeout_s:g} s")
         finally:
             task.cancel()
