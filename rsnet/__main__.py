@@ -11,6 +11,7 @@ from rsnet import (
     calibrate,
     compare,
     convert,
+    export,
     predict,
     release_run,
     serve,
@@ -37,7 +38,7 @@ VERBS: Verbs = {
         convert.import_tensorflow,
         "a checkpoint of the original quantized training code",
     ),
-    "export": (convert.ExportOptions, convert.export_original, "a file for the original code"),
+    "export": (export.Options, export.run, "a network for other programs, or the original code"),
     "report": (compare.ReportOptions, compare.report, "table and plot of finished runs"),
     "calibrate": (
         calibrate.Options,

@@ -45,17 +45,6 @@ class ImportTensorFlowOptions:
     """Run directory to write."""
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """Write a checkpoint for the original code."""
-
-    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT.pt")]]
-    """A checkpoint of a run."""
-
-    output: Annotated[Path, arg(metavar="FILE.pth.tar")]
-    """File to write."""
-
-
 def import_original(options: ImportOptions) -> int:
     content = checkpoint.load(options.original, options.arch, options.sizes)
     if "format" in content:
@@ -89,15 +78,14 @@ def import_tensorflow(options: ImportTensorFlowOptions) -> int:
     return 0
 
 
-def export_original(options: ExportOptions) -> int:
-    if options.output.exists():
-        raise UsageError(f"--output: {options.output} exists; give another name")
-    content = checkpoint.load(options.checkpoint)
+def export_original(path: Path, output: Path) -> int:
+    """Write the checkpoint at `path` to the file `output`, for the original code. Returns the exit code."""
+    content = checkpoint.load(path)
     exported = to_original(content)
-    checkpoint.write(options.output, exported)
+    checkpoint.write(output, exported)
     network = content["network"]
     sizes = " ".join(map(str, network["sizes"]))
-    print(f"{options.output}: for the original code with --arch {network['arch']} --sizes {sizes}")
+    print(f"{output}: for the original code with --arch {network['arch']} --sizes {sizes}")
     if network["normalize"] != "unit":
         print(
             f"note: it was trained with --normalize {network['normalize']}; the original code feeds [0, 1]"
