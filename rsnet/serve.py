@@ -173,6 +173,9 @@ def _check(options: Options) -> None:
         lowest = 0 if name == "batch_wait_ms" else 1e-3
         if value is not None and not (lowest <= value and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
+    most = int(Image.MAX_IMAGE_PIXELS or 0) / 1e6
+    if options.max_megapixels > most:
+        raise UsageError(f"--max-megapixels {options.max_megapixels}: PIL takes {most:.0f} at most")
     if options.queue < 1:
         raise UsageError(f"--queue {options.queue}: at least 1 is needed")
     if not 0 <= options.port <= 65535:

@@ -352,14 +352,14 @@ def test_a_body_that_does_not_come_gives_its_place_back(classifier):
         assert client.post("/classify", content=PHOTO).status_code == 200
 
 
-def test_a_client_that_leaves_within_its_body_gives_its_place_back(classifier, capfd):
+def test_a_client_that_leaves_within_its_body_gives_its_place_back(classifier, caplog):
     with serving(classifier, queue=1) as client:
         with connect(client) as leaving:
             leaving.sendall(_head(100) + b"begin")
             _until(lambda: client.service._under_way == 1)
         _until(lambda: client.service._under_way == 0)
         assert client.post("/classify", content=PHOTO).status_code == 200
-    assert capfd.readouterr().err == ""
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
@@ -517,6 +517,7 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_1(folder, capsys):
         (["x", "--port", "70000"], "--port 70000: a number from 0 to 65535 is needed"),
         (["x", "--deadline-ms", "0"], "--deadline-ms 0.0: a positive number is needed"),
         (["x", "--timeout", "nan"], "--timeout nan: a positive number is needed"),
+        (["x", "--max-megapixels", "90"], "--max-megapixels 90.0: PIL takes 89 at most"),
         (["x", "--queue", "0"], "--queue 0: at least 1 is needed"),
         (["x", "--host", "::x"], "--host ::x: "),
     ],

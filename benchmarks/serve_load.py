@@ -1,0 +1,168 @@
+"""How a server keeps its deadline under load: each fixed size, and the controller, at several rates.
+
+    python -m benchmarks.serve_load --release release --data demo/data/val --deadline-ms 150
+
+Requests come at random times (Poisson), whether or not there were answers, and carry labelled images. Their
+latency counts from the time at which they were due, at the client. The rates are multiples of what the
+largest size is measured to compute in full batches. In each round all take turns at every rate, in random
+order; client and server share the machine. Prints a table. On few cores, set OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import tyro
+
+Images = list[tuple[bytes, str]]
+
+CONTROLLER = "controller"
+
+
+@dataclass(frozen=True)
+class Options:
+    release: Path
+    """Folder that `python -m rsnet release` wrote."""
+
+    data: Path
+    """Labelled images: a folder for each class."""
+
+    deadline_ms: float = 150.0
+    """What 99 of 100 answers may take."""
+
+    loads: tuple[float, ...] = (0.3, 0.8, 1.2, 1.6)
+    """Requests a second, as multiples of what the largest size can answer."""
+
+    seconds: float = 10.0
+    """Duration of each turn."""
+
+    rounds: int = 2
+    """Turns of each."""
+
+    batch_size: int = 8
+    """Of the server."""
+
+
+@dataclass
+class Outcome:
+    """What became of the requests of one kind at one rate."""
+
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)  # ms, of those that were answered
+    sizes: Counter[int] = field(default_factory=Counter)
+    correct: int = 0
+    refused: int = 0
+
+    @property
+    def answered(self) -> int:
+        return len(self.latencies)
+
+    def percentile(self, percent: float) -> float:
+        return sorted(self.latencies)[math.ceil(percent / 100 * self.answered) - 1]
+
+    def row(self, deadline_ms: float) -> str:
+        late = sum(ms > deadline_ms for ms in self.latencies)
+        sent = self.answered + self.refused
+        mix = ", ".join(
+            f"{s}: {100 * n / self.answered:.0f} %" for s, n in self.sizes.most_common()
+        )
+        cells = (
+            f"{self.percentile(50):.0f}",
+            f"{self.percentile(99):.0f}",
+            f"{100 * late / self.answered:.1f}",
+            f"{self.answered / self.seconds:.0f}",
+            f"{100 * self.refused / sent:.1f}",
+            f"{100 * self.correct / self.answered:.1f}",
+            mix,
+        )
+        return " | ".join(cells)
+
+
+@contextmanager
+def serving(o: Options, *more: str) -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    command = [sys.executable, "-m", "rsnet", "serve", str(o.release), "--port", "0"]
+    command += ["--batch-size", str(o.batch_size), *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield next(word for word in process.stdout.readline().split() if "://" in word)
+        finally:
+            process.terminate()
+
+
+async def load(url: str, size: int | None, rate: float, o: Options, images: Images) -> Outcome:
+    """One turn: requests at `rate` a second for `o.seconds`, all of whose answers are waited for."""
+    outcome = Outcome(seconds=o.seconds)
+    query = {} if size is None else {"size": size}
+
+    async def ask(client: httpx.AsyncClient, due: float) -> None:
+        data, label = random.choice(images)
+        found = await client.post(f"{url}classify", params=query, content=data)
+        if found.status_code == 503:
+            outcome.refused += 1
+            return
+        content = found.raise_for_status().json()
+        outcome.latencies.append(1000 * (time.perf_counter() - due))
+        outcome.sizes[content["size"]] += 1
+        outcome.correct += content["top"][0]["class"] == label
+
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with (
+        httpx.AsyncClient(limits=limits, trust_env=False, timeout=60) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
+        due = start = time.perf_counter()
+        while (due := due + random.expovariate(rate)) < start + o.seconds:
+            await asyncio.sleep(due - time.perf_counter())
+            tasks.create_task(ask(client, due))
+    return outcome
+
+
+def measure(o: Options) -> str:
+    """The table."""
+    images = [(path.read_bytes(), path.parent.name) for path in sorted(o.data.glob("*/*"))]
+    with serving(o) as plain, serving(o, "--deadline-ms", str(o.deadline_ms)) as controlled:
+        info = httpx.get(f"{plain}info", trust_env=False).json()
+        sizes: list[int] = info["sizes"]
+        capacity = 1000 * o.batch_size / info["latency"]["ms"][str(sizes[0])]["median"]
+        found: dict[tuple[float, str], Outcome] = {}
+        for _ in range(o.rounds):
+            for share in o.loads:
+                for name in random.sample([CONTROLLER, *map(str, sizes)], len(sizes) + 1):
+                    url = controlled if name == CONTROLLER else plain
+                    size = None if name == CONTROLLER else int(name)
+                    turn = asyncio.run(load(url, size, share * capacity, o, images))
+                    whole = found.setdefault((share, name), Outcome())
+                    whole.seconds += turn.seconds
+                    whole.latencies += turn.latencies
+                    whole.sizes += turn.sizes
+                    whole.correct += turn.correct
+                    whole.refused += turn.refused
+                    print(f"{share} x, {name}", file=sys.stderr, flush=True)
+    lines = [
+        f"| load | requests/s | size | p50, ms | p99, ms | later than {o.deadline_ms:g} ms, % "
+        "| answers/s | refused, % | top-1, % | sizes |",
+        "|---" * 10 + "|",
+    ]
+    for share in o.loads:
+        for name in [*map(str, sizes), CONTROLLER]:
+            row = found[share, name].row(o.deadline_ms)
+            lines.append(f"| {share:g} | {share * capacity:.0f} | {name} | {row} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    random.seed(0)
+    print(measure(tyro.cli(Options, description=__doc__)))
