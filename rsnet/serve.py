@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import math
+import re
 import signal
 import socket
 import warnings
@@ -176,6 +177,11 @@ def _check(options: Options) -> None:
     most = int(Image.MAX_IMAGE_PIXELS or 0) / 1e6
     if options.max_megapixels > most:
         raise UsageError(f"--max-megapixels {options.max_megapixels}: PIL takes {most:.0f} at most")
+    for name in options.allow_host:
+        if not re.fullmatch(r"\*|(\*\.)?[\w.-]+", name):
+            raise UsageError(
+                f"--allow-host {name}: give a name alone, as photos.example or *.example"
+            )
     if options.queue < 1:
         raise UsageError(f"--queue {options.queue}: at least 1 is needed")
     if not 0 <= options.port <= 65535:

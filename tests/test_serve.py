@@ -164,6 +164,13 @@ def test_many_clients_at_once_get_what_each_would_get_alone(classifier, pool, ba
         np.testing.assert_allclose(p, q, rtol=1e-4)
 
 
+def test_a_name_that_is_no_text_is_escaped(classifier, monkeypatch):
+    monkeypatch.setattr(classifier, "_names", ["\ud800x"] * 8)
+    with serving(classifier) as client:
+        found = client.post("/classify", content=PHOTO).json()
+    assert found["top"][0]["class"] == "\\ud800x"
+
+
 def test_the_pages_data_are_those_of_the_release(client):
     info = client.get("/info").json()
     assert info["sizes"] == list(SIZES)
@@ -518,6 +525,8 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_1(folder, capsys):
         (["x", "--deadline-ms", "0"], "--deadline-ms 0.0: a positive number is needed"),
         (["x", "--timeout", "nan"], "--timeout nan: a positive number is needed"),
         (["x", "--max-megapixels", "90"], "--max-megapixels 90.0: PIL takes 89 at most"),
+        (["x", "--allow-host", "a.b:80"], "--allow-host a.b:80: give a name alone"),
+        (["x", "--allow-host", "a.*"], "--allow-host a.*: give a name alone"),
         (["x", "--queue", "0"], "--queue 0: at least 1 is needed"),
         (["x", "--host", "::x"], "--host ::x: "),
     ],

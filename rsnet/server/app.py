@@ -108,7 +108,8 @@ async def _in_one_line(_: Request, error: Exception) -> JSONResponse:
 
 
 def _json(prediction: Prediction) -> dict[str, Any]:
-    """As `python -m rsnet predict --json` prints it."""
-    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+    """As `python -m rsnet predict --json` prints it. Names may hold what UTF-8 has no code for."""
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in prediction.classes]
+    pairs = zip(names, prediction.probabilities, strict=True)
     top = [{"class": name, "probability": value} for name, value in pairs]
     return {"size": prediction.size, "ms": prediction.ms, "top": top}
