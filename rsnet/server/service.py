@@ -131,6 +131,8 @@ class Service:
         finally:
             task.cancel()
             left.cancel()
+            # Until then the image would still be computed, and the request no longer counted.
+            await asyncio.gather(task, left, return_exceptions=True)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
