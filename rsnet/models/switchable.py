@@ -92,10 +92,11 @@ class ResolutionSwitchable(nn.Module):
             known = " ".join(map(str, self.sizes))
             raise ValueError(f"no BatchNorm for size {size}; this network has {known}")
         index = self.sizes.index(size)
+        # nn.Module's own way to set an attribute takes 1.4 us each: 74 for a MobileNetV2 in place of 5.5.
         for norm in self._norms:
-            norm.active = 0 if self.shared_norm else index
+            vars(norm)["active"] = 0 if self.shared_norm else index
         for quantizer in self._quantizers:
-            quantizer.active = index
+            vars(quantizer)["active"] = index
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """(N, 3, s, s) -> (N, classes), with the BatchNorm of `size`, which is s if not given."""
