@@ -11,6 +11,7 @@ order; client and server share the machine. Prints a table. On few cores, set OM
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import tyro
@@ -102,31 +104,43 @@ def serving(o: Options, *more: str) -> Iterator[str]:
             process.terminate()
 
 
-async def load(url: str, size: int | None, rate: float, o: Options, images: Images) -> Outcome:
+async def post(url: httpx.URL, size: int | None, data: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and JSON. By hand, as httpx's pool took seconds to hand out hundreds of connections."""
+    query = "" if size is None else f"?size={size}"
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(
+        f"POST /classify{query} HTTP/1.1\r\nHost: {url.host}\r\nConnection: close\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), json.loads(body)
+
+
+async def load(
+    url: httpx.URL, size: int | None, rate: float, o: Options, images: Images
+) -> Outcome:
     """One turn: requests at `rate` a second for `o.seconds`, all of whose answers are waited for."""
     outcome = Outcome(seconds=o.seconds)
-    query = {} if size is None else {"size": size}
 
-    async def ask(client: httpx.AsyncClient, due: float) -> None:
+    async def ask(due: float) -> None:
         data, label = random.choice(images)
-        found = await client.post(f"{url}classify", params=query, content=data)
-        if found.status_code == 503:
+        status, content = await post(url, size, data)
+        if status == 503:
             outcome.refused += 1
             return
-        content = found.raise_for_status().json()
+        if status != 200:
+            raise RuntimeError(f"the server says {status}: {content}")
         outcome.latencies.append(1000 * (time.perf_counter() - due))
         outcome.sizes[content["size"]] += 1
         outcome.correct += content["top"][0]["class"] == label
 
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with (
-        httpx.AsyncClient(limits=limits, trust_env=False, timeout=60) as client,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with asyncio.TaskGroup() as tasks:
         due = start = time.perf_counter()
         while (due := due + random.expovariate(rate)) < start + o.seconds:
             await asyncio.sleep(due - time.perf_counter())
-            tasks.create_task(ask(client, due))
+            tasks.create_task(ask(due))
     return outcome
 
 
@@ -143,7 +157,7 @@ def measure(o: Options) -> str:
                 for name in random.sample([CONTROLLER, *map(str, sizes)], len(sizes) + 1):
                     url = controlled if name == CONTROLLER else plain
                     size = None if name == CONTROLLER else int(name)
-                    turn = asyncio.run(load(url, size, share * capacity, o, images))
+                    turn = asyncio.run(load(httpx.URL(url), size, share * capacity, o, images))
                     whole = found.setdefault((share, name), Outcome())
                     whole.seconds += turn.seconds
                     whole.latencies += turn.latencies

@@ -113,7 +113,7 @@ def test_the_slider_shows_which_size_its_milliseconds_buy(page):
     slider = page.get_by_label("Milliseconds that a batch of 8 may take:")
     chosen, marked = page.locator("#chosen"), page.locator("tr[aria-current]")
     seen = {}
-    for value in range(0, 1001, 50):
+    for value in range(0, 1001, 100):
         slider.fill(str(value))
         ms = float(page.locator("#budget-ms").inner_text().removesuffix(" ms"))
         seen[ms] = (chosen.inner_text(), [row.get_attribute("data-size") for row in marked.all()])
