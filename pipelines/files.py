@@ -18,7 +18,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=_open_no_link) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -28,6 +28,11 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _open_no_link(name: str, flags: int) -> int:
+    """A folder that others made may have a link under the temporary name, to a file of the user's."""
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
