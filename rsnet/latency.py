@@ -87,9 +87,12 @@ def load(path: Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]) -> T
         content = json.loads(path.read_bytes())
         if content["conditions"] != conditions:
             return None
-        return {s: {k: float(content["ms"][str(s)][k]) for k in ("median", "p95")} for s in sizes}
-    except (ValueError, KeyError, TypeError) as error:
+        table = {s: {k: float(content["ms"][str(s)][k]) for k in ("median", "p95")} for s in sizes}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is no table of latencies; remove it") from error
+    if not all(0 < ms < float("inf") for times in table.values() for ms in times.values()):
+        raise DataError(f"{path} has a latency that is none; remove it")
+    return table
 
 
 def best_size(

@@ -14,6 +14,9 @@ from rsnet.cascade import Ladder, Step
 
 NAME, FORMAT = "tuned.json", 1
 
+# Temperatures far from those that are fitted, which are from 1/20 to 20, make NaN of logits.
+LEAST = 1e-3
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -49,7 +52,7 @@ def read(folder: Path, sha256: str, sizes: Sequence[int]) -> Tuned:
             {size: float(content["temperatures"][str(size)]) for size in sizes},
             tuple(Step(int(s["size"]), float(s["threshold"])) for s in content["cascade"]),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is damaged; {advice}") from error
     if other:
         raise DataError(f"{path} is of other weights; {advice}")
@@ -66,5 +69,5 @@ def _makes_sense(tuned: Tuned, sizes: Sequence[int]) -> bool:
         and set(climbed) <= set(sizes)
         and climbed == sorted(set(climbed))
         and all(0 <= step.threshold <= 1 for step in tuned.ladder)
-        and all(0 < value < float("inf") for value in tuned.temperatures.values())
+        and all(LEAST <= value <= 1 / LEAST for value in tuned.temperatures.values())
     )

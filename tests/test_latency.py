@@ -83,11 +83,27 @@ def test_a_table_is_read_back_for_the_same_conditions_alone(tmp_path):
     assert latency.load(path, {"batch_size": 1}, SIZES) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"conditions": {}, "ms": {"64": 3}}'])
+def _table_with(ms: float) -> str:
+    return json.dumps({"conditions": {}, "ms": {str(s): {"median": 1, "p95": ms} for s in SIZES}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[" * 100_000, '{"conditions": {}, "ms": {"64": 3}}', _table_with(10**400)],
+    ids=["empty", "list", "deep", "number", "digits"],
+)
 def test_a_file_that_is_no_table_is_named(tmp_path, text):
     (tmp_path / "latency-cpu.json").write_text(text)
     with pytest.raises(DataError, match=r"latency-cpu\.json is no table of latencies; remove it"):
         latency.load(tmp_path / "latency-cpu.json", {}, SIZES)
+
+
+@pytest.mark.parametrize("ms", [0, -1, float("nan"), float("inf")])
+def test_a_time_that_no_forward_takes_is_refused(tmp_path, ms):
+    path = tmp_path / "latency-cpu.json"
+    path.write_text(_table_with(ms))
+    with pytest.raises(DataError, match=r"latency-cpu\.json has a latency that is none; remove it"):
+        latency.load(path, {}, SIZES)
 
 
 @pytest.mark.parametrize(
