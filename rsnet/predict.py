@@ -98,7 +98,7 @@ def run(options: Options) -> int:
                 print(_as_json(paths[i], prediction), file=out, flush=True)
             return readable.exit_code
         found = dict(answers)
-    _print_table({paths[i]: found[i] for i in sorted(found)})
+    _print_table([(paths[i], found[i]) for i in sorted(found)])
     return readable.exit_code
 
 
@@ -151,11 +151,11 @@ def _as_json(path: str, prediction: Prediction) -> str:
     )
 
 
-def _print_table(found: dict[str, Prediction]) -> None:
-    names = [_printable(path) for path in found]
+def _print_table(found: list[tuple[str, Prediction]]) -> None:
+    names = [_printable(path) for path, _ in found]
     width = max(map(len, ["image", *names]))
     print(f"{'image':{width}} {'size':>5} {'ms':>8}  classes, %")
-    for name, prediction in zip(names, found.values(), strict=True):
+    for name, (_, prediction) in zip(names, found, strict=True):
         pairs = zip(prediction.classes, prediction.probabilities, strict=True)
         top = ", ".join(f"{_printable(what)} {100 * value:.1f}" for what, value in pairs)
         print(f"{name:{width}} {prediction.size:5} {prediction.ms:8.2f}  {top}")

@@ -90,6 +90,11 @@ def test_the_table_has_a_row_an_image_in_their_order(release, classifier, album,
         assert top == ", ".join(f"{c} {100 * p:.1f}" for c, p in pairs)
 
 
+def test_an_image_that_is_given_twice_has_two_rows(release, album, capsys):
+    code, lines, _ = _predict(capsys, release, album / "b.jpg", album / "b.jpg")
+    assert (code, len(lines)) == (0, 3)
+
+
 def test_a_cascades_table_is_in_the_order_of_the_images(release, classifier, album, capsys):
     paths = [album / name for name in ALBUM]
     best = [p.probabilities[0] for p in classifier.classify(paths, size=32)]
