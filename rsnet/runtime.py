@@ -254,6 +254,7 @@ class SwitchableClassifier:
 def _require_device(device: str | torch.device) -> torch.device:
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
+    # From a PyTorch without CUDA, and for a device that needs a module of its own.
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"device {device}: {first_line(error)}") from error
     return torch.device(device)

@@ -205,6 +205,8 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # from what encodes names
+        raise UsageError(f"--host {host!r}: is no name of a host") from error
     except OSError as error:
         raise UsageError(f"--host {host}: {error.strerror}") from error
     # asyncio turns off Nagle's delay, of 40 ms an answer, only for sockets that say that they are TCP's.

@@ -296,6 +296,7 @@ def test_an_open_image_without_pixels_is_refused(classifier):
         ({"top": 0}, "top 0: at least 1"),
         ({"device": "abacus"}, "device abacus: "),
         ({"device": "meta"}, "device meta: "),
+        ({"device": "hpu"}, "device hpu: "),
     ],
 )
 def test_what_cannot_be_computed_with_is_refused(folder, options, message):

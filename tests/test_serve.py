@@ -529,6 +529,7 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_1(folder, capsys):
         (["x", "--allow-host", "a.*"], "--allow-host a.*: give a name alone"),
         (["x", "--queue", "0"], "--queue 0: at least 1 is needed"),
         (["x", "--host", "::x"], "--host ::x: "),
+        (["x", "--host", "a..b"], "--host 'a..b': is no name of a host"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
