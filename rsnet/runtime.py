@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.batch import PixelNormalizer
-from pipelines.errors import UsageError, first_line
+from pipelines.errors import DataError, UsageError, first_line
 from rsnet import cascade, latency, pictures, release
 from rsnet import tuned as tuned_file
 from rsnet.cascade import Ladder, Prediction, Step
@@ -186,9 +186,25 @@ class SwitchableClassifier:
 
     @torch.inference_mode()
     def logits(self, pixels: Tensor, size: int) -> Tensor:
-        """(N, size, size, 3) uint8, as `pictures.eval_pixels` has them -> (N, classes) float32."""
-        images = self._normalize(pixels.to(self.device)).permute(0, 3, 1, 2)
-        return self._forward(images, size).float()
+        """(N, size, size, 3) uint8, as `pictures.eval_pixels` has them -> (N, classes) float32.
+
+        Raises DataError if the batch does not fit into memory.
+        """
+        try:
+            images = self._normalize(pixels.to(self.device)).permute(0, 3, 1, 2)
+            return self._forward(images, size).float()
+        except RuntimeError as error:
+            # The CPU's allocator has no type of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
+                error
+            ):
+                raise
+            what = (
+                f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}"
+            )
+            raise DataError(
+                f"{what}; give a smaller --batch-size than {self.batch_size}"
+            ) from error
 
     @property
     def conditions(self) -> dict[str, Any]:

@@ -304,6 +304,24 @@ def test_what_cannot_be_computed_with_is_refused(folder, options, message):
         SwitchableClassifier.load(folder, **options)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_memory_is_one_line(folder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    classifier = SwitchableClassifier.load(folder, batch_size=7)
+    monkeypatch.setattr(classifier, "_forward", fail)
+    message = "1 images at size 64 do not fit into the memory of cpu; give a smaller --batch-size"
+    with pytest.raises(DataError, match=message):
+        classifier.classify(Image.new("RGB", (50, 50)))
+
+
 def test_it_needs_torch_torchvision_safetensors_numpy_and_pillow_alone(folder, files):
     code = f"""
 import sys
