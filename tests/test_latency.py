@@ -156,6 +156,13 @@ def test_whole_batches_are_measured_once_and_kept_beside_the_release(folder, mea
     assert measured[3:] == [2, 2, 2]
 
 
+def test_milliseconds_an_image_are_the_median_batchs(folder, measured):
+    classifier = SwitchableClassifier.load(folder, batch_size=4)
+    assert classifier.ms_per_image() == {s: ms["median"] / 4 for s, ms in TABLE.items()}
+    assert all(ms["median"] != ms["p95"] for ms in TABLE.values())
+    assert measured == [4, 4, 4]
+
+
 def test_a_release_that_cannot_be_written_to_is_measured_in_each_process(
     folder, measured, monkeypatch
 ):

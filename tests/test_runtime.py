@@ -19,7 +19,8 @@ from PIL import Image
 from pipelines import reference
 from pipelines.batch import LoaderSpec
 from pipelines.errors import DataError, UsageError
-from rsnet import release
+from rsnet import cascade, release
+from rsnet.cascade import Step
 from rsnet.runtime import Prediction, SwitchableClassifier
 from tests import releases
 from tests.releases import CLASSES, SIZES
@@ -385,6 +386,17 @@ def test_the_unsure_are_regrouped_into_full_batches(classifier, photos_and_thres
     for size, count in images.items():
         assert sum(computed[size]) == count
         assert computed[size][:-1] == [4] * ((count - 1) // 4)
+
+
+def test_an_image_as_sure_as_the_threshold_climbs_no_further():
+    sure, unsure = 0.5, 0.25
+
+    def predict(pixels, size):
+        return [Prediction(("ant",), (sure if p.max() else unsure,), size, 1.0) for p in pixels]
+
+    images = enumerate(Image.new("RGB", (64, 64), (v, v, v)) for v in (255, 0))
+    found = dict(cascade.climb(images, (Step(32, sure), Step(64)), predict, 2))
+    assert [found[i].size for i in range(2)] == [32, 64]
 
 
 def test_the_cascade_computes_a_larger_size_before_it_has_read_all_images(classifier):

@@ -19,9 +19,9 @@ IMAGES = 60
 
 @pytest.fixture(scope="module")
 def found() -> Answers:
-    """Confident answers are right more often, and larger sizes are."""
+    """Confident answers are right more often, and larger sizes are. Some are as confident as others."""
     rng = np.random.default_rng(2)
-    confidence = {size: rng.uniform(0.2, 1.0, IMAGES) for size in SIZES}
+    confidence = {size: rng.uniform(0.2, 1.0, IMAGES).round(2) for size in SIZES}
     right = {
         s: (rng.uniform(size=IMAGES) < c * (0.6 + s / 150)).astype(float)
         for s, c in confidence.items()
@@ -44,6 +44,7 @@ def _by_hand(found: Answers, ladder) -> tuple[float, float, dict[int, float]]:
 
 LADDERS = [
     (Step(48),),
+    (Step(32, 0.35), Step(64)),  # an image's confidence at 32
     (Step(32, 0.5), Step(64)),
     (Step(32, 0.7), Step(48, 0.4), Step(64)),
     (Step(32, 0.0), Step(64)),
