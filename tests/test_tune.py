@@ -14,10 +14,11 @@ import torch
 from pipelines import reference
 from pipelines.batch import LoaderSpec
 from pipelines.errors import DataError, UsageError
-from rsnet import latency, release, scores, tuned
+from rsnet import latency, release, scores, tune, tuned
 from rsnet.__main__ import main
 from rsnet.cascade import Step
 from rsnet.runtime import SwitchableClassifier
+from rsnet.thresholds import Outcome
 from rsnet.tuned import Tuned
 from tests import releases
 from tests.releases import CLASSES, SIZES
@@ -238,6 +239,15 @@ def test_a_target_that_cannot_be_met_is_one_line(folder, data, capsys, words, co
     assert re.match(f"rsnet tune: error: {message}", err)
     assert err.count("\n") == 1
     assert not (folder / "tuned.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "ms"), [({"target_top1": 60.0}, 2.0), ({"target_ms": 2.5}, 2.0)]
+)
+def test_the_fastest_is_chosen_for_an_accuracy_and_the_most_accurate_for_a_time(target, ms):
+    frontier = [Outcome((Step(64),), 50.0 + 10 * i, 1.0 + i) for i in range(4)]
+    options = tune.Options(Path("release"), Path("val"), **target)
+    assert tune._choose(frontier, options).ms == ms
 
 
 def test_images_of_other_classes_are_one_line(folder, data, tmp_path, capsys):
