@@ -77,6 +77,24 @@ def test_json_has_what_the_classifier_says(release, classifier, album, capsys):
         }
 
 
+def test_dtype_fold_and_graphs_reach_the_classifier(
+    release, album, classifier, capsys, monkeypatch
+):
+    asked = []
+
+    def load(*_, **options):
+        asked.append({k: options[k] for k in ("dtype", "fold", "cuda_graphs")})
+        return classifier
+
+    monkeypatch.setattr(predict.SwitchableClassifier, "load", load)
+    _predict(capsys, release, album, "--dtype", "bfloat16")
+    _predict(capsys, release, album, "--fold", "--cuda-graphs")
+    assert asked == [
+        {"dtype": torch.bfloat16, "fold": False, "cuda_graphs": False},
+        {"dtype": None, "fold": True, "cuda_graphs": True},
+    ]
+
+
 def test_the_table_has_a_row_an_image_in_their_order(release, classifier, album, capsys):
     code, (head, *rows), err = _predict(capsys, release, album / "b.jpg", album / "a.PNG")
     assert (code, err) == (0, "")
