@@ -27,7 +27,6 @@ NETWORKS = {
     "parallel_mobilenetv2": ({"width_mult": 0.25}, 0),
     "parallel_shufflenet_v2_x0_5": ({}, 0),
     "parallel_densenet121": ({}, 62),
-    "parallel_timm/resnet10t": ({}, 0),
     "parallel_timm/resnetv2_18": ({}, 9),
 }
 
