@@ -30,7 +30,7 @@ class Prediction:
     """What the network says of one image.
 
     classes, probabilities: the most likely classes' names and softmax outputs in [0, 1], the most likely
-    first. A class that the release has no name for goes by its index.
+    first; calibrated only if the call asked for what was tuned. A class without a name goes by its index.
     size: the resolution that decided.
     ms: milliseconds of the image's batch over the images in it, from uint8 pixels on the host to
     probabilities there, summed over the sizes that it went through; without decoding and resizing.

@@ -28,14 +28,14 @@ class Scores:
     labels: Tensor
     logits: dict[int, Tensor]
 
-    def halves(self) -> tuple[Scores, Scores]:
-        """Every image in one of two halves by chance, the same for as many images.
+    def halves(self, seed: int = 0) -> tuple[Scores, Scores]:
+        """Every image in one of two halves by chance, the same for as many images and the same seed.
 
         Raises UsageError for less than two images.
         """
         if len(self.labels) < 2:
             raise UsageError("--data: at least 2 images are needed, as half of them are fitted to")
-        order = torch.from_numpy(np.random.default_rng(0).permutation(len(self.labels)))
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self.labels)))
         middle = len(order) // 2
         return self._of(order[:middle]), self._of(order[middle:])
 

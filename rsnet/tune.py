@@ -33,7 +33,7 @@ class Options:
     data: Annotated[Path, arg(aliases=("-d",), metavar="VAL")]
     """Folder with one folder of images per class, or one whose val/ is that."""
 
-    target_top1: Annotated[float | None, arg(metavar="%")] = None
+    target_top1: Annotated[float | None, arg(metavar="PERCENT")] = None
     """Accuracy: the fastest cascade that has it."""
 
     target_ms: float | None = None

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import cascade
 from pipelines.errors import DataError
-from rsnet import bench_figures, latency, release, release_card, scores, tuned
+from rsnet import bench_figures, latency, release, release_card, scores, thresholds, tuned
 from rsnet.__main__ import main
 from rsnet.bench_figures import Figures
 from rsnet.cascade import Step
@@ -131,6 +132,29 @@ def test_the_search_does_not_see_the_images_that_it_is_reported_on(found):
         for half in (other, shuffled)
     ]
     assert ladders[0] == ladders[1]
+
+
+def test_the_benchmark_compares_with_the_best_size_that_is_as_fast(found):
+    rows = list(cascade.compare(found, MS, splits=2))
+    assert [row.limit for row in rows] == [8.0, 14.0, 20.0, 30.0, 40.0] * 2
+    for seed, some in enumerate((rows[:5], rows[5:])):
+        right = [
+            {s: (z.argmax(1) == half.labels).double().mean().item() for s, z in half.logits.items()}
+            for half in found.halves(seed)
+        ]
+        for row in some:
+            fitting = [s for s in reversed(SIZES) if MS[s] <= row.limit]
+            assert right[0][row.size] == max(right[0][s] for s in fitting)
+            assert row.size_top1 == pytest.approx(100 * right[1][row.size])
+        assert some[0].mix_top1 == pytest.approx(100 * right[1][32])
+    assert not torch.equal(found.halves(0)[0].labels, found.halves(1)[0].labels)
+
+
+def test_a_mix_of_two_sizes_takes_just_the_time_there_is():
+    right = {s: np.array([0.0, s / 64]) for s in SIZES}  # top-1 25, 37.5 and 50 %
+    answers = thresholds.Answers({}, right)
+    for limit, top1 in ((8.0, 25.0), (14.0, 31.25), (30.0, 43.75), (99.0, 50.0)):
+        assert cascade.mix(answers, answers, MS, limit) == pytest.approx(top1)
 
 
 def test_the_calibration_error_is_that_of_each_temperature(found, figures):

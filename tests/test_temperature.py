@@ -29,7 +29,7 @@ def test_the_temperature_is_that_of_the_least_cross_entropy(true):
         return float(np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels.numpy()]))
 
     found = temperature.fit(logits, labels)
-    assert found == pytest.approx(min(np.arange(0.4, 5.0, 0.01), key=nll), abs=0.02)
+    assert found == pytest.approx(min(np.arange(0.4, 5.0, 0.03), key=nll), abs=0.03)
     assert found == pytest.approx(true, rel=0.06)
 
 

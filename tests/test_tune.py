@@ -74,6 +74,25 @@ def test_what_is_reported_is_what_the_classifier_does(folder, data, capsys, targ
     assert limit["top1"] is None or content["fitted"]["top1"] >= limit["top1"]
 
 
+FRONTIER = [
+    Outcome((Step(s),), top1, ms) for s, top1, ms in ((32, 60, 2), (48, 70, 5), (64, 75, 10))
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "size"),
+    [
+        ({"target_top1": 60.0}, 32),
+        ({"target_top1": 61.0}, 48),
+        ({"target_ms": 9.9}, 48),
+        ({"target_ms": 10.0}, 64),
+    ],
+)
+def test_the_fastest_that_is_accurate_enough_or_the_best_that_is_fast_enough_is_taken(target, size):
+    chosen = tune._choose(FRONTIER, tune.Options(Path(), Path(), **target))
+    assert chosen.ladder == (Step(size),)
+
+
 def test_the_report_is_of_images_that_were_not_fitted_to(folder, data):
     classifier = SwitchableClassifier.load(folder)
     found = scores.collect(classifier, scores.find(data, classifier.config["network"]))
