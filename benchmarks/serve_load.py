@@ -105,7 +105,7 @@ def serving(o: Options, *more: str) -> Iterator[str]:
 
 
 async def post(url: httpx.URL, size: int | None, data: bytes) -> tuple[int, dict[str, Any]]:
-    """Status and JSON. By hand, as httpx's pool took seconds to hand out hundreds of connections."""
+    """Status and JSON. By hand: with httpx's pool, runs ended in read errors whose cause is not known."""
     query = "" if size is None else f"?size={size}"
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(

@@ -15,13 +15,22 @@ from pipelines.batch import eval_short_side
 
 
 def images_below(folder: Path) -> list[str]:
-    """Sorted paths of the image files below `folder`, folders that are links included."""
-    return sorted(
-        os.path.join(directory, name)
-        for directory, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
+    """Sorted paths of the image files below `folder`, folders that are links included.
+
+    A link to a folder that it lies in is not followed.
+    """
+    found = []
+    for directory, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(f"{directory}/{name}")]
+        found += [
+            os.path.join(directory, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)
+        ]
+    return sorted(found)
+
+
+def _leads_back(path: str) -> bool:
+    link = Path(path)
+    return link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve())
 
 
 # What IMG_EXTENSIONS stand for, and GIF. PIL goes by the first bytes, whatever the name, and would also take

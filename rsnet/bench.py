@@ -66,11 +66,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.wandb != "disabled" and self.output is None:
             raise UsageError("--wandb: give --output, too, the folder that W&B logs in")
-        if self.output is not None and (self.output.exists() or self.output.is_symlink()):
-            raise UsageError(f"--output: {self.output} exists; give another name")
 
 
 def run(options: Options) -> int:
+    output = options.output
+    if output is not None and (output.exists() or output.is_symlink()):
+        raise UsageError(f"--output: {output} exists; give another name")
     classifier = SwitchableClassifier.load(
         options.release,
         options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -84,13 +85,13 @@ def run(options: Options) -> int:
     figures = measure(classifier, scores.collect(classifier, folder))
     content = dataclasses.asdict(figures)
     print(json.dumps(content) if options.json else bench_report.tables(figures))
-    if options.output is not None:
-        options.output.mkdir(parents=True)
-        write_json(options.output / "bench.json", content)
-        plot = options.output / "accuracy_latency.png"
+    if output is not None:
+        output.mkdir(parents=True)
+        write_json(output / "bench.json", content)
+        plot = output / "accuracy_latency.png"
         bench_report.plot(plot, classifier.config["network"]["arch"], figures)
         if options.wandb != "disabled":
-            _log_to_wandb(options, options.output, figures, plot)
+            _log_to_wandb(options, output, figures, plot)
     if options.card:
         write_whole(card, _refreshed(card, bench_report.section(figures)).encode())
     return 0

@@ -195,6 +195,9 @@ def _read_weights(folder: Path, noted: Mapping[str, Any], expected: State) -> St
     )
     if problems:
         raise DataError(f"does not fit the network in {CONFIG}: {_shown(problems)}")
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:  # all probabilities would be NaN
+        raise DataError(f"has numbers that are not finite: {_shown(', '.join(broken))}")
     return tensors
 
 

@@ -29,6 +29,9 @@ __all__ = ["Prediction", "SwitchableClassifier"]
 
 Key = TypeVar("Key")
 
+# Images of a forward. More are no faster on any device, and their pixels alone fill 10 GB.
+MOST_BATCH = 65536
+
 UNCALIBRATED: Mapping[int, float] = {}  # temperatures
 
 
@@ -88,9 +91,10 @@ class SwitchableClassifier:
         """
         if dtype not in (None, torch.bfloat16):
             raise UsageError(f"dtype {dtype}: give torch.bfloat16 or None")
-        for name, number in (("batch_size", batch_size), ("top", top)):
-            if number < 1:
-                raise UsageError(f"{name} {number}: at least 1 is needed")
+        if not 1 <= batch_size <= MOST_BATCH:
+            raise UsageError(f"batch_size {batch_size}: must be from 1 to {MOST_BATCH}")
+        if top < 1:
+            raise UsageError(f"top {top}: at least 1 is needed")
         place = _require_device(device)
         read = release.read(Path(folder))
         return cls(Path(folder), read, place, dtype, batch_size, top, fold, cuda_graphs)

@@ -91,6 +91,8 @@ def run(options: Options) -> int:
     print(f"{conditions['device']}, batches of {classifier.batch_size}, {options.dtype}")
     _print_sizes(other, held_out, temperatures, ms)
     _print_cascade(chosen, reported, held_out, ms)
+    if options.target_top1 is not None and reported.top1 < options.target_top1:
+        print(f"note: that is below {options.target_top1:g} %; more images would fit it better")
     print(f"{options.release / tuned.NAME}: {_shown(chosen.ladder)}")
     return 0
 

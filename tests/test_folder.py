@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from pipelines.errors import UsageError
 from pipelines.folder import broken, scan, scan_train_val
+from pipelines.picture import images_below
 from tests.conftest import write_folder, write_photo
 
 
@@ -105,6 +106,17 @@ def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
 def test_a_picture_of_a_usual_format_is_one_by_any_name(tmp_path, kind):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg", kind)
     assert broken(str(tmp_path / "photo.jpg")) is None
+
+
+def test_links_that_lead_back_are_not_followed_and_others_are(data):
+    album = data / "val" / "bee"
+    for name in ("x", "y"):
+        (album / name).symlink_to(album)
+    (album / "up").symlink_to("../..")
+    (album / "other").symlink_to(data / "train" / "ant")
+    inside = [Path(p).relative_to(album) for p in images_below(album)]
+    assert sum(p.parts[0] == "other" for p in inside) == 2
+    assert len(inside) == 4
 
 
 def test_a_good_image_is_not_broken(data):

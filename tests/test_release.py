@@ -111,6 +111,15 @@ def _rewrite(folder: Path, data: bytes) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def test_weights_that_are_no_numbers_are_refused(folder, capsys):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state["network.conv1.weight"][0, 0, 0, 0] = torch.nan
+    _rewrite(folder, safetensors.torch.save(state))
+    code, err = _refusal(folder, capsys)
+    assert code == 1
+    assert "model.safetensors: has numbers that are not finite: network.conv1.weight" in err
+
+
 def _refusal(folder: Path, capsys) -> tuple[int, str]:
     """Exit code and the only line on stderr."""
     code = exit_code("x", lambda: len(release.load(folder).sizes))

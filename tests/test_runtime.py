@@ -293,7 +293,8 @@ def test_an_open_image_without_pixels_is_refused(classifier):
     ("options", "message"),
     [
         ({"dtype": torch.float64}, "dtype torch.float64: give torch.bfloat16 or None"),
-        ({"batch_size": 0}, "batch_size 0: at least 1"),
+        ({"batch_size": 0}, "batch_size 0: must be from 1 to 65536"),
+        ({"batch_size": 10**10}, "batch_size 10000000000: must be from 1 to 65536"),
         ({"top": 0}, "top 0: at least 1"),
         ({"device": "abacus"}, "device abacus: "),
         ({"device": "meta"}, "device meta: "),

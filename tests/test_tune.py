@@ -65,6 +65,8 @@ def test_what_is_reported_is_what_the_classifier_does(folder, data, capsys, targ
     taken = [sum(TABLE[s]["median"] / 4 for s in climbed if s <= p.size) for p in found]
     right = [path.parent.name == p.classes[0] for path, p in zip(paths, found, strict=True)]
     halves = [content["fitted"], content["held_out"]]
+    is_missed = target[0] == "--target-top1" and content["held_out"]["top1"] < target[1]
+    assert ("note: that is below" in out) == is_missed
     assert [half["images"] for half in halves] == [35, 35]
     assert np.mean([half["top1"] for half in halves]) == pytest.approx(100 * np.mean(right))
     assert np.mean([half["ms"] for half in halves]) == pytest.approx(np.mean(taken))
