@@ -305,6 +305,24 @@ def test_more_requests_than_the_queue_holds_are_refused_and_told_to_come_again(
         assert client.post("/classify", content=PHOTO).status_code == 200
 
 
+def test_a_client_that_still_sends_gets_its_refusal(classifier, gate, pool):
+    """Also one that wants the connection closed: at once, that would reset it, answer and all."""
+    closing = _head(200).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    with serving(classifier, queue=1) as client, connect(client) as slow:
+        held = pool.submit(client.post, "/classify", content=PHOTO)
+        _until(lambda: client.service._under_way == 1)
+        slow.sendall(closing + bytes(100))
+        time.sleep(0.2)
+        slow.sendall(bytes(50))
+        slow.sendall(bytes(50))
+        answer = b""
+        while more := slow.recv(10_000):
+            answer += more
+        gate.is_open.set()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert held.result().status_code == 200
+
+
 def _colours(gate: Gate) -> list[int]:
     """Of what was computed; images of one colour have only this value."""
     return [int(pixels.max()) for _, images in gate.batches for pixels in images]

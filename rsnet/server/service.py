@@ -91,6 +91,10 @@ class Service:
 
     async def _answer(self, request: Request, ladder: Ladder | None) -> list[Prediction]:
         """ladder: None for the size that the controller chooses."""
+        if self._under_way >= self._settings.queue:
+            # To close a connection that still sends may take the answer from its client.
+            await upload.discard(request, self._settings.limits)
+            raise _busy(f"{self._under_way} requests are under way")
         with self._admitted():
             data = await upload.read(request, self._settings.limits)
             if ladder is not None:
@@ -136,8 +140,6 @@ class Service:
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
-        if self._under_way >= self._settings.queue:
-            raise _busy(f"{self._under_way} requests are under way")
         self._under_way += 1
         try:
             yield
