@@ -17,7 +17,7 @@ demo-ffcv: install demo/data
 demo/data: | install
 	$(PYTHON) -m pipelines.demo --output $@
 
-# Two at a time, a file by one: what two cores do in six minutes.
+# Two at a time, a file by one: what two cores do in eight minutes.
 test: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 

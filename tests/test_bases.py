@@ -256,9 +256,9 @@ def test_a_solution_needs_no_more_than_the_codes_that_occur():
     "arch",
     [
         "parallel_mobilenetv2",
-        "parallel_densenet121",
-        "parallel_efficientnet_b0",
-        "parallel_regnet_y_400mf",
+        pytest.param("parallel_densenet121", marks=pytest.mark.slow),
+        pytest.param("parallel_efficientnet_b0", marks=pytest.mark.slow),
+        pytest.param("parallel_regnet_y_400mf", marks=pytest.mark.slow),
         "parallel_timm/resnet18d",
     ],
 )

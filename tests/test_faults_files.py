@@ -158,7 +158,7 @@ for step in range(first, first + 100000):
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path, kills):
     """At random moments of a process that does nothing but save: between any two of its steps."""
     draws = random.Random(kills)

@@ -80,6 +80,7 @@ def test_a_verifying_command_is_understood(command):
     parse_options(options_type, [options_type], arguments)
 
 
+@pytest.mark.slow  # half a minute; .ci/run has it
 @needs_ffcv
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """In the order of the README, on a small folder with small sizes, narrow, without torchrun.

@@ -203,6 +203,7 @@ class _All(nn.Module):
         return self.model.forward_all(images)
 
 
+@pytest.mark.slow  # test_compile.py has a smaller one
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_as_one_graph_it_still_switches():
     network = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
