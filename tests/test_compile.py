@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -42,15 +43,17 @@ def batches():
 QUANTIZED = ["--mode", "preact", "--qw", "2", "--qa", "2"]
 
 
+# Rounding moves values to another level: quantized weights that start 1e-7 apart, both trained eagerly, have
+# gradients 1 % apart in the first update and 90 % in the second, just as compiled ones have.
 @pytest.mark.slow  # minutes of compilation
-@pytest.mark.parametrize("kind", [[], QUANTIZED])
-def test_a_compiled_training_is_the_eager_one(batches, kind):
+@pytest.mark.parametrize(("kind", "updates"), [([], 4), (QUANTIZED, 1)])
+def test_a_compiled_training_is_the_eager_one(batches, kind, updates):
     """A graph with all sizes, K = 2 of them, and the evaluation, which is not compiled."""
     ends = []
     for more in (["--compile"], []):
         trainer, model = _trainer("--sizes-per-step", "2", *kind, *more)
         trainer.objective.train()
-        for batch in batches.train:
+        for batch in islice(batches.train, updates):
             trainer.forward_backward(batch, last=True)
             trainer.update()
         ends.append((model.state_dict(), evaluate(model, batches.val, torch.device("cpu"))))
@@ -58,7 +61,7 @@ def test_a_compiled_training_is_the_eager_one(batches, kind):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
-    assert accuracy["32"]["loss"] == pytest.approx(wanted["32"]["loss"], rel=1e-3)
+    assert accuracy["32"]["loss"] == pytest.approx(wanted["32"]["loss"], rel=5e-3)
 
 
 @pytest.mark.parametrize("kind", [[], QUANTIZED])
