@@ -35,6 +35,7 @@ def _killed_at(words: list[str], run: Path, n: int, number: int = signal.SIGKILL
     return err
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(photos, whole, tmp_path):
     run = tmp_path / "run"
     words = command(photos, run)

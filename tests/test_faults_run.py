@@ -55,7 +55,7 @@ def train(monkeypatch, capsys, photos, tmp_path):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=SLOW) for n in (signal.SIGINT, signal.SIGUSR1))],
+    [pytest.param(n, marks=SLOW) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
 )
 def test_a_signal_in_an_evaluation_stops_it_and_the_run_goes_on_exactly(
     train, whole, tmp_path, monkeypatch, number

@@ -231,7 +231,7 @@ def test_close_leaves_no_thread_behind(make, spec):
     epoch_of(val)
     train.close()
     val.close()
-    for _ in range(50):
+    for _ in range(300):
         if threads() <= before:
             break
         time.sleep(0.1)

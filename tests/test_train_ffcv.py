@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from rsnet.run import main
 from tests.conftest import beton_of, needs_ffcv
 
 pytestmark = needs_ffcv
-ROOT = Path(__file__).parents[1]
 RUN = [
     "--arch", "parallel_resnet18", "--sizes", "32", "24", "--batch-size", "8", "--workers", "1",
     "--epochs", "1", "--log-interval", "1", "--wandb", "disabled",
@@ -67,17 +65,14 @@ def test_a_finished_run_is_continued(train, photos):
     assert [m["epoch"] for m in _metrics(Path("run")) if "val/top1@32" in m] == [1, 2]
 
 
-def test_a_broken_sample_ends_the_run_in_one_line(photos, tmp_path):
+def test_a_broken_sample_ends_the_run_in_one_line(train, photos, tmp_path):
     beton = Path(shutil.copytree(beton_of(photos), tmp_path / "beton"))
     content = bytearray((beton / "train.beton").read_bytes())
     middle = (8_388_608 + len(content)) // 2
     content[middle : middle + 2000] = bytes(2000)
     (beton / "train.beton").write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_ffcv.py", "--data", beton, *RUN, "--output", tmp_path / "run"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    code, _, err = train("train_ffcv.py", ffcv, ffcv.FfcvOptions, "-d", beton, *RUN, "-c", "run")
+    assert code == 1
+    (line,) = err.splitlines()
     assert "train_ffcv.py: error: " in line
     assert "is broken: its JPEG does not decode without fault" in line

@@ -151,7 +151,7 @@ def _break(fault: str, server, service: int) -> None:
     ("fault", "reason"),
     [
         ("service killed", "Connection lost"),
-        ("server is silent", "Timed out finishing run"),
+        pytest.param("server is silent", "Timed out finishing run", marks=pytest.mark.slow),
         pytest.param("service stopped", "no answer in 2 s", marks=pytest.mark.slow),
         pytest.param("server gone", "Timed out finishing run", marks=pytest.mark.slow),
         pytest.param("server closes", "Timed out finishing run", marks=pytest.mark.slow),
