@@ -137,13 +137,13 @@ def peak_memory_mb(which: str, arch: str, o: Options) -> float:
 
 def end_to_end(arch: str, o: Options) -> dict[str, Any]:
     """Images/s of (b): loader alone, computation alone, both; the last as a share of the slower one."""
-    config, device = _config(arch, o, "auto"), _device()
+    config, device = _config(arch, o, "auto"), device_in_use()
     spec = LoaderSpec(
         config.data, o.sizes, o.batch_size, device, AMP_DTYPES[config.amp] or torch.float32
     )
     loader = dali.make_loaders(dali.DaliOptions(workers=o.workers), spec).train
     assert loader is not None
-    trainer, model = _make_ours(arch, o, "auto")
+    trainer, model = make_ours(arch, o, "auto")
     cost = sum(gflops(model, size) for size in o.sizes)
     rounds = [profile.profile(trainer, model, loader, cost, o.rounds) for _ in range(3)]
     loader.close()
@@ -156,9 +156,9 @@ def end_to_end(arch: str, o: Options) -> dict[str, Any]:
 def make_step(which: str, arch: str, o: Options) -> Callable[[Batch], float]:
     """(a) or (b), from the same weights; a call is an update, and returns its loss."""
     if which == "plain":
-        plain = PlainStep(make_network(arch).to(_device()), len(o.sizes), LR, MOMENTUM, DECAY)
+        plain = PlainStep(make_network(arch).to(device_in_use()), len(o.sizes), LR, MOMENTUM, DECAY)
         return lambda batch: plain(batch.images, batch.labels)
-    trainer, _ = _make_ours(arch, o, "off" if which == "ours in float32" else "auto")
+    trainer, _ = make_ours(arch, o, "off" if which == "ours in float32" else "auto")
     trainer.objective.train()
     dtype = trainer.amp or torch.float32
 
@@ -190,24 +190,24 @@ def make_batches(o: Options, count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
 
     def noise(size: int) -> Tensor:
-        return torch.randn(o.batch_size, 3, size, size, generator=generator).to(_device())
+        return torch.randn(o.batch_size, 3, size, size, generator=generator).to(device_in_use())
 
     labels = [
-        torch.randint(0, CLASSES, (o.batch_size,), generator=generator).to(_device())
+        torch.randint(0, CLASSES, (o.batch_size,), generator=generator).to(device_in_use())
         for _ in range(count)
     ]
     return [Batch(tuple(map(noise, o.sizes)), y) for y in labels]
 
 
-def _make_ours(arch: str, o: Options, amp: str) -> tuple[Trainer, Any]:
+def make_ours(arch: str, o: Options, amp: str) -> tuple[Trainer, Any]:
     model = build(arch, CLASSES, o.sizes)
     weights = make_network(arch).state_dict()
     own = model.network.state_dict()
     model.network.load_state_dict({k: weights[re.sub(r"\.by_resolution\.\d+", "", k)] for k in own})
     if o.recompute != "off":
         use_recomputation(model.network, o.recompute)
-    model = model.to(_device()).to(memory_format=torch.channels_last)
-    return make_trainer(_config(arch, o, amp), model, CLASSES, 1000, _device()), model
+    model = model.to(device_in_use()).to(memory_format=torch.channels_last)
+    return make_trainer(_config(arch, o, amp), model, CLASSES, 1000, device_in_use()), model
 
 
 def _config(arch: str, o: Options, amp: str) -> ResolvedConfig:
@@ -215,11 +215,11 @@ def _config(arch: str, o: Options, amp: str) -> ResolvedConfig:
         data=o.data or Path(), arch=arch, sizes=o.sizes, batch_size=o.batch_size, lr=LR, momentum=MOMENTUM,
         weight_decay=DECAY, amp=None if amp == "auto" else "off", epochs=100,
     )  # fmt: skip
-    kind = "cuda" if _device().type == "cuda" else "cpu"
-    return resolve(config, world_size=1, device_type=kind, has_bf16=has_bf16(_device()))  # type: ignore[arg-type]
+    kind = "cuda" if device_in_use().type == "cuda" else "cpu"
+    return resolve(config, world_size=1, device_type=kind, has_bf16=has_bf16(device_in_use()))  # type: ignore[arg-type]
 
 
-def _device() -> torch.device:
+def device_in_use() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -236,7 +236,7 @@ def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
 
 
 def main(o: Options) -> None:
-    device = _device()
+    device = device_in_use()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     cpus = len(os.sched_getaffinity(0))
     print(

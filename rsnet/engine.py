@@ -16,6 +16,8 @@ from pipelines.batch import Batch, Loader
 from pipelines.errors import DataError
 from rsnet.bases import Bases
 from rsnet.ema import Ema
+from rsnet.fold import is_foldable
+from rsnet.forward import Forward
 from rsnet.metrics import Accuracy, FiniteGuard, TermMeans
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.optim import LrSchedule
@@ -194,18 +196,29 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Top-1, top-5 and loss at every size and of the ensemble, over all ranks' images.
 
-    Every image counts once. Calls `on_batch` after each batch.
+    Every image counts once. Calls `on_batch` after each batch. BatchNorm is folded into the convolutions
+    unless activations are quantized: the same logits but for rounding, in four fifths of the time.
     """
     was_training = model.training
     model.eval()
     accuracy = Accuracy(model.sizes, device)
+    forward_all = (
+        _folded_forward_all(model, device, amp) if is_foldable(model) else model.forward_all
+    )
     for batch in loader:
         with autocast(device, amp):
-            logits = model.forward_all(batch.images)
+            logits = forward_all(batch.images)
         accuracy.add(logits, batch.labels, model.alpha)
         on_batch()
     model.train(was_training)
     return accuracy.compute()
+
+
+def _folded_forward_all(
+    model: ResolutionSwitchable, device: torch.device, amp: torch.dtype | None
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    forward = Forward(model, device, amp, batch_size=1, fold=True, cuda_graphs=False)
+    return lambda images: tuple(forward(x, s) for x, s in zip(images, model.sizes, strict=True))
 
 
 class _Clock:

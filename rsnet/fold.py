@@ -59,9 +59,13 @@ def folded(model: ResolutionSwitchable, size: int) -> nn.Module:
     return network
 
 
+def is_foldable(model: nn.Module) -> bool:
+    return not any(isinstance(m, ActivationQuantizer) for m in model.modules())
+
+
 def require_foldable(model: nn.Module) -> None:
     """Raise the UsageError of `folded`."""
-    if any(isinstance(m, ActivationQuantizer) for m in model.modules()):
+    if not is_foldable(model):
         raise UsageError(
             "fold: this network's activations are quantized, and rounding would move some by a level"
         )

@@ -57,6 +57,8 @@ ARROWS = {
     | {
         "rsnet.bases",
         "rsnet.ema",
+        "rsnet.fold",
+        "rsnet.forward",
         "rsnet.metrics",
         "rsnet.optim",
         "rsnet.statistics",

@@ -326,13 +326,28 @@ def test_evaluation_leaves_the_network_as_it_was():
 
 def test_evaluation_is_a_plain_loop_over_the_images():
     model = ResolutionSwitchable(_tiny(), SIZES)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
     results = evaluate(model, _loader().val, CPU)
     model.eval()
-    right = total = 0
+    right = total = loss = 0
     for batch in _loader().val:
-        right += (model(batch.images[1], 32).argmax(1) == batch.labels).sum().item()
+        logits = model(batch.images[1], 32)
+        right += (logits.argmax(1) == batch.labels).sum().item()
+        loss += torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
         total += len(batch.labels)
     assert results["32"]["top1"] == pytest.approx(100 * right / total)
+    assert results["32"]["loss"] == pytest.approx(loss / total, rel=1e-5)
+
+
+@torch.no_grad()
+def test_an_evaluation_in_half_precision_is_the_networks_but_for_its_rounding():
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    results = evaluate(model, _loader().val, CPU, torch.bfloat16)
+    exact = evaluate(model, _loader().val, CPU)
+    assert results["24"]["loss"] == pytest.approx(exact["24"]["loss"], rel=1e-2)
+    assert results["24"]["loss"] != exact["24"]["loss"]
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
