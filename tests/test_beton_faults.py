@@ -231,6 +231,8 @@ def test_ctrl_c_leaves_nothing_behind(many, tmp_path):
     assert not os.listdir(tmp_path / "b")
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(many, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))

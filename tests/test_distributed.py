@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow  # half a minute; .ci/run has it
 def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RUN)

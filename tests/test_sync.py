@@ -165,7 +165,10 @@ def test_a_server_that_is_away_costs_nothing_but_a_line(wandb_server, tmp_path, 
 
 @pytest.mark.parametrize(
     ("mode", "reason"),
-    [("refuses", "Fatal error while uploading data"), ("is silent", "")],
+    [
+        ("refuses", "Fatal error while uploading data"),
+        pytest.param("is silent", "", marks=[pytest.mark.faults, pytest.mark.slow]),
+    ],
 )
 def test_metrics_that_the_server_does_not_take_are_not_counted_as_sent(
     wandb_server, tmp_path, call, mode, reason

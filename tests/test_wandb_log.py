@@ -155,7 +155,7 @@ def _break(fault: str, server, service: int) -> None:
         pytest.param("service stopped", "no answer in 2 s", marks=pytest.mark.slow),
         pytest.param("server gone", "Timed out finishing run", marks=pytest.mark.slow),
         pytest.param("server closes", "Timed out finishing run", marks=pytest.mark.slow),
-        ("server refuses", "Fatal error while uploading data"),
+        pytest.param("server refuses", "Fatal error while uploading data", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends_within_seconds(
