@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def read(folder: Path, sha256: str, sizes: Sequence[int]) -> Tuned:
         is_known, other = content["format"] == FORMAT, content["sha256"] != sha256
         tuned = Tuned(
             {size: float(content["temperatures"][str(size)]) for size in sizes},
-            tuple(Step(int(s["size"]), float(s["threshold"])) for s in content["cascade"]),
+            tuple(Step(index(s["size"]), float(s["threshold"])) for s in content["cascade"]),
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is damaged; {advice}") from error

@@ -223,6 +223,7 @@ DAMAGES = {
     "tiny": lambda c: json.dumps(c | {"temperatures": {"64": 1, "48": 1, "32": 1e-40}}),
     "deep": lambda _: "[" * 100_000,
     "empty": lambda c: json.dumps(c | {"cascade": []}),
+    "half": lambda c: json.dumps(c | {"cascade": [{"size": 32.5, "threshold": 0}]}),
     "size": lambda c: json.dumps(c | {"cascade": [{"size": 40, "threshold": 0}]}),
     "order": lambda c: json.dumps(c | {"cascade": c["cascade"][::-1]}),
     "threshold": lambda c: json.dumps(c | {"cascade": [{"size": 32, "threshold": 1.5}]}),
