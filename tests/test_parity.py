@@ -15,13 +15,14 @@ from tests import parity
 # Tolerances, relative to the largest value, for training mode. At 32 pixels the last BatchNorms of the
 # two deep networks see four values a channel, whose variance float32 hardly resolves: the same networks
 # in float64 are 0.13 (ResNet-50) and 0.10 (MobileNetV2) away from the original's float32 logits and 0.3 %
-# from its losses; ResNet-50's third loss moves by 11 % with the number of threads. ResNet-18 is well
-# conditioned. Steps: how many of the four losses are compared, and how closely.
+# from its losses; ResNet-50's third loss moves by 11 % with the number of threads. ResNet-18's steps drift
+# apart, too: float64 is 2e-5, 2e-4 and 5e-3 away in its second to fourth loss, float32 with AVX2 8e-5, 2e-3
+# and 1e-2. Steps: how closely the first losses are compared.
 #                         logits  loss  steps
 TOLERANCES = {
-    "parallel_resnet18": (1e-4, 1e-6, (4, 1e-3)),
-    "parallel_resnet50": (0.13, 4e-3, (2, 0.08)),
-    "parallel_mobilenetv2": (0.25, 5e-3, (4, 0.04)),
+    "parallel_resnet18": (1e-4, 1e-6, (1e-6, 3e-4, 5e-3, 0.02)),
+    "parallel_resnet50": (0.13, 4e-3, (0.08, 0.08)),
+    "parallel_mobilenetv2": (0.25, 5e-3, (0.04, 0.04, 0.04, 0.04)),
 }
 
 
@@ -69,14 +70,14 @@ def test_four_training_steps_are_the_originals(arch):
     for _ in range(4):
         losses.append(trainer.forward_backward(batch, last=True)["total"].item())
         trainer.update()
-    steps, tolerance = TOLERANCES[arch][2]
     theirs = expected["sgd_ens_topdown_losses"]
-    assert losses[:steps] == pytest.approx(theirs[:steps], rel=tolerance)
+    for loss, other, tolerance in zip(losses, theirs, TOLERANCES[arch][2], strict=False):
+        assert loss == pytest.approx(other, rel=tolerance)
     assert model.alpha.tolist() == pytest.approx(expected["alpha_after"], rel=1e-4)
     if arch == "parallel_resnet18":
         with torch.no_grad():
             error = _largest_relative_error(model.eval(), arch, expected["eval_logits_after"])
-        assert error < 0.03
+        assert error < 0.1  # 0.05 with AVX2; a momentum of 0.8 gives 0.2
 
 
 @pytest.mark.parametrize("arch", TOLERANCES)
