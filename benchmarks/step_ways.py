@@ -238,7 +238,9 @@ class AllSizesTogether(fx.Interpreter):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.Conv2d | nn.ReLU6) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def is_product(layer: nn.Module) -> bool:

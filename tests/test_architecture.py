@@ -245,6 +245,7 @@ ARROWS = {
     "rsnet.models.depthwise": {"rsnet.models.single_pixel"},
     "rsnet.models.recompute": {"rsnet.models.quantize", "rsnet.models.switchable"},
     "rsnet.models.stem": set(),
+    "rsnet.models.activations": set(),
     "rsnet.models.resnet": set(),
     "rsnet.models.grow": set(),
     "rsnet.models.blurpool": {"rsnet.models.single_pixel"},
@@ -255,6 +256,7 @@ ARROWS = {
         *(
             f"rsnet.models.{name}"
             for name in (
+                "activations",
                 "blurpool",
                 "depthwise",
                 "pointwise",

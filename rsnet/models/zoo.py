@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from pipelines.errors import UsageError, first_line
 from rsnet.bits import FULL
 from rsnet.models import preact
+from rsnet.models.activations import use_uncopied_activations
 from rsnet.models.blurpool import use_blurpool
 from rsnet.models.depthwise import use_depthwise_convolutions
 from rsnet.models.pointwise import use_skipping_convolutions
@@ -104,6 +105,7 @@ def build(
     use_single_pixel_convolutions(network)
     use_skipping_convolutions(network)
     use_depthwise_convolutions(network)
+    use_uncopied_activations(network)
     if mode == "resnet" and qw != FULL and pretrained is None:
         _zero_last_gamma(network)
     try:
