@@ -12,32 +12,33 @@ from torch.nn import functional as F
 KdType = Literal["ens_topdown", "ens"]
 
 
-def ensemble_logits(logits: Sequence[Tensor], alpha: Tensor) -> Tensor:
+def ensemble_logits(logits: Sequence[Tensor] | Tensor, alpha: Tensor) -> Tensor:
     """S x (N, C), (S,) -> (N, C): the logits' mean, weighted by softmax(alpha).
 
     The logits are detached, so that only alpha learns from it (section 3.3, eq. 6).
     """
     weights = alpha.float().softmax(dim=0)
-    return torch.einsum("s,snc->nc", weights, torch.stack([z.detach().float() for z in logits]))
+    return torch.einsum("s,snc->nc", weights, _together(logits).detach())
 
 
-def distillation(logits: Sequence[Tensor], ensemble: Tensor, kd_type: KdType) -> Tensor:
+def distillation(logits: Sequence[Tensor] | Tensor, ensemble: Tensor, kd_type: KdType) -> Tensor:
     """The sum of KL(teacher || student) over teacher-student pairs, each averaged over the batch.
 
     logits: S x (N, C), the largest size first. ensemble: (N, C). Teachers are detached, temperature 1.
     "ens": the ensemble teaches every size. "ens_topdown": every larger size teaches, too, and the sum
     over the S (S + 1) / 2 pairs is scaled by 2 / (S + 1), back to S terms.
     """
-    log_students = [F.log_softmax(z.float(), dim=1) for z in logits]
-    log_teachers = [F.log_softmax(ensemble.detach().float(), dim=1)]
-    terms = []
-    for log_q in log_students:
-        for log_p in log_teachers:
-            terms.append(F.kl_div(log_q, log_p, reduction="batchmean", log_target=True))
-        if kd_type == "ens_topdown":
-            log_teachers.append(log_q.detach())
-    scale = 2 / (len(logits) + 1) if kd_type == "ens_topdown" else 1.0
-    return scale * torch.stack(terms).sum()
+    students = F.log_softmax(_together(logits), dim=2)
+    of_ensemble = F.log_softmax(ensemble.detach().float(), dim=1)
+    teachers = torch.cat([of_ensemble[None], students.detach()])
+    probabilities = teachers.exp()
+    sums = []
+    for j, student in enumerate(students.unbind()):
+        # All of a student's teachers at once: a pair by itself is eleven small kernels of a GPU.
+        those = slice(0, j + 1) if kd_type == "ens_topdown" else slice(0, 1)
+        sums.append((probabilities[those] * (teachers[those] - student)).sum())
+    scale = 2 / (len(sums) + 1) if kd_type == "ens_topdown" else 1.0
+    return scale / len(ensemble) * torch.stack(sums).sum()
 
 
 def loss_terms(
@@ -54,12 +55,25 @@ def loss_terms(
     labels: (N,) classes, or (N, C) shares of the classes.
     kd_type None leaves the distillation out; the ensemble's cross-entropy stays, for alpha's sake.
     """
-    ensemble = ensemble_logits(logits, alpha)
-    terms = {
-        f"ce/{size}": F.cross_entropy(z.float(), labels, label_smoothing=label_smoothing)
-        for size, z in zip(sizes, logits, strict=True)
-    }
-    terms["ce/ensemble"] = F.cross_entropy(ensemble, labels, label_smoothing=label_smoothing)
+    together = _together(logits)
+    ensemble = ensemble_logits(together, alpha)
+    outputs = torch.cat([together, ensemble[None]])
+    of_samples = F.cross_entropy(
+        outputs.flatten(0, 1),
+        labels.expand(len(outputs), *labels.shape).flatten(0, 1),
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    means = of_samples.view(len(outputs), -1).mean(dim=1)
+    names = [*(f"ce/{size}" for size in sizes), "ce/ensemble"]
+    terms = dict(zip(names, means.unbind(), strict=True))
+    total = means.sum()
     if kd_type is not None:
-        terms["kd"] = distillation(logits, ensemble, kd_type)
-    return terms | {"total": torch.stack(list(terms.values())).sum()}
+        terms["kd"] = distillation(together, ensemble, kd_type)
+        total = total + terms["kd"]
+    return terms | {"total": total}
+
+
+def _together(logits: Sequence[Tensor] | Tensor) -> Tensor:
+    """(S, N, C), float32."""
+    return (logits if isinstance(logits, Tensor) else torch.stack(list(logits))).float()

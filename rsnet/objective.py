@@ -36,8 +36,10 @@ class Objective(nn.Module):
         present = [i for i, s in enumerate(self.model.sizes) if sizes is None or s in sizes]
         sizes = [self.model.sizes[i] for i in present]
         logits = self.model.forward_all([images[i] for i in present], sizes)
-        # An index of the host would be copied to the device, which waits for it.
-        alpha = torch.stack([self.model.alpha[i] for i in present])
+        alpha: Tensor = self.model.alpha
+        if len(present) < len(alpha):
+            # An index of the host would be copied to the device, which waits for it.
+            alpha = torch.stack([alpha[i] for i in present])
         # Softmax and sums over 1000 classes lose digits in half precision.
         with torch.autocast(labels.device.type, enabled=False):
             return loss_terms(
