@@ -29,9 +29,9 @@ class DepthwiseConv2d(nn.Conv2d):
         )  # it gets one when BatchNorm is folded
         if trains and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-            return cast(
-                Tensor, _Depthwise.apply(x.to(dtype), self.weight, self.stride, self.padding)
-            )
+            # Not one that `cast_once` rounded; a quantized one is no parameter.
+            weight = self._parameters.get("weight", self.weight)
+            return cast(Tensor, _Depthwise.apply(x.to(dtype), weight, self.stride, self.padding))
         return super().forward(x)
 
 

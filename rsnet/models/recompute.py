@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from rsnet.models.once import layers_with_weights
 from rsnet.models.quantize import Quantizer
 from rsnet.models.switchable import SwitchableBatchNorm2d
 
@@ -51,6 +52,7 @@ def _make_recomputed(block: nn.Module, norms: list[SwitchableBatchNorm2d], what:
     recomputed: Any = block
     recomputed.recomputed_norms = tuple(norms)
     recomputed.recomputed_quantizers = [m for m in block.modules() if isinstance(m, Quantizer)]
+    recomputed.recomputed_layers = layers_with_weights(block)
     recomputed.recomputed_what = what
     recomputed.recomputed_draws = any(isinstance(m, _DropoutNd) for m in block.modules())
 
@@ -60,6 +62,7 @@ class _Recomputed(nn.Module):
 
     recomputed_norms: tuple[SwitchableBatchNorm2d, ...]
     recomputed_quantizers: list[Quantizer]
+    recomputed_layers: list[nn.Module]
     recomputed_what: What
     recomputed_draws: bool
 
@@ -77,9 +80,10 @@ class _Recomputed(nn.Module):
 
     def _contexts(self, active: int) -> Contexts:
         """Of the forward, and of its repetition, for the resolution that is active now."""
-        # What is quantized once for all resolutions is not quantized again.
+        # What is quantized or cast once for all resolutions is not quantized or cast again.
         held = {quantizer: quantizer.held for quantizer in self.recomputed_quantizers}
-        again = _again(self.recomputed_norms, held, active)
+        weights = {m: vars(m)["weight"] for m in self.recomputed_layers if "weight" in vars(m)}
+        again = _again(self.recomputed_norms, held, weights, active)
         if self.recomputed_what == "blocks":
             return nullcontext(), again
         first, cached = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
@@ -95,11 +99,13 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
 def _again(
     norms: tuple[SwitchableBatchNorm2d, ...],
     quantizers: dict[Quantizer, Tensor | None],
+    weights: dict[nn.Module, Tensor],
     active: int,
 ) -> Iterator[None]:
     """The private BatchNorms of that resolution, and quantizers; what they keep of what they see stays.
 
-    quantizers: with the weights that they gave then, if not to this block alone.
+    quantizers: with the weights that they gave then, if not to this block alone. weights: what layers had
+    then in place of their own, see `rsnet.models.once.cast_once`.
     """
     before = [norm.active for norm in norms]
     layers: list[Any] = [norm.by_resolution[active] for norm in norms]
@@ -109,9 +115,13 @@ def _again(
         norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, None
     for quantizer, value in quantizers.items():
         quantizer.counting, quantizer.held = False, value
+    for layer, weight in weights.items():
+        vars(layer)["weight"] = weight
     try:
         yield
     finally:
+        for layer in weights:
+            vars(layer).pop("weight", None)
         for quantizer in quantizers:
             quantizer.counting, quantizer.held = True, None
         for norm, layer, was, (momentum, count) in zip(norms, layers, before, held, strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rsnet.models.once import cast_once, counted_once, layers_with_weights
 from rsnet.models.quantize import Quantizer, quantized_layers, quantized_once
 
 
@@ -85,6 +86,7 @@ class ResolutionSwitchable(nn.Module):
         self._norms = [m for m in self.network.modules() if isinstance(m, SwitchableBatchNorm2d)]
         self._quantizers = [m for m in self.network.modules() if isinstance(m, Quantizer)]
         self._quantized = quantized_layers(self.network)
+        self._layers = layers_with_weights(self.network)
 
     def select(self, size: int) -> None:
         """Make `size` the resolution whose BatchNorm is applied. Raises ValueError if it has none."""
@@ -101,7 +103,10 @@ class ResolutionSwitchable(nn.Module):
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """(N, 3, s, s) -> (N, classes), with the BatchNorm of `size`, which is s if not given."""
         self.select(x.shape[-1] if size is None else size)
-        return cast(Tensor, self.network(x))
+        if not self.training or torch.compiler.is_compiling():
+            return cast(Tensor, self.network(x))
+        with counted_once([norm.by_resolution[norm.active] for norm in self._norms]):
+            return cast(Tensor, self.network(x))
 
     def forward_all(
         self, images: Sequence[Tensor], sizes: Sequence[int] | None = None
@@ -113,8 +118,13 @@ class ResolutionSwitchable(nn.Module):
         The largest is first, so that its gradients, the last of the backward, are few when DDP's
         all-reduce of the shared weights begins.
         """
-        with quantized_once(self._quantized):
-            return tuple(self(x, s) for x, s in zip(images, sizes or self.sizes, strict=True))
+        sizes = sizes or self.sizes
+        logits = []
+        with quantized_once(self._quantized), cast_once(self._layers, len(sizes)) as begin:
+            for number, (x, size) in enumerate(zip(images, sizes, strict=True)):
+                begin(number)
+                logits.append(self(x, size))
+        return tuple(logits)
 
     @torch.no_grad()
     def complete_alpha(self) -> None:

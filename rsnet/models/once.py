@@ -1,0 +1,144 @@
+"""What the passes of all resolutions have in common is done once: casting weights, and BatchNorm's counting.
+
+With autocast, five passes cast every weight five times and each of its gradients back, and add these up; and
+every BatchNorm counts its batches by an operation of its own. A GPU that gets few images a step waits for the
+host to start so many small kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# Weights that are cast, and whose gradients are summed, by the same kernels: 16 MB in float32. No gradient of
+# them is ready before the last is, so that they should fit into one of DDP's buckets, of 25 MB.
+GROUP = 2**22
+
+
+def layers_with_weights(network: nn.Module) -> list[nn.Module]:
+    """The convolutions and linear layers that hand their weight on as it is.
+
+    Those of other libraries may first compute with it, which half precision must not change.
+    """
+    return [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+        and type(m).__module__.split(".")[0] in ("torch", "rsnet")
+        and m._parameters.get("weight") is not None
+    ]
+
+
+@contextmanager
+def cast_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[int], None]]:
+    """Under autocast, cast the weights that are trained once for all passes within.
+
+    Yields what is to be called with the number of each pass before it. Each has tensors of its own, of the
+    same memory: so their gradients arrive one by one, and are summed in float32, in the order and to the bits
+    in which autocast without its cache does it. (Those of a layer that one pass calls twice first meet in
+    half precision.)
+    """
+    trained = [m for m in layers if _parameter(m).requires_grad]
+    device = _parameter(trained[0]).device.type if trained else "cpu"
+    if not torch.is_autocast_enabled(device):
+        yield lambda _number: None
+        return
+    dtype = torch.get_autocast_dtype(device)
+    casts = [
+        (group, _Cast.apply(dtype, passes, *map(_parameter, group))) for group in _groups(trained)
+    ]
+
+    def begin(number: int) -> None:
+        for group, copies in casts:
+            for i, layer in enumerate(group, number * len(group)):
+                vars(layer)["weight"] = copies[i]  # found before the parameter of that name
+
+    try:
+        yield begin
+    finally:
+        for layer in trained:
+            vars(layer).pop("weight", None)
+
+
+class _Cast(torch.autograd.Function):
+    """Float32 weights -> theirs of each pass, in another precision; those of the first pass come first."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, passes: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.count = len(weights)
+        return tuple(w.detach() for w in _cast(weights, dtype) * passes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Of each weight, in the order of the backward, which begins with the last pass.
+        arrived = [
+            [g for g in reversed(gradients[i :: ctx.count]) if g is not None]
+            for i in range(ctx.count)
+        ]
+        used = [of_weight for of_weight in arrived if of_weight]
+        totals = _cast([first for first, *_ in used], torch.float32)
+        for more in zip_longest(*(others for _, *others in used)):
+            pairs = [(total, g) for total, g in zip(totals, more, strict=True) if g is not None]
+            exact = _cast([g for _, g in pairs], torch.float32)
+            torch._foreach_add_([total for total, _ in pairs], exact)
+        of_used = iter(totals)
+        return None, None, *(next(of_used) if of_weight else None for of_weight in arrived)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    results = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(results, list(tensors))
+    return results
+
+
+def _groups(layers: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    group: list[nn.Module] = []
+    for layer in layers:
+        if group and sum(_parameter(m).numel() for m in (*group, layer)) > GROUP:
+            yield group
+            group = []
+        group.append(layer)
+    yield group
+
+
+def _parameter(layer: nn.Module) -> nn.Parameter:
+    """Its weight, also within `cast_once`."""
+    parameter = layer._parameters["weight"]
+    assert parameter is not None
+    return parameter
+
+
+@contextmanager
+def counted_once(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """A pass within counts the batches of these BatchNorms, all different, by one operation, not by one each.
+
+    (Of one that the pass calls twice it counts one batch.)
+    """
+    counting: list[Any] = [norm for norm in norms if _only_counts(norm)]
+    for norm in counting:
+        vars(norm)["num_batches_tracked"] = None  # found before the buffer of that name
+    try:
+        yield
+    finally:
+        for norm in counting:
+            del vars(norm)["num_batches_tracked"]
+    if counting:
+        torch._foreach_add_([norm.num_batches_tracked for norm in counting], 1)
+
+
+def _only_counts(norm: Any) -> bool:
+    """Whether a pass in training counts a batch, and makes no use of the count."""
+    return (
+        isinstance(norm, _BatchNorm)
+        and not isinstance(norm, nn.SyncBatchNorm)  # which insists on its counter
+        and norm.training
+        and norm.momentum is not None
+        and norm.num_batches_tracked is not None
+    )
