@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -73,34 +73,40 @@ class OutOfTimeError(Exception):
 
 
 class Stopwatch:
-    """Named moments of a step, on the device's clock where it has one; read after a synchronisation."""
+    """Named moments of steps, on the device's clock where it has one; read when all steps are done.
+
+    Reading synchronises: in a step it would let the device wait for the host, which no training does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: list[tuple[str, Any]] = []
+        self._marks: list[tuple[str, Any]] = [("start", self._now())]
 
     def mark(self, name: str) -> None:
-        """The part `name` ends here."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._marks.append((name, event))
-        else:
-            self._marks.append((name, time.perf_counter()))
+        """The part `name` of a step ends here."""
+        self._marks.append((name, self._now()))
 
-    def read(self) -> dict[str, float]:
-        """Milliseconds of each part since the one before it; starts anew. Synchronises."""
+    def read(self, last: str) -> list[dict[str, float]]:
+        """Milliseconds of each part since the one before it, by step, which ends with the part `last`."""
         synchronize(self._device)
-        found: dict[str, float] = {}
-        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+        steps: list[dict[str, float]] = [{}]
+        for (_, before), (name, after) in pairwise(self._marks):
             took = (
                 before.elapsed_time(after)
                 if hasattr(after, "elapsed_time")
                 else 1000 * (after - before)
             )
-            found[name] = found.get(name, 0.0) + took
-        self._marks.clear()
-        return found
+            steps[-1][name] = steps[-1].get(name, 0.0) + took
+            if name == last:
+                steps.append({})
+        return steps[:-1]
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
 def synchronize(device: torch.device) -> None:
@@ -164,15 +170,13 @@ def time_steps(
     trainer: Trainer, model: ResolutionSwitchable, source: Iterator[Batch], steps: int
 ) -> Times:
     """Whole updates, split into waiting for data, forward at each size, losses, backward and optimizer."""
-    watch = Stopwatch(trainer.device)
     # A compiled objective has no inside, and hooks would cut its graph.
     is_compiled = any(m._compiled_call_impl is not None for m in trainer.objective.modules())
+    watch = Stopwatch(trainer.device)
     hooks = [] if is_compiled else _hooks(trainer.objective, model, watch)
     trainer.objective.train()
-    parts: list[dict[str, float]] = []
     try:
-        for i in range(WARMUP_STEPS + steps):
-            watch.mark("start")
+        for _ in range(WARMUP_STEPS + steps):
             for micro in range(trainer.accumulate):
                 batch = next(source)
                 watch.mark("data")
@@ -180,12 +184,10 @@ def time_steps(
                 watch.mark("forward and backward" if is_compiled else "backward")
             trainer.update()
             watch.mark("optimizer")
-            found = watch.read()
-            if i >= WARMUP_STEPS:
-                parts.append(found)
     finally:
         for hook in hooks:
             hook.remove()
+    parts = watch.read(last="optimizer")[WARMUP_STEPS:]
     means = {name: statistics.mean(p[name] for p in parts) for name in parts[0]}
     return Times([sum(p.values()) for p in parts], means)
 

@@ -9,6 +9,9 @@ from typing import Any
 from rsnet.profile import Profile
 from rsnet.resolve import ResolvedConfig
 
+# Share of time that loader and network lose together, from which it is worth a line.
+LOST = 0.1
+
 
 def table(p: Profile) -> str:
     """Images/s and milliseconds of the three measurements, and the parts of a step."""
@@ -34,19 +37,30 @@ def table(p: Profile) -> str:
 
 def advice(p: Profile, config: ResolvedConfig, options: Any) -> str:
     """The bottleneck, and the options that would move it."""
+    flags = _for_network(p, config) if p.bottleneck == "network" else _for_loader(p, options)
     alone = f"{p.loader.mean:.1f} against {p.compute.mean:.1f} ms"
-    if p.bottleneck == "network":
-        flags = [] if config.amp != "off" else ["--amp bf16"]
-        flags += ["a larger --batch-size"] if p.mfu < 0.3 else []
-        flags += ["--sizes-per-step, or a smaller --arch"]
-        return f"bottleneck: the network ({alone}): {', or '.join(flags)}"
-    flags = []
-    if getattr(options, "workers", 0) < len(os.sched_getaffinity(0)):
-        flags.append(f"--workers up to {len(os.sched_getaffinity(0))}")
+    line = f"bottleneck: the {p.bottleneck} ({alone}): {', or '.join(flags)}"
+    lost = p.end_to_end.mean / max(p.loader.mean, p.compute.mean) - 1
+    if lost < LOST:
+        return line
+    why = "they share the cores" if p.peak_memory_gb is None else "a larger --prefetch"
+    return f"{line}\ntogether they take {100 * lost:.0f} % longer than the slower one alone: {why}"
+
+
+def _for_network(p: Profile, config: ResolvedConfig) -> list[str]:
+    flags = [] if config.amp != "off" else ["--amp bf16"]
+    on_gpu = p.peak_memory_gb is not None
+    flags += ["--compile"] if on_gpu and not config.compile else []
+    flags += ["a larger --batch-size"] if p.mfu < 0.3 else []
+    return [*flags, "--sizes-per-step, or a smaller --arch"]
+
+
+def _for_loader(p: Profile, options: Any) -> list[str]:
+    cores = len(os.sched_getaffinity(0))
+    flags = [f"--workers up to {cores}"] if getattr(options, "workers", 0) < cores else []
     if p.peak_memory_gb is not None and hasattr(options, "decoder_hw_load"):
         flags.append("--decoder-hw-load")
-    flags.append("smaller images (pipelines.beton --max-resolution), or train_ffcv.py")
-    return f"bottleneck: the loader ({alone}): {', or '.join(flags)}"
+    return [*flags, "smaller images (pipelines.beton --max-resolution), or train_ffcv.py"]
 
 
 def images_per_s(p: Profile) -> dict[str, float]:

@@ -17,7 +17,7 @@ from rsnet import profile_report, wandb_service
 from rsnet.assemble import make_trainer
 from rsnet.cli import parse
 from rsnet.models.zoo import build, gflops
-from rsnet.profile import WARMUP_STEPS, profile, time_steps
+from rsnet.profile import WARMUP_STEPS, Profile, Times, profile, time_steps
 from rsnet.resolve import resolve
 from rsnet.run import main
 from tests.clock import Clock, SlowLoader
@@ -75,6 +75,39 @@ def test_what_is_slow_is_named(clock, monkeypatch, loader_pause, network_pause, 
     assert (found.idle > 0.5) == (name == "loader")
     whole = found.loader.mean + found.compute.mean  # this loader prepares nothing ahead
     assert found.end_to_end.mean == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("memory", "together", "found", "missing"),
+    [
+        (None, [65.0], [], ["--compile", "--prefetch", "cores"]),
+        (None, [90.0], ["50 % longer than the slower one alone: they share the cores"], []),
+        (
+            9.0,
+            [90.0],
+            ["--compile", "50 % longer than the slower one alone: a larger --prefetch"],
+            [],
+        ),
+    ],
+)
+def test_what_both_lose_together_is_named(memory, together, found, missing):
+    """memory: of a GPU, if there is one."""
+    config, _ = parse(DaliOptions, ["--data", "d"])
+    config = resolve(config, world_size=1, device_type="cpu", has_bf16=True)
+    p = Profile(4, Times([50.0]), Times([60.0]), Times(together), memory, 1.0, 2.0)
+    lines = profile_report.advice(p, config, DaliOptions())
+    assert lines.startswith("bottleneck: the network (50.0 against 60.0 ms)")
+    assert all(text in lines for text in found)
+    assert not any(text in lines for text in missing)
+
+
+def test_a_step_is_not_interrupted_to_read_the_clock(clock, monkeypatch):
+    """A device that gets its next step only when the last is done would wait for the host each time."""
+    _, trainer, model, loader = _setup(clock, 0.01, 0.01)
+    waits = []
+    monkeypatch.setattr("rsnet.profile.synchronize", lambda _device: waits.append(trainer.step))
+    time_steps(trainer, model, iter(loader), 4)
+    assert waits == [WARMUP_STEPS + 4]
 
 
 def test_all_batches_of_an_update_are_counted(clock):
