@@ -8,6 +8,7 @@ known of a GPU alone. Prints one JSON object per network. The ways:
 - default: as `train_dali.py` does it;
 - pixels together: the 1 x 1 convolutions of all sizes as one matrix product over concatenated pixels;
 - recompute norm, recompute blocks, compile: the options of these names;
+- compile, graphs: `torch.compile` with CUDA graphs of its own, of the forward and of the backward;
 - graph: forwards, losses and backward as one CUDA graph; graph of all: with the optimizer;
 - graph, streams: every size but the largest on a stream of its own.
 
@@ -38,8 +39,8 @@ from rsnet.models.switchable import ResolutionSwitchable
 
 Step = Callable[[], None]
 Way = Literal[
-    "default", "pixels together", "recompute norm", "recompute blocks", "compile", "graph", "graph of all",
-    "graph, streams",
+    "default", "pixels together", "recompute norm", "recompute blocks", "compile", "compile, graphs", "graph",
+    "graph of all", "graph, streams",
 ]  # fmt: skip
 WARM_UP = 3  # steps before a capture, and before any is counted
 
@@ -130,6 +131,18 @@ def compiled(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Ste
     return default(trainer, model, batch)
 
 
+def compiled_graphs(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Step:
+    trainer.objective.compile(dynamic=False, mode="reduce-overhead")
+    step = default(trainer, model, batch)
+
+    def marked() -> None:
+        # The tensors of the step before may be overwritten.
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        step()
+
+    return marked
+
+
 def pixels_together(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Step:
     together = AllSizesTogether(model.network)
 
@@ -199,6 +212,7 @@ WAYS: dict[Way, Callable[[Trainer, ResolutionSwitchable, Batch], Step]] = {
     "recompute norm": default,
     "recompute blocks": default,
     "compile": compiled,
+    "compile, graphs": compiled_graphs,
     "graph": graph,
     "graph of all": graph_of_all,
     "graph, streams": graph_with_streams,

@@ -35,11 +35,13 @@ from rsnet.assemble import AMP_DTYPES, make_trainer
 from rsnet.config import TrainConfig
 from rsnet.engine import Trainer
 from rsnet.models.recompute import use_recomputation
+from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.zoo import build, gflops
 from rsnet.profile_report import images_per_s
 from rsnet.resolve import ResolvedConfig, resolve
 from rsnet.run import has_bf16
 
+Amp = Literal["auto", "bf16", "off"]
 CLASSES = 1000
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
@@ -52,8 +54,11 @@ class Options:
     sizes: tuple[int, ...] = (224, 192, 160, 128, 96)
     """Input sizes."""
 
-    batch_size: int = 16
-    """Images a step."""
+    batch_size: int = 32
+    """Images a step; 32 is the trainer's default on a CPU."""
+
+    amp: Amp = "auto"
+    """Precision of (b); auto: the trainer's default for the device."""
 
     rounds: int = 6
     """Steps of each; the first is not counted."""
@@ -137,13 +142,13 @@ def peak_memory_mb(which: str, arch: str, o: Options) -> float:
 
 def end_to_end(arch: str, o: Options) -> dict[str, Any]:
     """Images/s of (b): loader alone, computation alone, both; the last as a share of the slower one."""
-    config, device = _config(arch, o, "auto"), device_in_use()
+    config, device = _config(arch, o, o.amp), device_in_use()
     spec = LoaderSpec(
         config.data, o.sizes, o.batch_size, device, AMP_DTYPES[config.amp] or torch.float32
     )
     loader = dali.make_loaders(dali.DaliOptions(workers=o.workers), spec).train
     assert loader is not None
-    trainer, model = make_ours(arch, o, "auto")
+    trainer, model = make_ours(arch, o, o.amp)
     cost = sum(gflops(model, size) for size in o.sizes)
     rounds = [profile.profile(trainer, model, loader, cost, o.rounds) for _ in range(3)]
     loader.close()
@@ -156,9 +161,17 @@ def end_to_end(arch: str, o: Options) -> dict[str, Any]:
 def make_step(which: str, arch: str, o: Options) -> Callable[[Batch], float]:
     """(a) or (b), from the same weights; a call is an update, and returns its loss."""
     if which == "plain":
-        plain = PlainStep(make_network(arch).to(device_in_use()), len(o.sizes), LR, MOMENTUM, DECAY)
-        return lambda batch: plain(batch.images, batch.labels)
-    trainer, _ = make_ours(arch, o, "off" if which == "ours in float32" else "auto")
+        return plain_step(make_network(arch).to(device_in_use()), o)
+    trainer, _ = make_ours(arch, o, "off" if which == "ours in float32" else o.amp)
+    return our_step(trainer)
+
+
+def plain_step(network: nn.Module, o: Options) -> Callable[[Batch], float]:
+    plain = PlainStep(network, len(o.sizes), LR, MOMENTUM, DECAY)
+    return lambda batch: plain(batch.images, batch.labels)
+
+
+def our_step(trainer: Trainer) -> Callable[[Batch], float]:
     trainer.objective.train()
     dtype = trainer.amp or torch.float32
 
@@ -199,21 +212,30 @@ def make_batches(o: Options, count: int) -> list[Batch]:
     return [Batch(tuple(map(noise, o.sizes)), y) for y in labels]
 
 
-def make_ours(arch: str, o: Options, amp: str) -> tuple[Trainer, Any]:
+def make_ours(arch: str, o: Options, amp: Amp) -> tuple[Trainer, Any]:
+    model = make_model(arch, o)
+    return trainer_of(model, arch, o, amp), model
+
+
+def trainer_of(model: ResolutionSwitchable, arch: str, o: Options, amp: Amp) -> Trainer:
+    return make_trainer(_config(arch, o, amp), model, CLASSES, 1000, device_in_use())
+
+
+def make_model(arch: str, o: Options) -> ResolutionSwitchable:
+    """With the weights of `make_network`."""
     model = build(arch, CLASSES, o.sizes)
     weights = make_network(arch).state_dict()
     own = model.network.state_dict()
     model.network.load_state_dict({k: weights[re.sub(r"\.by_resolution\.\d+", "", k)] for k in own})
     if o.recompute != "off":
         use_recomputation(model.network, o.recompute)
-    model = model.to(device_in_use()).to(memory_format=torch.channels_last)
-    return make_trainer(_config(arch, o, amp), model, CLASSES, 1000, device_in_use()), model
+    return model.to(device_in_use()).to(memory_format=torch.channels_last)
 
 
-def _config(arch: str, o: Options, amp: str) -> ResolvedConfig:
+def _config(arch: str, o: Options, amp: Amp) -> ResolvedConfig:
     config = TrainConfig(
         data=o.data or Path(), arch=arch, sizes=o.sizes, batch_size=o.batch_size, lr=LR, momentum=MOMENTUM,
-        weight_decay=DECAY, amp=None if amp == "auto" else "off", epochs=100,
+        weight_decay=DECAY, amp=None if amp == "auto" else amp, epochs=100,
     )  # fmt: skip
     kind = "cuda" if device_in_use().type == "cuda" else "cpu"
     return resolve(config, world_size=1, device_type=kind, has_bf16=has_bf16(device_in_use()))  # type: ignore[arg-type]

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsnet.models.activations import use_uncopied_activations
 from rsnet.models.zoo import build
+from tests.operations import Operations
 
 KINDS = [nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish]
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        self.count[func.__name__.split(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _run(layer, x):
@@ -52,7 +41,7 @@ def test_training_copies_no_input_and_inference_stays_in_place(kind):
     layer = nn.Sequential(kind(inplace=True))
     use_uncopied_activations(layer)
     x = torch.randn(4, requires_grad=True) * 1
-    with _Operations() as operations:
+    with Operations() as operations:
         layer(x).sum().backward()
     assert operations.count["clone"] == 0
     z = torch.randn(4)
@@ -88,7 +77,7 @@ def test_a_network_trains_to_the_same_bits(arch):
     gradients, clones = [], []
     for model in (ours, library):
         torch.manual_seed(1)  # dropout
-        with _Operations() as operations:
+        with Operations() as operations:
             model.train()(x).square().sum().backward()
         gradients.append([p.grad for p in model.network.parameters()])
         clones.append(operations.count["clone"])

@@ -350,7 +350,7 @@ def test_an_evaluation_in_half_precision_is_the_networks_but_for_its_rounding():
     assert results["24"]["loss"] != exact["24"]["loss"]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenet_v2"])
 def test_channels_last_survives_every_convolution(arch):
     network = torchvision.models.get_model(arch, num_classes=5)
     model = ResolutionSwitchable(network, SIZES).to(memory_format=torch.channels_last)

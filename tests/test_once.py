@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsnet.models import once, switchable
 from rsnet.models.recompute import use_recomputation
 from rsnet.models.zoo import build, synchronize_batchnorm
 from rsnet.objective import Objective
+from tests.operations import Operations
 
 SIZES = (48, 40, 32)
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        self.count[func.__name__.split(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -49,7 +38,7 @@ def _train(model, sizes=None, dtype=torch.bfloat16):
     generator = torch.Generator().manual_seed(1)
     objective = Objective(model.train(), "ens_topdown")
     objective.zero_grad()
-    with _Operations() as operations:
+    with Operations() as operations:
         for _ in range(2):
             images = [torch.randn(3, 3, s, s, generator=generator) for s in SIZES]
             images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)

@@ -46,7 +46,8 @@ def cast_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[in
     """
     trained = [m for m in layers if _parameter(m).requires_grad]
     device = _parameter(trained[0]).device.type if trained else "cpu"
-    if not torch.is_autocast_enabled(device):
+    # A compiler sees by itself that a cast is there already.
+    if not torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
         yield lambda _number: None
         return
     dtype = torch.get_autocast_dtype(device)
