@@ -6,7 +6,8 @@ They alternate, step by step, in one run; the ratio of their medians is the figu
 known of a GPU alone. Prints one JSON object per network. The ways:
 
 - default: as `train_dali.py` does it;
-- pixels together: the 1 x 1 convolutions of all sizes as one matrix product over concatenated pixels;
+- pixels together: the 1 x 1 convolutions of all sizes as one matrix product over concatenated pixels; the
+  weights of the others are cast by each size;
 - recompute norm, recompute blocks, compile: the options of these names;
 - compile, graphs: `torch.compile` with CUDA graphs of its own, of the forward and of the backward;
 - graph: forwards, losses and backward as one CUDA graph; graph of all: with the optimizer;
@@ -35,6 +36,7 @@ from benchmarks.throughput import device_in_use, make_batches, make_ours
 from pipelines.batch import Batch
 from rsnet import profile
 from rsnet.engine import Trainer, autocast
+from rsnet.models.once import cast_once
 from rsnet.models.switchable import ResolutionSwitchable
 
 Step = Callable[[], None]
@@ -175,10 +177,13 @@ def graph_with_streams(trainer: Trainer, model: ResolutionSwitchable, batch: Bat
         main = torch.cuda.current_stream()
         for stream in streams:
             stream.wait_stream(main)
-        logits = [model(images[0], sizes[0])]
-        for stream, x, size in zip(streams, images[1:], sizes[1:], strict=True):
-            with torch.cuda.stream(stream):
-                logits.append(model(x, size))
+        with cast_once(model._layers, len(sizes)) as begin:
+            begin(0)
+            logits = [model(images[0], sizes[0])]
+            for number, (stream, x) in enumerate(zip(streams, images[1:], strict=True), start=1):
+                begin(number)
+                with torch.cuda.stream(stream):
+                    logits.append(model(x, sizes[number]))
         for stream in streams:
             main.wait_stream(stream)
         return tuple(logits)

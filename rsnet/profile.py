@@ -188,7 +188,10 @@ def time_steps(
         for hook in hooks:
             hook.remove()
     parts = watch.read(last="optimizer")[WARMUP_STEPS:]
-    means = {name: statistics.mean(p[name] for p in parts) for name in parts[0]}
+    names = dict.fromkeys(
+        name for p in parts for name in p
+    )  # with K sizes a step not always the same
+    means = {name: statistics.mean(p.get(name, 0.0) for p in parts) for name in names}
     return Times([sum(p.values()) for p in parts], means)
 
 

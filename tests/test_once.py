@@ -33,13 +33,13 @@ def by_themselves(monkeypatch):
     return use
 
 
-def _train(model, sizes=None, dtype=torch.bfloat16):
-    """Two batches' gradients, and the buffers; and the operations of it."""
+def _train(model, sizes=None, dtype=torch.bfloat16, batches=2):
+    """Some batches' gradients, and the buffers; and the operations of it."""
     generator = torch.Generator().manual_seed(1)
     objective = Objective(model.train(), "ens_topdown")
     objective.zero_grad()
     with Operations() as operations:
-        for _ in range(2):
+        for _ in range(batches):
             images = [torch.randn(3, 3, s, s, generator=generator) for s in SIZES]
             images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)
             with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
@@ -62,13 +62,13 @@ def _same(found, expected):
 @pytest.mark.parametrize(
     ("arch", "options"),
     [
-        ("parallel_resnet18", {}),
-        ("parallel_resnet18", {"sizes": (48, 32)}),
-        ("parallel_resnet18", {"dtype": None}),
-        ("parallel_resnet18", {"recompute": "blocks"}),
-        ("parallel_resnet18", {"recompute": "norm"}),
-        ("parallel_resnet18", {"norm": "shared"}),
-        ("parallel_resnet18", {"qw": 2}),
+        ("parallel_resnet10", {}),
+        ("parallel_resnet10", {"sizes": (48, 32)}),
+        ("parallel_resnet10", {"dtype": None}),
+        ("parallel_resnet10", {"recompute": "blocks"}),
+        ("parallel_resnet10", {"recompute": "norm"}),
+        ("parallel_resnet10", {"norm": "shared"}),
+        ("parallel_resnet10", {"qw": 2}),
         ("parallel_mobilenetv2", {}),
         ("parallel_mobilenetv2", {"dtype": torch.float16}),
     ],
@@ -76,7 +76,7 @@ def _same(found, expected):
 def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):
     torch.manual_seed(0)
     built = {name: options[name] for name in ("norm", "qw") if name in options}
-    ours = build(arch, 3, SIZES, 0.25, **built).to(memory_format=torch.channels_last)
+    ours = build(arch, 3, SIZES, 0.125, **built).to(memory_format=torch.channels_last)
     for module in ours.modules():
         if type(module).__name__ in ("Dropout", "StochasticDepth"):
             module.p = 0.0
@@ -92,11 +92,11 @@ def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):
 
 
 def test_a_weight_is_cast_once_and_a_norm_counts_once(by_themselves):
-    model = build("parallel_resnet18", 3, SIZES, 0.25)
+    model = build("parallel_resnet10", 3, SIZES, 0.125)
     _, few = _train(model)
     by_themselves()
     _, many = _train(model)
-    weights, norms, batches = 21, 20, 2
+    weights, norms, batches = 13, 12, 2
     assert many["_to_copy"] - few["_to_copy"] == 2 * 3 * weights * batches  # and gradients back
     sums = 2 * weights * batches  # of three gradients
     added = {name: many[name] - few[name] for name in ("add", "add_")}
@@ -134,8 +134,31 @@ def test_a_weight_that_no_pass_used_has_no_gradient_and_groups_are_bounded(monke
     assert torch.equal(layers[1].weight.grad, torch.full((2, 2), 2.0))
 
 
+def test_gradients_of_late_layers_come_before_the_end_of_the_backward(monkeypatch):
+    """DDP sends them while the rest of the backward runs."""
+    monkeypatch.setattr(once, "GROUP", 20_000)
+    model = build("parallel_resnet10", 3, SIZES, 0.125).train()
+    arrived = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _p, name=name: arrived.append(name))
+    _train(model, batches=1)
+    place = arrived.index
+    assert place("network.fc.weight") < place("network.bn1.by_resolution.0.weight")
+    middle = place("network.layer3.0.bn1.by_resolution.0.weight")
+    assert place("network.layer4.0.conv1.weight") < middle < place("network.conv1.weight")
+
+
+def test_without_a_weight_that_is_trained_nothing_is_cast():
+    layer = nn.Linear(2, 2).requires_grad_(False)
+    double = nn.Linear(2, 2).double()
+    for layers in ([], [layer], [double]):
+        with torch.autocast("cpu", torch.bfloat16), once.cast_once(layers, 1) as begin:
+            begin(0)
+            assert not any("weight" in vars(m) for m in layers)
+
+
 def test_a_failed_pass_leaves_the_layers_as_they_were():
-    model = build("parallel_resnet18", 3, SIZES).train()
+    model = build("parallel_resnet10", 3, SIZES).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
         model.forward_all([torch.zeros(2, 4, s, s) for s in SIZES])
@@ -150,8 +173,8 @@ def test_layers_of_other_libraries_cast_their_own_weight():
 
 
 def test_a_synchronised_norm_counts_itself():
-    model = build("parallel_resnet18", 3, SIZES).train()
-    synchronize_batchnorm(model, "parallel_resnet18")
+    model = build("parallel_resnet10", 3, SIZES).train()
+    synchronize_batchnorm(model, "parallel_resnet10")
     norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
     with once.counted_once(norms):
         assert all(norm.num_batches_tracked is not None for norm in norms)

@@ -110,6 +110,14 @@ def test_a_step_is_not_interrupted_to_read_the_clock(clock, monkeypatch):
     assert waits == [WARMUP_STEPS + 4]
 
 
+def test_sizes_that_not_every_step_has_are_averaged_over_all(clock):
+    _, trainer, model, loader = _setup(clock, 0.01, 0.05)
+    trainer.sizes_at = lambda step: (32, 24) if step % 2 else (32,)
+    times = time_steps(trainer, model, iter(loader), 4)
+    assert times.parts["forward 32"] == pytest.approx(50, abs=0.1)
+    assert times.parts["forward 24"] == pytest.approx(25, abs=0.1)
+
+
 def test_all_batches_of_an_update_are_counted(clock):
     _, trainer, model, loader = _setup(clock, 0.02, 0.05, "--accumulate 3")
     found = profile(trainer, model, loader, 1.0, 2)

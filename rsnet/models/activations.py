@@ -16,7 +16,10 @@ from torch.nn import functional as F
 
 
 class ReLU6(nn.ReLU6):
-    """nn.ReLU6, which keeps its output for the backward, not its input: the same bits."""
+    """nn.ReLU6, which keeps its output for the backward, not its input: the same bits.
+
+    As after a ReLU, nothing may overwrite that output in place; autograd says so where it happens.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         # A compiler chooses by itself what to keep.

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# Weights that are cast, and whose gradients are summed, by the same kernels: 16 MB in float32. No gradient of
-# them is ready before the last is, so that they should fit into one of DDP's buckets, of 25 MB.
-GROUP = 2**22
+# Weights that are cast, and whose gradients are summed, by the same kernels: 8 MB in float32, or one larger
+# layer. No gradient of them is ready before the last is, and DDP waits for those of a bucket, of 25 MB.
+GROUP = 2**21
+# Of the backward's nodes that are ready, autograd takes that of the highest number, usually the youngest.
+FIRST = 2**62
 
 
 def layers_with_weights(network: nn.Module) -> list[nn.Module]:
@@ -44,16 +46,21 @@ def cast_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[in
     in which autocast without its cache does it. (Those of a layer that one pass calls twice first meet in
     half precision.)
     """
-    trained = [m for m in layers if _parameter(m).requires_grad]
+    trained = [m for m in layers if (p := _parameter(m)).requires_grad and p.dtype == torch.float32]
     device = _parameter(trained[0]).device.type if trained else "cpu"
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     # A compiler sees by itself that a cast is there already.
-    if not torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+    if not trained or not is_on or torch.compiler.is_compiling():
         yield lambda _number: None
         return
     dtype = torch.get_autocast_dtype(device)
     casts = [
         (group, _Cast.apply(dtype, passes, *map(_parameter, group))) for group in _groups(trained)
     ]
+    for _, copies in casts:
+        if copies[0].grad_fn is not None:
+            # Older than all forwards, it would wait for the end of the backward, and DDP with it.
+            copies[0].grad_fn._set_sequence_nr(FIRST)
 
     def begin(number: int) -> None:
         for group, copies in casts:
@@ -84,6 +91,8 @@ class _Cast(torch.autograd.Function):
             for i in range(ctx.count)
         ]
         used = [of_weight for of_weight in arrived if of_weight]
+        if not used:
+            return None, None, *(None for _ in arrived)
         totals = _cast([first for first, *_ in used], torch.float32)
         for more in zip_longest(*(others for _, *others in used)):
             pairs = [(total, g) for total, g in zip(totals, more, strict=True) if g is not None]
@@ -99,14 +108,14 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return results
 
 
-def _groups(layers: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
-    group: list[nn.Module] = []
-    for layer in layers:
-        if group and sum(_parameter(m).numel() for m in (*group, layer)) > GROUP:
-            yield group
-            group = []
-        group.append(layer)
-    yield group
+def _groups(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Neighbours; filled from the last layer, so that the first ones, whose gradients are last, are few."""
+    groups: list[list[nn.Module]] = [[]]
+    for layer in reversed(layers):
+        if groups[-1] and sum(_parameter(m).numel() for m in (*groups[-1], layer)) > GROUP:
+            groups.append([])
+        groups[-1].append(layer)
+    return groups
 
 
 def _parameter(layer: nn.Module) -> nn.Parameter:
