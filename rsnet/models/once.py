@@ -49,8 +49,7 @@ def cast_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[in
     trained = [m for m in layers if (p := _parameter(m)).requires_grad and p.dtype == torch.float32]
     device = _parameter(trained[0]).device.type if trained else "cpu"
     is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    # A compiler sees by itself that a cast is there already.
-    if not trained or not is_on or torch.compiler.is_compiling():
+    if not trained or not is_on:
         yield lambda _number: None
         return
     dtype = torch.get_autocast_dtype(device)
