@@ -109,11 +109,15 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _groups(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """Neighbours; filled from the last layer, so that the first ones, whose gradients are last, are few."""
-    groups: list[list[nn.Module]] = [[]]
+    groups: list[list[nn.Module]] = []
+    room = 0
     for layer in reversed(layers):
-        if groups[-1] and sum(_parameter(m).numel() for m in (*groups[-1], layer)) > GROUP:
+        size = _parameter(layer).numel()
+        if not groups or size > room:
             groups.append([])
+            room = GROUP
         groups[-1].append(layer)
+        room -= size
     return groups
 
 

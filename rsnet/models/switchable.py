@@ -118,13 +118,13 @@ class ResolutionSwitchable(nn.Module):
         The largest is first, so that its gradients, the last of the backward, are few when DDP's
         all-reduce of the shared weights begins.
         """
-        passes = list(enumerate(zip(images, sizes or self.sizes, strict=True)))
+        sizes = sizes or self.sizes
         if torch.compiler.is_compiling():  # a compiler sees by itself what is cast already
             with quantized_once(self._quantized):
-                return tuple(self(x, size) for _, (x, size) in passes)
+                return tuple(self(x, size) for x, size in zip(images, sizes, strict=True))
         logits = []
-        with quantized_once(self._quantized), cast_once(self._layers, len(passes)) as begin:
-            for number, (x, size) in passes:
+        with quantized_once(self._quantized), cast_once(self._layers, len(sizes)) as begin:
+            for number, (x, size) in enumerate(zip(images, sizes, strict=True)):
                 begin(number)
                 logits.append(self(x, size))
         return tuple(logits)
