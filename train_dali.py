@@ -4,7 +4,7 @@
 import sys
 
 from pipelines.dali import DaliOptions, make_loaders
-from rsnet.run import main
+from rsnet.train import main
 
 if __name__ == "__main__":
     sys.exit(main("train_dali.py", DaliOptions, make_loaders))

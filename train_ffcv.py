@@ -4,7 +4,7 @@
 import sys
 
 from pipelines.ffcv import FfcvOptions, make_loaders
-from rsnet.run import main
+from rsnet.train import main
 
 if __name__ == "__main__":
     sys.exit(main("train_ffcv.py", FfcvOptions, make_loaders))

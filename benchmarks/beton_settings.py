@@ -22,8 +22,8 @@ import tyro
 from benchmarks.loaders import images_per_s
 from pipelines import ffcv, reference
 from pipelines.batch import Loader, LoaderSpec
-from pipelines.beton import ConvertOptions
-from pipelines.beton_convert import convert
+from pipelines.ffcv import ConvertOptions
+from pipelines.ffcv.convert import convert
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},

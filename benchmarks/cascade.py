@@ -18,10 +18,11 @@ from pathlib import Path
 
 import tyro
 
-from rsnet import scores, thresholds
-from rsnet.runtime import SwitchableClassifier
-from rsnet.scores import Scores
-from rsnet.thresholds import Answers
+from rsnet.inference import cascade_search as thresholds
+from rsnet.inference import scores
+from rsnet.inference.cascade_search import Answers
+from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.inference.scores import Scores
 
 
 @dataclass(frozen=True)

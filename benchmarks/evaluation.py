@@ -24,8 +24,8 @@ from benchmarks.plain import ListOfResolutions
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import device_in_use, make_batches, make_network, make_ours
 from pipelines.batch import Batch
-from rsnet import profile
-from rsnet.engine import autocast, evaluate
+from rsnet.profiler import step_profiler as profile
+from rsnet.training.trainer import autocast, evaluate
 
 
 @dataclass(frozen=True)

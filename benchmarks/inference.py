@@ -25,10 +25,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from rsnet.fold import folded, plain
-from rsnet.forward import Forward
+from rsnet.inference.runner import Forward
+from rsnet.models.factory import build
+from rsnet.models.fold import folded, plain
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.models.zoo import build
 
 Way = Callable[[Tensor], Tensor]
 

@@ -28,10 +28,10 @@ from numba import njit
 
 from pipelines import dali, ffcv, reference
 from pipelines.batch import Loader, Loaders, LoaderSpec
-from pipelines.beton_file import Samples, open_beton
-from pipelines.ffcv_decode import FINE, decode, training_views
-from pipelines.sampling import Indices, draw
-from pipelines.turbojpeg import JpegDecoder
+from pipelines.ffcv.beton import Samples, open_beton
+from pipelines.ffcv.decode import FINE, decode, training_views
+from pipelines.ffcv.turbojpeg import JpegDecoder
+from pipelines.sampler import Indices, draw
 
 
 @dataclass(frozen=True)

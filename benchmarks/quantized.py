@@ -20,12 +20,12 @@ import torch
 import tyro
 
 from pipelines.batch import Batch
-from rsnet import profile
-from rsnet.assemble import AMP_DTYPES, make_trainer
-from rsnet.config import Mode, TrainConfig
-from rsnet.models.zoo import build
-from rsnet.resolve import resolve
-from rsnet.run import has_bf16
+from rsnet.config.resolve import resolve
+from rsnet.config.train_config import Mode, TrainConfig
+from rsnet.models.factory import build
+from rsnet.profiler import step_profiler as profile
+from rsnet.train import has_bf16
+from rsnet.training.assemble import AMP_DTYPES, make_trainer
 
 CLASSES = 1000
 # name: (mode, bits of weights and activations, name of what it is compared with)

@@ -15,8 +15,8 @@ from typing import Any
 import tyro
 
 from pipelines import dali, ffcv, reference
-from rsnet.config import TrainConfig
-from rsnet.run import run
+from rsnet.config.train_config import TrainConfig
+from rsnet.train import run
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ from torch.nn import functional as F
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import device_in_use, make_batches, make_ours
 from pipelines.batch import Batch
-from rsnet import profile
-from rsnet.engine import Trainer, autocast
-from rsnet.models.once import cast_once
+from rsnet.models.autocast import cast_once
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.profiler import step_profiler as profile
+from rsnet.training.trainer import Trainer, autocast
 
 Step = Callable[[], None]
 Way = Literal[

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.cli import command
-from pipelines.errors import DataError, UsageError
-from rsnet.compare import RunSummary, plot, read_run, tables
-from rsnet.runlog import Display
+from pipelines.utils.cli import command
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.evaluation.compare import RunSummary, plot, read_run, tables
+from rsnet.loggers.run_dir import Display
 
 ROOT = Path(__file__).parents[1]
 

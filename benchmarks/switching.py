@@ -23,8 +23,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from rsnet.models.factory import build
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.models.zoo import build
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from benchmarks.plain import PlainStep
 from pipelines import dali
 from pipelines.batch import Batch, LoaderSpec
-from rsnet import profile
-from rsnet.assemble import AMP_DTYPES, make_trainer
-from rsnet.config import TrainConfig
-from rsnet.engine import Trainer
-from rsnet.models.recompute import use_recomputation
+from rsnet.config.resolve import ResolvedConfig, resolve
+from rsnet.config.train_config import TrainConfig
+from rsnet.models.activation_checkpointing import use_recomputation
+from rsnet.models.factory import build, gflops
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.models.zoo import build, gflops
-from rsnet.profile_report import images_per_s
-from rsnet.resolve import ResolvedConfig, resolve
-from rsnet.run import has_bf16
+from rsnet.profiler import step_profiler as profile
+from rsnet.profiler.report import images_per_s
+from rsnet.train import has_bf16
+from rsnet.training.assemble import AMP_DTYPES, make_trainer
+from rsnet.training.trainer import Trainer
 
 Amp = Literal["auto", "bf16", "off"]
 CLASSES = 1000

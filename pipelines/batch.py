@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 Normalize = Literal["imagenet", "unit"]
 Flip = Literal["independent", "shared"]
 AutoAugment = Literal["trivial", "rand"]
-
-# Evaluation resizes the short side to int(size / 0.875) and takes the centre (ResNet, section 3.4).
-EVAL_CROP_RATIO = 0.875
-
-# Mean and standard deviation of RGB in 0..255. "unit" leaves [0, 1], which the original code trains on.
-MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
-}
-
-CROP_AREA = (0.08, 1.0)
-CROP_RATIO = (3 / 4, 4 / 3)
-CROP_TRIES = 10
 
 
 class Batch(NamedTuple):
@@ -83,102 +67,3 @@ class Loaders(NamedTuple):
     train: Loader | None
     val: Loader
     classes: list[str]
-
-
-class Rectangle(NamedTuple):
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-class View(NamedTuple):
-    """A rectangle resized to height x width, of which a square at (top, left) is taken."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-
-
-class Draws(NamedTuple):
-    """The random numbers of N training samples, in the order in which the crop uses them."""
-
-    area: NDArray[np.float64]  # (N, 10) shares of the image
-    ratio: NDArray[np.float64]  # (N, 10) width / height
-    position: NDArray[np.float64]  # (N, 2) top and left, as shares of the room that is left
-    flip: NDArray[np.bool_]  # (N, S), one a size
-
-    @staticmethod
-    def lanes(sizes: int) -> int:
-        return 2 * CROP_TRIES + 2 + sizes
-
-    @classmethod
-    def from_uniforms(cls, uniforms: NDArray[np.float64], flip: Flip) -> Draws:
-        """`uniforms`: (N, lanes(S)) in [0, 1)."""
-        area, ratio, position, flips = np.split(
-            uniforms, (CROP_TRIES, 2 * CROP_TRIES, 2 * CROP_TRIES + 2), axis=1
-        )
-        low, high = np.log(CROP_RATIO)
-        if flip == "shared":
-            flips = np.repeat(flips[:, :1], flips.shape[1], axis=1)
-        return cls(
-            area=CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area,
-            ratio=np.exp(low + (high - low) * ratio),
-            position=position,
-            flip=flips < 0.5,
-        )
-
-
-def random_resized_crop(height: int, width: int, draws: Draws, sample: int) -> Rectangle:
-    """The training crop of an image: the first of ten tries that fits, else the centre.
-
-    Area 8 % to 100 % of the image, ratio 3/4 to 4/3 (log-uniform): Inception's crop (Szegedy et al.
-    2015, section 6) as torchvision's RandomResizedCrop has it.
-    """
-    for attempt in range(CROP_TRIES):
-        area, ratio = draws.area[sample, attempt], draws.ratio[sample, attempt]
-        crop_w = math.floor(math.sqrt(area * (height * width) * ratio) + 0.5)
-        crop_h = math.floor(math.sqrt(area * (height * width) / ratio) + 0.5)
-        if 0 < crop_w <= width and 0 < crop_h <= height:
-            top = math.floor(draws.position[sample, 0] * (height - crop_h + 1))
-            left = math.floor(draws.position[sample, 1] * (width - crop_w + 1))
-            return Rectangle(top, left, crop_h, crop_w)
-    crop_h = min(height, math.floor(width / CROP_RATIO[0] + 0.5))
-    crop_w = min(width, math.floor(height * CROP_RATIO[1] + 0.5))
-    return Rectangle((height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w)
-
-
-def eval_short_side(size: int) -> int:
-    """Length of the short side before the centre crop of `size` pixels."""
-    return int(size / EVAL_CROP_RATIO)
-
-
-def eval_view(height: int, width: int, size: int) -> View:
-    """The evaluation's picture of `size` x `size`, as torchvision's Resize and CenterCrop take it."""
-    short = int(size / EVAL_CROP_RATIO)
-    resized_h = max(short, short * height // width)
-    resized_w = max(short, short * width // height)
-    # round() goes to the even number from the middle, here as there.
-    return View(resized_h, resized_w, round((resized_h - size) / 2), round((resized_w - size) / 2))
-
-
-class PixelNormalizer:
-    """RGB bytes to normalised numbers in one kernel, without a synchronisation of the device."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, normalize: Normalize) -> None:
-        mean, std = (torch.tensor(v, dtype=torch.float64) for v in MEAN_STD[normalize])
-        self._scale = (1 / std).to(device, torch.float32)
-        self._bias = (-mean / std).to(device, torch.float32)
-        self._dtype = dtype
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(..., 3) uint8 on the device -> the same shape in the dtype, computed in float32."""
-        out = torch.empty(pixels.shape, dtype=self._dtype, device=pixels.device)
-        return torch.addcmul(self._bias, pixels, self._scale, out=out)
-
-
-def byte_table(dtype: torch.dtype, normalize: Normalize) -> Tensor:
-    """(3, 256): what each byte of each channel is normalised to."""
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None] for v in MEAN_STD[normalize])
-    return ((torch.arange(256) - mean) / std).to(torch.float32).to(dtype)

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.cli import command
-from pipelines.errors import UsageError
+from pipelines.utils.cli import command
+from pipelines.utils.errors import UsageError
 
 Mask = NDArray[np.bool_]
 Plane = NDArray[np.float64]
@@ -144,10 +144,11 @@ def _save_progressive(path: Path, image: Image.Image) -> None:
 ODD_KINDS = (_save_cmyk, _save_png, _save_gray, _save_exif, _save_progressive)
 
 
-def _run(options: DemoOptions) -> int:
+def write_demo(options: DemoOptions) -> int:
+    """Write the data set; returns the exit code."""
     write(options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command("pipelines.demo", DemoOptions, _run))
+    sys.exit(command("pipelines.demo", DemoOptions, write_demo))

@@ -14,17 +14,11 @@ from torchvision.transforms import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
-from pipelines.batch import (
-    Batch,
-    Loaders,
-    LoaderSpec,
-    PixelNormalizer,
-    random_resized_crop,
-)
-from pipelines.errors import DataError
-from pipelines.folder import ImageFolder, broken, explain_failure, scan_train_val
-from pipelines.picture import eval_picture, open_image
-from pipelines.sampling import (
+from pipelines.batch import Batch, Loaders, LoaderSpec
+from pipelines.image_folder import ImageFolder, broken, explain_failure, scan_train_val
+from pipelines.image_io import eval_picture, open_image
+from pipelines.normalize import PixelNormalizer
+from pipelines.sampler import (
     AUGMENTATION_LANE,
     Indices,
     ScheduledLoader,
@@ -32,6 +26,8 @@ from pipelines.sampling import (
     schedule_for,
     uniforms,
 )
+from pipelines.transforms import random_resized_crop
+from pipelines.utils.errors import DataError
 
 _AUGMENTATIONS = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
-from pipelines.sampling import ScheduledLoader, schedule_for
+from pipelines.sampler import ScheduledLoader, schedule_for
 
 
 @dataclass(frozen=True)

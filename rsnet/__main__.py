@@ -5,19 +5,14 @@ from __future__ import annotations
 import sys
 
 from pipelines.batch import Loaders, LoaderSpec
-from pipelines.cli import Verbs, verb_command
-from rsnet import (
-    bench,
-    calibrate,
-    compare,
-    convert,
-    export,
-    predict,
-    release_run,
-    serve,
-    sync,
-    tune,
-)
+from pipelines.utils.cli import Verbs, verb_command
+from rsnet.cli import bench, predict, sync, tune
+from rsnet.cli import import_checkpoint as convert
+from rsnet.cli import release as release_run
+from rsnet.evaluation import compare
+from rsnet.export import writer as export
+from rsnet.serving import server as serve
+from rsnet.training import add_resolution as calibrate
 
 
 def _loaders(spec: LoaderSpec, train: bool) -> Loaders:

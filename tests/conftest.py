@@ -14,13 +14,14 @@ import torch
 import wandb
 from PIL import Image
 
-from pipelines.beton import ConvertOptions, main
-from pipelines.cli import command
 from pipelines.demo import DemoOptions, write
-from rsnet import profile, profile_sweep
-from tests import betons, faults
-from tests.clock import Clock
-from tests.wandb_server import WandbServer
+from pipelines.ffcv import ConvertOptions, convert_or_verify
+from pipelines.utils.cli import command
+from rsnet.profiler import step_profiler as profile
+from rsnet.profiler import sweep as profile_sweep
+from tests.helpers import betons, faults
+from tests.helpers.clock import Clock
+from tests.helpers.wandb_server import WandbServer
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -87,7 +88,9 @@ def convert(capsys):
     """Run a command line in this process; returns (exit code, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        code = command("pipelines.beton", ConvertOptions, main, [str(a) for a in arguments])
+        code = command(
+            "pipelines.beton", ConvertOptions, convert_or_verify, [str(a) for a in arguments]
+        )
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -97,7 +100,7 @@ def convert(capsys):
 @functools.cache
 def beton_of(folder: Path) -> Path:
     """The .beton files of an image folder, beside it."""
-    from pipelines.beton_convert import convert
+    from pipelines.ffcv.convert import convert
 
     output = folder.with_name(folder.name + "_beton")
     convert(ConvertOptions(workers=2), folder, output)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rsnet.losses import distillation, ensemble_logits, loss_terms
-from tests import parity
+from tests.helpers import parity
 
 CASES = sorted(parity.numbers("loss"))
 

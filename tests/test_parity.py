@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipelines.batch import Batch
-from rsnet.engine import Trainer
 from rsnet.losses import loss_terms
-from rsnet.objective import Objective
-from rsnet.optim import LrSchedule, make_sgd
-from tests import parity
+from rsnet.training.objective import Objective
+from rsnet.training.optim import LrSchedule, make_sgd
+from rsnet.training.trainer import Trainer
+from tests.helpers import parity
 
 # Tolerances, relative to the largest value, for training mode. At 32 pixels the last BatchNorms of the
 # two deep networks see four values a channel, whose variance float32 hardly resolves: the same networks

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import beton, dali, ffcv, verify
-from pipelines.beton import ConvertOptions
-from pipelines.cli import command as run_command
-from pipelines.cli import parse_options, verb_command
+from pipelines import dali, ffcv
+from pipelines.dali import verify
+from pipelines.ffcv import ConvertOptions
+from pipelines.ffcv import options as beton
+from pipelines.utils.cli import command as run_command
+from pipelines.utils.cli import parse_options, verb_command
 from rsnet.__main__ import VERBS
 from rsnet.__main__ import main as verbs
-from rsnet.cli import parse
-from rsnet.models.zoo import build, list_archs
-from rsnet.original import to_original
-from rsnet.run import main
+from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.config.command_line import parse
+from rsnet.models.factory import build, list_archs
+from rsnet.train import main
 from tests.conftest import needs_ffcv
 
 ROOT = Path(__file__).parents[1]

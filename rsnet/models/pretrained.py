@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from pipelines.errors import DataError, UsageError, first_line
-from rsnet import torch_file
-from rsnet.fit import misfits
+from pipelines.utils.errors import DataError, UsageError, first_line
+from rsnet.models import safe_load as torch_file
+from rsnet.models.fit import misfits
 
 # Where files keep their weights, the averaged ones first: timm's and torchvision's references.
 STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")

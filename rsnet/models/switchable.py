@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rsnet.models.once import cast_once, counted_once, layers_with_weights
-from rsnet.models.quantize import Quantizer, quantized_layers, quantized_once
+from rsnet.models.autocast import cast_once, counted_once, layers_with_weights
+from rsnet.models.quantization.lq_nets import Quantizer, quantized_layers, quantized_once
 
 
 class SwitchableBatchNorm2d(nn.Module):

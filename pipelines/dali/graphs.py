@@ -1,0 +1,241 @@
+"""DALI's graphs: encoded files and random numbers in. The only user of DALI.
+
+On a GPU five normalised sizes come out. On the CPU the decoded bytes do, which `dali_host` resizes.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
+
+from pipelines.batch import AutoAugment, LoaderSpec
+from pipelines.dali.options import DaliOptions
+from pipelines.normalize import MEAN_STD
+from pipelines.transforms import CROP_RATIO, CROP_TRIES, eval_short_side
+
+# Called once a batch; returns what the graph's external source has as outputs, or raises StopIteration.
+Feed = Callable[[], list[Any]]
+
+# torchvision's RandAugment: two operations of one magnitude. Both kinds have 31 magnitudes.
+MAGNITUDES = 31
+RAND_MAGNITUDE = 9
+RAND_OPERATIONS = 2
+AUGMENTATION_NUMBERS = 3 * RAND_OPERATIONS  # operation, magnitude and sign of each
+
+
+def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any:
+    """The built pipeline of one of the graphs below."""
+    on_gpu = spec.device.type == "cuda"
+    # Augmentation needs `if` over a part of a batch, which makes DALI rewrite the graph's source.
+    conditional = graph in (training_graph, crop_graph) and spec.auto_augment is not None
+    pipeline = pipeline_def(graph, enable_conditionals=conditional)(
+        feed,
+        options,
+        spec,
+        batch_size=spec.batch_size,
+        num_threads=options.workers,
+        device_id=(spec.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=options.prefetch,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def crop_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, Any]:
+    """Training's crops as bytes, (height, width, 3), and (S,) int32 flips."""
+    paths, area, ratio, position, flips, *numbers = fn.external_source(
+        source=feed, num_outputs=5 if spec.auto_augment is None else 6, batch=True
+    )
+    encoded = fn.io.file.read(paths)
+    start, shape = _crop_rectangle(encoded, area, ratio, position)
+    # The decoder reads the rectangle only, which saves most of the inverse transform and all of the copy.
+    crop = fn.decoders.image_slice(
+        encoded, start=start, shape=shape, axes=[0, 1], **_decoder(options, spec.device)
+    )
+    if spec.auto_augment is not None:
+        crop = _augmented(crop, shape, numbers[0], spec.auto_augment)
+    return crop, flips
+
+
+def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+    crop, flips = crop_graph(feed, options, spec)
+    return tuple(
+        _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
+        for i, size in enumerate(spec.sizes)
+    )
+
+
+def image_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any]:
+    """Evaluation's images as bytes, (height, width, 3)."""
+    (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
+    return (_whole(paths, **_decoder(options, spec.device))[1],)
+
+
+def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+    (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
+    shape, image = _whole(paths, **_decoder(options, spec.device))
+    outputs = []
+    for size in spec.sizes:
+        lengths = [_long_or_short(shape[axis], shape[1 - axis], size) for axis in (0, 1)]
+        starts = [_center_start(length, size) for length in lengths]
+        outputs.append(
+            _normalized(
+                _resized(image, fn.cast(fn.stack(*lengths), dtype=types.FLOAT)),
+                spec,
+                crop=(size, size),
+                # DALI wants a share of the room that is left; rounding gives the whole number back.
+                crop_pos_y=starts[0] / math.max(lengths[0] - size, 1),
+                crop_pos_x=starts[1] / math.max(lengths[1] - size, 1),
+                rounding="round",
+            )
+        )
+    return tuple(outputs)
+
+
+def build_decoder(batch_size: int) -> Any:
+    """The built pipeline that reads at most `batch_size` files, `run(paths=...)`, whole and on the CPU."""
+    pipeline = pipeline_def(_decoding_graph)(
+        batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1
+    )
+    pipeline.build()
+    return pipeline
+
+
+def path_batch(paths: list[str]) -> list[Any]:
+    """What `fn.io.file.read` takes as the names of files."""
+    return [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
+
+
+def _decoding_graph() -> tuple[Any, Any]:
+    paths = fn.external_source(name="paths", batch=True)
+    return _whole(paths, **_decoder(DaliOptions(), torch.device("cpu")))
+
+
+def _whole(paths: Any, **decoder: Any) -> tuple[Any, Any]:
+    """Shape, (height, width, channels), and pixels of the files."""
+    encoded = fn.io.file.read(paths)
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
+    return shape, fn.decoders.image(encoded, **decoder)
+
+
+def _crop_rectangle(encoded: Any, area: Any, ratio: Any, position: Any) -> tuple[Any, Any]:
+    """`batch.random_resized_crop` as a graph: (top, left) and (height, width), int32.
+
+    In double precision, as there, so that both give the same rectangle.
+    """
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
+    height, width = shape[0], shape[1]
+    pixels = _float(height) * _float(width)
+    heights = _rounded(math.sqrt(area * pixels / ratio))  # (10,), one a try
+    widths = _rounded(math.sqrt(area * pixels * ratio))
+    fits = (heights > 0) * (heights <= height) * (widths > 0) * (widths <= width)
+    tries = types.Constant(np.arange(CROP_TRIES, dtype=np.int32))
+    rank = _int(tries + CROP_TRIES * (1 - _int(fits)))
+    first = fn.reductions.min(rank)
+    chosen = _int(rank == first) * _int(fits)
+    found = _int(first < CROP_TRIES)
+    missed = 1 - found
+
+    fallback_h = math.min(height, _rounded(_float(width) / CROP_RATIO[0]))
+    fallback_w = math.min(width, _rounded(_float(height) * CROP_RATIO[1]))
+    crop_h = found * fn.reductions.max(heights * chosen) + missed * fallback_h
+    crop_w = found * fn.reductions.max(widths * chosen) + missed * fallback_w
+    room_h, room_w = height - crop_h, width - crop_w
+    top = found * _int(math.floor(position[0] * (room_h + 1))) + missed * (room_h // 2)
+    left = found * _int(math.floor(position[1] * (room_w + 1))) + missed * (room_w // 2)
+    return fn.stack(top, left), fn.stack(crop_h, crop_w)
+
+
+def _augmented(image: Any, shape: Any, numbers: Any, kind: AutoAugment) -> Any:
+    """DALI's TrivialAugmentWide or RandAugment with the ranges, border and filter of torchvision's.
+
+    `numbers`: (AUGMENTATION_NUMBERS,) in [0, 1). DALI's `trivial_augment_wide` and `rand_augment` are not
+    called, because they draw from the pipeline's generators: by place in the batch, anew after --resume.
+    The reference draws torchvision's way: the same operations equally often, not the same for a sample.
+    """
+    if kind == "trivial":
+        operations, suite = 1, get_trivial_augment_wide_suite()
+    else:
+        operations = RAND_OPERATIONS
+        suite = get_rand_augment_suite(use_shape=True, max_translate_rel=150 / 331)
+    for i in range(operations):
+        operation, magnitude, sign = (numbers[3 * i + k] for k in range(3))
+        bin_ = RAND_MAGNITUDE if kind == "rand" else _int(math.floor(magnitude * MAGNITUDES))
+        # DALI's suites use two operators that it has renamed, and it says so whatever the filters are.
+        with warnings.catch_warnings(record=True):
+            image = select(
+                suite,
+                _int(math.floor(operation * len(suite))),
+                data=image,
+                magnitude_bin=signed_bin(bin_, random_sign=_int(sign < 0.5)),
+                num_magnitude_bins=MAGNITUDES,
+                shape=shape,
+                fill_value=0,
+                interp_type=types.INTERP_NN,
+            )
+    return image
+
+
+def _long_or_short(length: Any, other: Any, size: int) -> Any:
+    """A side after torchvision's Resize(int(size / 0.875)): the short one exactly, the long one cut."""
+    short = eval_short_side(size)
+    return math.max(short, short * length // other)
+
+
+def _center_start(length: Any, size: int) -> Any:
+    """torchvision's CenterCrop starts at round((length - size) / 2), halves to the even number."""
+    room = length - size
+    half = room // 2
+    return half + (room - 2 * half) * (half - 2 * (half // 2))
+
+
+def _decoder(options: DaliOptions, device: torch.device) -> dict[str, Any]:
+    # adjust_orientation: PIL ignores EXIF. jpeg_fancy_upsampling: the GPU decodes as the CPU does.
+    common = {"output_type": types.RGB, "adjust_orientation": False}
+    if device.type != "cuda":
+        return common | {"device": "cpu"}
+    return common | {
+        "device": "mixed",
+        "hw_decoder_load": options.decoder_hw_load,
+        "jpeg_fancy_upsampling": True,
+    }
+
+
+def _resized(image: Any, size: Any) -> Any:
+    """Triangle filter with antialiasing, 8 bit: PIL's BILINEAR."""
+    return fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+
+
+def _normalized(image: Any, spec: LoaderSpec, **crop_and_mirror: Any) -> Any:
+    mean, std = MEAN_STD[spec.normalize]
+    # DALI has no bfloat16: half precision there, whose rounding is an eighth of bfloat16's.
+    half = spec.dtype != torch.float32 and spec.device.type == "cuda"
+    return fn.crop_mirror_normalize(
+        image,
+        mean=mean,
+        std=std,
+        dtype=types.FLOAT16 if half else types.FLOAT,
+        output_layout="HWC",
+        **crop_and_mirror,
+    )
+
+
+def _float(node: Any) -> Any:
+    return fn.cast(node, dtype=types.FLOAT64)
+
+
+def _int(node: Any) -> Any:
+    return fn.cast(node, dtype=types.INT32)
+
+
+def _rounded(node: Any) -> Any:
+    return _int(math.floor(node + 0.5))

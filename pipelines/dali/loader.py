@@ -1,0 +1,256 @@
+"""DALI: decode once, crop once, resize to every size. On the GPU where there is one.
+
+Without a GPU DALI reads, decodes and crops, and `dali_host` does what is left.
+
+Order, crops, flips and augmentations come from `sampling`; DALI reads, decodes and computes. Its own
+reader and generators are not used, because they depend on the number of shards and cannot start in
+mid-epoch.
+
+
+The last part of DALI's work where there is no GPU: decoded pictures to every size, on threads of our own.
+
+DALI's own resize took three quarters of the time of its CPU graph, and is as far from PIL's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.batch import Batch, Loaders, LoaderSpec
+from pipelines.dali.graphs import (
+    AUGMENTATION_NUMBERS,
+    build,
+    crop_graph,
+    eval_graph,
+    image_graph,
+    path_batch,
+    training_graph,
+)
+from pipelines.dali.options import DaliOptions
+from pipelines.dali.verify import Decoder
+from pipelines.host_batch import (
+    HostBatch,
+    as_array,
+    as_images,
+    check_sizes,
+    finished,
+    new_blocks,
+    pixel_table,
+)
+from pipelines.image_folder import ImageFolder, explain_failure, scan_train_val
+from pipelines.resize import resize
+from pipelines.sampler import (
+    AUGMENTATION_LANE,
+    Indices,
+    ScheduledLoader,
+    draw,
+    schedule_for,
+    uniforms,
+)
+from pipelines.transforms import Rectangle, View, eval_view
+from pipelines.verify_report import skip_bad
+
+Taken = TypeVar("Taken", Batch, HostBatch)
+
+
+def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
+    """Loaders over `spec.data`/train and /val.
+
+    Raises UsageError on a malformed folder, and with --skip-bad on one that was not verified.
+    """
+    train, val = scan_train_val(spec.data, with_train)
+    if options.skip_bad:
+        train, val = skip_bad(train, val, options.skip_bad_report, say=spec.rank == 0)
+    return Loaders(
+        DaliLoader(options, spec, train, training=True) if train else None,
+        DaliLoader(options, spec, val, training=False),
+        val.classes,
+    )
+
+
+class DaliLoader(ScheduledLoader):
+    """Batches of one image folder. A broken image raises DataError with its path."""
+
+    def __init__(
+        self, options: DaliOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
+    ) -> None:
+        super().__init__(schedule_for(spec, len(folder.paths), training))
+        self._spec, self._folder = spec, folder
+        self._feed = _Feed(spec, folder, training)
+        self._options = options
+        self._on_gpu = spec.device.type == "cuda"
+        if not self._on_gpu:
+            check_sizes(spec)
+        self._pipeline: Any = None
+        self._resizer: Resizer | None = None
+        self._started = False
+
+    def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        if self._on_gpu:
+            return self._outputs(epoch, first_step, self._on_device)
+        if self._resizer is None:
+            self._resizer = Resizer(self._spec, self._options.workers)
+        # One batch is resized while the next is waited for; DALI prepares those behind it.
+        return finished(self._outputs(epoch, first_step, self._resizer.start), ahead=1)
+
+    def _outputs(
+        self, epoch: int, first_step: int, take: Callable[[tuple[Any, ...], Tensor], Taken]
+    ) -> Iterator[Taken]:
+        """What `take` makes of the graph's outputs and the labels of each batch."""
+        if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
+            self._pipeline = build(self._graph(), self._feed, self._options, self._spec)
+        self._drain()
+        self._feed.start(self.schedule.batches(epoch, first_step), epoch)
+        for step in range(first_step, self.schedule.steps):
+            try:
+                if step == first_step:
+                    self._started = True
+                    self._pipeline.schedule_run()
+                outputs = self._pipeline.share_outputs(**self._stream())
+                taken = take(outputs, self._labels(self._feed.in_flight[0]))
+                self._pipeline.release_outputs()
+                self._pipeline.schedule_run()
+            except RuntimeError as error:
+                suspects = [p for indices in self._feed.in_flight for p in self._paths(indices)]
+                self.close()  # DALI's pipelines do not survive an error
+                reason_of = Decoder().reason
+                raise explain_failure(suspects, error, self._spec.data, reason_of) from error
+            self._feed.in_flight.popleft()
+            yield taken
+
+    def _graph(self) -> Any:
+        if self._on_gpu:
+            return training_graph if self.schedule.training else eval_graph
+        return crop_graph if self.schedule.training else image_graph
+
+    def _on_device(self, outputs: tuple[Any, ...], labels: Tensor) -> Batch:
+        return Batch(tuple(self._to_torch(output) for output in outputs), labels)
+
+    def _fingerprint(self) -> str:
+        return self._folder.fingerprint()
+
+    def close(self) -> None:
+        """End DALI's threads and free its memory; a later iteration builds it anew."""
+        if self._resizer is not None:
+            self._resizer.close()
+        self._pipeline, self._resizer, self._started = None, None, False
+        self._feed.stop()
+
+    def _drain(self) -> None:
+        """Throw away what an earlier, abandoned iteration had asked for."""
+        self._feed.stop()
+        if not self._started:
+            return
+        while not self._pipeline.empty():
+            self._pipeline.share_outputs()
+            self._pipeline.release_outputs()
+        self._pipeline.schedule_run()  # the feed is empty: this marks the end of the epoch
+        self._pipeline.reset()
+
+    def _labels(self, indices: Indices) -> Tensor:
+        labels = torch.from_numpy(self._folder.labels[indices])
+        if self._spec.device.type == "cuda":
+            labels = labels.pin_memory()  # a copy from pageable memory would not be asynchronous
+        return labels.to(self._spec.device, non_blocking=True)
+
+    def _paths(self, indices: Indices) -> list[str]:
+        return [self._folder.paths[i] for i in indices]
+
+    def _stream(self) -> dict[str, Any]:
+        # The outputs are ordered behind DALI's kernels on PyTorch's stream; the host does not wait.
+        if self._spec.device.type == "cuda":
+            return {"cuda_stream": torch.cuda.current_stream(self._spec.device)}
+        return {}
+
+    def _to_torch(self, output: Any) -> Tensor:
+        """(N, s, s, 3) of DALI -> (N, 3, s, s) that is channels-last, without a copy."""
+        return (
+            torch.utils.dlpack.from_dlpack(output.as_tensor())
+            .permute(0, 3, 1, 2)
+            .to(self._spec.dtype)
+        )
+
+
+class _Feed:
+    """Hands the graph one batch of paths and random numbers a call; knows which are in the works."""
+
+    def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool) -> None:
+        self._spec, self._folder, self._training = spec, folder, training
+        self.stop()
+
+    _batches: Iterator[Indices]
+
+    def start(self, batches: Iterator[Indices], epoch: int) -> None:
+        self._batches, self._epoch = batches, epoch
+
+    def stop(self) -> None:
+        self._batches = iter(())
+        self._epoch = 0
+        self.in_flight: deque[Indices] = deque()
+
+    def __call__(self) -> list[Any]:
+        indices = next(self._batches)
+        self.in_flight.append(indices)
+        paths = path_batch([self._folder.paths[i] for i in indices])
+        if not self._training:
+            return [paths]
+        spec = self._spec
+        draws = draw(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
+        numbers = [draws.area, draws.ratio, draws.position, draws.flip.astype(np.int32)]
+        if spec.auto_augment is not None:
+            counters = spec.seed, self._epoch, indices
+            numbers.append(uniforms(*counters, AUGMENTATION_NUMBERS, AUGMENTATION_LANE))
+        return [paths, *map(np.ascontiguousarray, numbers)]
+
+
+class Resizer:
+    """Threads that resize, flip, normalise and cast what a graph of bytes has given."""
+
+    def __init__(self, spec: LoaderSpec, threads: int) -> None:
+        self._spec, self._table = spec, pixel_table(spec)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dali-resize")
+
+    def start(self, outputs: tuple[Any, ...], labels: Tensor) -> HostBatch:
+        """Begin with the outputs of `crop_graph` or `image_graph`; their memory is kept until it is done."""
+        pictures, *flips = outputs
+        blocks = new_blocks(self._spec, len(labels))
+        outs = [as_array(block) for block in blocks]
+        mirror = flips[0].as_array() if flips else None
+        return HostBatch(
+            self._pool,
+            len(labels),
+            fill=partial(self._fill, pictures, mirror, outs),
+            finish=lambda: Batch(as_images(blocks), labels),
+        )
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _fill(
+        self,
+        pictures: Any,
+        mirror: NDArray[np.int32] | None,
+        outs: list[NDArray[Any]],
+        first: int,
+        last: int,
+    ) -> None:
+        """mirror: (N, S) of a training batch, whose pictures are crops; None for evaluation."""
+        for i in range(first, last):
+            pixels = np.asarray(pictures[i])  # .at(i) would copy
+            height, width, _ = pixels.shape
+            box, rows = Rectangle(0, 0, height, width), pixels.reshape(height, 3 * width)
+            for k, size in enumerate(self._spec.sizes):
+                if mirror is None:
+                    view, flip = eval_view(height, width, size), False
+                else:
+                    view, flip = View(size, size, 0, 0), bool(mirror[i, k])
+                resize(rows, box, view, flip, self._table, outs[k][i])

@@ -1,0 +1,69 @@
+"""Options of reading with DALI. Importing them needs no DALI."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from pipelines.utils.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DaliOptions:
+    """Reading with DALI."""
+
+    workers: Annotated[int, arg(aliases=("-j",))] = 4
+    """CPU threads that read and decode; without a GPU as many others resize."""
+
+    decoder_hw_load: float = 0.65
+    """Share of the images that the GPU's JPEG engine decodes (A100, H100, ...), 0 to 1."""
+
+    prefetch: int = 2
+    """Batches that are prepared ahead."""
+
+    skip_bad: bool = False
+    """Leave out the images that `python -m pipelines.folder verify` found to be bad."""
+
+    skip_bad_report: Annotated[Path | None, arg(metavar="FILE")] = None
+    """What verify --report has written. Unset: verified.json of the data folder."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        if not 0 <= self.decoder_hw_load <= 1:
+            raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
+        if self.prefetch < 1:
+            raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+        if self.skip_bad_report and not self.skip_bad:
+            raise UsageError("--skip-bad-report: add --skip-bad to leave out what it lists")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Decode every image of DIR/train and DIR/val with DALI, and list those that it cannot decode.
+
+    What was found is remembered in a report, which train_dali.py --skip-bad reads; as long as the folder
+    does not change, nothing is decoded again. Exit code: 0 if no bad image is left, 1 if there is one.
+    """
+
+    data: Positional[Annotated[Path, arg(metavar="DIR")]]
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of the two."""
+
+    workers: Annotated[int, arg(aliases=("-j",))] = field(
+        default_factory=lambda: len(os.sched_getaffinity(0))
+    )
+    """Threads that read and decode."""
+
+    report: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Where to remember what was found. Unset: DIR/verified.json."""
+
+    move_to: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Move the bad images to this folder, below which they keep their paths."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least one thread is needed")

@@ -1,0 +1,50 @@
+"""train.beton and val.beton by FFCV's file format, and the conversion that makes them.
+
+FFCV itself need not be installed for the options and for the line that says that it is missing.
+"""
+
+from __future__ import annotations
+
+from pipelines.batch import Loaders, LoaderSpec
+from pipelines.ffcv.options import ConvertOptions, FfcvOptions, not_installed
+from pipelines.utils.errors import UsageError
+
+__all__ = ["ConvertOptions", "FfcvOptions", "convert_or_verify", "make_loaders"]
+
+
+def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
+    """Loaders over `spec.data`/train.beton and /val.beton.
+
+    Raises UsageError if FFCV or a file is missing or augmentation is asked for, DataError if a file is
+    broken.
+    """
+    if with_train and spec.auto_augment is not None:
+        raise UsageError(
+            f"--auto-augment {spec.auto_augment}: train_ffcv.py has no automatic augmentation; "
+            "use train_dali.py, or leave it out"
+        )
+    try:
+        from pipelines.ffcv.loader import open_loaders
+    except ImportError as error:
+        raise not_installed(error) from error
+    return open_loaders(options, spec, with_train)
+
+
+def convert_or_verify(options: ConvertOptions) -> int:
+    """Convert an image folder, or verify a .beton file; returns the exit code.
+
+    Raises UsageError or DataError, in one line.
+    """
+    try:
+        from pipelines.ffcv.convert import convert
+        from pipelines.ffcv.verify import verify
+    except ImportError as error:
+        raise not_installed(error) from error
+    if options.verify is not None:
+        return verify(options.verify, options.workers)
+    if options.data is None or options.output is None:
+        raise UsageError(
+            "--data and --output are needed, or --verify FILE (--help lists all options)"
+        )
+    convert(options, options.data, options.output)
+    return 0

@@ -1,0 +1,312 @@
+"""FFCV's file format, version 2: opened only if it is whole, written in order.
+
+FFCV's reader opens half-written and truncated files without complaint, and its writer hangs for ever on
+one bad sample. The layout (header, field descriptors, samples, pages of data, allocation table) is described
+by the dtypes in `ffcv.types`, which both use.
+
+
+What stands beside FILE.beton in FILE.beton.json: where it is from, and how to tell that it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.ffcv.turbojpeg import Bytes, kept_threads
+from pipelines.utils.atomic_io import write_json
+from pipelines.utils.errors import DataError, UsageError
+
+with kept_threads():
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import IMAGE_MODES
+    from ffcv.reader import Reader
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        TYPE_ID_HANDLER,
+        FieldDescType,
+        HeaderType,
+        get_metadata_type,
+    )
+
+RAW, JPG = int(IMAGE_MODES["raw"]), int(IMAGE_MODES["jpg"])
+FIELDS = {"image": RGBImageField(), "label": IntField()}
+# FFCV's own choice. It reads whole pages, so a sample never crosses a page; pages grow for a larger sample.
+PAGE_SIZE = 1 << 23
+MAX_CLASSES = 1 << 20
+
+
+class Samples(NamedTuple):
+    """Where the N samples of a file lie, as arrays of N; compiled code reads them, too."""
+
+    pointer: NDArray[np.uint64]
+    size: NDArray[np.uint64]
+    height: NDArray[np.int64]
+    width: NDArray[np.int64]
+    mode: NDArray[np.uint8]  # RAW or JPG
+
+    def take(self, indices: NDArray[np.int64]) -> Samples:
+        return Samples(*(column[indices] for column in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Beton:
+    path: Path
+    samples: Samples
+    labels: NDArray[np.int64]  # (N,)
+    page_size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pages(self) -> NDArray[np.int64]:
+        """(N,) the page that each sample lies in."""
+        return (self.samples.pointer // np.uint64(self.page_size)).astype(np.int64)
+
+
+def open_beton(path: Path) -> Beton:
+    """The table of contents of an image-and-label file, by this project's converter or by FFCV's writer.
+
+    Raises UsageError if there is no such file, DataError if it is not whole or of another kind.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; python -m pipelines.beton makes it")
+    _check_header(path)
+    try:
+        reader = Reader(str(path))
+        kinds = {name: type(field) for name, field in reader.handlers.items()}
+    except Exception as error:  # FFCV checks nothing: whatever numpy says of the bytes
+        raise _broken(path, f"its header is damaged ({error!r})") from None
+    if kinds != {name: type(field) for name, field in FIELDS.items()}:
+        raise _broken(path, f"its fields are {', '.join(kinds)} instead of an image and a label")
+    columns = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))
+    image, labels = (reader.metadata[columns[name]] for name in FIELDS)
+    samples = Samples(
+        image["data_ptr"].copy(),
+        _sizes(path, image["data_ptr"], reader.alloc_table),
+        image["height"].astype(np.int64),
+        image["width"].astype(np.int64),
+        image["mode"].copy(),
+    )
+    raw = samples.mode == RAW
+    wrong = raw & (samples.size != (3 * samples.height * samples.width).astype(np.uint64))
+    wrong |= (samples.mode != RAW) & (samples.mode != JPG)
+    wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
+    if wrong.any():
+        raise _broken(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
+    return Beton(path, samples, labels.astype(np.int64), int(reader.page_size))
+
+
+def _check_header(path: Path) -> None:
+    """Before FFCV reads it: of a half-written file it would take all for the allocation table."""
+    size = path.stat().st_size
+    if size < HeaderType.itemsize:
+        raise _broken(path, f"it has {size} bytes only")
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    table, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
+    if header["version"] != CURRENT_VERSION or not 1 <= header["num_fields"] <= 64:
+        raise _broken(path, f"it is no FFCV file of version {CURRENT_VERSION}")
+    if table == 0:
+        raise _broken(path, "it was not written to its end")
+    if table + samples * ALLOC_TABLE_TYPE.itemsize != size or not samples:
+        raise _broken(path, f"it is cut off, or longer than it should be ({size} bytes)")
+
+
+def _sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:
+    """The number of bytes at each pointer, from the allocation table."""
+    order = np.argsort(table["ptr"])
+    rows = order[np.searchsorted(table["ptr"], pointers, sorter=order).clip(0, len(table) - 1)]
+    sizes: NDArray[np.uint64] = table["size"][rows]
+    ends = pointers + sizes
+    if (table["ptr"][rows] != pointers).any() or ends.max() > path.stat().st_size:
+        raise _broken(path, "its samples and its allocation table do not agree")
+    return sizes
+
+
+def _broken(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: {reason}; convert it anew with python -m pipelines.beton")
+
+
+def broken_sample(beton: Beton, index: int, name: str, reason: str) -> DataError:
+    return DataError(
+        f"{beton.path}: sample {index} (class {name}) is broken: {reason}; "
+        f"python -m pipelines.beton --verify {beton.path} lists all that are"
+    )
+
+
+class Stored(NamedTuple):
+    """A sample as it lies in a file: a JPEG's bytes, or (height, width, 3) raw pixels, flat."""
+
+    mode: int
+    height: int
+    width: int
+    data: Bytes
+
+
+class BetonWriter:
+    """Writes samples one after the other into an empty file with room for `capacity` of them.
+
+    Raises OSError as the file does. Nothing reads as FFCV's format before `finish`.
+    """
+
+    def __init__(self, file: BinaryIO, capacity: int) -> None:
+        self._file = file
+        self._samples = np.zeros(capacity, get_metadata_type(list(FIELDS.values())))
+        self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._fields = _descriptors()
+        self._page = PAGE_SIZE
+        self._count = 0
+        tables = HeaderType.itemsize + self._fields.nbytes + self._samples.nbytes
+        self._end = _up(int(tables), self._page)
+
+    def add(self, sample: Stored, label: int) -> None:
+        size = sample.data.size
+        while size > self._page:  # pages of the old size lie within pages of twice the size
+            self._page *= 2
+        start = self._end
+        if start // self._page != (start + size - 1) // self._page:
+            start = _up(start, self._page)
+        self._file.seek(start)
+        self._file.write(sample.data.data)
+        row = (sample.mode, sample.width, sample.height, start)
+        self._samples[self._count] = (row, label)
+        self._table[self._count] = (self._count, start, size)
+        self._count, self._end = self._count + 1, start + size
+
+    @property
+    def bytes_written(self) -> int:
+        return self._end
+
+    def finish(self) -> None:
+        """Write the tables and, last of all, the header."""
+        self._file.seek(self._end)
+        self._file.write(self._table[: self._count].tobytes())
+        header = np.zeros(1, HeaderType)
+        header["version"], header["num_fields"] = CURRENT_VERSION, len(FIELDS)
+        header["num_samples"], header["page_size"] = self._count, self._page
+        header["alloc_table_ptr"] = self._end
+        self._file.seek(HeaderType.itemsize)
+        self._file.write(self._fields.tobytes() + self._samples[: self._count].tobytes())
+        self._file.flush()
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+
+
+def _descriptors() -> NDArray[Any]:
+    type_ids = {handler: type_id for type_id, handler in TYPE_ID_HANDLER.items()}
+    descriptors = np.zeros(len(FIELDS), FieldDescType)
+    for descriptor, (name, field) in zip(descriptors, FIELDS.items(), strict=True):
+        descriptor["type_id"] = type_ids[type(field)]
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    return descriptors
+
+
+def _up(position: int, page: int) -> int:
+    return -(-position // page) * page
+
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    samples: int
+    classes: list[str]
+    settings: dict[str, Any]
+    """The converter's options that the samples depend on."""
+
+    bytes: int
+    sha256: str
+    source: dict[str, Any]
+    """Images of the source folder, and the SHA-256 of their names and sizes."""
+
+    stored: dict[str, int]
+    """Samples by the way they were stored."""
+
+    skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    """Images that were left out, with the reason."""
+
+    version: int = VERSION
+
+
+def sidecar_path(beton: Path) -> Path:
+    return beton.with_name(beton.name + ".json")
+
+
+def write_sidecar(path: Path, sidecar: Sidecar) -> None:
+    write_json(path, dataclasses.asdict(sidecar))
+
+
+def read_sidecar(beton: Path) -> Sidecar | None:
+    """The sidecar of `beton`, None if there is none. Raises DataError if it is of no use."""
+    path = sidecar_path(beton)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != VERSION:
+            raise DataError(
+                f"{path}: written by version {content['version']} of the converter, this is version "
+                f"{VERSION}; convert the data anew with python -m pipelines.beton"
+            )
+        found = Sidecar(**content)
+        _check_types(found)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {error}); remove it to have {beton.name} "
+            "checked sample by sample instead"
+        ) from None
+
+
+def _check_types(sidecar: Sidecar) -> None:
+    for field in dataclasses.fields(sidecar):
+        kind = str(field.type).partition("[")[0]
+        if type(getattr(sidecar, field.name)).__name__ != kind:
+            raise TypeError(f"{field.name} is no {kind}")
+    if not all(isinstance(name, str) for name in sidecar.classes):
+        raise TypeError("classes are no strings")
+
+
+def check_sidecar(sidecar: Sidecar, beton: Path, samples: int) -> None:
+    """Raise DataError unless `beton` has the size and the number of samples that its sidecar says."""
+    size = beton.stat().st_size
+    if (size, samples) != (sidecar.bytes, sidecar.samples):
+        raise DataError(
+            f"{beton} has {size} bytes and {samples} samples, its sidecar says {sidecar.bytes} and "
+            f"{sidecar.samples}; convert the data anew with python -m pipelines.beton"
+        )
+
+
+def source_fingerprint(root: Path, paths: Sequence[str]) -> tuple[str, int]:
+    """SHA-256 of the names below `root` and sizes of the files, and the sum of the sizes."""
+    digest, total = hashlib.sha256(), 0
+    for path in paths:
+        size = size_of(path)
+        digest.update(f"{os.path.relpath(path, root)}\0{size}\n".encode(errors="surrogateescape"))
+        total += size
+    return digest.hexdigest(), total
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file; 0 if it cannot be found, as a dangling link: its reader will say so."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - pathlib is slow on a million files
+    except OSError:
+        return 0
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

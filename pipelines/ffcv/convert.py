@@ -1,0 +1,386 @@
+"""Writing .beton files: whole and checked, or not at all.
+
+Samples lie in the order of the folder, so that the same (seed, epoch) shows the same images and crops as
+the other pipelines. The same images and options give the same bytes, whatever the number of threads.
+Threads encode and this one writes: there is no process that could die unnoticed, and no shared memory.
+
+
+One image file to what is stored of it: its own bytes wherever the loader's decoder takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import os
+import shutil
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pipelines.ffcv.beton import (
+    JPG,
+    PAGE_SIZE,
+    RAW,
+    BetonWriter,
+    Sidecar,
+    Stored,
+    check_sidecar,
+    open_beton,
+    read_sidecar,
+    sha256_of,
+    sidecar_path,
+    size_of,
+    source_fingerprint,
+    write_sidecar,
+)
+from pipelines.ffcv.options import ConvertOptions, WriteMode
+from pipelines.ffcv.turbojpeg import Bytes, JpegDecoder
+from pipelines.ffcv.verify import reasons, stored_bytes
+from pipelines.image_folder import ImageFolder, scan, scan_train_val
+from pipelines.image_io import open_image
+from pipelines.sampler import Indices, uniforms
+from pipelines.utils.errors import DataError, UsageError, blame, first_line
+from pipelines.utils.progress import Progress, readable
+from pipelines.utils.thread_map import ordered_map
+
+PROBES = 64  # images that are encoded for the estimate, and compared after writing
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The images of one split that are to be stored, and what tells them from others."""
+
+    split: str
+    folder: ImageFolder
+    chosen: Indices
+    fingerprint: str
+    bytes: int
+
+    @property
+    def probes(self) -> Indices:
+        return _spread(self.chosen, PROBES)
+
+    def path(self, index: int) -> str:
+        return self.folder.paths[index]
+
+
+def convert(options: ConvertOptions, data: Path, output: Path) -> None:
+    """Write each of the splits, unless the same is there already.
+
+    Raises UsageError (a malformed folder, a lack of space, another file in the way) and DataError (a
+    broken image without --skip-bad, a file that cannot be written).
+    """
+    settings = Settings(
+        options.write_mode,
+        options.max_resolution,
+        options.jpeg_quality,
+        options.compress_probability,
+    )
+    sources = _sources(options, data)  # before anything is made
+    for split in ("train", "val"):
+        if output.resolve().is_relative_to((data / split).resolve()):
+            raise UsageError(f"--output: {output} lies among the images of {data / split}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
+    with _alone(output):
+        sources = [source for source in sources if not _is_there(output, source, settings)]
+        encoder = Encoder(settings)
+        _check_space(output, sources, encoder, options.workers)
+        for source in sources:
+            _convert(output, source, settings, encoder, options)
+
+
+def _sources(options: ConvertOptions, data: Path) -> list[_Source]:
+    """The splits' images. Raises UsageError if a folder is malformed or the classes differ."""
+    if set(options.splits) == {"train", "val"}:
+        train, val = scan_train_val(data)
+        assert train is not None
+        folders = {"train": train, "val": val}
+    else:
+        with blame("--data"):
+            folders = {split: scan(data / split) for split in options.splits}
+    sources = []
+    for split in options.splits:
+        folder = folders[split]
+        every = np.arange(len(folder.paths))
+        chosen = every if options.subset is None else _spread(every, options.subset)
+        digest, size = source_fingerprint(folder.root, [folder.paths[i] for i in chosen])
+        sources.append(_Source(split, folder, chosen, digest, size))
+    return sources
+
+
+def _spread(indices: Indices, count: int) -> Indices:
+    """`count` of the indices, evenly spaced: folders are sorted by class, so all classes have a share."""
+    count = min(count, len(indices))
+    return indices[np.arange(count) * len(indices) // count]
+
+
+def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
+    """Whether the file exists already, made from the same images in the same way."""
+    path = output / f"{source.split}.beton"
+    if not path.exists():
+        return False
+    found = read_sidecar(path)
+    if (
+        found is None
+        or found.settings != dataclasses.asdict(settings)
+        or found.source.get("fingerprint") != source.fingerprint
+        or found.classes != source.folder.classes
+    ):
+        raise UsageError(
+            f"--output: {path} exists already, made from other images or with other options; "
+            "remove it, or give another folder"
+        )
+    check_sidecar(found, path, len(open_beton(path)))
+    print(
+        f"{path}: is there already, with the same options, from images of the same names and sizes"
+    )
+    return True
+
+
+def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers: int) -> None:
+    """Raise UsageError if the files will not fit, by the growth of a few images spread over the data."""
+    total = 0.0
+    for source in sources:
+        probes = source.probes
+        before, after = 0, 0
+        for index, encoded in zip(probes, _encode(source, probes, encoder, workers), strict=True):
+            if isinstance(encoded, Encoded):
+                before += size_of(source.path(index))
+                after += encoded.stored.data.size
+        # A page is for the tables; pages are not filled to their ends.
+        size = PAGE_SIZE + 1.05 * source.bytes * after / max(before, 1)
+        print(f"{source.split}: {len(source.chosen)} images of {readable(source.bytes)}, "
+              f"about {readable(size)} to write")  # fmt: skip
+        total += size
+    free = shutil.disk_usage(output).free
+    if total > free:
+        raise UsageError(
+            f"--output: about {readable(total)} are to be written, {output} has {readable(free)} free"
+        )
+
+
+def _convert(
+    output: Path, source: _Source, settings: Settings, encoder: Encoder, options: ConvertOptions
+) -> None:
+    final = output / f"{source.split}.beton"
+    partial = final.with_name(final.name + ".partial")
+    started = time.perf_counter()
+    try:
+        skipped, stored = _write(partial, source, encoder, options)
+        _read_back(partial, source, skipped, encoder, options.workers)
+        content = Sidecar(
+            samples=len(source.chosen) - len(skipped),
+            classes=source.folder.classes,
+            settings=dataclasses.asdict(settings),
+            bytes=partial.stat().st_size,
+            sha256=sha256_of(partial),
+            source={"images": len(source.chosen), "fingerprint": source.fingerprint},
+            stored=stored,
+            skipped=[
+                {"image": os.path.relpath(source.path(index), source.folder.root), "reason": reason}
+                for index, reason in skipped.items()
+            ],
+        )
+        # In this order: a .beton never stands without its sidecar.
+        write_sidecar(sidecar_path(final), content)
+        partial.rename(final)
+        _sync(output)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {error.filename or partial}: {error.strerror or error}"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    speed = content.samples / (time.perf_counter() - started)
+    kinds = ", ".join(f"{count} {how}" for how, count in sorted(stored.items()))
+    print(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
+          f"{readable(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
+    if skipped:
+        print(f"{final}: {len(skipped)} broken images were left out; its sidecar lists them")
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _write(
+    partial: Path, source: _Source, encoder: Encoder, options: ConvertOptions
+) -> tuple[dict[int, str], dict[str, int]]:
+    """Write the file; returns what is wrong with the images left out, and how the others are stored."""
+    skipped: dict[int, str] = {}
+    stored: Counter[str] = Counter()
+    encoding = contextlib.closing(_encode(source, source.chosen, encoder, options.workers))
+    progress = Progress(source.split, len(source.chosen))
+    with partial.open("wb") as file, encoding as results, progress:
+        writer = BetonWriter(file, len(source.chosen))
+        for done, (index, encoded) in enumerate(zip(source.chosen.tolist(), results, strict=True)):
+            if isinstance(encoded, DataError):
+                if not options.skip_bad:
+                    raise DataError(
+                        f"broken image {source.path(index)}: {encoded}; "
+                        "repair it, remove it, or leave it out with --skip-bad"
+                    )
+                skipped[index] = str(encoded)
+            else:
+                stored[encoded.how] += 1
+                writer.add(encoded.stored, int(source.folder.labels[index]))
+            progress.update(done + 1, writer.bytes_written, len(skipped))
+        if not stored:
+            raise DataError(f"{source.folder.root}: all {len(skipped)} images are broken")
+        writer.finish()
+        os.fsync(file.fileno())
+    return skipped, dict(stored)
+
+
+def _read_back(
+    partial: Path, source: _Source, skipped: dict[int, str], encoder: Encoder, workers: int
+) -> None:
+    """Raise DataError unless a few samples of the written file are what their images give again."""
+    beton = open_beton(partial)
+    written = np.array([i for i in source.chosen.tolist() if i not in skipped])
+    positions = _spread(np.arange(len(written)), PROBES)
+    again = _encode(source, written[positions], encoder, workers)
+    found = reasons(beton, positions, workers)
+    with partial.open("rb", buffering=0) as file:
+        for position, encoded, reason in zip(positions, again, found, strict=True):
+            if (
+                reason is not None
+                or isinstance(encoded, DataError)
+                or not np.array_equal(
+                    stored_bytes(beton, file.fileno(), position), encoded.stored.data
+                )
+                or beton.labels[position] != source.folder.labels[written[position]]
+            ):
+                raise DataError(
+                    f"{partial}: sample {position} does not read back as it was written "
+                    f"({reason or 'other bytes'}); is the disk sound?"
+                )
+
+
+def _encode(
+    source: _Source, indices: Indices, encoder: Encoder, workers: int
+) -> Generator[Encoded | DataError]:
+    return ordered_map(lambda i: encoder(source.path(i), i), indices.tolist(), workers)
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel gives back however this process ends."""
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--output: another conversion is writing into {output}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+MAX_SIDE = 65500  # libjpeg's limit; FFCV's table has 16 bits for it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the stored bytes depend on besides the images."""
+
+    write_mode: WriteMode
+    max_resolution: int | None
+    jpeg_quality: int
+    compress_probability: float
+
+
+class Encoded(NamedTuple):
+    """`how`: "copied", "encoded" or "raw"."""
+
+    stored: Stored
+    how: str
+
+
+class Encoder:
+    """Callable from several threads at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._local = threading.local()
+
+    def __call__(self, path: str, index: int) -> Encoded | DataError:
+        """What is stored of image `index`, the same in every run; or what is wrong with it."""
+        try:
+            jpeg, pixels = self._read(path)
+            return self._encode(jpeg, pixels, index)
+        except DataError as error:
+            return error
+        except MemoryError:
+            return DataError("it does not fit into the memory")
+
+    def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
+        """(its bytes, if the loader's decoder takes them without complaint; its pixels)."""
+        if not hasattr(self._local, "decoder"):
+            self._local.decoder = JpegDecoder()
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would wait for ever
+                raise DataError("it is no regular file")
+            data = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from None
+        if data.size == 0:
+            raise DataError("the file is empty")
+        try:
+            return data, self._local.decoder.decode(data)
+        except DataError:  # no JPEG, or CMYK, or with faults that PIL may forgive
+            return None, _pixels_by_pil(path)
+
+    def _encode(self, jpeg: Bytes | None, pixels: Bytes, index: int) -> Encoded:
+        settings = self._settings
+        height, width = pixels.shape[:2]
+        longest = max(height, width)
+        if settings.max_resolution is not None and longest > settings.max_resolution:
+            jpeg, pixels = None, _shrunk(pixels, settings.max_resolution)
+            height, width = pixels.shape[:2]
+        if max(height, width) > MAX_SIDE:
+            raise DataError(f"{height} x {width} pixels are too many a side; use --max-resolution")
+        if settings.write_mode == "raw" or (
+            settings.write_mode == "proportion"
+            and uniforms(0, 0, np.array([index]), 1)[0, 0] >= settings.compress_probability
+        ):
+            return Encoded(Stored(RAW, height, width, pixels.reshape(-1)), "raw")
+        if jpeg is not None:
+            return Encoded(Stored(JPG, height, width, jpeg), "copied")
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=settings.jpeg_quality)
+        encoded = np.frombuffer(file.getvalue(), np.uint8)
+        return Encoded(Stored(JPG, height, width, encoded), "encoded")
+
+
+def _pixels_by_pil(path: str) -> Bytes:
+    try:
+        with open_image(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
+        raise DataError(first_line(error)) from None
+
+
+def _shrunk(pixels: Bytes, longest: int) -> Bytes:
+    """With a longest side of `longest`, by the filter that keeps the most detail for the crops."""
+    height, width = pixels.shape[:2]
+    scale = longest / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))

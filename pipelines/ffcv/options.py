@@ -1,0 +1,115 @@
+"""Options of reading and of writing .beton files. Importing them needs no FFCV."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from pipelines.utils.errors import UsageError
+
+Order = Literal["random", "quasi-random"]
+
+
+@dataclass(frozen=True)
+class FfcvOptions:
+    """Reading .beton files."""
+
+    workers: Annotated[int, arg(aliases=("-j",))] = 4
+    """CPU threads that read, decode and resize."""
+
+    prefetch: int = 3
+    """Batches that are prepared ahead."""
+
+    os_cache: bool = True
+    """Leave what was read in the operating system's cache; --no-os-cache drops the pages of the file that
+    an epoch is done with, for data larger than memory."""
+
+    order: Order = "random"
+    """random: all samples are shuffled. quasi-random: a gigabyte at a time, read in pages of 8 MB, for
+    disks that are slow at random reads."""
+
+    trust: bool = False
+    """Do not check every sample of a file that has no sidecar."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        if self.prefetch < 1:
+            raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+        if not self.os_cache and self.order == "random":
+            raise UsageError(
+                "--no-os-cache: in random order every page of the file is needed until the epoch ends; "
+                "add --order quasi-random"
+            )
+
+
+def not_installed(error: ImportError) -> UsageError:
+    """The line for a machine on which FFCV could not be built."""
+    return UsageError(
+        f"FFCV cannot be imported ({error}); install it with ./install.sh, "
+        "or use train_dali.py, which needs no FFCV"
+    )
+
+
+Split = Literal["train", "val"]
+WriteMode = Literal["jpg", "raw", "proportion"]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Write train.beton and val.beton, each with a sidecar, or check one that is there."""
+
+    data: Annotated[Path | None, arg(aliases=("-d",), metavar="DIR")] = None
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+
+    output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None
+    """Folder for the files; what is in it is not overwritten."""
+
+    splits: tuple[Split, ...] = ("train", "val")
+    """What to convert."""
+
+    write_mode: WriteMode = "jpg"
+    """jpg: JPEGs. raw: pixels. proportion: JPEGs and pixels, by --compress-probability."""
+
+    max_resolution: Annotated[int | None, arg(metavar="PIXELS")] = None
+    """Images with a longer side are shrunk to it. Unset: none; JPEGs are stored as they are."""
+
+    jpeg_quality: int = 90
+    """Of the images that have to be encoded anew, 1 to 100."""
+
+    compress_probability: float = 0.5
+    """Share of JPEGs with --write-mode proportion, 0 to 1."""
+
+    workers: Annotated[int, arg(aliases=("-j",))] = field(
+        default_factory=lambda: len(os.sched_getaffinity(0))
+    )
+    """Threads that read, decode and encode."""
+
+    subset: Annotated[int | None, arg(metavar="N")] = None
+    """Only N images of each split, spread over the classes."""
+
+    skip_bad: bool = False
+    """Leave broken images out, and list them in the sidecar."""
+
+    verify: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Convert nothing: decode every sample of this .beton file and report the broken ones."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        if self.subset is not None and self.subset < 1:
+            raise UsageError(f"--subset {self.subset}: at least one image is needed")
+        if self.max_resolution is not None and self.max_resolution < 32:
+            raise UsageError(f"--max-resolution {self.max_resolution}: at least 32 pixels")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise UsageError(f"--jpeg-quality {self.jpeg_quality}: from 1 to 100")
+        if not 0 <= self.compress_probability <= 1:
+            raise UsageError(
+                f"--compress-probability {self.compress_probability}: a share from 0 to 1"
+            )
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise UsageError("--splits: each split once, at least one")

@@ -1,0 +1,82 @@
+"""Reading and decoding the samples of a .beton file one by one, to find those that are broken."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.ffcv.beton import RAW, Beton, check_sidecar, open_beton, read_sidecar, sha256_of
+from pipelines.ffcv.turbojpeg import Bytes, JpegDecoder
+from pipelines.sampler import Indices
+from pipelines.utils.errors import DataError
+from pipelines.utils.progress import Progress
+from pipelines.utils.thread_map import ordered_map
+
+
+def verify(path: Path, workers: int) -> int:
+    """Print the broken samples of a file; returns 1 if there are any, 0 if all is well.
+
+    Raises UsageError or DataError if the file as a whole is of no use.
+    """
+    beton = open_beton(path)
+    found = read_sidecar(path)
+    if found is not None:
+        check_sidecar(found, path, len(beton))
+    bad, size = 0, 0
+    with Progress(path.name, len(beton)) as progress:
+        for index, reason in enumerate(reasons(beton, np.arange(len(beton)), workers)):
+            if reason is not None:
+                bad += 1
+                print(f"{path}: sample {index} (label {beton.labels[index]}) is broken: {reason}")
+            size += int(beton.samples.size[index])
+            progress.update(index + 1, size, bad)
+    changed = found is not None and sha256_of(path) != found.sha256
+    if changed:
+        print(f"{path}: its SHA-256 is not its sidecar's: it was changed after it was written")
+    what = "no sidecar" if found is None else "another SHA-256" if changed else "SHA-256 as written"
+    print(f"{path}: {len(beton) - bad} of {len(beton)} samples are sound; {what}")
+    return 1 if bad or changed else 0
+
+
+def reasons(beton: Beton, indices: Indices, workers: int) -> Generator[str | None]:
+    """For each of the samples what is wrong with it, None if nothing is. Reads and decodes all."""
+    local = threading.local()
+    with beton.path.open("rb", buffering=0) as file:
+
+        def reason(index: int) -> str | None:
+            if not hasattr(local, "decoder"):
+                local.decoder = JpegDecoder()
+            try:
+                pixels(beton, file.fileno(), local.decoder, index)
+            except DataError as error:
+                return str(error)
+            return None
+
+        yield from ordered_map(reason, indices.tolist(), workers)
+
+
+def pixels(beton: Beton, file: int, decoder: JpegDecoder, index: int) -> Bytes:
+    """(height, width, 3) of one sample of the open file. Raises DataError if it is broken."""
+    shape = int(beton.samples.height[index]), int(beton.samples.width[index])
+    data = stored_bytes(beton, file, index)
+    if beton.samples.mode[index] == RAW:
+        return data.reshape(*shape, 3)
+    decoded = decoder.decode(data)
+    if decoded.shape[:2] != shape:
+        raise DataError(
+            f"its JPEG has {decoded.shape[:2]} pixels, the table of contents says {shape}"
+        )
+    return decoded
+
+
+def stored_bytes(beton: Beton, file: int, index: int) -> Bytes:
+    """A sample of the open file, as it lies there. Raises DataError if the file ends before it does."""
+    size = int(beton.samples.size[index])
+    data = np.frombuffer(os.pread(file, size, int(beton.samples.pointer[index])), np.uint8)
+    if data.size != size:
+        raise DataError("the file ends before it does")
+    return data

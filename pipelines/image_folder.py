@@ -1,0 +1,130 @@
+"""Image folders: one sub-folder per class, as torchvision's ImageFolder reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.image_io import images_below, open_image
+from pipelines.utils.errors import DataError, UsageError, blame, first_line
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """`labels[i]`, an index into `classes`, belongs to `paths[i]`; classes and paths are sorted."""
+
+    root: Path
+    classes: list[str]
+    paths: list[str]
+    labels: NDArray[np.int64]
+
+    @property
+    def names(self) -> list[str]:
+        """The paths below `root`."""
+        prefix = f"{self.root}/"
+        return [path.removeprefix(prefix) for path in self.paths]
+
+    def fingerprint(self) -> str:
+        """A hash of the images' names, in their order."""
+        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()
+
+
+def scan(root: Path) -> ImageFolder:
+    """Find the images below the class folders of `root`, at any depth.
+
+    Raises UsageError if `root` is missing, holds no class folders, or a class holds no image.
+    """
+    if not root.is_dir():
+        raise UsageError(f"there is no folder {root}")
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    if not classes:
+        what = "images but no class folders" if images_below(root) else "no images"
+        raise UsageError(f"{root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = images_below(root / name)
+        if not images:
+            raise UsageError(f"the class folder {root / name} holds no image")
+        paths += images
+        labels += [label] * len(images)
+    return ImageFolder(root, classes, paths, np.array(labels, dtype=np.int64))
+
+
+def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | None, ImageFolder]:
+    """`data`/train and `data`/val, which must have the same classes; train is None if not asked for."""
+    if not data.is_dir():
+        raise UsageError(f"--data: there is no folder {data}")
+    splits = ("train", "val") if with_train else ("val",)
+    for split in splits:
+        if not (data / split).is_dir():
+            found = sorted(e.name for e in os.scandir(data) if e.is_dir())[:5]
+            raise UsageError(
+                f"--data: {data} has no folder {split!r} "
+                f"(it has {', '.join(found) if found else 'no folders'})"
+            )
+    with blame("--data"):
+        val = scan(data / "val")
+        train = scan(data / "train") if with_train else None
+    if train is None:
+        return None, val
+    if train.classes != val.classes:
+        only_train = sorted(set(train.classes) - set(val.classes))
+        only_val = sorted(set(val.classes) - set(train.classes))
+        raise UsageError(
+            f"--data: the classes of {data}/train and {data}/val differ: "
+            f"only in train: {_some(only_train)}; only in val: {_some(only_val)}"
+        )
+    return train, val
+
+
+def explain_failure(
+    paths: list[str], error: Exception, data: Path, reason_of: Callable[[str], str | None]
+) -> DataError:
+    """The error to raise when a batch could not be read: it names the first image that is broken.
+
+    `data`: the folder with train and val. `reason_of`: what is wrong with the image at a path, if it is.
+    """
+    for path in paths:
+        if reason := reason_of(path):
+            what, advice = f"broken image {path}: {reason}", "repair it or remove it; "
+            break
+    else:
+        what, advice = f"cannot read one of {_some(paths)}: {cause(error)}", ""
+    return DataError(f"{what}; {advice}{verify_command(data)} finds all broken images")
+
+
+def verify_command(data: Path, report: Path | None = None) -> str:
+    """What to type to have the images below `data` verified."""
+    words = ["python", "-m", "pipelines.folder", "verify", str(data)]
+    return shlex.join(words if report is None else [*words, "--report", str(report)])
+
+
+def broken(path: str) -> str | None:
+    """Why PIL does not decode the image at `path`, or None if it does."""
+    try:
+        with open_image(path) as image:
+            image.convert("RGB")
+    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
+        return first_line(error)
+    return None
+
+
+def cause(error: Exception) -> str:
+    """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
+    lines = str(error).partition("encountered:")[2].split("\n")
+    return next((line.strip() for line in lines if line.strip()), first_line(error))
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    if not names:
+        return "none"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,121 @@
+"""Command lines: checked dataclasses in, one clear line for a mistake, an exit code out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from pipelines.utils.errors import DataError, UsageError
+
+Options = TypeVar("Options")
+
+# By its name: the dataclass of a verb's options, what runs it, and what it is for.
+Verbs = dict[str, tuple[Any, Callable[[Any], int], str]]
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+def parse_options(
+    options_type: type[Options], groups: Sequence[Any], argv: Sequence[str] | None = None
+) -> Options:
+    """The command line as an instance; `groups`: the dataclasses whose fields are the options.
+
+    Raises UsageError, in one line, for what is mistyped; prints the help and exits for --help.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    complaint = io.StringIO()
+    options: Any
+    unknown: list[str]
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options, unknown = tyro.cli(options_type, args=arguments, return_unknown_args=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_message(complaint.getvalue())) from None
+    _reject_unknown(unknown, groups)
+    return options  # type: ignore[no-any-return]
+
+
+def command(
+    name: str,
+    options_type: type[Options],
+    run: Callable[[Options], int],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a command line; returns the exit code. A user's mistake is one line on stderr."""
+    return exit_code(name, lambda: run(parse_options(options_type, [options_type], argv)))
+
+
+def verb_command(module: str, verbs: Verbs, words: Sequence[str]) -> int:
+    """Run `python -m MODULE VERB ...`; returns the exit code. `words`: from the verb on."""
+    verb, *rest = words or ["--help"]
+    if verb in verbs:
+        options, run, _ = verbs[verb]
+        return command(f"{module} {verb}", options, run, rest)
+    if verb in ("--help", "-h"):
+        print(f"python -m {module} VERB --help")
+        for name, (_, _, what) in verbs.items():
+            print(f"  {name:10} {what}")
+        return 0
+    known = " ".join(verbs)
+    print(f"{module}: error: {verb}: there is no such verb; one of {known}", file=sys.stderr)
+    return UsageError.exit_code
+
+
+def exit_code(name: str, action: Callable[[], int], advice: str = "") -> int:
+    """What `action` returns, or, after one line on stderr, the code of the error that ended it.
+
+    `advice` follows the line that says that the action was interrupted.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return action()
+    except (UsageError, DataError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # a disk or folder that does not let us; the message names the path
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted{advice}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:
+    """Raise UsageError for the first of the words that the parser had no use for."""
+    if not words:
+        return
+    names = [f.name.replace("_", "-") for group in groups for f in dataclasses.fields(group)]
+    word = next((w for w in words if w.startswith("-")), words[0])
+    flag = word.split("=", 1)[0]
+    known = [f"--{name}" for name in names]
+    near = [k for k in known if k.startswith(flag) and len(flag) > 3]
+    near = near or difflib.get_close_matches(flag, known, n=1)
+    advice = f"did you mean {near[0]}?" if near else "--help lists all options"
+    raise UsageError(f"{flag}: there is no such option; {advice}")
+
+
+def _message(box: str) -> str:
+    """The message in the box that tyro draws around an error, as one line.
+
+    The box is of lines where stdout can show them, else of dashes, with one under its title, too.
+    """
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
+    message: list[str] = []
+    for line in lines[1:]:
+        if line.strip("─-"):
+            message.append(line)
+        elif message:
+            break
+    text = re.sub(r"^Error parsing \w+: (?=--)", "", " ".join(message))
+    return f"{text} (--help lists all options)"

@@ -1,0 +1,203 @@
+"""The original implementation's checkpoint files: read into ours, and written from ours.
+
+Their names: `conv1.module.weight` for a shared layer, `bn1.bn_0.weight` for the BatchNorm of the first
+entry of --sizes, `alpha`; all with `module.` in front where DataParallel trained them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.transforms import EVAL_CROP_RATIO
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.config.resolve import NETWORK_DEFAULTS
+from rsnet.config.train_config import DEFAULT_SIZES
+from rsnet.models.factory import build
+from rsnet.models.fit import misfits
+
+# What the original has; its other names build the same networks.
+ARCHS = (
+    *(f"parallel_resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+    "parallel_resnext50_32x4d",
+    "parallel_resnext101_32x8d",
+    "parallel_mobilenetv2",
+)
+
+
+def is_original(content: Any) -> bool:
+    """Whether a loaded file is the original's: a dict around a state dict with its names, or that alone."""
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return isinstance(state, dict) and any(
+        isinstance(key, str) and re.search(r"\.bn_\d+\.weight$", key) for key in state
+    )
+
+
+def from_original(
+    content: Mapping[str, Any], arch: str | None = None, sizes: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The content of a checkpoint of ours, made of an original's.
+
+    sizes: as they were given to the original, in that order, which its file does not tell; None for
+    224 192 160 128 96. arch: None for what the file says.
+
+    Raises UsageError if arch or sizes are needed or wrong, DataError with the names and shapes of what
+    does not fit.
+    """
+    state = _state(content)
+    arch = arch or content.get("arch")
+    if arch is None:
+        raise UsageError(
+            "--arch: this file does not say which network it holds; one of " + _known()
+        )
+    if arch not in ARCHS:
+        raise UsageError(f"--arch {arch}: the original has no such network; one of {_known()}")
+    copies = 1 + max(int(m[1]) for k in state if (m := re.search(r"\.bn_(\d+)\.", k)))
+    sizes = tuple(sizes or DEFAULT_SIZES)
+    if len(sizes) != copies:
+        raise UsageError(
+            f"--sizes: this file was trained for {copies} sizes; name them, in the order in which they "
+            f"were given to the original (not {' '.join(map(str, sizes))}); for some of them alone "
+            "first make a run of it, with `python -m rsnet import`"
+        )
+    if len(set(sizes)) != len(sizes) or min(sizes) < 1:
+        raise UsageError(f"--sizes {' '.join(map(str, sizes))}: positive and all different")
+    classifier = state.get(
+        "classifier.module.weight" if "mobilenet" in arch else "fc.module.weight"
+    )
+    if classifier is None or classifier.ndim != 2:
+        raise DataError(f"there is no classifier of {arch} in this file; is --arch right?")
+    names = _names(arch, len(classifier), sizes)
+    shapes = {theirs: shape for theirs, (_, shape) in names.items()}
+    if problems := misfits(shapes, state):
+        raise DataError(f"the weights do not fit {arch}: {problems}")
+    model = {ours: state[theirs] for theirs, (ours, _) in names.items() if theirs in state}
+    for theirs, (ours, shape) in names.items():
+        if theirs not in state:  # PyTorch before 0.4.1 did not count batches
+            model[ours] = torch.zeros(shape, dtype=torch.int64)
+    model["alpha"] = model["alpha"][_order(sizes)]
+    return {
+        "network": {
+            "arch": arch,
+            "width_mult": 1.0,
+            **NETWORK_DEFAULTS,
+            "sizes": sorted(sizes, reverse=True),
+            "num_classes": len(classifier),
+            "classes": [],
+            "normalize": "unit",
+            "eval_crop_ratio": EVAL_CROP_RATIO,
+            "interpolation": "triangle, antialiased (PIL's BILINEAR)",
+        },
+        "model": model,
+        "epoch": _epoch(content),
+    }
+
+
+def to_original(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An original's file, made of a checkpoint of ours; its --sizes have to be given the largest first.
+
+    Raises UsageError for a network that the original does not have.
+    """
+    network = content["network"]
+    plain = {"width_mult": 1.0, **NETWORK_DEFAULTS}
+    del plain["normalize"]
+    changed = [name for name, value in plain.items() if network.get(name, value) != value]
+    if network["arch"] not in ARCHS or changed:
+        what = " with ".join([network["arch"], *changed])
+        raise UsageError(f"the original has no {what}; its networks are {_known()}")
+    names = _names(network["arch"], network["num_classes"], network["sizes"])
+    weights = content.get("ema", content["model"])
+    state = {f"module.{theirs}": weights[ours] for theirs, (ours, _) in names.items()}
+    parameters = [name for name, (ours, _) in names.items() if _is_parameter(ours)]
+    group = {
+        "params": list(range(len(parameters))),
+        "lr": 0.0,
+        "momentum": 0.9,
+        "dampening": 0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+    }
+    return {
+        "epoch": content["epoch"],
+        "arch": network["arch"],
+        "state_dict": state,
+        # Its --resume wants an optimizer: one without momentum yet. Its best are not measured as ours.
+        "optimizer": {"state": {}, "param_groups": [group]},
+        "best_acc0": 0.0,
+        "best_acc": 0.0,
+    }
+
+
+def _state(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights, without DataParallel's `module.`; what else lies among them is left out."""
+    state: Mapping[Any, Any] = content.get("state_dict", content)
+    return {
+        k.removeprefix("module."): v
+        for k, v in state.items()
+        if isinstance(k, str) and isinstance(v, Tensor)
+    }
+
+
+def _epoch(content: Mapping[str, Any]) -> int:
+    """The epochs that are done, as far as the file tells."""
+    epoch = content.get("epoch")
+    return epoch if isinstance(epoch, int) and epoch >= 0 else 0
+
+
+def _is_parameter(ours: str) -> bool:
+    """Whether a name of a state dict is of a parameter, not of a buffer."""
+    return ours == "alpha" or ours.endswith((".weight", ".bias"))
+
+
+def _order(sizes: Sequence[int]) -> list[int]:
+    """The original's index of each of our sizes, the largest first."""
+    return [list(sizes).index(s) for s in sorted(sizes, reverse=True)]
+
+
+def _names(
+    arch: str, num_classes: int, sizes: Sequence[int]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{the original's name: (ours, shape)} of everything in a network's state dict."""
+    with torch.device("meta"):
+        model = build(arch, num_classes, sizes)
+    theirs_of_ours = dict(enumerate(_order(sizes)))
+    names = {}
+    for ours, value in model.state_dict().items():
+        name = ours.removeprefix("network.")
+        layer, infix, rest = name.partition(".by_resolution.")
+        if "mobilenet" in arch:
+            layer = _mobilenet_layer(layer, is_norm=bool(infix))
+        if infix:
+            index, leaf = rest.split(".", 1)
+            name = f"{layer}.bn_{theirs_of_ours[int(index)]}.{leaf}"
+        elif name != "alpha":
+            layer, _, leaf = layer.rpartition(".")
+            name = f"{layer}.module.{leaf}"
+        names[name] = (ours, tuple(value.shape))
+    return names
+
+
+def _mobilenet_layer(layer: str, is_norm: bool) -> str:
+    """The layer's name before torchvision nested convolution, BatchNorm and activation in one module.
+
+    `layer` ends with the leaf if it is no BatchNorm's.
+    """
+    layer = re.sub(r"^features\.18\.", "conv.", layer)
+    layer = re.sub(r"^classifier\.1\b", "classifier", layer)
+    nested = re.match(r"(features\.\d+\.conv)\.(\d+)\.(\d+)(.*)", layer)
+    if nested:
+        head, outer, inner, tail = nested.groups()
+        return f"{head}.{3 * int(outer) + int(inner)}{tail}"
+    flat = re.match(r"(features\.\d+\.conv)\.(\d+)(.*)", layer)
+    if flat:  # the last convolution and its BatchNorm, which have no activation
+        head, outer, tail = flat.groups()
+        return f"{head}.{3 * (int(outer) - is_norm) + is_norm}{tail}"
+    return layer
+
+
+def _known() -> str:
+    return " ".join(ARCHS)

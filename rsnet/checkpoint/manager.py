@@ -1,0 +1,85 @@
+"""The checkpoints of a run: the last few, the best, and which of them a crash left whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.utils.atomic_io import sync_folder
+from pipelines.utils.errors import DataError
+from rsnet.checkpoint import io as checkpoint
+
+
+class Store:
+    """A folder with last.pt, the ones before it (last-1.pt, last-2.pt, ...) and best.pt.
+
+    Files change their names by links and renames alone, after their hashes were noted, so that a kill
+    at any moment leaves last.pt whole.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.last = folder / "last.pt"
+        self.best = folder / "best.pt"
+
+    def save(self, content: Mapping[str, Any], is_best: bool = False) -> None:
+        """Write `content` to last.pt, and to best.pt if `is_best`.
+
+        Raises OSError, if the disk does not take it; what was there stays, under the same names.
+        """
+        pending = self.last.with_name("next.pt")
+        checkpoint.save(pending, content)
+        for age in range(self.keep - 1, 0, -1):
+            if self._aged(age - 1).exists():
+                _copy(self._aged(age - 1), self._aged(age))
+        _copy(pending, self.last)
+        if is_best:
+            _copy(pending, self.best)
+        checkpoint.remove(pending)
+
+    def newest(
+        self, say: Callable[[str], None], moves: bool = True
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, and its path; None if there is none at all.
+
+        moves: whether damaged ones are renamed, so that they never push out a whole one. They are said.
+
+        Raises DataError if all are damaged, or only the best is left.
+        """
+        damaged: list[Path] = []
+        for path in (p for age in range(100) if (p := self._aged(age)).exists()):
+            try:
+                content = checkpoint.load(path)
+            except DataError as error:
+                say(f"{error}; an older one is tried")
+                damaged.append(path)
+                continue
+            for other in damaged if moves else []:
+                other.replace(other.with_name(other.name + ".damaged"))
+                say(f"{other} is now {other.name}.damaged")
+            return path, content
+        if damaged or self.best.exists():
+            best = f"; go on from the best by --resume {self.best}" if self.best.exists() else ""
+            raise DataError(f"{self.folder} has no last checkpoint that is whole{best}")
+        return None
+
+    def _aged(self, age: int) -> Path:
+        return self.last if age == 0 else self.folder / f"last-{age}.pt"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Give `target` the content of `source`, at once; on most file systems without copying a byte."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    checkpoint.note_hashes(target, [checkpoint.sha256(p) for p in (source, target) if p.exists()])
+    temporary.replace(target)
+    sync_folder(target.parent)
+    checkpoint.note_hashes(target, [checkpoint.sha256(target)])  # so that sha256sum --check agrees

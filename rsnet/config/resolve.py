@@ -1,0 +1,213 @@
+"""What the options that are left unset resolve to: the checkpoint's, then the recipe's. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.utils.errors import UsageError
+from rsnet.config.model_config import FULL
+from rsnet.config.recipes import RecipeName, recipe_of
+from rsnet.config.train_config import (
+    DEFAULT_ARCH,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_SIZES,
+    AutoAugmentOption,
+    Mode,
+    TrainConfig,
+)
+
+# What a network is, besides its sizes and classes, and what it is if a checkpoint does not say.
+NETWORK_DEFAULTS = {
+    "stem": "imagenet",
+    "norm": "private",
+    "blurpool": False,
+    "mode": "resnet",
+    "qw": FULL,
+    "qa": FULL,
+    "tf_padding": False,
+    "normalize": "imagenet",
+}
+
+# What a run that goes on takes from its earlier part, unless given anew.
+OF_A_RECIPE = {
+    "decay",
+    "ema",
+    "label_smoothing",
+    "lr_decay",
+    "sgd",
+    "warmup",
+}  # unless it is another's
+TAKEN_OVER = OF_A_RECIPE | {
+    "auto_augment", "clip_grad", "cutmix", "epochs", "init_from", "mixup", "pretrained", "recipe",
+    "seed", "sizes_per_step", "weight_decay",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """A `TrainConfig` in which nothing is left unset that the run depends on."""
+
+    arch: str = DEFAULT_ARCH
+    sizes: tuple[int, ...] = DEFAULT_SIZES
+    epochs: int = 0
+    batch_size: int = 0
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    decay: Literal["all", "weights"] = "all"
+    lr_decay: Literal["cosine", "step", "linear", "schedule"] = "cosine"
+    warmup: int = 0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    clip_grad: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    auto_augment: AutoAugmentOption = "none"
+    recipe: RecipeName = "paper"
+    stem: Literal["imagenet", "small"] = "imagenet"
+    norm: Literal["private", "shared"] = "private"
+    blurpool: bool = False
+    mode: Mode = "resnet"
+    qw: int = FULL
+    qa: int = FULL
+    sgd: Literal["plain", "nesterov"] = "plain"
+    sizes_per_step: int = 0
+
+    def global_batch(self, world_size: int) -> int:
+        """Images of an update."""
+        return self.batch_size * world_size * self.accumulate
+
+    normalize: Literal["imagenet", "unit"] = "imagenet"
+    amp: Literal["bf16", "fp16", "off"] = "off"
+    accumulate: int = 1
+    seed: int = 0
+    output: Path = Path()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are quantizers in the network."""
+        return self.qw != FULL or self.qa != FULL
+
+    @property
+    def never_decays(self) -> bool:
+        """Whether the training ends before the schedule of its learning rate begins."""
+        return self.lr_decay == "schedule" and self.epochs <= min(self.schedule, default=0)
+
+    @property
+    def most_skipped(self) -> int:
+        """Updates in a row that may be left out because of a loss that is not finite."""
+        return int(self.on_nonfinite[1]) if self.on_nonfinite[0] == "skip" else 0
+
+
+def output_of(config: TrainConfig, arch: str) -> Path:
+    """The run directory: --output, or one per arch."""
+    return config.output or Path("runs", arch.replace("/", "_"))
+
+
+def resolve(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    device_type: Literal["cuda", "cpu"],
+    has_bf16: bool,
+    trained: Mapping[str, Any] | None = None,
+    previous: Mapping[str, Any] | None = None,
+    previous_global_batch: int | None = None,
+) -> ResolvedConfig:
+    """Fill in, once, what was left unset: from the checkpoint, then the recipe.
+
+    trained: the checkpoint's description of its network. previous: its run's configuration, if that
+    run is to be continued, and the images of one of its updates.
+    """
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if previous:
+        taken = TAKEN_OVER
+        if config.recipe not in (None, previous.get("recipe")):
+            taken = taken - OF_A_RECIPE
+        given |= {k: previous.get(k) for k in taken if given[k] is None}
+        if config.batch_size is None and config.accumulate is None:
+            given |= _spread(previous_global_batch, world_size, previous)
+    known = trained or {}
+    arch = config.arch or known.get("arch", DEFAULT_ARCH)
+    batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
+    accumulate = given["accumulate"] or 1
+    global_batch = batch_size * world_size * accumulate
+    if previous and given["lr"] is None and global_batch == previous_global_batch:
+        given["lr"] = previous.get("lr")  # it belongs to the images of an update
+    recipe_name: RecipeName = given["recipe"] or "paper"
+    bits = [given[name] or known.get(name, FULL) for name in ("qw", "qa")]
+    recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < FULL)
+    sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
+    defaults = {
+        **dataclasses.asdict(recipe),
+        **{name: known.get(name, value) for name, value in NETWORK_DEFAULTS.items()},
+        "recipe": recipe_name,
+        "lr": recipe.lr * global_batch / 256,
+        "seed": 0,
+        "clip_grad": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "auto_augment": "none",
+        "sizes_per_step": len(sizes),
+        "amp": "bf16" if has_bf16 else "off",
+        "output": output_of(config, arch),
+    }
+    fixed = {
+        "arch": arch,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "sizes": tuple(sorted(sizes, reverse=True)),
+    }
+    k = given["sizes_per_step"] or len(sizes)
+    if k > len(sizes):
+        raise UsageError(f"--sizes-per-step {k}: --sizes has only {len(sizes)}")
+    if k == 1 < len(sizes):
+        raise UsageError(
+            "--sizes-per-step 1: is the largest, always; the others would not be trained"
+        )
+    unset = {k: v for k, v in defaults.items() if given[k] is None}
+    if config.num_classes is None and "num_classes" in known:
+        unset["num_classes"] = known["num_classes"]
+    if config.width_mult == 1.0:
+        unset["width_mult"] = known.get("width_mult", 1.0)
+    for name in ("blurpool", "tf_padding"):
+        if not given[name]:
+            unset[name] = known.get(name, False)
+    resolved = ResolvedConfig(**(given | unset | fixed))
+    _check_quantization(resolved)
+    return resolved
+
+
+def _check_quantization(c: ResolvedConfig) -> None:
+    if c.qa != FULL and c.mode == "resnet":
+        raise UsageError(
+            f"--qa {c.qa}: activations are quantized in --mode preact or preact_typeA; in --mode resnet "
+            "the weights alone, as in the original"
+        )
+    if c.fixed_qa and c.qa == FULL:
+        raise UsageError("--fixed-qa: there are no quantized activations without --qa")
+    if c.blurpool and c.qa != FULL:
+        raise UsageError(
+            f"--blurpool: what is blurred is no longer at the levels of --qa {c.qa}; give one of them"
+        )
+    if c.pretrained is not None and c.mode != "resnet":
+        raise UsageError(
+            f"--pretrained: no library has pre-activation ResNets (--mode {c.mode}); train one in full "
+            "precision, and start from it by --init-from"
+        )
+
+
+def _spread(
+    global_batch: int | None, world_size: int, previous: Mapping[str, Any]
+) -> dict[str, int | None]:
+    """How so many processes take the images of one update as before: the largest batch, up to what it was,
+    as often as it takes. What cannot be divided is left to be refused."""
+    batch_size: int | None = previous.get("batch_size")
+    if not global_batch or not batch_size or global_batch % world_size:
+        return {"batch_size": batch_size, "accumulate": previous.get("accumulate")}
+    share = global_batch // world_size
+    largest = max(n for n in range(1, batch_size + 1) if share % n == 0)
+    return {"batch_size": largest, "accumulate": share // largest}

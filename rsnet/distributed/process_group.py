@@ -1,0 +1,219 @@
+"""Processes and devices. The only reader of RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.distributed.rendezvous import open_store
+
+Device = Literal["auto", "cpu", "cuda"]
+T = TypeVar("T")
+
+# For what the hosts have to agree on, beside the devices: gloo, whatever the gradients go through.
+_control: Any = None
+
+
+def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
+    """Join the process group, if torchrun started us, and return this process's device.
+
+    timeout_s: how long one process waits for another.
+
+    Raises UsageError for --device cuda without a GPU, or with fewer GPUs than processes.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {device}: process {local_rank} has no GPU of its own "
+            f"(there are {torch.cuda.device_count()}); start fewer processes or use --device cpu"
+        )
+    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        global _control
+        # The watchdog, which can name who is late, comes first.
+        timeout = timedelta(seconds=2 * timeout_s)
+        own, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=open_store(own, world, timeout),
+            rank=own,
+            world_size=world,
+            timeout=timeout,
+        )
+        _control = dist.new_group(backend="gloo", timeout=timeout)
+    return chosen
+
+
+def shutdown() -> None:
+    """Leave the process group, once nothing is trained with it any more, and end its threads.
+
+    A thread of gloo lets go of its last tensor behind our back. If Python is ending by then, it aborts the
+    process: seen in 2 of 60 runs on two busy cores, torch 2.15. Only the destructor waits for the threads.
+    """
+    global _control
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        _control = None
+        gc.collect()  # DDP, which is part of a cycle, has the group too
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, given to all ranks; its UsageError or DataError is raised on all."""
+    if not dist.is_initialized():
+        return action()
+    outcome: list[Any] = [None]
+    if is_main():
+        outcome = [_attempt(action)]
+    dist.broadcast_object_list(outcome, 0, group=_control)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def _attempt(action: Callable[[], T]) -> T | UsageError | DataError:
+    """The result, or what the user is told."""
+    try:
+        return action()
+    except (UsageError, DataError) as error:
+        return error
+    except OSError as error:  # names the file
+        return DataError(str(error))
+
+
+def together(action: Callable[[], T]) -> T:
+    """What `action` returns, on each rank. If it fails on one, all fail, instead of waiting for it."""
+    outcome = _attempt(action) if dist.is_initialized() else action()
+    errors = gather(outcome if isinstance(outcome, UsageError | DataError) else None)
+    if isinstance(outcome, UsageError | DataError):
+        raise outcome
+    for other, error in enumerate(errors):
+        if error is not None:
+            raise type(error)(f"rank {other}: {error}")
+    return outcome
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+class Ballot:
+    """Ranks agree on a number, once a step, without waiting for it: the largest of the step before.
+
+    A signal reaches the ranks at different steps; that they stop at the same one costs one step more.
+    """
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros((), dtype=torch.int64)
+        self._pending: Any = None
+
+    def cast(self, number: int) -> int:
+        """The largest number of all ranks' last calls; alone, `number` itself."""
+        if not dist.is_initialized():
+            return number
+        agreed = self.count()
+        self._sum = torch.tensor(number)
+        self._pending = dist.all_reduce(self._sum, dist.ReduceOp.MAX, group=_control, async_op=True)
+        return agreed
+
+    def count(self) -> int:
+        """The outcome of the last call, which all ranks ask for together; 0 if there is none."""
+        if self._pending is None:
+            return 0
+        self._pending.wait()
+        self._pending = None
+        return int(self._sum)
+
+
+def wrap(
+    objective: nn.Module,
+    device: torch.device,
+    all_used: bool = True,
+    static: bool = True,
+    compress: bool = False,
+) -> nn.Module:
+    """DDP around `objective` where there are several processes.
+
+    Buffers are not broadcast in every step: in training BatchNorm's statistics are each rank's own, as
+    with the original. `share_buffers` makes them rank 0's, which are evaluated and saved.
+
+    all_used: False if a step may leave out parameters, which DDP then has to look for, on the host.
+    static: whether all steps are alike. compress: reduce gradients in bfloat16, half the traffic.
+    """
+    if not dist.is_initialized():
+        return objective
+    with warnings.catch_warnings():
+        # torch 2.15 has another name for broadcast_buffers, which torch 2.11 has not.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = nn.parallel.DistributedDataParallel(
+            objective,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=not all_used,
+            static_graph=all_used and static,
+        )
+    if compress:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum over ranks, on all of them; a new tensor."""
+    return _all_reduce(value, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """The maximum over ranks, on all of them; a new tensor."""
+    return _all_reduce(value, dist.ReduceOp.MAX)
+
+
+def _all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value, op)
+    return value

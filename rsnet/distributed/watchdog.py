@@ -1,0 +1,110 @@
+"""Ends a run of several processes in which one does not go on, and names it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from pipelines.utils.errors import DataError, first_line
+from rsnet.distributed.rendezvous import connect
+
+
+class Watchdog:
+    """Every rank tells in a store that it lives and how far it is. A thread looks whether this one goes on.
+
+    Collectives alone would wait for a stuck rank, or say that some rank is missing.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout = timeout_s
+        self._ticks = 0
+        self._done = threading.Event()
+
+    def tick(self) -> None:
+        """The training went on."""
+        self._ticks += 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch during this block. Raises DataError, with the rank, if another one was lost in it."""
+        if not dist.is_initialized():
+            yield
+            return
+        self._rank, world = dist.get_rank(), dist.get_world_size()
+        self._others = [r for r in range(world) if r != self._rank]
+        # A connection of its own: the process group's may be busy waiting.
+        store = connect(timedelta(seconds=self._timeout))
+        self._store = dist.PrefixStore("alive", store)  # type: ignore[attr-defined]
+        self._interval = min(2.0, self._timeout / 8)
+        self._tell()
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_of_a_collective(error):
+                raise
+            raise DataError(f"{self._who()} ({first_line(error)})") from error
+        finally:
+            self._done.set()
+            thread.join(2 * self._interval)
+
+    def _watch(self) -> None:
+        seen, since = -1, time.monotonic()
+        while not self._done.wait(self._interval):
+            if self._ticks != seen:
+                seen, since = self._ticks, time.monotonic()
+            with suppress(RuntimeError):
+                self._tell()
+            if time.monotonic() - since > self._timeout:
+                line = f"no update for {self._timeout:.0f} s (--timeout): {self._who()}"
+                if self._ticks != seen:
+                    continue
+                print(f"rank {self._rank}: error: {line}", file=sys.stderr, flush=True)
+                os._exit(DataError.exit_code)  # the main thread may wait for the rank that is stuck
+
+    def _tell(self) -> None:
+        self._store.set(str(self._rank), f"{time.monotonic()} {self._ticks}")
+
+    def _told(self) -> dict[int, tuple[float, int]]:
+        """What other ranks told last: a moment of their clock, and their ticks."""
+        found = {}
+        for rank in self._others:
+            if self._store.check([str(rank)]):
+                moment, ticks = self._store.get(str(rank)).decode().split()
+                found[rank] = float(moment), int(ticks)
+        return found
+
+    def _who(self) -> str:
+        """Which rank is to blame, in words. Takes three intervals."""
+        try:
+            before = self._told()
+            time.sleep(3 * self._interval)
+            after = self._told()
+        except RuntimeError as error:
+            return f"rank 0's machine does not answer: {first_line(error)}"
+        silent = [r for r in self._others if r not in after or after[r][0] == before[r][0]]
+        if silent:
+            return f"{_ranks(silent)} ended, or hangs, or is not connected any longer"
+        behind = [r for r in self._others if after[r][1] < self._ticks]
+        if behind:
+            return f"{_ranks(behind)} does not go on, but lives: its data?"
+        return f"rank {self._rank} itself does not go on: its data?"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {' and '.join(map(str, ranks))}"
+
+
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether an error comes from what processes do together, because one of them is not there."""
+    words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "store")
+    is_theirs = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+    return is_theirs and dist.is_initialized() and not isinstance(error, DataError)

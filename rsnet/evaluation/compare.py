@@ -1,0 +1,181 @@
+"""Finished runs side by side: accuracy, FLOPs, parameters and speed, as tables and as a plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from matplotlib.figure import Figure
+from tyro.conf import Positional, arg
+
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.evaluation.metrics import ENSEMBLE
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run's directory says."""
+
+    path: Path
+    seed: int
+    top1: dict[str, float]  # % by size, and of the ensemble
+    gflops: dict[str, float]  # an image
+    shared: int  # parameters
+    private: int
+    images: float  # trained on
+    seconds: float  # of training steps, without evaluations
+
+    @property
+    def sizes(self) -> list[str]:
+        return [name for name in self.top1 if name != ENSEMBLE]
+
+
+# By label; several runs are seeds of one experiment, or networks of one size each.
+Groups = Mapping[str, Sequence[RunSummary]]
+
+
+def read_run(path: Path) -> RunSummary:
+    """Summarise a run directory.
+
+    Raises UsageError if it holds no finished run, DataError if its files are damaged.
+    """
+    if not (path / "results.json").is_file():
+        raise UsageError(f"{path}: no results.json; is it the directory of a finished run?")
+    try:
+        results: dict[str, Any] = json.loads((path / "results.json").read_text())
+        config: dict[str, Any] = json.loads((path / "config.json").read_text())
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        gflops, parameters = results.pop("gflops"), results.pop("parameters")
+        if len(results) == 2:
+            results.pop(ENSEMBLE)  # of one size: itself
+        images, seconds = _work([line for line in lines if "perf/step_time" in line])
+        return RunSummary(
+            path=path,
+            seed=config["seed"],
+            top1={name: r["top1"] for name, r in results.items()},
+            gflops=gflops,
+            shared=parameters["shared"],
+            private=parameters["private"],
+            images=images,
+            seconds=seconds,
+        )
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}: {error.filename}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: its files are damaged or of another version: {error!r}"
+        ) from error
+
+
+def tables(groups: Groups) -> str:
+    """Two Markdown tables: top-1 by size, and what it costs. Mean ± standard deviation over runs."""
+    names = _sizes(groups)
+    accuracy = [["top-1 %", *names]]
+    cost = [
+        ["", "GFLOPs an image", "parameters shared", "private", "images/s", "training, minutes"]
+    ]
+    for label, runs in groups.items():
+        accuracy.append([label, *(_mean_and_spread([r.top1.get(n) for r in runs]) for n in names)])
+        gflops = {n: r.gflops[n] for r in runs for n in r.sizes}
+        # Networks of one size each are counted together: what all sizes cost.
+        seeds = len({r.seed for r in runs})
+        seconds = sum(r.seconds for r in runs) / seeds
+        images = statistics.mean(r.images for r in runs)
+        cost.append(
+            [
+                label,
+                " ".join(f"{gflops[n]:.3g}" for n in names if n in gflops),
+                f"{sum(r.shared for r in runs) / seeds:,.0f}",
+                f"{sum(r.private for r in runs) / seeds:,.0f}",
+                f"{images / seconds:.0f}" if seconds else "",
+                f"{seconds / 60:.1f}",
+            ]
+        )
+    return _markdown(accuracy) + "\n\n" + _markdown(cost)
+
+
+def plot(path: Path, groups: Groups) -> None:
+    """Top-1 over GFLOPs, one line a group, bars for the standard deviation; a PNG at `path`."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for label, runs in groups.items():
+        names = [n for n in _sizes({label: runs}) if n != ENSEMBLE]
+        x = [next(r.gflops[n] for r in runs if n in r.gflops) for n in names]
+        top1 = [[r.top1[n] for r in runs if n in r.top1] for n in names]
+        y = [statistics.mean(values) for values in top1]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1]
+        axes.errorbar(x, y, spread, fmt="o-", capsize=3, label=label)
+        for name, at_x, at_y in zip(names, x, y, strict=True):
+            axes.annotate(name, (at_x, at_y), textcoords="offset points", xytext=(4, -10), size=7)
+    axes.set(xlabel="GFLOPs an image", ylabel="top-1 %")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def _work(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Images and seconds of the logged steps; a line speaks of all steps since the one before.
+
+    Epochs are what goes on evenly: with another global batch a resumed run has others steps an epoch.
+    """
+    images = seconds = epoch = 0.0
+    for line in steps:
+        steps_per_epoch = line["step"] / line["epoch"]
+        span = (line["epoch"] - epoch) * steps_per_epoch * line["perf/step_time"]
+        images, seconds = images + span * line["perf/images_per_s"], seconds + span
+        epoch = line["epoch"]
+    return images, seconds
+
+
+def _sizes(groups: Groups) -> list[str]:
+    """All sizes of the runs, the largest first, and the ensemble if there is one of several."""
+    sizes = {n for runs in groups.values() for r in runs for n in r.sizes}
+    has_ensemble = any(ENSEMBLE in r.top1 for runs in groups.values() for r in runs)
+    return sorted(sizes, key=int, reverse=True) + [ENSEMBLE] * has_ensemble
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.2f}{spread}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as an aligned Markdown table; the first is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Compare finished runs: a table, and a plot of accuracy over FLOPs."""
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")]]
+    """Run directories."""
+
+    output: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder for report.md and report.png. Unset: only print the table."""
+
+
+def report(options: ReportOptions) -> int:
+    if not options.runs:
+        raise UsageError("name one or more run directories")
+    groups = {str(path): [read_run(path)] for path in options.runs}
+    text = tables(groups)
+    print(text)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "report.md").write_text(text + "\n")
+        plot(options.output / "report.png", groups)
+    return 0

@@ -1,0 +1,121 @@
+"""How long each size takes on a device, measured there and kept beside the release's files."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.utils.atomic_io import write_json
+from pipelines.utils.errors import DataError, UsageError
+
+# By size: {"median": ms, "p95": ms} of a forward of a whole batch.
+Table = dict[int, dict[str, float]]
+
+WARM_UP, REPEATS = 5, 40
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def device_name(device: torch.device) -> str:
+    """As `NVIDIA H100` or `cpu AMD EPYC 9654`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        model = re.search(r"^model name\s*: *(.+)", CPU_INFO.read_text(), re.MULTILINE)
+        return f"{device.type} {model[1].strip()}" if model else device.type
+    return device.type
+
+
+def measure(forward: Callable[[int], object], sizes: tuple[int, ...]) -> Table:
+    """The times of `forward(size)`, which returns when its result is on the host.
+
+    By size: {"median": ms, "p95": ms}.
+    """
+    return {
+        size: {"median": percentile(t, 50), "p95": percentile(t, 95)}
+        for size, t in sample(forward, sizes, REPEATS).items()
+    }
+
+
+def sample(
+    forward: Callable[[int], object], sizes: tuple[int, ...], repeats: int
+) -> dict[int, list[float]]:
+    """Milliseconds of each of the `repeats` forwards that follow the warm-up, by size.
+
+    The sizes take turns, so that what else the machine does meanwhile falls on all of them.
+    """
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for turn in range(WARM_UP + repeats):
+        for size in sizes:
+            start = time.perf_counter()
+            forward(size)
+            if turn >= WARM_UP:
+                times[size].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def percentile(times: list[float], percent: int) -> float:
+    return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
+
+
+def path_of(folder: Path, device: str) -> Path:
+    """device: its name."""
+    return folder / f"latency-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
+
+
+def save(path: Path, conditions: Mapping[str, Any], table: Table) -> None:
+    """conditions: what a table holds for, such as the batch size. Raises OSError."""
+    write_json(path, {"conditions": dict(conditions), "ms": {str(s): t for s, t in table.items()}})
+
+
+def load(path: Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]) -> Table | None:
+    """The table in a file; None if there is none, or it is of other conditions.
+
+    Raises DataError, in one line, for a file that is no such table.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        if content["conditions"] != conditions:
+            return None
+        table = {s: {k: float(content["ms"][str(s)][k]) for k in ("median", "p95")} for s in sizes}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(f"{path} is no table of latencies; remove it") from error
+    if not all(0 < ms < float("inf") for times in table.values() for ms in times.values()):
+        raise DataError(f"{path} has a latency that is none; remove it")
+    return table
+
+
+def best_size(
+    table: Table, budget_ms: float, accuracy: Mapping[str, Mapping[str, float]] | None
+) -> int:
+    """The most accurate size, or the largest if accuracies are not known, whose p95 fits.
+
+    Raises UsageError, which says what the fastest takes, if none does.
+    """
+    fitting = [size for size, ms in table.items() if ms["p95"] <= budget_ms]
+    if not fitting:
+        size = min(table, key=lambda s: table[s]["p95"])
+        fastest = f"size {size} takes {table[size]['p95']:.2f} ms in 95 of 100 batches"
+        raise UsageError(f"no size fits into {budget_ms} ms: {fastest}")
+    if accuracy is None:
+        return max(fitting)
+    return max(fitting, key=lambda s: (accuracy[str(s)]["top1"], -table[s]["p95"]))
+
+
+def choices(
+    table: Table, accuracy: Mapping[str, Mapping[str, float]] | None
+) -> list[tuple[int, float]]:
+    """The sizes that some budget buys, the most accurate first, each with the least such budget in ms."""
+    budgets = sorted((ms["p95"] for ms in table.values()), reverse=True)
+    least = {best_size(table, budget, accuracy): budget for budget in budgets}
+    return list(least.items())

@@ -1,0 +1,163 @@
+"""Weights & Biases. A run that cannot reach the server goes on, offline; one that loses W&B, without it.
+
+metrics.jsonl has all that W&B is told, so that `rsnet sync` can make the W&B run whole, whatever happened.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from pipelines.utils.atomic_io import write_json
+from pipelines.utils.errors import DataError, first_line
+from rsnet.loggers import wandb_service
+from rsnet.loggers.wandb_service import SERVICE_TIMEOUT_S, Console, Mode, within
+
+
+@dataclass(frozen=True)
+class Sent:
+    """RUN/wandb.json: which W&B run it is, and how many lines of metrics.jsonl are there for sure."""
+
+    id: str
+    entity: str | None
+    lines: int
+
+
+class WandbLog:
+    """One W&B run; does nothing if `mode` is "disabled".
+
+    mode None: online if a key is configured, else offline; WANDB_MODE decides before that.
+    directory: the run directory.
+    run_id: the run to continue, or None.
+    remedy: what is left of what W&B does not get. Unset: `rsnet sync`, which reads a training's metrics.
+
+    No failure of W&B ends a training, or holds it up beyond the limits of `wandb_service`. The first is said
+    in one line, and W&B is left alone from then on.
+    """
+
+    def __init__(
+        self,
+        mode: Mode | None,
+        directory: Path,
+        project: str,
+        name: str | None,
+        config: Mapping[str, Any],
+        run_id: str | None,
+        say: Callable[[str], None],
+        remedy: str | None = None,
+    ) -> None:
+        self.run_id: str | None = None
+        self._run: Any = None
+        self._directory, self._say = directory, say
+        command = shlex.join(["python", "-m", "rsnet", "sync", str(directory)])
+        self._remedy = remedy or f"`{command}` sends the metrics later"
+        if mode != "disabled":
+            self._console = Console()
+        mode, reason = (mode, "--wandb") if mode else wandb_service.default_mode()
+        if mode == "disabled":
+            say(f"W&B: disabled ({reason})")
+            return
+        self.run_id = run_id
+
+        def start(mode: Mode) -> Any:
+            return wandb_service.start(
+                mode, directory, project, name or directory.name, config, run_id, resume="allow"
+            )
+
+        try:
+            if mode == "online":
+                try:
+                    self._run = start("online")
+                except wandb.errors.Error as error:
+                    mode, reason = "offline", f"the server did not answer: {first_line(error)}"
+            self._run = self._run or start("offline")
+            self.run_id = self._run.id
+            self._is_whole = self._begin(run_id) and mode == "online"
+        except Exception as error:
+            self._leave(first_line(error))
+            return
+        self._console.warnings.clear()
+        if mode == "offline":
+            say(f"W&B: offline in {Path(self._run.dir).parent} ({reason}); {self._remedy}")
+        elif self._is_whole:
+            say(f"W&B: online at {self._run.url} ({reason})")
+        else:
+            say(f"W&B: online at {self._run.url} ({reason}), without earlier lines; {self._remedy}")
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics with their "step" and "epoch"; the axes are chosen by `define_metric`."""
+        self._do(lambda: self._run.log(dict(metrics)), SERVICE_TIMEOUT_S)
+
+    def log_results(self, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
+        """The final table and the plot."""
+        self._do(
+            lambda: wandb_service.log_results(self._run, columns, rows, plot),
+            wandb_service.finish_timeout(),  # a table asks the server
+        )
+
+    def log_profile(self, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:
+        """What a profile measured, its plot, and the files that have more; all in the run's directory."""
+        self._do(
+            lambda: wandb_service.log_profile(self._run, figures, plot, files), SERVICE_TIMEOUT_S
+        )
+
+    def finish(self, failed: bool = False) -> None:
+        """End the W&B run and its service, so that the end of the process waits for neither."""
+
+        def end() -> None:
+            wandb_service.finish(self._run, self._console, failed)
+            if self._is_whole:
+                self._note(count_lines(self._directory))
+
+        self._do(end, wandb_service.finish_timeout() + SERVICE_TIMEOUT_S)
+        self._run = None
+
+    def _begin(self, run_id: str | None) -> bool:
+        """Write down which W&B run it is; returns whether that has all lines up to now."""
+        lines = count_lines(self._directory)
+        sent = read_sent(self._directory) if run_id else None
+        has_all = lines <= (sent.lines if sent else 0)
+        self._note(lines if has_all else 0)
+        return has_all
+
+    def _note(self, lines: int) -> None:
+        write_sent(self._directory, Sent(self._run.id, self._run.entity or None, lines))
+
+    def _do(self, action: Callable[[], None], limit: float) -> None:
+        if self._run:
+            try:
+                within(limit, action)
+            except Exception as error:
+                self._leave(first_line(error))
+
+    def _leave(self, reason: str) -> None:
+        self._say(f"W&B: lost ({reason.rstrip('.')}); {self._remedy}")
+        wandb_service.let_go(self._run)
+        self._run = None
+
+
+def count_lines(directory: Path) -> int:
+    """Of metrics."""
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def read_sent(directory: Path) -> Sent | None:
+    """Of a run directory; None if W&B was never told of the run."""
+    path = directory / "wandb.json"
+    try:
+        return Sent(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged; without it, the run becomes a new W&B run") from error
+
+
+def write_sent(directory: Path, sent: Sent) -> None:
+    write_json(directory / "wandb.json", asdict(sent))

@@ -1,0 +1,153 @@
+"""W&B's service, a process of its own: started, told and ended, with a limit to how long each takes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from pipelines.utils.errors import first_line
+
+Mode = Literal["online", "offline", "disabled"]
+Table = tuple[list[str | int], list[list[Any]], Path]  # columns, rows; the plot, a PNG
+
+# W&B's own default is 90 s, which a machine without a network would wait for at every start.
+INIT_TIMEOUT_S = 30
+# W&B's own default is to try for 7 days. What is left at the end is some lines of 1 kB and a plot.
+FINISH_TIMEOUT_S = 15
+# The service takes a line in 1 ms: one this late has stopped. The limits above are its own to keep.
+SERVICE_TIMEOUT_S = 10
+
+
+class Console:
+    """Takes what W&B would print, and keeps the warnings: all that it says of data that it gave up."""
+
+    def __init__(self) -> None:
+        # Reports of W&B's own errors: a process lives 12 s longer if the server does not answer them.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        self.warnings: list[str] = []
+        wandb.termsetup(wandb.setup(wandb.Settings(silent=True)).settings, self)
+
+    def info(self, msg: str) -> None:
+        pass
+
+    def warning(self, msg: str) -> None:
+        if "already exists with the same content" not in msg:  # a table that is sent again
+            self.warnings.append(msg.split("WARNING ")[-1].split(". ")[0])  # the rest is advice
+
+    error = warning
+
+
+def default_mode() -> tuple[Mode, str]:
+    """WANDB_MODE's, else online if there is a key; and why."""
+    modes: tuple[Mode, ...] = ("online", "offline", "disabled")
+    for mode in modes:
+        if os.environ.get("WANDB_MODE") == mode:
+            return mode, "WANDB_MODE"
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return "online", "a key is configured"
+    except wandb.errors.Error as error:
+        return "offline", f"the key is not usable: {first_line(error)}"
+    return "offline", "no key is configured"
+
+
+def start(
+    mode: Mode,
+    directory: Path,
+    project: str,
+    name: str,
+    config: Mapping[str, Any],
+    run_id: str | None,
+    resume: Literal["allow"] | None,
+    entity: str | None = None,
+    **settings: Any,
+) -> Any:
+    """A W&B run; one that exists under the id is continued or, with resume None, replaced."""
+    timeouts = {
+        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)),
+        "finish_timeout": finish_timeout(),
+    }
+    run = wandb.init(
+        mode=mode,
+        dir=directory,
+        project=project,
+        name=name,
+        config=dict(config),
+        id=run_id,
+        resume=resume,
+        entity=entity,
+        settings=wandb.Settings(
+            silent=True, console="off", finish_timeout_raises=True, **timeouts | settings
+        ),
+    )
+    run.define_metric("epoch")
+    for metric in ("lr", "train/*", "alpha/*", "perf/*"):
+        run.define_metric(metric, step_metric="step")
+    run.define_metric("val/*", step_metric="epoch")
+    return run
+
+
+def log_results(run: Any, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
+    """The final table and the plot, which goes by its file's name."""
+    table = wandb.Table(columns=columns, data=rows)
+    run.log({"results": table, plot.stem: wandb.Image(str(plot))})
+
+
+def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:
+    """One line of metrics, which W&B also takes for the run's summary; the plot and the files."""
+    run.log({**figures, "profile/plot": wandb.Image(str(plot))})
+    for file in files:
+        # W&B warns of links, and the next profile overwrites what they lead to.
+        copy = shutil.copy(file, run.dir)
+        run.save(copy, base_path=run.dir, policy="now", glob=False)
+
+
+def finish_timeout() -> float:
+    return float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT_S))
+
+
+def finish(run: Any, console: Console, failed: bool) -> None:
+    """End the run and the service. Raises if not everything was sent."""
+    run.finish(exit_code=int(failed))
+    if console.warnings:
+        raise RuntimeError(console.warnings[0])
+    wandb.teardown()
+
+
+def let_go(run: Any) -> None:
+    """Leave the service, and the run if there is one, alone; what it still has to do goes on behind.
+
+    The end of the process has hooks of W&B, which wait for a service that has stopped, and fail with a
+    traceback if it died: they are taken out, after the run's threads, which fail without them.
+    """
+    for end in ([run.finish] if run else []) + [wandb.teardown]:
+        with contextlib.suppress(Exception):
+            within(1, end)
+
+
+def within(limit: float, action: Callable[[], object]) -> None:
+    """Raises what `action` does, as a RuntimeError, or TimeoutError if it takes more than `limit` seconds."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:  # wandb.teardown() exits if its service failed
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {limit:g} s")
+    if errors:
+        raise RuntimeError(first_line(errors[0])) from errors[0]

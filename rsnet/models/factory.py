@@ -1,0 +1,255 @@
+"""`parallel_<name>`: torchvision's and timm's networks with BatchNorm, by name."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model_builder, list_models
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from pipelines.utils.errors import UsageError, first_line
+from rsnet.config.model_config import FULL
+from rsnet.models import preact_resnet as preact
+from rsnet.models.layers.activations import use_uncopied_activations
+from rsnet.models.layers.conv import use_blurpool
+from rsnet.models.layers.depthwise import use_depthwise_convolutions
+from rsnet.models.layers.onednn_workarounds import use_single_pixel_convolutions
+from rsnet.models.layers.pointwise import use_skipping_convolutions
+from rsnet.models.layers.same import use_same_padding
+from rsnet.models.pretrained import load_pretrained
+from rsnet.models.quantization.lq_nets import quantize, start_from_weights
+from rsnet.models.resnet import LAYERS, scaled_resnet
+from rsnet.models.stem import use_small_stem
+from rsnet.models.switchable import ResolutionSwitchable
+
+# resnet: the network as its library has it; preact: `rsnet.models.preact_resnet`, with shortcut B or A.
+Mode = Literal["resnet", "preact", "preact_typeA"]
+
+PREFIX = "parallel_"
+TIMM_PREFIX = PREFIX + "timm/"
+
+# The original's names that torchvision spells differently.
+_ALIASES = {"mobilenetv2": "mobilenet_v2"}
+
+# No BatchNorm; or, as MaxViT, only at the one size that its attention windows divide.
+_UNFIT = re.compile(r"alexnet|convnext|maxvit|squeezenet|swin|vgg\d+$|vit_")
+
+# The original trains without dropout; auxiliary heads would be private to nothing.
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "mobilenet_v2": {"dropout": 0.0},
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+# What `build` has to know of a network that a checkpoint describes, besides arch, classes and sizes.
+REBUILT_BY = ("width_mult", "stem", "norm", "blurpool", "mode", "qw", "qa", "tf_padding")
+
+
+def list_archs() -> list[str]:
+    """The names of the networks that can be made switchable, timm's aside, without building any."""
+    names = {n for n in list_models(module=torchvision.models) if not _UNFIT.match(n)} | set(LAYERS)
+    aliases = {v: k for k, v in _ALIASES.items()}
+    return sorted(PREFIX + aliases.get(n, n) for n in names)
+
+
+def build(
+    arch: str,
+    num_classes: int,
+    sizes: Sequence[int],
+    width_mult: float = 1.0,
+    stem: Literal["imagenet", "small"] = "imagenet",
+    norm: Literal["private", "shared"] = "private",
+    blurpool: bool = False,
+    pretrained: str | None = None,
+    mode: Mode = "resnet",
+    qw: int = FULL,
+    qa: int = FULL,
+    fixed_qa: bool = False,
+    tf_padding: bool = False,
+) -> ResolutionSwitchable:
+    """The network `arch`, initialised as its library does it, with private BatchNorm per size.
+
+    torchvision's ResNets and MobileNetV2 start as the original's do: Kaiming fan-out convolutions, no
+    zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test compares the formulas).
+    stem: "small" is for images of about 32 pixels. norm: "shared" is an ordinary network, to compare with.
+    pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
+    mode, qw, qa, fixed_qa: see `rsnet.models.quantization.lq_nets`; the last BatchNorm of a quantized ResNet's blocks
+    starts at zero, as the original's, but not of a pre-activation one. tf_padding: as TensorFlow does it.
+
+    Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
+    """
+    if mode != "resnet":
+        network = _build_preact(arch, num_classes, width_mult, mode)
+    elif arch.startswith(TIMM_PREFIX):
+        network = _build_timm(arch, num_classes, width_mult)
+    else:
+        network = _build_torchvision(arch, num_classes, width_mult)
+    if stem == "small":
+        use_small_stem(network)
+    if pretrained is not None:
+        load_pretrained(network, *_library_name(arch), pretrained)
+    if blurpool:
+        use_blurpool(network)
+    if tf_padding:
+        use_same_padding(network)
+    use_single_pixel_convolutions(network)
+    use_skipping_convolutions(network)
+    use_depthwise_convolutions(network)
+    use_uncopied_activations(network)
+    if mode == "resnet" and qw != FULL and pretrained is None:
+        _zero_last_gamma(network)
+    try:
+        quantize(network, qw, qa, fixed_qa=fixed_qa)
+        if pretrained is not None:
+            start_from_weights(network)
+        model = ResolutionSwitchable(network, sizes, shared_norm=norm == "shared")
+    except ValueError as error:
+        raise UsageError(f"--arch {arch}: {error}") from error
+    _check_sizes(model, arch)
+    return model
+
+
+def rebuild(network: Mapping[str, Any], sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
+    """The network that a checkpoint describes, at its sizes or others, without its weights."""
+    arch, classes = network["arch"], network["num_classes"]
+    more = {key: network[key] for key in REBUILT_BY if key in network}
+    return build(arch, classes, network["sizes"] if sizes is None else sizes, **more)
+
+
+def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
+    """Let every BatchNorm take its statistics over the batches of all processes, in place.
+
+    They stay private to each size. PyTorch computes this on GPUs alone.
+    """
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    if arch.startswith(TIMM_PREFIX):
+        import timm
+
+        # It keeps the activations of timm's BatchNormAct2d.
+        convert = timm.layers.convert_sync_batchnorm  # type: ignore[attr-defined]
+    model.network = convert(model.network)
+
+
+def gflops(model: nn.Module, size: int) -> float:
+    """Forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image; counts on meta tensors."""
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        on_meta(torch.empty(1, 3, size, size, device="meta"))
+    return float(counter.get_total_flops()) / 1e9
+
+
+def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Module:
+    if arch not in list_archs():
+        raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_archs())}")
+    _, name = _library_name(arch)
+    if name in LAYERS and (width_mult != 1.0 or name not in list_models()):
+        return scaled_resnet(name, num_classes, width_mult)
+    builder = get_model_builder(name)
+    options = dict(_OVERRIDES.get(name, {}))
+    if width_mult != 1.0:
+        if "width_mult" not in inspect.signature(_network_class(builder)).parameters:
+            raise UsageError(f"--width-mult {width_mult}: {arch} has no width to multiply")
+        options["width_mult"] = width_mult
+    network: nn.Module = builder(weights=None, num_classes=num_classes, **options)
+    return network
+
+
+def _library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
+    """Which library a network is of, and its name there."""
+    if arch.startswith(TIMM_PREFIX):
+        return "timm", arch.removeprefix(TIMM_PREFIX)
+    name = arch.removeprefix(PREFIX)
+    return "torchvision", _ALIASES.get(name, name)
+
+
+def _network_class(builder: Any) -> Any:
+    """The class that a torchvision builder returns, by its annotation."""
+    return inspect.signature(builder, eval_str=True).return_annotation
+
+
+def _build_preact(arch: str, num_classes: int, width_mult: float, mode: Mode) -> nn.Module:
+    name = arch.removeprefix(PREFIX)
+    if name not in preact.LAYERS:
+        known = " ".join(PREFIX + n for n in preact.LAYERS)
+        raise UsageError(f"--mode {mode}: there is no such {arch}; there are {known}")
+    shortcut: preact.Shortcut = "A" if mode == "preact_typeA" else "B"
+    return preact.PreActResNet(name, num_classes, shortcut, width_mult)
+
+
+def _zero_last_gamma(network: nn.Module) -> None:
+    """torchvision's zero_init_residual (Goyal et al. 2017, section 5.1)."""
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            nn.init.zeros_(last.weight)
+
+
+def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(f"--arch {arch}: timm is not installed; `uv sync --extra timm`") from None
+    if width_mult != 1.0:
+        raise UsageError(f"--width-mult {width_mult}: choose a width by its timm name instead")
+    _, name = _library_name(arch)
+    if not timm.is_model(name):
+        known = [TIMM_PREFIX + n for n in timm.list_models()]
+        raise UsageError(f"--arch {arch}: unknown to timm; {_suggest(arch, known)}")
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    return network
+
+
+def _suggest(arch: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(arch, known, n=3, cutoff=0.5)
+    if not near and PREFIX + arch in known:
+        near = [PREFIX + arch]
+    return f"did you mean {' or '.join(near)}?" if near else "such a name is parallel_resnet50"
+
+
+def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
+    """Raise UsageError if the network cannot run at one of its sizes, or sees next to nothing there."""
+    on_meta = copy.deepcopy(model).to("meta").eval()
+    smallest = model.sizes[-1]
+    stride = _total_stride(on_meta)
+    # Under half the stride, the last two stages see one pixel: their 3x3 filters are 1x1 filters.
+    if smallest < stride // 2:
+        raise UsageError(
+            f"--sizes: {smallest} is too small for {arch}, which shrinks its input {stride} times; "
+            f"use {stride // 2} or more"
+        )
+    for size in model.sizes:
+        try:
+            with torch.no_grad():
+                on_meta(torch.empty(1, 3, size, size, device="meta"))
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(
+                f"--sizes: {arch} does not work at {size} ({first_line(error)})"
+            ) from error
+
+
+def _total_stride(on_meta: ResolutionSwitchable, probe: int = 320) -> int:
+    """How many times smaller the last spatial feature map is than a probe image."""
+    smallest = probe
+
+    def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal smallest
+        if output.shape[-1] > 1:
+            smallest = min(smallest, output.shape[-1])
+
+    hooks = [m.register_forward_hook(watch) for m in on_meta.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        on_meta(torch.empty(1, 3, probe, probe, device="meta"), on_meta.sizes[0])
+    for hook in hooks:
+        hook.remove()
+    return round(probe / smallest)

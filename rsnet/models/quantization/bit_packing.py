@@ -1,0 +1,85 @@
+"""Quantized weights as K bits each: what a release stores of a quantized network, and back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rsnet.models.quantization.lq_nets import Quantizer, WeightQuantizer, code_table, table
+
+CODES, BASIS = ".codes", ".basis"  # behind the name of a quantized weight
+
+State = dict[str, Tensor]
+
+
+def packed(model: nn.Module) -> State:
+    """The state dict, with WEIGHT.codes and WEIGHT.basis in place of every quantized weight.
+
+    codes: uint8, (ceil(n K / 8),), K bits for each of the n weights, in the order of (C, in, h, w), the
+    lowest first, without gaps. Bit k is the sign of entry k of its channel's basis, (C, K) float32; their
+    sum is the weight. Of other quantizers the basis stays; what only training needs is left out.
+    """
+    state = dict(model.state_dict())
+    for name, quantizer in model.named_modules():
+        if not isinstance(quantizer, Quantizer):
+            continue
+        del state[f"{name}.total"], state[f"{name}.rest"]
+        if isinstance(quantizer, WeightQuantizer):
+            chain = name.removesuffix(".0")
+            weight = chain.replace(".parametrizations.weight", ".weight")
+            original = state.pop(f"{chain}.original")
+            state[weight + CODES] = pack(_numbers(original, quantizer), quantizer.bits)
+            state[weight + BASIS] = state.pop(f"{name}.basis")
+    return state
+
+
+def unpacked(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """What `packed` gave -> a state dict as `like`, that of the network whose weights are not quantized.
+
+    Quantizers of activations and counts of batches are as after no training at all.
+    """
+    state = {}
+    for name, expected in like.items():
+        if name in stored:
+            state[name] = stored[name]
+        elif name + CODES in stored:
+            state[name] = _weight(stored[name + CODES], stored[name + BASIS], expected.shape)
+        else:  # what only training goes on from
+            start = torch.ones if name.endswith(".rest") else torch.zeros
+            state[name] = start(expected.shape, dtype=expected.dtype)
+    return state
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """n numbers below 2^bits, of any shape -> (ceil(n bits / 8),) uint8."""
+    length = -(-numbers.numel() * bits // 8)
+    if numbers.device.type == "meta":
+        return torch.empty(length, dtype=torch.uint8, device="meta")
+    digits = (numbers.reshape(-1, 1) >> torch.arange(bits)) & 1
+    padded = nn.functional.pad(digits.flatten(), (0, 8 * length - digits.numel()))
+    return (padded.reshape(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def unpack(stored: Tensor, bits: int, count: int) -> Tensor:
+    """What `pack` gave -> (count,) int64."""
+    digits = (stored[:, None].long() >> torch.arange(8)) & 1
+    return (digits.flatten()[: count * bits].reshape(count, bits) << torch.arange(bits)).sum(1)
+
+
+def _numbers(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """The number of each weight's code, (C, n)."""
+    if weight.device.type == "meta":
+        return weight
+    thresholds, _, codes = table(quantizer.basis, quantizer.codes)
+    rank = torch.searchsorted(thresholds[:, 1:].contiguous(), weight.flatten(1))
+    powers = 2 ** torch.arange(quantizer.bits)
+    return ((codes > 0) * powers).sum(2).gather(1, rank)
+
+
+def _weight(stored: Tensor, basis: Tensor, shape: torch.Size) -> Tensor:
+    bits = basis.shape[1]
+    numbers = unpack(stored, bits, shape.numel()).reshape(len(basis), -1)
+    levels = (basis[:, None] * code_table(bits, -1.0)).sum(2)
+    return levels.gather(1, numbers).reshape(shape)

@@ -1,0 +1,38 @@
+"""Files that `torch.save` wrote, read without executing what is in them."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.utils.errors import DataError, first_line
+
+# What trainers keep beside the weights, which torch does not know as harmless: their options, and
+# accuracies as NumPy's numbers, whose constructor is named as NumPy 1 did or as it is now.
+_MAKE_SCALAR: Any = np.float64().__reduce__()[0]
+HARMLESS: list[Any] = [
+    Namespace,
+    (_MAKE_SCALAR, "numpy.core.multiarray.scalar"),
+    _MAKE_SCALAR,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
+]
+
+
+def read(path: Path) -> Any:
+    """The content of `path`, on the CPU.
+
+    Raises DataError with one line if it cannot be read, or holds more than tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever another file makes of the readers of zip and pickle
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        what = f"it holds code: {foreign[1]}" if foreign else first_line(error)
+        raise DataError(what) from error

@@ -1,0 +1,210 @@
+"""`--profile`: measure a configuration, print what it means, leave figures, a plot and a trace; and sweep."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch.profiler import ProfilerActivity
+
+from pipelines.batch import Loader, Loaders
+from pipelines.utils.atomic_io import write_json
+from rsnet.config.command_line import as_command
+from rsnet.config.resolve import ResolvedConfig
+from rsnet.config.train_config import as_plain
+from rsnet.distributed import process_group as distributed
+from rsnet.loggers.run_dir import Display, environment
+from rsnet.loggers.wandb_logger import WandbLog
+from rsnet.models.factory import gflops
+from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.profiler import report as profile_report
+from rsnet.profiler.step_profiler import Profile, endless, profile
+from rsnet.profiler.sweep import Sweep, Trial, as_json, other_recipe
+from rsnet.training.assemble import make_trainer
+from rsnet.training.trainer import Trainer
+
+OWN = ("profile", "profile_steps", "profile_sweep", "profile_limit")  # not of a training
+TRACED_STEPS = 3
+TRACE = "trace.json.gz"  # W&B's time for uploads is too short for ten times the bytes
+
+
+class ProfileRun:
+    """What is measured, and where the figures go."""
+
+    def __init__(
+        self,
+        script: str,
+        config: ResolvedConfig,
+        options: Any,
+        model: ResolutionSwitchable,
+        loaders: Loaders,
+        device: torch.device,
+        display: Display,
+        num_classes: int,
+    ) -> None:
+        self.script, self.config, self.options = script, config, options
+        self.model, self.loaders, self.device = model, loaders, device
+        self.display, self.num_classes = display, num_classes
+        self.folder = config.output / "profile"
+        self.cost = sum(gflops(model, size) for size in model.sizes)
+
+    def run(
+        self,
+        swept: list[str],
+        again: Callable[..., ResolvedConfig],
+        open_loaders: Callable[[ResolvedConfig, Any], Loaders],
+    ) -> None:
+        """Profile, sweep over the options of these names, and tell W&B.
+
+        again: the configuration with other batches. open_loaders: those of other options.
+        """
+        found = self.profile()
+        figures = profile_report.figures(found)
+        files = ["profile.json", TRACE]
+        if swept:
+            given = Trial("", None, self.config, self.options, found)
+            measure = partial(self._measure, open_loaders)
+            sweep = Sweep(given, again, measure, self.display.say)
+            self._sweep(sweep, swept)
+            figures["profile/images_per_s/best"] = sweep.best.speed
+            files.append("sweep.json")
+        self._log_to_wandb(figures, files)
+
+    def profile(self) -> Profile:
+        """Measure, print the table and the bottleneck, and write profile.json, .png and the trace."""
+        config, device, say = self.config, self.device, self.display.say
+        trainer, loader = self._trainer(config, self.model, self.loaders)
+        say(
+            f"{config.profile_steps} steps each of loader, computation, and both; {device}, amp {config.amp}"
+        )
+        found = profile(trainer, self.model, loader, self.cost, config.profile_steps)
+        say(profile_report.table(found))
+        say(profile_report.advice(found, config, self.options))
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            figures = {
+                **profile_report.as_json(found),
+                "environment": environment(device, distributed.world_size()),
+            }
+            write_json(self.folder / "profile.json", figures)
+            _plot(found, self.folder / "profile.png")
+        _trace(trainer, loader, device, self.folder / TRACE)
+        say(f"{self.folder}: profile.json, profile.png, {TRACE} (for https://ui.perfetto.dev)")
+        return found
+
+    def _sweep(self, sweep: Sweep, names: list[str]) -> None:
+        """Try values, print the fastest command, and write sweep.json."""
+        config, say = self.config, self.display.say
+        if "decoder-hw-load" in names and self.device.type != "cuda":
+            say("--decoder-hw-load: not tried, it is of a GPU's JPEG engine")
+            names = [name for name in names if name != "decoder-hw-load"]
+        cores = len(os.sched_getaffinity(0))
+        sweep.run(names, self.device.type, cores, config.profile_limit)
+        if sweep.not_tried:
+            untried = ", ".join(sweep.not_tried)
+            say(f"not tried, because --profile-limit {config.profile_limit:g} is over: {untried}")
+        best = sweep.best
+        command = as_command(self.script, best.config, best.options, without=OWN)
+        write_json(self.folder / "sweep.json", as_json(sweep, command))
+        if best is sweep.given:
+            say("nothing was faster than the command as given:")
+        else:
+            say(f"best, {best.speed / sweep.given.speed:.2f} times as many images/s as given:")
+        say(command)
+        if note := other_recipe(config, best.config):
+            say(note)
+
+    def _measure(
+        self,
+        open_loaders: Callable[[ResolvedConfig, Any], Loaders],
+        config: ResolvedConfig,
+        options: Any,
+        deadline: float,
+    ) -> Profile:
+        """Of other options, with loaders and weights of its own, which are gone afterwards."""
+        self._release()
+        loaders = open_loaders(config, options)
+        try:
+            model = copy.deepcopy(self.model)
+            trainer, loader = self._trainer(config, model, loaders)
+            return profile(trainer, model, loader, self.cost, config.profile_steps, deadline)
+        finally:
+            _close(loaders)
+
+    def _release(self) -> None:
+        """The memory of the measurement before, whose objects may hold each other."""
+        _close(self.loaders)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _trainer(
+        self, config: ResolvedConfig, model: ResolutionSwitchable, loaders: Loaders
+    ) -> tuple[Trainer, Loader]:
+        assert loaders.train is not None
+        steps_per_epoch = max(1, len(loaders.train) // config.accumulate)
+        trainer = make_trainer(config, model, self.num_classes, steps_per_epoch, self.device)
+        return trainer, loaders.train
+
+    def _log_to_wandb(self, figures: dict[str, float], files: list[str]) -> None:
+        """In a W&B run of its own: the one that the run directory names is a training's."""
+        c = self.config
+        batch = {"global_batch": c.global_batch(distributed.world_size())}
+        log = WandbLog(
+            c.wandb if distributed.is_main() else "disabled",
+            self.folder,
+            c.wandb_project,
+            f"{c.wandb_name or c.output.name} profile",
+            as_plain(c) | as_plain(self.options) | batch,
+            None,
+            self.display.say,
+            remedy=f"all of it is in {self.folder}",
+        )
+        log.log_profile(
+            figures, self.folder / "profile.png", [self.folder / name for name in files]
+        )
+        log.finish()
+
+
+def _close(loaders: Loaders) -> None:
+    for loader in (loaders.train, loaders.val):
+        if loader is not None:
+            loader.close()
+
+
+def _trace(trainer: Trainer, loader: Loader, device: torch.device, path: Path) -> None:
+    """What PyTorch's profiler saw of a few steps."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for batch in islice(endless(loader), TRACED_STEPS):
+            trainer.forward_backward(batch, last=True)
+            trainer.update()
+    if distributed.is_main():
+        profiler.export_chrome_trace(str(path))
+
+
+def _plot(p: Profile, path: Path) -> None:
+    """The parts of a step, of the computation alone and of both, beside the loader."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    rows = {
+        "together": p.end_to_end.parts,
+        "computation": p.compute.parts,
+        "loader": {"data": p.loader.mean},
+    }
+    left = dict.fromkeys(rows, 0.0)
+    for part in p.end_to_end.parts:
+        widths = [parts.get(part, 0.0) for parts in rows.values()]
+        axes.barh(list(rows), widths, left=list(left.values()), label=part)
+        left = {name: left[name] + width for name, width in zip(rows, widths, strict=True)}
+    axes.set(xlabel="ms a step")
+    axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=120)

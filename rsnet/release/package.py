@@ -1,0 +1,221 @@
+"""A trained network as a folder to publish and to load from: safetensors, config.json, a model card.
+
+Reading needs torch, torchvision and safetensors alone, executes nothing of the folder, and takes no more
+memory than the weights that lie there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pipelines.utils.atomic_io import new_folder, write_json, write_whole
+from pipelines.utils.errors import DataError, UsageError, blame, first_line
+from rsnet import __version__
+from rsnet.config.model_config import FULL
+from rsnet.models.factory import rebuild
+from rsnet.models.fit import misfits
+from rsnet.models.quantization.bit_packing import packed, unpacked
+from rsnet.models.switchable import ResolutionSwitchable, select_sizes
+from rsnet.release import config as release_config
+from rsnet.release import model_card as release_card
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+# The header of a file with 100,000 tensors.
+MOST_HEADER = 16 * 2**20
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Release:
+    """What was read from a folder.
+
+    config: the content of config.json, whose "network" describes the network as a checkpoint does.
+    state: the network's state dict, on the CPU, with quantized weights as they are applied.
+    """
+
+    config: dict[str, Any]
+    state: State
+
+
+def write(
+    folder: Path,
+    network: Mapping[str, Any],
+    model: ResolutionSwitchable,
+    *,
+    gflops: Mapping[str, float],
+    accuracy: Mapping[str, Mapping[str, float]] | None,
+    averaged: bool,
+    source: Mapping[str, Any],
+) -> Release:
+    """Write the release `folder`, whole or not at all, and return what it reads as.
+
+    network: what a checkpoint says of `model`. gflops, accuracy ("top1" and "top5" in %): of each size
+    and of the ensemble, by name. averaged: whether the weights are an average over training steps.
+    source: where they come from.
+
+    Raises UsageError if there is something at `folder`, OSError if it cannot be written.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(f"--output: {folder} exists; give another name")
+    data = safetensors.torch.save(_stored(model))
+    shared, private = model.count_parameters()
+    config = {
+        "format": release_config.FORMAT,
+        "network": dict(network),
+        "preprocessing": release_config.preprocessing(network),
+        "accuracy": accuracy,
+        "gflops": dict(gflops),
+        "parameters": {"shared": shared, "private": private},
+        "weights": {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "averaged": averaged,
+        },
+        "source": dict(source),
+        "versions": {
+            "rsnet": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+    with new_folder(folder) as temporary:
+        write_whole(temporary / WEIGHTS, data)
+        write_json(temporary / CONFIG, config)
+        write_whole(temporary / CARD, release_card.text(config).encode())
+        return read(temporary)
+
+
+def read(folder: Path) -> Release:
+    """The release in `folder`, checked as a whole.
+
+    Raises UsageError if there is no such folder, or the network needs a library that is not installed;
+    DataError, in one line, if a file is missing, damaged, manipulated or of another version.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    with blame(str(folder / CONFIG)):
+        config = release_config.parse(_read(folder, CONFIG, release_config.MOST_BYTES))
+        expected = _stored(_without_memory(config["network"]))
+        state = _without_memory(_unpacked(config["network"])).state_dict()
+    with blame(str(folder / WEIGHTS)):
+        tensors = _read_weights(folder, config["weights"], expected)
+    return Release(config, unpacked(tensors, state))
+
+
+def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
+    """The network of the release in `folder`, at all of its sizes or some, on the CPU, in eval mode.
+
+    Raises what `read` does, and UsageError for sizes that it does not have.
+    """
+    release = read(folder)
+    known = release.config["network"]["sizes"]
+    wanted = known if sizes is None else sizes
+    if not set(wanted) <= set(known):
+        there, here = (" ".join(map(str, s)) for s in (known, wanted))
+        raise UsageError(f"--sizes is {there} in {folder} and {here} here")
+    return built(release, wanted)
+
+
+def built(release: Release, sizes: Sequence[int]) -> ResolutionSwitchable:
+    """The network of a release at some of its sizes, on the CPU, in eval mode."""
+    network = release.config["network"]
+    model = rebuild(_unpacked(network), sizes)
+    model.load_state_dict(
+        select_sizes(release.state, network["sizes"], sizes, model.shared_norm), strict=True
+    )
+    return model.eval()
+
+
+def _stored(model: ResolutionSwitchable) -> State:
+    """The tensors that are stored of a network: contiguous, without what only training counts."""
+    return {
+        name: value.clone(memory_format=torch.contiguous_format)
+        for name, value in packed(model).items()
+        if not name.endswith(".num_batches_tracked")
+    }
+
+
+def _unpacked(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of the network that a release is read as: its weights are the levels themselves."""
+    return {**network, "qw": FULL}
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Layers make their weights by torch.empty, here on the meta device.
+
+    `with torch.device("meta")` would put there, too, what builders compute with, as RegNet's does.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_meta = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **(kwargs or {}) | on_meta)
+
+
+def _without_memory(network: Mapping[str, Any]) -> ResolutionSwitchable:
+    """The network of a description, for the names, shapes and types of its state."""
+    try:
+        with _WeightsOnMeta():
+            return rebuild(network)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a library's builder says to what nobody has trained
+        raise DataError(f"such a network cannot be built ({first_line(error)})") from error
+
+
+def _read_weights(folder: Path, noted: Mapping[str, Any], expected: State) -> State:
+    """The tensors of model.safetensors, if the file is the noted one, and they are the expected."""
+    size = sum(value.nbytes for value in expected.values())
+    data = _read(folder, WEIGHTS, 8 + MOST_HEADER + size)
+    if len(data) != noted["bytes"]:
+        raise DataError(f"has {len(data)} bytes, {CONFIG} says {noted['bytes']}")
+    if hashlib.sha256(data).hexdigest() != noted["sha256"]:
+        raise DataError(f"is damaged: its SHA-256 is not that in {CONFIG}")
+    header = int.from_bytes(data[:8], "little")
+    if header > min(MOST_HEADER, len(data) - 8):
+        raise DataError(f"is no safetensors file: a header of {header} bytes")
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # whatever another file makes of the parser
+        raise DataError(f"is no safetensors file ({_shown(str(error))})") from error
+    problems = misfits({name: tuple(v.shape) for name, v in expected.items()}, tensors)
+    problems = problems or "; ".join(
+        f"{name} is {tensors[name].dtype}, not {value.dtype}"
+        for name, value in expected.items()
+        if tensors[name].dtype != value.dtype
+    )
+    if problems:
+        raise DataError(f"does not fit the network in {CONFIG}: {_shown(problems)}")
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:  # all probabilities would be NaN
+        raise DataError(f"has numbers that are not finite: {_shown(', '.join(broken))}")
+    return tensors
+
+
+def _shown(text: str) -> str:
+    """A message with names of the file's, which may be long and hold line breaks."""
+    return text[:1000].encode("unicode_escape").decode()
+
+
+def _read(folder: Path, name: str, most: int) -> bytes:
+    """A file of at most `most` bytes that lies in `folder` itself."""
+    path = folder / name
+    if not path.is_file():
+        raise DataError("there is no such file; is the folder a release?")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError("is a link that leads out of the folder; copy the file itself there")
+    size = path.stat().st_size
+    if size > most:
+        raise DataError(f"has {size} bytes, more than the {most} that it may have")
+    return path.read_bytes()

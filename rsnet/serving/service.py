@@ -1,0 +1,165 @@
+"""Answers to images: how many at once, at which sizes, for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fastapi import HTTPException, Request
+
+from pipelines.utils.errors import UsageError, first_line
+from rsnet.inference.cascade import Ladder, Prediction, Step
+from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.serving import upload
+from rsnet.serving.dynamic_batcher import Batches
+from rsnet.serving.size_controller import DeadlineController
+
+# PIL decodes without Python's lock. Each thread may hold a decoded image of `most_pixels`.
+DECODERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """queue: requests that may be under way at once. timeout_s: seconds for an answer, from when the
+    image is there. batch_wait_s: how long an image waits for others."""
+
+    limits: upload.Limits
+    batch_size: int
+    batch_wait_s: float
+    queue: int
+    timeout_s: float
+
+
+class Service:
+    """A classifier that many requests share. Its methods belong to one event loop."""
+
+    def __init__(
+        self,
+        classifier: SwitchableClassifier,
+        settings: Settings,
+        controller: DeadlineController | None = None,
+    ) -> None:
+        """controller: chooses the size of requests that name none; without one it is the largest."""
+        self.classifier, self._settings, self._controller = classifier, settings, controller
+        self.batches = Batches(
+            classifier.predict,
+            settings.batch_size,
+            settings.batch_wait_s,
+            controller.computed if controller else None,
+        )
+        self._decoders = ThreadPoolExecutor(DECODERS, "decode")
+        self._under_way = 0
+        self._unanswered: Counter[int] = (
+            Counter()
+        )  # images by size, of requests whose image is there
+
+    def start(self) -> None:
+        self.batches.start()
+
+    def stop(self) -> None:
+        self.batches.stop()
+        self._decoders.shutdown(cancel_futures=True)
+
+    async def classify(
+        self,
+        request: Request,
+        size: int | None = None,
+        confidence: float | None = None,
+        budget_ms: float | None = None,
+    ) -> list[Prediction]:
+        """Predictions of the image in a request, one for each size that it went through.
+
+        Raises HTTPException: 422 for what `SwitchableClassifier.classify` calls a usage error, 503 if
+        too many requests are under way, 504 if the answer takes too long, and what `upload` raises.
+        """
+        try:
+            ladder = self.classifier.ladder(size, confidence, budget_ms)
+        except UsageError as error:
+            raise HTTPException(422, str(error)) from error
+        is_free = size is None and confidence is None and budget_ms is None
+        return await self._answer(request, None if is_free and self._controller else ladder)
+
+    async def compare(self, request: Request) -> list[Prediction]:
+        """As `classify`, at every size, the largest first."""
+        return await self._answer(request, tuple(Step(s, 2.0) for s in self.classifier.sizes))
+
+    async def _answer(self, request: Request, ladder: Ladder | None) -> list[Prediction]:
+        """ladder: None for the size that the controller chooses."""
+        if self._under_way >= self._settings.queue:
+            # To close a connection that still sends may take the answer from its client.
+            await upload.discard(request, self._settings.limits)
+            raise _busy(f"{self._under_way} requests are under way")
+        with self._admitted():
+            data = await upload.read(request, self._settings.limits)
+            if ladder is not None:
+                return await self._unless_left(request, data, ladder)
+            assert self._controller is not None
+            start = time.monotonic()
+            size = self._controller.choose(start, self._unanswered)
+            if size is None:
+                raise _busy("no size is fast enough for the deadline now")
+            answer = await self._unless_left(request, data, (Step(size),))
+            self._controller.answered(size, 1000 * (time.monotonic() - start))
+            return answer
+
+    async def _computed(self, data: bytes, ladder: Ladder) -> list[Prediction]:
+        sizes = [step.size for step in ladder]
+        loop, most = asyncio.get_running_loop(), self._settings.limits.most_pixels
+        pixels = await loop.run_in_executor(self._decoders, upload.decode, data, sizes, most)
+        try:
+            return await asyncio.wrap_future(self.batches.submit(pixels, ladder))
+        except Exception as error:  # whatever the network's library raises
+            raise HTTPException(500, f"computing failed: {first_line(error)}") from error
+
+    async def _unless_left(self, request: Request, data: bytes, ladder: Ladder) -> list[Prediction]:
+        """What is computed; given up if that takes too long, or the client has left."""
+        task = asyncio.ensure_future(self._computed(data, ladder))
+        left = asyncio.ensure_future(_has_left(request))
+        try:
+            with self._waiting(ladder):
+                await asyncio.wait(
+                    (task, left),
+                    timeout=self._settings.timeout_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            if task.done():
+                return task.result()
+            # Nobody reads this if the client has left.
+            raise HTTPException(504, f"there was no answer within {self._settings.timeout_s:g} s")
+        finally:
+            task.cancel()
+            left.cancel()
+            # Until then the image would still be computed, and the request no longer counted.
+            await asyncio.gather(task, left, return_exceptions=True)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    @contextmanager
+    def _waiting(self, ladder: Ladder) -> Iterator[None]:
+        sizes = [step.size for step in ladder]
+        self._unanswered.update(sizes)
+        try:
+            yield
+        finally:
+            self._unanswered.subtract(sizes)
+
+
+def _busy(why: str) -> HTTPException:
+    return HTTPException(503, f"the server is busy: {why}", {"Retry-After": "1"})
+
+
+async def _has_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,174 @@
+"""Going on with a run: what may be different, and where in its data it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.batch import Loader
+from pipelines.utils.errors import UsageError, blame
+from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.manager import Store
+from rsnet.config.model_config import FULL
+from rsnet.config.resolve import ResolvedConfig, output_of
+from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, as_plain
+
+# Options that do not change what is computed; batch_size and accumulate only by their product.
+ASIDE = {
+    "accumulate", "allow_change", "batch_size", "checkpoint_every", "compile", "data", "device", "evaluate",
+    "keep", "log_interval", "num_classes", "on_nonfinite", "on_save_error", "output", "profile",
+    "profile_limit", "profile_steps", "profile_sweep", "recompute", "resume", "timeout", "wandb",
+    "wandb_name", "wandb_project",
+}  # fmt: skip
+
+
+_HOW = {
+    "global-batch": " (without --batch-size and --accumulate it stays on any number of processes)"
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with."""
+
+    source: Path | None = None
+    """The checkpoint."""
+
+    content: dict[str, Any] | None = None
+    """What is in it."""
+
+    continues: bool = False
+    """Whether the run directory's run goes on, rather than a new one beginning."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of the run in the run directory."""
+
+    must_be_same: bool = False
+    """Whether it goes on without having been told to, which only the same options allow."""
+
+    def require_same(self, given: TrainConfig, config: ResolvedConfig, global_batch: int) -> None:
+        """Raise UsageError if the run directory's run goes on by itself, but has other options.
+
+        given: what `config` was resolved from.
+        """
+        if not self.must_be_same:
+            return
+        plain = as_plain(config)
+        # Bits that are not asked for are the checkpoint's only where --resume asks for those.
+        plain |= {name: FULL for name in ("qw", "qa") if getattr(given, name) is None}
+        changed = changes(self.config, plain)
+        before = self.content["global_batch"] if self.content else global_batch
+        if before != global_batch:
+            changed.append(f"global batch {before} -> {global_batch}")
+        if changed:
+            raise UsageError(
+                f"--output: {config.output} holds a run already, of other options ({', '.join(changed)}); "
+                "go on with it by --resume auto, or give another folder"
+            )
+
+
+def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
+    """What --resume names; if it is unset, the run directory's own run, if its options are known.
+
+    Raises UsageError if there is no such checkpoint, DataError if it, or all of a run's, are damaged.
+    """
+    output = output_of(config, config.arch or DEFAULT_ARCH)
+    if config.is_profile and config.resume is None:
+        return Start()
+    if config.resume not in (None, "auto"):
+        source = Path(config.resume)
+        with blame("--resume"):
+            content = checkpoint.load(source, config.arch, config.sizes)
+        is_of_output = (
+            source.parent.parent.resolve()
+            == output_of(config, config.arch or content["network"]["arch"]).resolve()
+            and "calibrated" not in content["network"]
+        )
+        return Start(source, content, is_of_output)
+    noted, store = _noted(output / "config.json"), Store(output / "checkpoints")
+    if config.resume is None and not noted and not store.last.exists():
+        return Start()
+    with blame("--resume"):
+        found = store.newest(say, moves=not config.evaluate)
+    noted = noted or (found[1]["config"] if found else {})
+    if config.resume is None and not noted:
+        return Start()  # imported: it has to be said that it goes on
+    if config.evaluate and found is None:
+        raise UsageError(f"--resume auto: there is no checkpoint in {output / 'checkpoints'}")
+    is_own = config.resume is None
+    if found is None:
+        return Start(continues=True, config=noted, must_be_same=is_own)
+    return Start(*found, continues=True, config=noted, must_be_same=is_own)
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """The options that a run wrote down, if it did and they are whole."""
+    try:
+        noted = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) and "imported" not in noted else {}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The options that change what is computed and were given another value, with both values."""
+    return [
+        f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
+        for name in now
+        if name not in ASIDE and name in before and now[name] != before[name]
+    ]
+
+
+def position(
+    content: Mapping[str, Any],
+    config: ResolvedConfig,
+    loader: Loader,
+    global_batch: int,
+    steps_per_epoch: int,
+) -> tuple[int, list[str]]:
+    """Put the training loader where a checkpoint was taken.
+
+    Returns the updates of its epoch that are done, and what is not as it would have been, in words.
+
+    Raises UsageError if other data, another seed or another global batch would change the order, unless
+    --allow-change names it.
+    """
+    there, here = content.get("loader"), loader.state_dict()
+    if there is None:  # weights alone: there is no order to keep
+        return 0, []
+    differing = {
+        "data": [f for f in ("data", "samples", "order") if there[f] != here[f]],
+        "seed": ["seed"] if there["seed"] != here["seed"] else [],
+    }
+    problems = [
+        (name, f"{field} {there[field]} -> {here[field]}")
+        for name, fields in differing.items()
+        for field in fields
+    ]
+    if content["global_batch"] != global_batch:
+        problems.append(
+            ("global-batch", f"global batch {content['global_batch']} -> {global_batch}")
+        )
+    refused: dict[str, str] = {}
+    for name, what in problems:
+        if name not in config.allow_change:
+            refused[name] = f"{refused[name]}, {what}" if name in refused else what
+    if refused:
+        raise UsageError(
+            f"--resume: {'; '.join(refused.values())}: the run would not go on with the images that come "
+            f"next; change it back{_HOW.get(next(iter(refused)), '')}, or add --allow-change "
+            + " ".join(refused)
+        )
+    moved = [what for _, what in problems]
+    if content["done"] == 0:
+        return 0, moved
+    if any(differing.values()):
+        loader.set_epoch(content["epoch"])
+        return 0, [*moved, f"epoch {content['epoch'] + 1} begins anew, in another order"]
+    # With another global batch: to the last update that is whole, so that no image is left out.
+    done = min(there["position"] // global_batch, steps_per_epoch)
+    loader.load_state_dict({**there, "position": done * global_batch})
+    return done, moved

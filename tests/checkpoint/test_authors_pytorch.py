@@ -1,0 +1,186 @@
+"""Checkpoint files of the original implementation, made from the parity formulas."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.authors_pytorch import ARCHS, from_original, to_original
+from rsnet.models.factory import build
+from tests.helpers import parity
+
+SIZES = (64, 56, 48, 40, 32)
+PARITY_ARCHS = ["parallel_resnet18", "parallel_resnet50", "parallel_mobilenetv2"]
+
+
+@cache
+def _state(arch: str) -> dict:
+    keys = parity.numbers(arch)["keys"]
+    counts = {k: torch.tensor(7) for k in keys if k.endswith("num_batches_tracked")}
+    return parity.state_of(keys) | counts
+
+
+def _file(arch: str, parallel: bool = True) -> dict:
+    """What the original saves."""
+    state = _state(arch)
+    prefix = "module." if parallel else ""
+    return {
+        "epoch": 120,
+        "arch": arch,
+        "state_dict": {prefix + k: v for k, v in state.items()},
+        "best_acc0": np.float64(73.1),
+        "best_acc": torch.tensor(69.8),
+        "optimizer": {"state": {}, "param_groups": []},
+    }
+
+
+def _content(arch: str, sizes: tuple[int, ...]) -> dict:
+    """A checkpoint of ours, without the numbers."""
+    with torch.device("meta"):
+        model = build(arch, 10, sizes)
+    network = {"arch": arch, "num_classes": 10, "sizes": list(sizes)}
+    return {"network": network, "model": model.state_dict(), "epoch": 0}
+
+
+def _logits_error(model, arch):
+    with torch.no_grad():
+        logits = model.forward_all(parity.images(arch))
+    errors = []
+    for size, z in zip(model.sizes, logits, strict=True):
+        theirs = torch.tensor(parity.numbers(arch)["eval_logits"][str(size)]).reshape(z.shape)
+        errors.append((z - theirs).abs().max() / theirs.abs().max())
+    return max(errors).item()
+
+
+@pytest.mark.parametrize(
+    ("arch", "parallel"), [*((a, True) for a in PARITY_ARCHS), ("parallel_resnet18", False)]
+)
+def test_an_originals_file_gives_the_originals_logits(tmp_path, arch, parallel):
+    torch.save(_file(arch, parallel), tmp_path / "model.pth.tar")
+    content = checkpoint.load(tmp_path / "model.pth.tar", sizes=SIZES)
+    network = content["network"]
+    assert (network["arch"], network["num_classes"]) == (arch, 10)
+    assert (network["normalize"], network["sizes"]) == ("unit", list(SIZES))
+    model = build(arch, 10, SIZES).eval()
+    checkpoint.load_weights(model, content)
+    assert _logits_error(model, arch) < 2e-6
+
+
+def test_the_names_are_the_originals():
+    """Against the lists of names and shapes that were read from the original networks."""
+    for arch in PARITY_ARCHS:
+        ours = to_original(_content(arch, SIZES))["state_dict"]
+        theirs = parity.numbers(arch)["keys"]
+        assert {k: list(v.shape) for k, v in ours.items()} == {
+            f"module.{k}": shape for k, shape in theirs.items()
+        }
+
+
+@pytest.mark.parametrize("arch", ["parallel_resnet18", "parallel_mobilenetv2"])
+def test_an_exported_file_is_the_imported_one(arch):
+    file = _file(arch)
+    back = to_original(from_original(file, sizes=SIZES))
+    assert (back["arch"], back["epoch"]) == (arch, 120)
+    assert set(back["state_dict"]) == set(file["state_dict"])
+    for key, value in file["state_dict"].items():
+        assert torch.equal(back["state_dict"][key], value), key
+
+
+def test_batchnorms_belong_to_the_sizes_in_the_order_in_which_they_were_given():
+    """`bn_i` is of the i-th entry of the original's --sizes, which need not be sorted."""
+    arch, order = "parallel_resnet18", (40, 64, 32, 56, 48)
+    file = _file(arch)
+    place = {s: i for i, s in enumerate(order)}
+    state = {}
+    for key, value in file["state_dict"].items():
+        size = SIZES[int(m[1])] if (m := re.search(r"\.bn_(\d)\.", key)) else None
+        state[re.sub(r"\.bn_\d\.", f".bn_{place[size]}.", key) if size else key] = value
+    state["module.alpha"] = file["state_dict"]["module.alpha"][[SIZES.index(s) for s in order]]
+    sorted_, shuffled = (
+        from_original(f, sizes=s) for f, s in ((file, SIZES), (file | {"state_dict": state}, order))
+    )
+    assert sorted_["network"] == shuffled["network"]
+    for key, value in sorted_["model"].items():
+        assert torch.equal(shuffled["model"][key], value), key
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_network_of_the_original_is_mapped_without_a_clash(arch):
+    content = _content(arch, (64, 32))
+    state = to_original(content)["state_dict"]
+    assert len(state) == len(content["model"])
+    leaf = r"(module\.(weight|bias)|bn_[01]\.(weight|bias|running_mean|running_var|num_batches_tracked))"
+    wrong = [
+        k for k in state if k != "module.alpha" and not re.fullmatch(rf"module\.[\w.]+\.{leaf}", k)
+    ]
+    assert not wrong
+    again = from_original({"arch": arch, "state_dict": state}, sizes=(64, 32))["model"]
+    assert set(again) == set(content["model"])
+
+
+def test_a_plain_state_dict_needs_the_arch():
+    state = _file("parallel_resnet18")["state_dict"]
+    with pytest.raises(UsageError, match="--arch: this file does not say which network"):
+        from_original(state, sizes=SIZES)
+    assert from_original(state, "parallel_resnet18", SIZES)["network"]["num_classes"] == 10
+
+
+def test_other_sizes_than_the_files_are_asked_for():
+    with pytest.raises(UsageError, match="--sizes: this file was trained for 5 sizes"):
+        from_original(_file("parallel_resnet18"), sizes=(64, 32))
+
+
+def test_what_does_not_fit_is_listed_by_name_and_shape():
+    file = _file("parallel_resnet18", parallel=False)
+    state = file["state_dict"]  # a copy
+    state["conv1.module.weight"] = torch.zeros(64, 3, 5, 5)
+    state["extra.module.weight"] = torch.zeros(3)
+    del state["layer1.0.bn1.bn_2.bias"]
+    with pytest.raises(DataError) as error:
+        from_original(file, sizes=SIZES)
+    for part in (
+        "layer1.0.bn1.bn_2.bias (64,) is missing",
+        "extra.module.weight (3,) is unknown",
+        "conv1.module.weight is (64, 3, 5, 5), not (64, 3, 7, 7)",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(DataError, match=r"do not fit parallel_resnet50: .*; and \d+ more"):
+        from_original(_file("parallel_resnet18"), "parallel_resnet50", SIZES)
+
+
+@pytest.mark.parametrize(
+    "change", [{"arch": "parallel_densenet121"}, {"stem": "small"}, {"norm": "shared"}]
+)
+def test_a_network_that_the_original_does_not_have_is_not_exported(change):
+    content = from_original(_file("parallel_resnet18"), sizes=SIZES)
+    content["network"] |= change
+    with pytest.raises(UsageError, match="the original has no"):
+        to_original(content)
+
+
+class _Malicious:
+    def __reduce__(self):
+        return print, ("pwned",)
+
+
+def test_nothing_in_an_originals_file_is_executed(tmp_path, capsys):
+    torch.save(_file("parallel_resnet18") | {"args": _Malicious()}, tmp_path / "model.pth.tar")
+    with pytest.raises(DataError, match=r"model\.pth\.tar is no readable checkpoint"):
+        checkpoint.load(tmp_path / "model.pth.tar", sizes=SIZES)
+    assert "pwned" not in capsys.readouterr().out
+
+
+def test_what_lies_among_the_weights_is_left_out():
+    content = _file("parallel_resnet18")
+    content["state_dict"] |= {7: torch.zeros(1), "note": "trained in May"}
+    for epoch in (None, "ten", -3):
+        assert from_original(content | {"epoch": epoch}, sizes=SIZES)["epoch"] == 0
+    content["state_dict"]["module.fc.module.weight"] = torch.zeros(())
+    with pytest.raises(DataError, match="there is no classifier"):
+        from_original(content, sizes=SIZES)

@@ -1,0 +1,160 @@
+"""Checkpoints are whole, checked, safe and self-describing."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.checkpoint import io as checkpoint
+from rsnet.models.factory import build
+from rsnet.models.switchable import ResolutionSwitchable
+
+NETWORK = {
+    "arch": "parallel_resnet18",
+    "width_mult": 1.0,
+    "sizes": [48, 40, 32],
+    "num_classes": 3,
+    "classes": ["ant", "bee", "cat"],
+}
+
+
+def _content() -> dict:
+    return {"network": NETWORK, "model": {"w": torch.arange(4.0)}, "epoch": 3}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoints" / "last.pt"
+    checkpoint.save(path, _content())
+    return path
+
+
+def test_what_is_saved_is_loaded(saved):
+    content = checkpoint.load(saved)
+    assert content["epoch"] == 3
+    assert content["network"] == NETWORK
+    assert torch.equal(content["model"]["w"], torch.arange(4.0))
+
+
+def test_the_hash_beside_it_is_sha256sums(saved):
+    line = saved.with_name("last.pt.sha256").read_text()
+    assert line == f"{hashlib.sha256(saved.read_bytes()).hexdigest()}  last.pt\n"
+
+
+def test_a_crash_between_hash_and_file_leaves_the_old_checkpoint_valid(saved, monkeypatch):
+    real = Path.replace
+
+    def crash(self, target):
+        if Path(target).name == "last.pt":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(saved, _content() | {"epoch": 4})
+    assert checkpoint.load(saved)["epoch"] == 3
+
+
+@pytest.mark.parametrize("position", [10, 200, -30])
+def test_a_flipped_bit_is_noticed(saved, position):
+    data = bytearray(saved.read_bytes())
+    data[position] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(DataError, match=r"last.pt is damaged"):
+        checkpoint.load(saved)
+
+
+class _Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def _write_malicious(path):
+    torch.save({"format": 1, "x": _Malicious()}, path)
+
+
+def _write_cut_legacy(path):
+    torch.save({"format": 1}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(b"<html>404</html>"),
+        lambda p: p.write_bytes(p.read_bytes()[:100]),
+        lambda p: torch.save([1, 2], p),
+        lambda p: torch.save({"state_dict": {}}, p),
+        _write_malicious,
+        lambda p: torch.save({"format": 1}, p),
+        _write_cut_legacy,
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(saved, write, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    saved.with_name("last.pt.sha256").unlink()
+    write(saved)
+    with pytest.raises(DataError, match=r"last.pt is no") as error:
+        checkpoint.load(saved)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UsageError, match=f"there is no checkpoint {tmp_path}/x.pt"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"arch": "parallel_resnet50"},
+            "--arch is parallel_resnet18 there and parallel_resnet50 here",
+        ),
+        ({"num_classes": 5}, "--num-classes is 3 there and 5 here"),
+        ({"classes": ["ant", "bee", "dog"]}, "class 2 is cat there and dog here"),
+        ({"classes": ["ant", "bee", "cat", "dog"]}, "class 3 is missing there and dog here"),
+        ({"classes": ["ant", "bee"]}, "class 2 is cat there and missing here"),
+        ({"sizes": [48, 40]}, "--sizes is 48 40 32 there and 48 40 here"),
+        ({"width_mult": 0.5}, "--width-mult is 1.0 there and 0.5 here"),
+    ],
+)
+def test_what_differs_is_named(change, message):
+    with pytest.raises(UsageError, match=message):
+        checkpoint.require_match(NETWORK, NETWORK | change, training=True)
+
+
+def test_an_evaluation_may_take_some_of_the_sizes_but_no_others():
+    checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40]}, training=False)
+    with pytest.raises(UsageError, match="--sizes"):
+        checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40, 36]}, training=False)
+
+
+def test_sizes_that_calibrate_added_take_part_in_what_starts_from_them(tmp_path):
+    trained = build("parallel_resnet18", 3, (48, 40, 32), 0.125)
+    with torch.no_grad():
+        trained.alpha.copy_(torch.tensor([1.0, -torch.inf, 3.0]))
+    network = NETWORK | {"width_mult": 0.125, "normalize": "imagenet"}
+    checkpoint.save(tmp_path / "x.pt", {"network": network, "model": trained.state_dict()})
+    model = build("parallel_resnet18", 3, (48, 40, 32), 0.125, qw=2)
+    checkpoint.start_from(model, network | {"qw": 2, "qa": 32}, tmp_path / "x.pt")
+    assert model.alpha.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_weights_that_do_not_fit_are_listed_by_name_and_shape():
+    model = ResolutionSwitchable(torchvision.models.resnet18(num_classes=3), (48, 32))
+    state = copy.deepcopy(model.state_dict())
+    state["network.fc.weight"] = torch.zeros(4, 512)
+    del state["network.conv1.weight"]
+    with pytest.raises(DataError, match=r"conv1.weight.*fc.weight.*\[4, 512\]") as error:
+        checkpoint.load_weights(model, {"model": state, "network": {"sizes": [48, 32]}})
+    assert "\n" not in str(error.value)

@@ -1,0 +1,105 @@
+"""What the recipes say, and what the options make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+
+import pytest
+
+from pipelines.dali import DaliOptions
+from rsnet.config.command_line import parse
+from rsnet.config.recipes import PAPER, Recipe, recipe_of
+from rsnet.config.resolve import resolve
+from rsnet.config.train_config import TrainConfig
+
+
+def _resolve(line: str, previous=None):
+    config, _ = parse(DaliOptions, shlex.split("--data /d " + line))
+    return resolve(
+        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous
+    )
+
+
+def test_every_field_of_a_recipe_is_an_option():
+    options = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert {f.name for f in dataclasses.fields(Recipe)} <= options
+
+
+def test_the_papers_recipe_is_plain_sgd():
+    c = _resolve("")
+    assert (c.recipe, c.epochs, c.lr, c.weight_decay, c.lr_decay) == (
+        "paper", 120, 0.1, 1e-4, "cosine",
+    )  # fmt: skip
+    assert (c.warmup, c.label_smoothing, c.decay, c.ema) == (0, 0.0, "all", 0.0)
+    assert (c.mixup, c.cutmix, c.auto_augment, c.blurpool, c.sizes_per_step) == (
+        0.0, 0.0, "none", False, 5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", ["--qw 2", "--mode preact --qa 2", "--mode preact --qw 4 --qa 3"])
+def test_what_is_quantized_has_the_recipe_of_the_authors_quantized_code(bits):
+    c = _resolve(f"{bits} --arch parallel_mobilenetv2" if "preact" not in bits else bits)
+    assert (c.epochs, c.lr, c.weight_decay, c.decay) == (120, 0.1, 5e-5, "weights")
+    assert (c.lr_decay, c.sgd, c.momentum) == ("schedule", "nesterov", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "lr_decay"),
+    [(3, 0, "cosine"), (16, 2, "linear"), (30, 2, "linear"), (88, 5, "cosine"), (120, 5, "cosine")],
+)
+def test_the_modern_recipe_fits_the_epochs(epochs, warmup, lr_decay):
+    c = _resolve(f"--recipe modern --epochs {epochs}")
+    assert (c.epochs, c.warmup, c.lr_decay) == (epochs, warmup, lr_decay)
+    assert (c.label_smoothing, c.decay, c.lr) == (0.1, "weights", PAPER.lr)
+
+
+def test_the_modern_average_reaches_back_over_the_same_share_of_any_training():
+    """Its memory, 1 / (1 - decay) updates of 1,281,167 / batch an epoch, is 2 epochs of 120 or 2 / 120."""
+    for epochs, batch in ((120, 256), (30, 256), (120, 2048), (16, 1024)):
+        decay = recipe_of("modern", "parallel_resnet50", epochs, batch).ema
+        share = 1 / (1 - decay) / (epochs * 1281167 / batch)
+        assert share == pytest.approx(1.67e-2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--warmup 1", "--label-smoothing 0.2", "--ema 0.5", "--decay all", "--lr-decay step",
+        "--epochs 40", "--lr 0.7", "--weight-decay 0.3",
+    ],
+)  # fmt: skip
+def test_each_option_wins_over_the_recipe_and_changes_nothing_else(option):
+    name, value = option.removeprefix("--").replace("-", "_").split()
+    changed, plain = (_resolve(f"--recipe modern --epochs 40 {o}") for o in (option, ""))
+    differing = {
+        f.name
+        for f in dataclasses.fields(plain)
+        if getattr(plain, f.name) != getattr(changed, f.name)
+    }
+    assert differing <= {name}
+    assert str(getattr(changed, name)) == value
+
+
+def test_a_continued_run_keeps_its_recipe():
+    first = dataclasses.asdict(
+        _resolve("--recipe modern --epochs 16 --mixup 0.2 --sizes-per-step 2")
+    )
+    again = _resolve("--resume auto", previous=first)
+    for name in ("recipe", "epochs", "warmup", "ema", "mixup", "sizes_per_step", "decay"):
+        assert getattr(again, name) == first[name], name
+
+
+def test_another_recipe_on_resume_is_that_recipe():
+    first = dataclasses.asdict(_resolve("--recipe modern --epochs 30 --weight-decay 0.3"))
+    again = _resolve("--resume auto --recipe paper", previous=first)
+    assert (again.ema, again.label_smoothing, again.warmup) == (0.0, 0.0, 0)
+    assert (again.decay, again.lr_decay) == ("all", "cosine")
+    assert (again.epochs, again.weight_decay) == (30, 0.3)
+
+
+def test_what_was_switched_on_can_be_switched_off_on_resume():
+    first = dataclasses.asdict(_resolve("--auto-augment rand --clip-grad 2 --mixup 0.2"))
+    off = "--auto-augment none --clip-grad 0 --mixup 0"
+    again = _resolve(f"--resume auto {off}", previous=first)
+    assert (again.auto_augment, again.clip_grad, again.mixup) == ("none", 0, 0)

@@ -1,0 +1,211 @@
+"""Options: parsing, rules, and what is left unset."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.dali import DaliOptions
+from pipelines.utils.errors import UsageError
+from rsnet.config.command_line import as_command, parse
+from rsnet.config.resolve import ResolvedConfig, resolve
+from rsnet.config.train_config import TrainConfig, as_plain
+
+
+def _parse(line: str):
+    return parse(DaliOptions, shlex.split("--data /d " + line))
+
+
+def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
+    config, _ = _parse(line)
+    return resolve(
+        config, world_size=world_size, device_type=device, has_bf16=True, trained=trained
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--sizes", "--sizes: give one or more sizes"),
+        ("--sizes 0", "--sizes 0: give one or more sizes"),
+        (
+            "--sizes 64 32 64",
+            "--sizes 64 32 64: give one or more sizes, positive and all different",
+        ),
+        ("--sizes big", "--sizes"),
+        ("--epochs 0", "--epochs 0: at least 1"),
+        ("--lr nan", "--lr nan: must be a positive number"),
+        ("--lr 0", "--lr 0.0: must be a positive number"),
+        ("--lr abc", "--lr"),
+        ("--wd -1", "--weight-decay -1.0"),
+        ("--momentum 1", "--momentum 1.0"),
+        ("-b 0", "--batch-size 0"),
+        ("--accumulate 0", "--accumulate 0"),
+        ("--label-smoothing 1", "--label-smoothing 1.0"),
+        ("--clip-grad inf", "--clip-grad inf"),
+        ("--seed -1", "--seed -1"),
+        ("--seed 9999999999999999999", "--seed 9999999999999999999"),
+        ("--batch 3", "--batch: there is no such option; did you mean --batch-size?"),
+        ("--num-classes 1", "--num-classes 1"),
+        ("--kd-type both", "invalid choice 'both' for argument '-t/--kd-type'"),
+        ("--workers 0", "--workers 0: at least one thread"),
+        ("--evaluate", "--evaluate: say which checkpoint"),
+        ("--evaluate --resume auto --init-from x.pt", "--evaluate takes --resume"),
+        ("--evaluate --profile --resume auto", "--evaluate and --profile: choose one"),
+        ("--compile --recompute norm", "--compile and --recompute: choose one"),
+        ("--profile-limit 0", "--profile-limit 0.0: must be a positive number of seconds"),
+        ("--bacth-size 3", "--bacth-size: there is no such option; did you mean --batch-size?"),
+        ("--worker=3", "--worker: there is no such option; did you mean --workers?"),
+        ("--zzz", "--zzz: there is no such option; --help lists all options"),
+        ("stray", "stray: there is no such option"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_option(line, message):
+    with pytest.raises(UsageError) as error:
+        _parse(line)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_data_is_named():
+    with pytest.raises(UsageError, match="--data"):
+        parse(DaliOptions, [])
+
+
+def test_the_originals_short_names_work():
+    config, options = parse(
+        DaliOptions,
+        shlex.split(
+            "-d /x -a parallel_resnet18 -b 8 --wd 0.1 -t ens -e -c out -p 7 -j 3 --resume x.pt"
+        ),
+    )
+    assert (str(config.data), config.arch, config.batch_size) == ("/x", "parallel_resnet18", 8)
+    assert (config.weight_decay, config.kd_type, config.evaluate) == (0.1, "ens", True)
+    assert (str(config.output), config.log_interval, options.workers) == ("out", 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("parallel_resnet50", (120, 0.1, 1e-4)),
+        ("parallel_resnext50_32x4d", (120, 0.1, 1e-4)),
+        ("parallel_mobilenetv2", (150, 0.05, 4e-5)),
+    ],
+)
+def test_what_is_unset_is_the_papers_recipe(arch, expected):
+    resolved = _resolve(f"--arch {arch}")
+    assert (resolved.epochs, resolved.lr, resolved.weight_decay) == expected
+    assert resolved.sizes == (224, 192, 160, 128, 96)
+    assert (resolved.kd, resolved.kd_type, resolved.normalize) == (True, "ens_topdown", "imagenet")
+
+
+def test_the_learning_rate_follows_the_global_batch():
+    assert _resolve("-b 64 --accumulate 2", world_size=4).lr == pytest.approx(0.1 * 512 / 256)
+    assert _resolve("-b 64 --lr 0.3", world_size=4).lr == 0.3
+
+
+def test_given_options_win_over_recipe_and_checkpoint():
+    trained = {
+        "arch": "parallel_resnet18",
+        "sizes": [64, 32],
+        "normalize": "unit",
+        "width_mult": 1.0,
+    }
+    assert _resolve(trained=trained).sizes == (64, 32)
+    assert _resolve(trained=trained).arch == "parallel_resnet18"
+    assert _resolve(trained=trained).normalize == "unit"
+    given = _resolve("--sizes 32 --normalize imagenet --epochs 3 --wd 0", trained)
+    assert (given.sizes, given.normalize, given.epochs) == ((32,), "imagenet", 3)
+    assert given.weight_decay == 0
+
+
+def test_a_continued_run_keeps_what_it_was_started_with():
+    previous = as_plain(_resolve("--epochs 7 -b 64 --lr 0.3 --wd 0.01 --clip-grad 2"))
+    config, _ = _parse("--resume auto")
+    again = resolve(
+        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        previous_global_batch=64,
+    )  # fmt: skip
+    assert (again.epochs, again.batch_size, again.lr) == (7, 64, 0.3)
+    assert (again.weight_decay, again.clip_grad) == (0.01, 2)
+    config, _ = _parse("--resume auto -b 128 --epochs 9")
+    again = resolve(
+        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        previous_global_batch=64,
+    )  # fmt: skip
+    assert (again.epochs, again.batch_size) == (9, 128)
+    assert again.lr == pytest.approx(0.05)  # scaled to the new batch
+
+
+def test_sizes_are_sorted_from_the_largest():
+    assert _resolve("--sizes 32 96 64").sizes == (96, 64, 32)
+
+
+def test_a_cpu_gets_a_batch_that_fits_it():
+    assert _resolve(device="cpu").batch_size == 32
+    assert _resolve(device="cuda").batch_size == 256
+
+
+def test_the_resolved_command_gives_the_same_run_again():
+    resolved = _resolve("--sizes 64 32 --no-kd --lr 0.3 --output 'a b' -j 7")
+    _, options = _parse("-j 7")
+    command = shlex.split(as_command("train_dali.py", resolved, options))
+    assert command[:2] == ["python", "train_dali.py"]
+    again, options_again = parse(DaliOptions, command[2:])
+    assert resolve(again, world_size=1, device_type="cuda", has_bf16=True) == resolved
+    assert options_again == options
+
+
+def test_plain_options_hold_only_what_a_safe_load_takes():
+    plain = as_plain(_resolve("--sizes 64 32"))
+    assert all(isinstance(v, str | int | float | bool | list | None) for v in plain.values())
+    assert set(plain) == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert {f.name for f in dataclasses.fields(ResolvedConfig)} == set(plain)
+
+
+def test_the_configuration_needs_no_torch():
+    code = "import sys, rsnet.config.train_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "accumulate"),
+    [(1, 64, 8), (2, 64, 4), (4, 64, 2), (8, 64, 1), (16, 32, 1), (3, 64, 1)],
+)
+def test_other_processes_share_the_images_of_an_update_as_before(
+    world_size, batch_size, accumulate
+):
+    """Of a run of 8 processes; 3 cannot, which is refused later."""
+    previous = as_plain(_resolve("-b 64 --lr 0.3 --seed 5"))
+    config, _ = _parse("--resume auto")
+    again = resolve(
+        config, world_size=world_size, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        previous_global_batch=512,
+    )  # fmt: skip
+    assert (again.batch_size, again.accumulate) == (batch_size, accumulate)
+    assert again.seed == 5
+    assert (again.lr == 0.3) == (world_size != 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--checkpoint-every x",
+            "--checkpoint-every x: a number of updates, or of minutes as in 10m",
+        ),
+        ("--checkpoint-every -1", "--checkpoint-every"),
+        ("--keep 0", "--keep 0: at least 1"),
+        ("--on-nonfinite skip", "--on-nonfinite skip: stop, or skip and a number"),
+        ("--on-nonfinite skip 0", "--on-nonfinite skip 0: stop, or skip and a number"),
+        ("--timeout 0", "--timeout 0.0: must be a positive number"),
+    ],
+)
+def test_what_a_run_does_in_need_is_checked(words, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        _parse(words)

@@ -1,0 +1,61 @@
+"""CUDA graphs: which batches share one, and, on a GPU, that they compute what the network does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rsnet.inference.cuda_graphs import Graphs, _Captured, bucket
+from rsnet.inference.runner import Forward
+from rsnet.models.factory import build
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def test_a_batch_is_padded_to_a_power_of_two_or_the_largest():
+    counts = [1, 2, 3, 4, 5, 8, 9, 16, 17, 24]
+    assert [bucket(n, 24) for n in counts] == [1, 2, 4, 4, 8, 8, 16, 16, 24, 24]
+
+
+class _OnHost(Graphs):
+    """Captures nothing, and computes again in a replay, from and to the same memory."""
+
+    captured: list[tuple[int, int]]
+
+    def _capture(self, images, size, count):
+        self.captured = [*getattr(self, "captured", []), (size, count)]
+        inputs = images.new_zeros(count, *images.shape[1:])
+        logits = self._forward(inputs, size)
+        return _Captured(inputs, logits, lambda: logits.copy_(self._forward(inputs, size)))
+
+
+def test_each_size_and_bucket_is_captured_once_and_answers_for_its_images_alone():
+    graphs = _OnHost(lambda x, size: x.mean((2, 3)) * size, largest=6)
+    sent = [torch.randn(n, 3, size, size) for n in (3, 4, 1, 5, 6, 2) for size in (8, 4)]
+    answers = [graphs(x, x.shape[-1]) for x in sent]
+    # Compared at the end: an answer that lies in a graph's memory would be the last one's by now.
+    for x, answer in zip(sent, answers, strict=True):
+        torch.testing.assert_close(answer, x.mean((2, 3)) * x.shape[-1])
+    assert graphs.captured == [(s, n) for n in (4, 1, 6, 2) for s in (8, 4)]
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("gpu", [pytest.param(True, marks=needs_gpu)])
+def test_graphs_compute_what_the_network_does(fold, dtype, gpu):
+    device = torch.device("cuda")
+    model = build("parallel_resnet10", 5, (64, 32), width_mult=0.25).eval().to(device)
+    model = model.to(memory_format=torch.channels_last)
+    eager, graphs = (
+        Forward(model, device, dtype, batch_size=6, fold=fold, cuda_graphs=on)
+        for on in (False, gpu)
+    )
+    sent = [torch.randn(n, 3, s, s, device=device) for n in (3, 6, 1, 5, 3) for s in (64, 32)]
+    with torch.inference_mode():
+        answers = [graphs(x, x.shape[-1]) for x in sent]
+        for x, answer in zip(sent, answers, strict=True):
+            expected = eager(x, x.shape[-1])
+            assert (answer - expected).abs().max() <= 1e-2 * expected.abs().max()

@@ -1,0 +1,137 @@
+"""The run directory and what the console shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.loggers.run_dir import Display, RunDir, environment
+
+ROOT = Path(__file__).parents[2]
+SHOW = """
+from rsnet.loggers.run_dir import Display
+display = Display(True)
+display.start("epoch 1/2", 4)
+for done in (1, 2, 3, 4):
+    display.update(done, f"loss {done}.5")
+display.stop()
+display.say("epoch 1 [done]")
+"""
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys):
+    display = Display(True)
+    display.start("epoch 1/2", 4)
+    display.update(2, "loss 2.5  lr 0.1")
+    display.update(4, "loss 1.5  lr 0.1")
+    display.say("[no markup]")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("epoch 1/2 2/4  loss 2.5  lr 0.1  eta 0:00:0")
+    assert lines[1:] == ["epoch 1/2 4/4  loss 1.5  lr 0.1  eta 0:00:00", "[no markup]"]
+
+
+def test_on_a_terminal_progress_is_a_bar():
+    parent, child = pty.openpty()
+    environ = os.environ | {"TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SHOW], stdout=child, env=environ, check=False)
+    os.close(child)
+    shown = os.read(parent, 65536).decode()
+    os.close(parent)
+    assert done.returncode == 0
+    assert "━" in shown
+    assert "4/4" in shown
+    assert "loss 4.5" in shown
+    assert "epoch 1 [done]" in shown
+
+
+def test_ranks_that_are_not_the_first_say_nothing(capsys):
+    display = Display(False)
+    display.start("x", 2)
+    display.update(1, "y")
+    display.say("z")
+    assert capsys.readouterr().out == ""
+
+
+def test_metrics_are_one_json_line_each(tmp_path):
+    run = RunDir(tmp_path / "run", continues=False, active=True)
+    run.append_metrics({"step": 1, "lr": 0.5})
+    run.append_metrics({"step": 2, "lr": 0.25})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in lines] == [0.5, 0.25]
+
+
+def test_metrics_of_an_abandoned_epoch_are_moved_aside(tmp_path):
+    run = RunDir(tmp_path, continues=False, active=True)
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step, "epoch": step / 3})
+    run.append_text("metrics.jsonl", '{"step": 4, "lr":')  # cut short by a crash
+    run.rewind(2 / 3, 0)
+    kept, abandoned = (
+        (tmp_path / name).read_text().splitlines()
+        for name in ("metrics.jsonl", "metrics.abandoned.jsonl")
+    )
+    assert [json.loads(line)["step"] for line in kept] == [1, 2]
+    assert json.loads(abandoned[0])["step"] == 3
+    assert abandoned[1] == '{"step": 4, "lr":'
+
+
+def test_an_evaluation_that_will_be_done_again_is_moved_aside_too(tmp_path):
+    """It has the epoch of the update before it."""
+    run = RunDir(tmp_path, continues=False, active=True)
+    run.append_metrics({"step": 5, "epoch": 1.0, "train/total": 1.0})
+    run.append_metrics({"step": 5, "epoch": 1, "val/top1@32": 50.0})
+    run.rewind(1.0, 0)
+    (kept,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "train/total" in kept
+
+
+def test_metrics_that_a_full_disk_does_not_take_end_the_run_or_are_said(tmp_path, monkeypatch):
+    run = RunDir(tmp_path, continues=False, active=True)
+    monkeypatch.setattr(Path, "open", _no_space)
+    with pytest.raises(
+        DataError, match=r"cannot write to .*metrics\.jsonl: No space left on device"
+    ):
+        run.append_metrics({"step": 1})
+    said: list[str] = []
+    run.on_error = said.append
+    run.append_metrics({"step": 1})
+    assert said == [f"cannot write to {tmp_path / 'metrics.jsonl'}: No space left on device"]
+
+
+def _no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_finished_run_is_only_entered_to_continue_it(tmp_path):
+    RunDir(tmp_path, continues=False, active=True)
+    RunDir(tmp_path, continues=False, active=True).append_metrics({"step": 1})
+    with pytest.raises(UsageError, match="holds a run already"):
+        RunDir(tmp_path, continues=False, active=True)
+    RunDir(tmp_path, continues=True, active=True)
+
+
+def test_a_folder_with_a_checkpoint_alone_is_not_a_new_runs(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").touch()
+    with pytest.raises(UsageError, match="holds a run already"):
+        RunDir(tmp_path, continues=False, active=True)
+    RunDir(tmp_path, continues=True, active=True)
+
+
+def test_the_environment_names_versions_device_and_commit():
+    env = environment(torch.device("cpu"), 2)
+    assert env["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert any(name.startswith("nvidia-dali") for name in env["packages"])
+    assert env["world_size"] == 2
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    assert (env["git_sha"] or "").rstrip("+") == head

@@ -1,0 +1,256 @@
+"""W&B runs: read back from disk, and without a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from rsnet.loggers import wandb_service
+from rsnet.loggers.wandb_logger import WandbLog, read_sent
+from tests.helpers.wandb_run import interrupted, log, rows
+
+pytestmark = pytest.mark.usefixtures("no_wandb_key")
+
+
+def _start(directory: Path, mode, said: list[str], run_id=None) -> WandbLog:
+    return WandbLog(mode, directory, "rsnet", None, {"lr": 0.1}, run_id, said.append)
+
+
+def _records(run: Path):
+    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB."""
+    (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    data, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            parsed = wandb_internal_pb2.Record()
+            parsed.ParseFromString(record)
+            yield parsed
+            record = b""
+
+
+def _history(run: Path) -> list[dict]:
+    rows = []
+    for record in _records(run):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append(
+                {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
+            )
+    return rows
+
+
+def test_an_offline_run_can_be_read_back(tmp_path):
+    said: list[str] = []
+    log = _start(tmp_path, "offline", said)
+    log.log({"step": 1, "epoch": 0.5, "train/total": 2.5, "lr": 0.1})
+    log.log({"step": 2, "epoch": 1, "val/top1@64": 71.25})
+    log.finish()
+    rows = _history(tmp_path)
+    assert rows[0]["train/total"] == 2.5
+    assert rows[1]["val/top1@64"] == 71.25
+    assert len(said) == 1
+    assert said[0].startswith("W&B: offline in ")
+    kinds = [r.WhichOneof("record_type") for r in _records(tmp_path)]
+    assert kinds.count("metric") >= 4
+    configs = [i for r in _records(tmp_path) for i in r.run.config.update]
+    assert any(i.key == "lr" and json.loads(i.value_json) == 0.1 for i in configs)
+
+
+def test_without_a_key_a_run_is_offline(tmp_path):
+    said: list[str] = []
+    _start(tmp_path, None, said).finish()
+    assert "offline" in said[0]
+    assert "no key is configured" in said[0]
+
+
+def test_a_malformed_key_is_said_and_the_run_is_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    said: list[str] = []
+    _start(tmp_path, None, said).finish()
+    assert "offline" in said[0]
+    assert "the key is not usable" in said[0]
+
+
+def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    said: list[str] = []
+    log = _start(tmp_path, None, said)
+    log.log({"step": 1, "train/total": 1.5})
+    log.finish()
+    assert "offline" in said[0]
+    assert "the server did not answer" in said[0]
+    assert _history(tmp_path)[0]["train/total"] == 1.5
+
+
+def test_a_disabled_run_writes_nothing(tmp_path):
+    said: list[str] = []
+    log = _start(tmp_path, "disabled", said)
+    log.log({"step": 1})
+    log.finish()
+    assert log.run_id is None
+    assert not list(tmp_path.glob("wandb*"))
+
+
+def test_a_run_keeps_its_id_when_it_is_continued(tmp_path):
+    first = _start(tmp_path, "offline", [])
+    run_id = first.run_id
+    first.finish()
+    again = _start(tmp_path, "offline", [], run_id)
+    assert again.run_id == run_id
+    again.finish()
+
+
+def test_an_online_run_has_everything_on_the_server(wandb_server, tmp_path):
+    said: list[str] = []
+    run = _start(tmp_path, None, said)
+    assert run.run_id
+    log(run, tmp_path, rows(1, 5))
+    run.finish()
+    assert wandb_server.metrics(run.run_id) == rows(1, 5)
+    assert wandb_server.exit_codes == {run.run_id: 0}
+    assert said == [
+        f"W&B: online at {wandb_server.url}/me/rsnet/runs/{run.run_id} (a key is configured)"
+    ]
+    sent = read_sent(tmp_path)
+    assert sent
+    assert (sent.id, sent.entity, sent.lines) == (run.run_id, "me", 5)
+
+
+def _break(fault: str, server, service: int) -> None:
+    if fault == "service killed":
+        os.kill(service, signal.SIGKILL)
+    elif fault == "service stopped":
+        os.kill(service, signal.SIGSTOP)
+    elif fault == "server gone":
+        server.stop()
+    else:
+        server.mode = fault.removeprefix("server ")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("service killed", "Connection lost"),
+        pytest.param("server is silent", "Timed out finishing run", marks=pytest.mark.slow),
+        pytest.param("service stopped", "no answer in 2 s", marks=pytest.mark.slow),
+        pytest.param("server gone", "Timed out finishing run", marks=pytest.mark.slow),
+        pytest.param("server closes", "Timed out finishing run", marks=pytest.mark.slow),
+        pytest.param("server refuses", "Fatal error while uploading data", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends_within_seconds(
+    wandb_server, tmp_path, fault, reason
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    services = []
+
+    def break_it(service: int) -> None:
+        services.append(service)
+        _break(fault, wandb_server, service)
+
+    try:
+        said, seconds = interrupted("log", run, break_it)
+    finally:
+        if fault == "service stopped":
+            os.kill(services[0], signal.SIGKILL)
+    start, *lost, end = said.splitlines()
+    assert start.startswith("W&B: online at ")
+    assert lost == [f"W&B: lost ({reason}); `python -m rsnet sync {run}` sends the metrics later"]
+    assert end == "finished"
+    assert seconds < 14  # 5 s; 17 s if W&B reports its errors to a server that is silent
+    sent = read_sent(run)
+    assert sent
+    assert sent.lines == 0
+
+
+def test_an_offline_run_goes_on_when_the_service_dies(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    said, _ = interrupted("log", run, lambda service: os.kill(service, signal.SIGKILL))
+    start, lost, end = said.splitlines()
+    assert start.startswith("W&B: offline in ")
+    assert "W&B: lost" in lost
+    assert end == "finished"
+
+
+def test_a_service_that_does_not_start_costs_a_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no such program")
+
+    monkeypatch.setattr(wandb_service, "start", fail)
+    said: list[str] = []
+    run = _start(tmp_path, "offline", said, "abc")
+    run.log({"step": 1})
+    run.finish()
+    assert run.run_id == "abc"
+    assert [line.split(";")[0] for line in said] == ["W&B: lost (no such program)"]
+
+
+def test_a_lost_run_keeps_its_id(tmp_path):
+    said: list[str] = []
+    run = _start(tmp_path, "offline", said)
+    before = run.run_id
+    run.log({1: 2})  # type: ignore[dict-item]
+    assert "lost" in said[-1]
+    assert run.run_id == before is not None
+
+
+@pytest.mark.usefixtures("wandb_server")
+def test_an_online_run_whose_earlier_lines_wandb_lacks_says_so(tmp_path):
+    first = _start(tmp_path, "offline", [])
+    log(first, tmp_path, rows(1, 3))
+    first.finish()
+    said: list[str] = []
+    again = _start(tmp_path, "online", said, first.run_id)
+    log(again, tmp_path, rows(4, 6))
+    again.finish()
+    assert "without earlier lines; `python -m rsnet sync" in said[0]
+    sent = read_sent(tmp_path)
+    assert sent
+    assert sent.lines == 0
+
+
+def test_a_resumed_online_run_has_all_lines_of_both_parts(wandb_server, tmp_path):
+    first = _start(tmp_path, "online", [])
+    log(first, tmp_path, rows(1, 3))
+    first.finish()
+    again = _start(tmp_path, "online", [], first.run_id)
+    log(again, tmp_path, rows(4, 6))
+    again.finish()
+    assert wandb_server.metrics(first.run_id) == rows(1, 6)
+    sent = read_sent(tmp_path)
+    assert sent
+    assert sent.lines == 6
+
+
+def test_a_process_can_log_another_run_after_one_that_was_lost(wandb_server, tmp_path):
+    lost = _start(tmp_path, "online", [])
+    lost.log({1: 2})  # type: ignore[dict-item]
+    other = tmp_path / "other"
+    other.mkdir()
+    run = _start(other, None, said := [])
+    log(run, other, rows(1, 2))
+    run.finish()
+    assert run.run_id != lost.run_id
+    assert wandb_server.metrics(run.run_id) == rows(1, 2), said

@@ -1,0 +1,152 @@
+"""DALI's pictures against PIL's, on the same rectangle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from pipelines import dali, reference
+from pipelines.batch import Loaders, LoaderSpec
+from pipelines.demo import ODD_KINDS, render
+from pipelines.utils.errors import DataError, UsageError
+from tests.conftest import write_photo
+from tests.helpers.pictures import differences
+
+SIZES = (64, 48, 32)
+# Mean absolute difference of an image in 1/255. Seen for the worst of 500 ImageNet photos: on the CPU 0.26,
+# with the GPU's graph on the CPU 0.36.
+TOLERANCE = {"cpu": 0.4, "cpu, the graph of a GPU": 0.5, "cuda": 2.0}
+
+devices = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+            ],
+        ),
+    ],
+)
+
+
+def _spec(data: Path, device: str = "cpu", **more) -> LoaderSpec:
+    defaults = {"batch_size": 3, "normalize": "unit"}
+    return LoaderSpec(data, SIZES, device=torch.device(device), **(defaults | more))
+
+
+def _loaders(spec: LoaderSpec):
+    return dali.make_loaders(dali.DaliOptions(workers=2), spec)
+
+
+def with_the_graph_of_a_gpu(loaders: Loaders) -> Loaders:
+    """The same loaders, but that the CPU runs the graph that resizes within DALI."""
+    for loader in loaders[:2]:
+        loader._on_gpu = True
+    return loaders
+
+
+def _differences(spec: LoaderSpec, split: str) -> torch.Tensor:
+    return differences(_loaders(spec), spec, split)
+
+
+def _gpu_graphs_differences(spec: LoaderSpec, split: str) -> torch.Tensor:
+    return differences(with_the_graph_of_a_gpu(_loaders(spec)), spec, split)
+
+
+@devices
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_size_is_pils_picture_of_the_same_rectangle(photos, split, device):
+    worst = _differences(_spec(photos, device), split).max(dim=1).values
+    assert (worst < TOLERANCE[device]).all(), worst
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_graph_of_a_gpu_gives_pils_pictures_on_the_cpu_too(photos, split):
+    worst = _gpu_graphs_differences(_spec(photos), split).max()
+    assert worst < TOLERANCE["cpu, the graph of a GPU"]
+
+
+def test_the_tolerance_would_notice_a_crop_that_is_one_pixel_off(photos):
+    path = next((photos / "val" / "ant").iterdir())
+    with Image.open(path) as image:
+        views = [F.resized_crop(image.convert("RGB"), y, 5, 30, 30, [32, 32]) for y in (4, 5)]
+    a, b = (np.asarray(view, dtype=np.float64) for view in views)
+    assert np.abs(a - b).mean() > 2 * TOLERANCE["cuda"]
+
+
+@devices
+def test_odd_files_decode_to_the_same_picture(tmp_path, device):
+    """CMYK, PNG named .JPEG, grayscale, EXIF-rotated (which is not applied), progressive."""
+    for split in ("train", "val"):
+        for i, save in enumerate(ODD_KINDS):
+            (tmp_path / split / str(i)).mkdir(parents=True)
+            save(
+                tmp_path / split / str(i) / "x.JPEG",
+                render("ring_vertical", np.random.default_rng(i)),
+            )
+    spec = _spec(tmp_path, device, batch_size=1)
+    for split in ("train", "val"):
+        assert (_differences(spec, split) < TOLERANCE[device]).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 300), (300, 20), (7, 5), (1, 1)])
+def test_extreme_shapes_get_the_references_rectangle(tmp_path, height, width):
+    for split in ("train", "val"):
+        for i in range(8):
+            write_photo(tmp_path / split / "a" / f"{i}.JPEG", height, width, seed=i)
+    spec = _spec(tmp_path)
+    for split in ("train", "val"):
+        assert (_differences(spec, split) < TOLERANCE["cpu"]).all()
+        limit = TOLERANCE["cpu, the graph of a GPU"]
+        assert (_gpu_graphs_differences(spec, split) < limit).all()
+
+
+def _html(path: Path) -> None:
+    path.write_text("<html>404</html>")
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("damage", [_html, _empty, _truncated])
+@pytest.mark.parametrize("backend", ["dali", "reference"])
+def test_a_broken_image_is_named(tmp_path, backend, damage, split):
+    for part in ("train", "val"):
+        for i in range(6):
+            write_photo(tmp_path / part / "a" / f"{i}.JPEG", 120, 120, seed=i)
+    bad = tmp_path / split / "a" / "4.JPEG"
+    damage(bad)
+    spec = _spec(tmp_path)
+    if backend == "dali":
+        loaders = _loaders(spec)
+    else:
+        loaders = reference.make_loaders(reference.ReferenceOptions(), spec)
+    with pytest.raises(DataError, match=f"broken image {bad}"):
+        list(getattr(loaders, split))
+
+
+@pytest.mark.parametrize(
+    ("flag", "options"),
+    [
+        ("--workers 0", {"workers": 0}),
+        ("--decoder-hw-load 2", {"decoder_hw_load": 2}),
+        ("--prefetch 0", {"prefetch": 0}),
+    ],
+)
+def test_options_out_of_range_are_refused(flag, options):
+    with pytest.raises(UsageError, match=flag):
+        dali.DaliOptions(**options)

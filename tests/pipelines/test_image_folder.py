@@ -1,0 +1,123 @@
+"""Malformed data folders, each with one line that says what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+
+from pipelines.image_folder import broken, scan, scan_train_val
+from pipelines.image_io import images_below
+from pipelines.utils.errors import UsageError
+from tests.conftest import write_folder, write_photo
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "train", {"ant": 2, "bee": 1})
+    write_folder(tmp_path / "val", {"ant": 1, "bee": 2})
+    return tmp_path
+
+
+def test_images_classes_and_order_are_torchvisions(data):
+    write_photo(data / "train" / "bee" / "deeper" / "x.JPG", 50, 50, seed=1)
+    (data / "train" / "bee" / "notes.txt").write_text("no image")
+    (data / "train" / "ant" / "y.PNG").write_bytes(
+        (data / "train" / "ant" / "000.JPEG").read_bytes()
+    )
+    ours, theirs = scan(data / "train"), TorchvisionFolder(data / "train")
+    assert ours.classes == theirs.classes
+    assert sorted(zip(ours.paths, ours.labels.tolist(), strict=True)) == sorted(theirs.samples)
+
+
+def test_a_linked_class_folder_is_followed(data, tmp_path):
+    (data / "val" / "bee").rename(tmp_path / "elsewhere")
+    (data / "val" / "bee").symlink_to(tmp_path / "elsewhere")
+    assert len(scan(data / "val").paths) == 3
+
+
+def _no_data(data):
+    shutil.rmtree(data)
+    return f"there is no folder {data}"
+
+
+def _empty(data):
+    shutil.rmtree(data / "train")
+    shutil.rmtree(data / "val")
+    return f"{data} has no folder 'train' .it has no folders."
+
+
+def _no_val(data):
+    shutil.rmtree(data / "val")
+    return f"{data} has no folder 'val' .it has train."
+
+
+def _val_without_images(data):
+    shutil.rmtree(data / "val")
+    (data / "val").mkdir()
+    return f"{data}/val holds no images"
+
+
+def _flat_val(data):
+    shutil.rmtree(data / "val")
+    write_photo(data / "val" / "1.JPEG", 50, 50, seed=1)
+    return f"{data}/val holds images but no class folders; expected {data}/val/CLASS/IMAGE.JPEG"
+
+
+def _empty_class(data):
+    (data / "train" / "cat").mkdir()
+    return f"the class folder {data}/train/cat holds no image"
+
+
+def _other_classes(data):
+    write_folder(data / "train", {"cat": 1, "dog": 1})
+    write_folder(data / "val", {"emu": 1})
+    return "only in train: cat, dog; only in val: emu"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_no_data, _empty, _no_val, _val_without_images, _flat_val, _empty_class, _other_classes],
+)
+def test_a_malformed_folder_is_explained(data, damage):
+    message = damage(data)
+    with pytest.raises(UsageError, match=message):
+        scan_train_val(data)
+
+
+def test_an_evaluation_needs_no_training_folder(data):
+    shutil.rmtree(data / "train")
+    train, val = scan_train_val(data, with_train=False)
+    assert train is None
+    assert len(val.paths) == 3
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (8, 8)).save(path, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
+    assert "cannot identify image file" in broken(str(path))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"])
+def test_a_picture_of_a_usual_format_is_one_by_any_name(tmp_path, kind):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg", kind)
+    assert broken(str(tmp_path / "photo.jpg")) is None
+
+
+def test_links_that_lead_back_are_not_followed_and_others_are(data):
+    album = data / "val" / "bee"
+    for name in ("x", "y"):
+        (album / name).symlink_to(album)
+    (album / "up").symlink_to("../..")
+    (album / "other").symlink_to(data / "train" / "ant")
+    inside = [Path(p).relative_to(album) for p in images_below(album)]
+    assert sum(p.parts[0] == "other" for p in inside) == 2
+    assert len(inside) == 4
+
+
+def test_a_good_image_is_not_broken(data):
+    assert broken(str(data / "train" / "ant" / "000.JPEG")) is None

@@ -1,0 +1,97 @@
+"""Order, crops and flips: functions of (seed, epoch, sample index) alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+
+from pipelines.sampler import Schedule, draw, uniforms
+from pipelines.transforms import Draws, eval_short_side, random_resized_crop
+
+
+def test_a_samples_numbers_do_not_depend_on_its_batch():
+    together = uniforms(7, 2, np.array([3, 1, 4]), 9)
+    alone = uniforms(7, 2, np.array([4]), 9)
+    assert np.array_equal(together[2:], alone)
+
+
+def test_lanes_can_be_asked_for_from_any_first_one():
+    indices = np.array([3, 1, 4])
+    assert np.array_equal(
+        uniforms(7, 2, indices, 4, first_lane=5), uniforms(7, 2, indices, 9)[:, 5:]
+    )
+
+
+@pytest.mark.parametrize("changed", [(8, 2, 3), (7, 3, 3), (7, 2, 4)])
+def test_seed_epoch_and_index_each_give_other_numbers(changed):
+    seed, epoch, index = changed
+    a = uniforms(7, 2, np.array([3]), 64)
+    b = uniforms(seed, epoch, np.array([index]), 64)
+    assert abs(np.corrcoef(a[0], b[0])[0, 1]) < 0.4
+    assert not np.isclose(a, b).any()
+
+
+def test_numbers_are_uniform_and_uncorrelated():
+    numbers = uniforms(0, 0, np.arange(20000), 6)
+    assert 0 <= numbers.min() < numbers.max() < 1
+    # Mean and variance of a uniform number, five standard errors wide.
+    assert np.abs(numbers.mean(axis=0) - 1 / 2).max() < 5 * math.sqrt(1 / 12 / 20000)
+    assert np.abs(numbers.var(axis=0) - 1 / 12).max() < 5 * math.sqrt(1 / 180 / 20000)
+    between_lanes = np.corrcoef(numbers.T) - np.eye(6)
+    between_neighbours = np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]
+    assert max(np.abs(between_lanes).max(), abs(between_neighbours)) < 5 / math.sqrt(20000)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 100), (40, 41)])
+def test_crops_are_distributed_as_torchvisions(height, width):
+    n = 4000
+    draws = draw(0, 0, np.arange(n), 5, "independent")
+    ours = np.array([random_resized_crop(height, width, draws, i) for i in range(n)])
+    image = np.empty((3, height, width), dtype=np.uint8)
+
+    blank = torch.from_numpy(image)
+    crop = RandomResizedCrop(224)
+    theirs = np.array([crop.get_params(blank, crop.scale, crop.ratio) for _ in range(n)])
+    error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / n) + 1e-9
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 5 * error).all()
+    spread = np.abs(ours.std(axis=0) - theirs.std(axis=0))
+    assert (spread < 5 * error + 0.5).all()
+
+
+def test_an_image_that_no_try_fits_gets_the_centre():
+    """torchvision's fallback: the largest centred crop within the ratios."""
+    never = Draws(np.ones((1, 10)), np.full((1, 10), 4 / 3), np.zeros((1, 2)), np.zeros((1, 5)) > 0)
+    assert random_resized_crop(400, 100, never, 0) == (133, 0, 133, 100)
+    assert random_resized_crop(100, 400, never, 0) == (0, 133, 100, 133)
+
+
+def test_half_of_the_flips_are_flips():
+    flips = draw(0, 0, np.arange(4000), 5, "independent").flip
+    assert np.abs(flips.mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(4000)
+    assert not (flips == flips[:, :1]).all()
+    shared = draw(0, 0, np.arange(100), 5, "shared").flip
+    assert (shared == shared[:, :1]).all()
+
+
+def test_every_rank_gets_its_slice_of_one_global_order():
+    whole = list(Schedule(103, 12, 0, 1, seed=5, training=True).batches(epoch=4))
+    parts = [list(Schedule(103, 4, r, 3, seed=5, training=True).batches(epoch=4)) for r in range(3)]
+    for step, batch in enumerate(whole):
+        assert np.array_equal(np.concatenate([p[step] for p in parts]), batch)
+    seen = np.concatenate(whole)
+    assert len(set(seen)) == len(seen) == 96
+
+
+def test_the_rest_that_is_left_out_differs_by_epoch():
+    schedule = Schedule(10, 4, 0, 1, seed=0, training=True)
+    left_out = [set(range(10)) - set(np.concatenate(list(schedule.batches(e)))) for e in range(5)]
+    assert len({frozenset(s) for s in left_out}) > 1
+
+
+@pytest.mark.parametrize(("size", "short"), [(224, 256), (192, 219), (160, 182), (96, 109)])
+def test_the_short_side_is_cut_to_a_whole_number(size, short):
+    assert eval_short_side(size) == short

@@ -1,0 +1,63 @@
+"""Errors of a command: one line, an exit code."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import pytest
+
+from pipelines.utils.cli import command, exit_code
+from pipelines.utils.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    number: int = 1
+    """A number."""
+
+
+def _raise(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("--x: no"), 2, "name: error: --x: no"),
+        (DataError("broken"), 1, "name: error: broken"),
+        (PermissionError(13, "Not you", "/p"), 1, "name: error: [Errno 13] Not you: '/p'"),
+        (KeyboardInterrupt(), 130, "name: interrupted, go on"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(capsys, error, code, line):
+    assert exit_code("name", lambda: _raise(error), ", go on") == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_fault_of_the_program_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        exit_code("name", lambda: 1 // 0)
+
+
+def test_a_path_that_is_no_text_can_be_printed(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert exit_code("name", lambda: print("a\udcffb") or 0) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue() == b"a\\udcffb\n"
+
+
+def test_options_are_parsed_and_the_result_is_the_exit_code():
+    assert command("name", Options, lambda o: o.number, ["--number", "7"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--number", "x"], "--number"), (["--numbr", "3"], "did you mean --number"), (["3"], "3")],
+)
+def test_a_mistyped_command_is_one_line(capsys, words, message):
+    assert command("name", Options, lambda o: o.number, words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,188 @@
+"""A resolution that was not trained: three ways to its BatchNorm."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+
+import pytest
+import torch
+
+from pipelines.dali import DaliOptions, make_loaders
+from rsnet.__main__ import main
+from rsnet.checkpoint import io as checkpoint
+from rsnet.models.factory import build
+from rsnet.models.state_dict import add_size, neighbours
+from rsnet.train import main as train
+
+SIZES = (48, 40, 24)
+NETWORK = {
+    "arch": "parallel_resnet10",
+    "width_mult": 0.125,
+    "stem": "small",
+    "sizes": list(SIZES),
+    "num_classes": 3,
+    "classes": ["ant", "bee", "cat"],
+    "normalize": "unit",
+}
+
+
+def _model(sizes=SIZES):
+    return build("parallel_resnet10", 3, sizes, 0.125, "small")
+
+
+def _trained():
+    """A network whose BatchNorms differ, as after training."""
+    model = _model()
+    for layer in model._norms:
+        for norm in layer.by_resolution:
+            torch.nn.init.normal_(norm.weight, 1, 0.2)
+            torch.nn.init.normal_(norm.bias, 0, 0.2)
+            norm.running_mean.normal_(0, 0.2)
+            norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def test_neighbours_share_by_distance():
+    assert neighbours((224, 192, 160), 176) == {192: 0.5, 160: 0.5}
+    assert neighbours((224, 160), 176) == {224: 0.25, 160: 0.75}
+    assert neighbours((224, 160), 256) == {224: 1.0}
+    assert neighbours((224, 160), 96) == {160: 1.0}
+
+
+def test_the_new_batchnorm_is_the_neighbours_mean():
+    model = _trained()
+    state = add_size(model.state_dict(), SIZES, 36, neighbours(SIZES, 36))
+    grown = _model((48, 40, 36, 24))
+    grown.load_state_dict(state)
+    for before, after in zip(model._norms, grown._norms, strict=True):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            at_40, at_24 = (getattr(before.by_resolution[i], name) for i in (1, 2))
+            expected = 0.75 * at_40 + 0.25 * at_24
+            torch.testing.assert_close(getattr(after.by_resolution[2], name), expected)
+
+
+@pytest.mark.parametrize("size", [64, 44, 32, 16])
+def test_other_sizes_and_the_ensemble_stay_bit_equal(size):
+    model = _trained()
+    state = add_size(copy.deepcopy(model.state_dict()), SIZES, size, neighbours(SIZES, size))
+    grown = _model((*SIZES, size)).eval()
+    grown.load_state_dict(state)
+    for s in SIZES:
+        x = torch.randn(2, 3, s, s)
+        assert torch.equal(grown(x), model(x))
+    weights = dict(zip(grown.sizes, grown.ensemble_weights().tolist(), strict=True))
+    assert weights.pop(size) == 0
+    assert list(weights.values()) == model.ensemble_weights().tolist()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    torch.manual_seed(0)
+    checkpoint.save(path, {"network": NETWORK, "model": _trained().state_dict()})
+    return path
+
+
+def _calibrate(saved, photos, tmp_path, *more):
+    output = tmp_path / "out.pt"
+    words = ["--checkpoint", saved, "--data", photos, "--size", 32, "--output", output]
+    words += ["--batch-size", 8, "--steps", 2, *more]
+    return main(["calibrate", *map(str, words)]), output
+
+
+@pytest.mark.parametrize("how", ["interpolate", "estimate", "distil"])
+def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_path, capsys, how):
+    code, output = _calibrate(saved, photos, tmp_path, "--how", how)
+    out = capsys.readouterr().out
+    assert code == 0
+    rows = [line.split()[0] for line in out.splitlines()[1:5]]
+    assert rows == ["nearest", "interpolate", "estimate", "distil"]
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("saved")] == [how]
+    content = checkpoint.load(output)
+    assert content["network"]["sizes"] == [48, 40, 32, 24]
+    assert content["network"]["calibrated"] == {"32": how}
+    before = checkpoint.load(saved)["model"]
+    expected = add_size(before, SIZES, 32, neighbours(SIZES, 32))
+    changed = {k.rsplit(".", 1)[1] for k, v in expected.items() if not v.equal(content["model"][k])}
+    statistics = {"running_mean", "running_var", "num_batches_tracked"}
+    assert (
+        changed
+        == {
+            "interpolate": set(),
+            "estimate": statistics,
+            "distil": statistics | {"weight", "bias"},
+        }[how]
+    )
+    of_the_new = [k for k, v in expected.items() if not v.equal(content["model"][k])]
+    assert all(".by_resolution.2." in k for k in of_the_new)
+
+
+def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path):
+    """Of the first layer, whose input does not depend on other statistics, written out."""
+    from pipelines.batch import LoaderSpec
+
+    _, output = _calibrate(saved, photos, tmp_path, "--how", "estimate")
+    state = checkpoint.load(output)["model"]
+    spec = LoaderSpec(photos, (48, 40, 32, 24), 8, torch.device("cpu"), normalize="unit")
+    loader = make_loaders(DaliOptions(), spec, True).train
+    model = _model()
+    model.load_state_dict(checkpoint.load(saved)["model"])
+    outputs = [model.network.conv1(batch.images[2]) for batch, _ in zip(loader, range(2))]  # noqa: B905
+    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    torch.testing.assert_close(
+        state["network.bn1.by_resolution.2.running_mean"], mean, rtol=1e-4, atol=1e-5
+    )
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--size", "40"], "--size 40: .*best.pt has it already"),
+        (["--size", "0"], "--size 0: at least 1"),
+        (["--steps", "0"], "--steps 0: at least 1"),
+        (["--size", "3"], "--size 3: --sizes: 3 is too small"),
+        (["--seed", "-1"], "--seed -1: at least 0"),
+        (["--lr", "inf"], "--lr inf: must be a positive number"),
+        (["--output", "/nowhere/out.pt"], "--output: cannot write into /nowhere"),
+        (["--checkpoint", "none.pt"], "error: there is no checkpoint none.pt"),
+    ],
+)
+def test_a_mistake_is_one_line(saved, photos, tmp_path, capsys, more, message):
+    code, output = _calibrate(saved, photos, tmp_path, *more)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+    assert not output.exists()
+
+
+def test_an_existing_file_is_not_overwritten(saved, photos, tmp_path, capsys):
+    (tmp_path / "out.pt").write_text("mine")
+    code, output = _calibrate(saved, photos, tmp_path)
+    assert code == 2
+    assert "out.pt exists; give another name" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+
+
+def test_a_calibrated_network_can_be_trained_on(saved, photos, tmp_path, monkeypatch, capsys):
+    """As a run of its own; its new size joins the ensemble, whose weight was 0."""
+    run = tmp_path / "runs" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "best.pt").write_bytes(saved.read_bytes())
+    _calibrate(saved, photos, tmp_path, "--how", "estimate", "--output", run / "out.pt")
+    words = f"train --data {photos} --resume {run / 'out.pt'} -b 8 --epochs 1 --amp off --lr 0.001"
+    words += " --workers 1 --wandb disabled --ema 0.5 --output "
+    monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs")])
+    assert train("train", DaliOptions, make_loaders) == 2  # it is no continuation of that run
+    assert "holds a run already" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "next")])
+    assert train("train", DaliOptions, make_loaders) == 0
+    content = checkpoint.load(tmp_path / "next" / "checkpoints" / "last.pt")
+    assert content["network"]["sizes"] == [48, 40, 32, 24]
+    for key in ("model", "ema"):
+        alpha = content[key]["alpha"]
+        torch.testing.assert_close(alpha, torch.ones(4), rtol=0, atol=0.01)
+        assert not torch.equal(alpha, torch.ones(4))

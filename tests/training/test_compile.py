@@ -1,0 +1,104 @@
+"""`--compile`: the same training, and one line where there is no compiler."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+
+import pytest
+import torch
+
+from pipelines.batch import LoaderSpec
+from pipelines.dali import DaliOptions
+from pipelines.dali import make_loaders as make_dali
+from pipelines.synthetic import SyntheticOptions, make_loaders
+from rsnet import train as run
+from rsnet.config.command_line import parse
+from rsnet.config.resolve import resolve
+from rsnet.models.factory import build
+from rsnet.profiler.step_profiler import time_steps
+from rsnet.training.assemble import make_trainer
+from rsnet.training.trainer import evaluate
+
+SIZES = (32, 24, 16)
+LINE = "--arch parallel_resnet10 --width-mult 0.25 --stem small --sizes 32 24 16 -b 4 --amp off"
+
+
+def _trainer(*more: str):
+    config, _ = parse(DaliOptions, ["--data", "d", *LINE.split(), *more])
+    config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
+    torch.manual_seed(0)
+    bits = {"mode": config.mode, "qw": config.qw, "qa": config.qa}
+    model = build(config.arch, 10, SIZES, 0.25, "small", **bits)
+    model = model.to(memory_format=torch.channels_last)
+    return make_trainer(config, model, 10, 100, torch.device("cpu")), model
+
+
+@pytest.fixture
+def batches():
+    spec = LoaderSpec("d", SIZES, 4, torch.device("cpu"))
+    return make_loaders(SyntheticOptions(train_images=16, val_images=6, classes=10), spec)
+
+
+QUANTIZED = ["--mode", "preact", "--qw", "2", "--qa", "2"]
+
+
+# Rounding moves values to another level: quantized weights that start 1e-7 apart, both trained eagerly, have
+# gradients 1 % apart in the first update and 90 % in the second, just as compiled ones have.
+@pytest.mark.slow  # minutes of compilation
+@pytest.mark.parametrize(("kind", "updates"), [([], 4), (QUANTIZED, 1)])
+def test_a_compiled_training_is_the_eager_one(batches, kind, updates):
+    """A graph with all sizes, K = 2 of them, and the evaluation, which is not compiled."""
+    ends = []
+    for more in (["--compile"], []):
+        trainer, model = _trainer("--sizes-per-step", "2", *kind, *more)
+        trainer.objective.train()
+        for batch in islice(batches.train, updates):
+            trainer.forward_backward(batch, last=True)
+            trainer.update()
+        ends.append((model.state_dict(), evaluate(model, batches.val, torch.device("cpu"))))
+    (found, accuracy), (expected, wanted) = ends
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert accuracy["32"]["loss"] == pytest.approx(wanted["32"]["loss"], rel=5e-3)
+
+
+@pytest.mark.parametrize("kind", [[], QUANTIZED])
+def test_a_compiled_step_is_one_graph(batches, monkeypatch, kind):
+    """Whatever compiles it: nothing in a step breaks the graph, and no later step compiles anew."""
+    graphs = []
+
+    def backend(module, _inputs):
+        graphs.append(module)
+        return module.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend=backend, **more))
+    trainer, model = _trainer("--compile", *kind)
+    times = time_steps(trainer, model, iter([b for b in batches.train for _ in range(2)]), 3)
+    assert len(graphs) == 1
+    assert list(times.parts) == ["data", "forward and backward", "optimizer"]
+    evaluate(model, batches.val, torch.device("cpu"))
+    assert len(graphs) == 1
+
+
+def test_without_a_compiler_there_is_one_line(photos, tmp_path, monkeypatch, capsys):
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    words = [
+        "--data",
+        photos,
+        *LINE.split(),
+        "--output",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--compile",
+    ]
+    monkeypatch.setattr(sys, "argv", ["train_dali.py", *map(str, words), "--wandb", "disabled"])
+    assert run.main("train_dali.py", DaliOptions, make_dali) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train_dali.py: error: --compile: ")
+    assert line.endswith("; train without it")

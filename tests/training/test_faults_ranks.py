@@ -1,0 +1,274 @@
+"""Several processes: they stop at the same step, go on in other numbers, and a lost one is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.faults import (  # fmt: skip
+    LIMIT_S,
+    ROOT,
+    UPDATES,
+    assert_same_end,
+    command,
+    end,
+    finish,
+    kill,
+    reached,
+    saved,
+    start,
+    torchrun,
+    wait_for,
+)
+
+pytestmark = pytest.mark.faults
+
+
+def _pair(photos: Path, run: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    """Two processes with half of the batch each."""
+    return torchrun(2, command(photos, run, "-b", "2", *more), *launcher)
+
+
+@pytest.fixture(scope="module")
+def pair(photos, tmp_path_factory) -> Path:
+    """A run of two processes that nothing happens to."""
+    run = tmp_path_factory.mktemp("pair") / "run"
+    finish(_pair(photos, run))
+    assert saved(run)["step"] == UPDATES
+    return run
+
+
+def _ranks(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Rank -> process id of the trainers below torchrun."""
+    found = {}
+    for child in _children(process.pid):
+        environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [e for e in environ if e.startswith(b"RANK=")]
+        if ranks and b"train_dali.py" in Path(f"/proc/{child}/cmdline").read_bytes():
+            found[int(ranks[0][5:])] = child
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_ranks_that_are_told_to_stop_stop_at_the_same_step_and_go_on_exactly(
+    photos, pair, tmp_path
+):
+    """SIGTERM to torchrun, which passes it on; each rank's own BatchNorm statistics are kept, too."""
+    run = tmp_path / "run"
+    process = start(_pair(photos, run))
+    wait_for(reached(run, 7), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = end(process, None)
+    assert err.count("stopped by SIGTERM: saved after update") == 1
+    assert 7 <= saved(run)["step"] < UPDATES
+    # A signal to one rank alone stops all.
+    process = start(_pair(photos, run))
+    wait_for(reached(run, 12), process)
+    os.kill(_ranks(process)[1], signal.SIGUSR1)
+    _, err = end(process, None)
+    assert err.count("stopped by SIGUSR1: saved after update") == 1
+    finish(_pair(photos, run))
+    assert_same_end(run, pair)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_a_restart_goes_on_exactly(photos, pair, tmp_path):
+    run = tmp_path / "run"
+    process = start(_pair(photos, run, launcher=("--max-restarts", "1")))
+    wait_for(reached(run, 7), process)
+    os.kill(_ranks(process)[1], signal.SIGKILL)
+    end(process)
+    assert_same_end(run, pair)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_without_restarts_ends_all(photos, tmp_path):
+    run = tmp_path / "run"
+    process = start(_pair(photos, run))
+    wait_for(reached(run, 7), process)
+    os.kill(_ranks(process)[1], signal.SIGKILL)
+    _, err = end(process, None)
+    assert process.returncode != 0
+    assert "rank      : 1" in err  # torchrun's report
+    assert "rank 1 ended, or hangs, or is not connected any longer" in err
+    assert "[rank0]: Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_in_time_and_is_named(photos, tmp_path):
+    run = tmp_path / "run"
+    process = start(_pair(photos, run, "--timeout", "8"))
+    wait_for(reached(run, 7), process)
+    stopped = _ranks(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    _, err = end(process, None)
+    assert process.returncode != 0
+    assert "rank 1 ended, or hangs, or is not connected any longer" in err
+    assert not Path(f"/proc/{stopped}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(photos, pair, tmp_path, before, after):
+    """The images of every update stay the same, so the weights are those of the run with two: not to the
+    bit, as one process with two batches adds up in another order."""
+    run = tmp_path / "run"
+    commands = {
+        1: command(photos, run, "-b", "2", "--accumulate", "2"),
+        2: _pair(photos, run),
+    }
+    process = start(commands[before])
+    wait_for(reached(run, 7), process)
+    process.send_signal(signal.SIGTERM)
+    end(process, None)
+    words = commands[after]
+    while "-b" in words or "--accumulate" in words:  # left to what keeps the images of an update
+        i = next(i for i, w in enumerate(words) if w in ("-b", "--accumulate"))
+        words = words[:i] + words[i + 2 :]
+    out, _ = finish(words)
+    assert f"{before} processes then, {after} now" in out
+    ended, expected = saved(run), saved(pair)
+    assert ended["step"] == expected["step"]
+    torch.testing.assert_close(
+        ended["model"]["alpha"], expected["model"]["alpha"], rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_another_number_of_images_in_an_update_is_refused(photos, pair):
+    words = command(photos, pair, "-b", "4", "--accumulate", "2")
+    _, err = finish(words, 2)
+    assert "other options (--lr 0.0015625 -> 0.003125, global batch 4 -> 8)" in err
+    _, err = finish([*words, "--resume", "auto"], 2)
+    assert "global batch 4 -> 8: the run would not go on with the images that come next" in err
+    assert "--allow-change global-batch" in err
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_leave_none_behind(photos, tmp_path):
+    run = tmp_path / "run"
+    process = start(_pair(photos, run))
+    wait_for(reached(run, 3), process)
+    ranks = list(_ranks(process).values())
+    kill(process, signal.SIGKILL)
+    end(process, None)
+    deadline = time.monotonic() + 30
+    while any(map(_lives, ranks)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_lives, ranks))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+GRADIENTS = """
+import sys, torch
+from torch import nn
+from rsnet import distributed
+
+device = distributed.setup("cpu")
+torch.manual_seed(0)
+network = nn.Sequential(
+    nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+)
+images, labels = torch.randn(8, 3, 16, 16), torch.randint(4, (8,))
+rank, world = distributed.rank(), distributed.world_size()
+mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+wrapped = distributed.wrap(network, device, compress="bf16" in sys.argv)
+for _ in range(2):  # a static graph is known after the first
+    network.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(wrapped(images[mine]), labels[mine]).backward()
+if distributed.is_main():
+    torch.save([p.grad for p in network.parameters()], sys.argv[1])
+assert distributed.gather(rank) == list(range(world))
+assert distributed.on_main(lambda: rank) == 0
+ballot = distributed.Ballot()
+assert [ballot.cast(10 * rank), ballot.count(), ballot.count()] == [0, 10, 0]
+distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one_with_both_batches(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = {}
+    for name, processes, more in (("one", 1, []), ("two", 2, []), ("half", 2, ["bf16"])):
+        path = tmp_path / f"{name}.pt"
+        words = torchrun(processes, [sys.executable, str(script), str(path), *more])
+        if processes == 1:
+            code = GRADIENTS.replace("[0, 10, 0]", "[0, 0, 0]")
+            words = [sys.executable, "-c", code, str(path)]
+        done = subprocess.run(
+            words, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = torch.load(path)
+    for one, two, half in zip(found["one"], found["two"], found["half"], strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(half, one, rtol=2e-2, atol=2e-3)
+        assert not torch.equal(half, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_two_machines_train_one_run(photos, pair, tmp_path, is_lost):
+    """As two torchruns that find each other: rank 1 is another machine's first process. If it is lost,
+    both begin anew, though their torchruns count restarts differently."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--max-restarts", "3"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    words = command(photos, run, "-b", "2")
+    words = [words[0], *launcher, *words[1:]]
+    machines = [start(words), start(words)]
+    if is_lost:
+        wait_for(reached(run, 7), machines[0])
+        ranks = {rank: pid for machine in machines for rank, pid in _ranks(machine).items()}
+        os.kill(ranks[1], signal.SIGKILL)
+    for machine in machines:
+        end(machine)
+    assert_same_end(run, pair)
+
+
+@pytest.mark.slow
+def test_processes_without_torchrun_find_each_other(photos, pair, tmp_path):
+    """As under Slurm, which sets what the script makes of it, and signals the processes themselves."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def launch() -> list[subprocess.Popen[str]]:
+        ranks = ({**place, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2"} for r in ("0", "1"))
+        return [start(command(photos, run, "-b", "2"), environ) for environ in ranks]
+
+    processes = launch()
+    wait_for(reached(run, 7), processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGUSR1)
+    for process in processes:
+        end(process, 138)
+    for process in launch():
+        end(process)
+    assert_same_end(run, pair)

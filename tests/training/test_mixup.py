@@ -1,0 +1,104 @@
+"""Mixup and CutMix at several sizes, against the papers' formulas written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipelines.batch import Batch
+from rsnet.training.mixup import Mixer
+
+SIZES = (40, 20, 10)
+N, CLASSES = 6, 4
+
+
+def _flat_batch() -> Batch:
+    """Every image is of one colour, its sample's number, so that shares can be read off."""
+    number = torch.arange(N, dtype=torch.float32)[:, None, None, None]
+    images = tuple(
+        number.expand(N, 3, s, s).contiguous(memory_format=torch.channels_last) for s in SIZES
+    )
+    return Batch(images, torch.tensor([0, 1, 2, 3, 0, 1]))
+
+
+def _shares(mixed: Batch) -> list[float]:
+    """How much of sample 1 (value 1, neighbour 0) is left, at each size."""
+    return [x[1].mean().item() for x in mixed.images]
+
+
+def test_mixup_has_one_share_and_one_partner_at_all_sizes():
+    batch = _flat_batch()
+    for index in range(5):
+        mixed = Mixer(0.2, 0, CLASSES, seed=1)(batch, index)
+        share = mixed.labels[1, 1].item()
+        for x, plain in zip(mixed.images, batch.images, strict=True):
+            expected = share * plain + (1 - share) * plain[[5, 0, 1, 2, 3, 4]]
+            torch.testing.assert_close(x, expected)
+        one_hot = torch.eye(CLASSES)[batch.labels]
+        torch.testing.assert_close(
+            mixed.labels, share * one_hot + (1 - share) * one_hot[[5, 0, 1, 2, 3, 4]]
+        )
+
+
+def test_cutmix_pastes_the_same_box_at_all_sizes():
+    batch = _flat_batch()
+    seen = set()
+    for index in range(20):
+        mixed = Mixer(0, 1.0, CLASSES, seed=1)(batch, index)
+        large, *smaller = (x[1, 0] for x in mixed.images)
+        rows, columns = (large == 0).any(1).nonzero(), (large == 0).any(0).nonzero()
+        seen.add(len(rows))
+        for x in smaller:
+            factor = SIZES[0] / x.shape[-1]
+            for pasted, axis in ((rows, 1), (columns, 0)):
+                there = (x == 0).any(axis).nonzero()
+                if len(there):
+                    assert there.min().item() * factor == pytest.approx(
+                        pasted.min().item(), abs=factor
+                    )
+                    assert (there.max().item() + 1) * factor == pytest.approx(
+                        pasted.max().item() + 1, abs=factor
+                    )
+    assert len(seen) > 5
+
+
+def test_cutmix_labels_have_the_shares_of_the_areas():
+    batch = _flat_batch()
+    for index in range(20):
+        mixed = Mixer(0, 1.0, CLASSES, seed=1)(batch, index)
+        # A pixel at each edge may be off: 2 / 40 of a side.
+        assert mixed.labels[1, 1].item() == pytest.approx(_shares(mixed)[0], abs=0.1)
+        assert mixed.labels.sum(1) == pytest.approx(torch.ones(N))
+
+
+def test_the_batch_itself_is_not_changed():
+    batch = _flat_batch()
+    Mixer(0.2, 1.0, CLASSES, seed=0)(batch, 0)
+    assert all(torch.equal(a, b) for a, b in zip(batch.images, _flat_batch().images, strict=True))
+
+
+def test_the_layout_and_the_dtype_stay():
+    batch = _flat_batch()
+    batch = Batch(tuple(x.bfloat16() for x in batch.images), batch.labels)
+    for mixer in (Mixer(0.2, 0, CLASSES, 0), Mixer(0, 1.0, CLASSES, 0)):
+        for x in mixer(batch, 0).images:
+            assert x.dtype == torch.bfloat16
+            assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_draws_depend_on_seed_and_batch_alone():
+    batch = _flat_batch()
+
+    def drawn(seed: int, index: int) -> float:
+        return Mixer(0.4, 1.0, CLASSES, seed)(batch, index).labels[1, 1].item()
+
+    assert drawn(3, 7) == drawn(3, 7)
+    assert len({drawn(seed, index) for seed in range(4) for index in range(4)}) == 16
+
+
+def test_both_kinds_are_drawn_if_both_are_asked_for():
+    kinds = {
+        bool((Mixer(0.4, 1.0, CLASSES, 0)(_flat_batch(), i).images[0][1] % 1).any())
+        for i in range(12)
+    }
+    assert kinds == {True, False}  # mixup makes fractions, CutMix none
