@@ -22,7 +22,7 @@ from rsnet.inference import cascade_search as thresholds
 from rsnet.inference import scores
 from rsnet.inference.cascade_search import Answers
 from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.inference.scores import Scores
+from rsnet.inference.scores import LabelledLogits
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def limits(ms: Mapping[int, float]) -> list[float]:
     return sorted(times + [(a + b) / 2 for a, b in itertools.pairwise(times)])
 
 
-def compare(found: Scores, ms: Mapping[int, float], splits: int) -> Iterator[Row]:
+def compare(found: LabelledLogits, ms: Mapping[int, float], splits: int) -> Iterator[Row]:
     """Size, mix and cascade are chosen on one half, and reported on the other."""
     as_they_are = dict.fromkeys(ms, 1.0)
     for seed in range(splits):

@@ -24,8 +24,9 @@ from benchmarks.plain import ListOfResolutions
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import device_in_use, make_batches, make_network, make_ours
 from pipelines.batch import Batch
+from rsnet.evaluation.evaluate import evaluate
+from rsnet.models.autocast import autocast
 from rsnet.profiler import step_profiler as profile
-from rsnet.training.trainer import autocast, evaluate
 
 
 @dataclass(frozen=True)

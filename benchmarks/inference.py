@@ -25,9 +25,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from rsnet.inference.runner import Forward
-from rsnet.models.factory import build
-from rsnet.models.fold import folded, plain
+from rsnet.inference.runner import ModelRunner
+from rsnet.models.factory import create_model
+from rsnet.models.fold import fold_batchnorm, plain
 from rsnet.models.switchable import ResolutionSwitchable
 
 Way = Callable[[Tensor], Tensor]
@@ -54,7 +54,7 @@ class Options:
 def measure(arch: str, size: int, o: Options) -> dict[str, Any]:
     """Milliseconds of each way, and how often the first way's time each takes less."""
     torch.manual_seed(0)
-    model = build(arch, 1000, o.sizes).eval().to(memory_format=torch.channels_last)
+    model = create_model(arch, 1000, o.sizes).eval().to(memory_format=torch.channels_last)
     _give_statistics(model)
     ways = make_ways(model, size, o.compiled)
     x = torch.randn(o.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
@@ -70,7 +70,7 @@ def measure(arch: str, size: int, o: Options) -> dict[str, Any]:
         "batch": o.batch_size,
         "weights_mb": {
             "all sizes": _megabytes(model),
-            "one size, folded": _megabytes(folded(model, size)),
+            "one size, folded": _megabytes(fold_batchnorm(model, size)),
         },
         "ms": {name: round(1000 * t, 2) for name, t in medians.items()},
         "times_as_fast": {name: round(base / t, 2) for name, t in medians.items()},
@@ -80,7 +80,7 @@ def measure(arch: str, size: int, o: Options) -> dict[str, Any]:
 
 def make_ways(model: ResolutionSwitchable, size: int, compiled: bool) -> dict[str, Way]:
     """By name: (N, 3, size, size) -> logits."""
-    fold = folded(model, size)
+    fold = fold_batchnorm(model, size)
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     quantize: Any = torch.ao.quantization.quantize_dynamic
     ways: dict[str, Way] = {
@@ -103,7 +103,7 @@ def _offered(
     model: ResolutionSwitchable, size: int, dtype: torch.dtype | None = None, fold: bool = False
 ) -> Way:
     """As `SwitchableClassifier.load` computes with these options."""
-    forward = Forward(model, torch.device("cpu"), dtype, 1, fold, cuda_graphs=False)
+    forward = ModelRunner(model, torch.device("cpu"), dtype, 1, fold, cuda_graphs=False)
     return lambda x: forward(x if dtype is None else x.to(dtype), size)
 
 

@@ -31,7 +31,7 @@ from pipelines.batch import Loader, Loaders, LoaderSpec
 from pipelines.ffcv.beton import Samples, open_beton
 from pipelines.ffcv.decode import FINE, decode, training_views
 from pipelines.ffcv.turbojpeg import JpegDecoder
-from pipelines.sampler import Indices, draw
+from pipelines.sampler import Indices, crop_params
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class HostOnly:
         sizes, count = self._options.sizes, len(indices)
         outs = tuple(np.empty((count, s, 3 * s), np.uint8) for s in sizes)
         status = np.empty(count, np.uint8)
-        draws = draw(0, 0, indices, len(sizes), "independent")
+        draws = crop_params(0, 0, indices, len(sizes), "independent")
         samples = self._beton.samples.take(indices)
         training_views(file, decoder, samples, draws, 0, count, None, outs, status)
         assert not status.any()

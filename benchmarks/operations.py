@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import make_model, make_network, our_step, plain_step, trainer_of
 from pipelines.batch import Batch
-from rsnet.models.layers.depthwise import DepthwiseConv2d
+from rsnet.models.layers.onednn_workarounds import DepthwiseConv2d
 from rsnet.models.switchable import ResolutionSwitchable
 
 ALLOCATIONS = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")

@@ -22,10 +22,11 @@ import tyro
 from pipelines.batch import Batch
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import Mode, TrainConfig
-from rsnet.models.factory import build
+from rsnet.models.autocast import AMP_DTYPES
+from rsnet.models.factory import create_model
 from rsnet.profiler import step_profiler as profile
 from rsnet.train import has_bf16
-from rsnet.training.assemble import AMP_DTYPES, make_trainer
+from rsnet.training.trainer import make_trainer
 
 CLASSES = 1000
 # name: (mode, bits of weights and activations, name of what it is compared with)
@@ -90,7 +91,7 @@ def make_step(arch: str, kind: str, o: Options, device: torch.device) -> Callabl
         has_bf16=has_bf16(device),
     )
     torch.manual_seed(0)
-    model = build(arch, CLASSES, o.sizes, mode=mode, qw=qw, qa=qa).to(device)
+    model = create_model(arch, CLASSES, o.sizes, mode=mode, qw=qw, qa=qa).to(device)
     model = model.to(memory_format=torch.channels_last)
     trainer = make_trainer(resolved, model, CLASSES, 1000, device)
     trainer.objective.train()

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from pipelines.utils.cli import command
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.evaluation.compare import RunSummary, plot, read_run, tables
-from rsnet.loggers.run_dir import Display
+from rsnet.loggers.console import ConsoleLogger
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,7 +178,7 @@ def run(o: Options) -> int:
     o.output.mkdir(parents=True, exist_ok=True)
     jobs = list(jobs_of(o))
     threads = max(1, len(os.sched_getaffinity(0)) // o.jobs)
-    display = Display(active=True)
+    display = ConsoleLogger(active=True)
     display.start("study", sum(job.work for job in jobs))
     done = 0
     for job in jobs:

@@ -32,14 +32,14 @@ from pipelines import dali
 from pipelines.batch import Batch, LoaderSpec
 from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import TrainConfig
-from rsnet.models.activation_checkpointing import use_recomputation
-from rsnet.models.factory import build, gflops
+from rsnet.models.activation_checkpointing import convert_to_checkpointed
+from rsnet.models.autocast import AMP_DTYPES
+from rsnet.models.factory import create_model, gflops
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import step_profiler as profile
 from rsnet.profiler.report import images_per_s
 from rsnet.train import has_bf16
-from rsnet.training.assemble import AMP_DTYPES, make_trainer
-from rsnet.training.trainer import Trainer
+from rsnet.training.trainer import Trainer, make_trainer
 
 Amp = Literal["auto", "bf16", "off"]
 CLASSES = 1000
@@ -223,12 +223,12 @@ def trainer_of(model: ResolutionSwitchable, arch: str, o: Options, amp: Amp) -> 
 
 def make_model(arch: str, o: Options) -> ResolutionSwitchable:
     """With the weights of `make_network`."""
-    model = build(arch, CLASSES, o.sizes)
+    model = create_model(arch, CLASSES, o.sizes)
     weights = make_network(arch).state_dict()
     own = model.network.state_dict()
     model.network.load_state_dict({k: weights[re.sub(r"\.by_resolution\.\d+", "", k)] for k in own})
     if o.recompute != "off":
-        use_recomputation(model.network, o.recompute)
+        convert_to_checkpointed(model.network, o.recompute)
     return model.to(device_in_use()).to(memory_format=torch.channels_last)
 
 

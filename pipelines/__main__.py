@@ -5,23 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pipelines.dali.options import VerifyOptions
-from pipelines.demo import DemoOptions, write_demo
-from pipelines.ffcv import ConvertOptions, convert_or_verify
-from pipelines.utils.cli import Verbs, verb_command
+from pipelines.utils.cli import Verb, verb_command
 
-
-def verify(options: VerifyOptions) -> int:
-    """Find the images that would end a training; returns the exit code."""
-    from pipelines.dali.verify import verify  # DALI takes a second to import
-
-    return verify(options)
-
-
-VERBS: Verbs = {
-    "verify": (VerifyOptions, verify, "find the images that would end a training"),
-    "convert": (ConvertOptions, convert_or_verify, "an image folder to .beton files for FFCV"),
-    "demo": (DemoOptions, write_demo, "a small rendered data set"),
+VERBS = {
+    "verify": Verb(
+        "pipelines.dali.verify",
+        "find the images that would end a training",
+        "VerifyOptions",
+        "verify",
+    ),
+    "convert": Verb(
+        "pipelines.ffcv", "an image folder to .beton files", "ConvertOptions", "convert_or_verify"
+    ),
+    "demo": Verb("pipelines.demo", "a small rendered data set", "DemoOptions", "write_demo"),
 }
 
 

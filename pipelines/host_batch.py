@@ -46,7 +46,7 @@ class HostBatch:
             task.cancel()
 
 
-def finished(batches: Iterable[HostBatch], ahead: int) -> Iterator[Batch]:
+def iterate_finished(batches: Iterable[HostBatch], ahead: int) -> Iterator[Batch]:
     """The results in order, each while `ahead` later ones are in the works; leaving early cancels those."""
     started: deque[HostBatch] = deque()
     try:
@@ -67,7 +67,7 @@ def check_sizes(spec: LoaderSpec) -> None:
         raise UsageError(f"--sizes {min(spec.sizes)}: at least {MIN_SIZE} pixels")
 
 
-def new_blocks(spec: LoaderSpec, count: int) -> list[Tensor]:
+def allocate_blocks(spec: LoaderSpec, count: int) -> list[Tensor]:
     """Room for `count` pictures at each size: (count, s, 3 * s) in the compute dtype."""
     return [torch.empty((count, s, 3 * s), dtype=spec.dtype) for s in spec.sizes]
 

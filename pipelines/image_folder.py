@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.image_io import images_below, open_image
-from pipelines.utils.errors import DataError, UsageError, blame, first_line
+from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ImageFolder:
         return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()
 
 
-def scan(root: Path) -> ImageFolder:
+def scan_folder(root: Path) -> ImageFolder:
     """Find the images below the class folders of `root`, at any depth.
 
     Raises UsageError if `root` is missing, holds no class folders, or a class holds no image.
@@ -70,9 +70,9 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
                 f"--data: {data} has no folder {split!r} "
                 f"(it has {', '.join(found) if found else 'no folders'})"
             )
-    with blame("--data"):
-        val = scan(data / "val")
-        train = scan(data / "train") if with_train else None
+    with error_context("--data"):
+        val = scan_folder(data / "val")
+        train = scan_folder(data / "train") if with_train else None
     if train is None:
         return None, val
     if train.classes != val.classes:
@@ -97,7 +97,7 @@ def explain_failure(
             what, advice = f"broken image {path}: {reason}", "repair it or remove it; "
             break
     else:
-        what, advice = f"cannot read one of {_some(paths)}: {cause(error)}", ""
+        what, advice = f"cannot read one of {_some(paths)}: {dali_error_line(error)}", ""
     return DataError(f"{what}; {advice}{verify_command(data)} finds all broken images")
 
 
@@ -107,7 +107,7 @@ def verify_command(data: Path, report: Path | None = None) -> str:
     return shlex.join(words if report is None else [*words, "--report", str(report)])
 
 
-def broken(path: str) -> str | None:
+def decode_error(path: str) -> str | None:
     """Why PIL does not decode the image at `path`, or None if it does."""
     try:
         with open_image(path) as image:
@@ -117,7 +117,7 @@ def broken(path: str) -> str | None:
     return None
 
 
-def cause(error: Exception) -> str:
+def dali_error_line(error: Exception) -> str:
     """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
     lines = str(error).partition("encountered:")[2].split("\n")
     return next((line.strip() for line in lines if line.strip()), first_line(error))

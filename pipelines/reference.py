@@ -15,15 +15,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
-from pipelines.image_folder import ImageFolder, broken, explain_failure, scan_train_val
+from pipelines.image_folder import ImageFolder, decode_error, explain_failure, scan_train_val
 from pipelines.image_io import eval_picture, open_image
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import (
     AUGMENTATION_LANE,
     Indices,
     ScheduledLoader,
-    draw,
-    schedule_for,
+    crop_params,
+    make_schedule,
     uniforms,
 )
 from pipelines.transforms import random_resized_crop
@@ -54,7 +54,7 @@ class ReferenceLoader(ScheduledLoader):
     def __init__(
         self, options: ReferenceOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
     ) -> None:
-        super().__init__(schedule_for(spec, len(folder.paths), training))
+        super().__init__(make_schedule(spec, len(folder.paths), training))
         self._options, self._spec, self._folder = options, spec, folder
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
@@ -96,14 +96,14 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
             with open_image(path) as image:
                 rgb = image.convert("RGB")
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
-            return explain_failure([path], error, self._spec.data, broken)
+            return explain_failure([path], error, self._spec.data, decode_error)
         views = self._training_views(rgb, index) if self._training else self._eval_views(rgb)
         pixels = [torch.from_numpy(np.array(view)) for view in views]
         return pixels, int(self._folder.labels[index])
 
     def _training_views(self, image: Image.Image, index: int) -> Iterator[Image.Image]:
         spec = self._spec
-        draws = draw(spec.seed, self._epoch, np.array([index]), len(spec.sizes), spec.flip)
+        draws = crop_params(spec.seed, self._epoch, np.array([index]), len(spec.sizes), spec.flip)
         rectangle = random_resized_crop(image.height, image.width, draws, 0)
         crop = self._augmented(F.crop(image, *rectangle), index)
         for size, flip in zip(spec.sizes, draws.flip[0], strict=True):

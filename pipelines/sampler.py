@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.batch import Batch, Flip, LoaderSpec
-from pipelines.transforms import Draws
+from pipelines.transforms import CropParams
 from pipelines.utils.errors import UsageError
 
 Indices = NDArray[np.int64]
@@ -46,9 +46,9 @@ def _mix(z: Any) -> Any:
     return z ^ (z >> np.uint64(31))
 
 
-def draw(seed: int, epoch: int, indices: Indices, sizes: int, flip: Flip) -> Draws:
+def crop_params(seed: int, epoch: int, indices: Indices, sizes: int, flip: Flip) -> CropParams:
     """The crops and flips of N samples at `sizes` resolutions."""
-    return Draws.from_uniforms(uniforms(seed, epoch, indices, Draws.lanes(sizes)), flip)
+    return CropParams.from_uniforms(uniforms(seed, epoch, indices, CropParams.lanes(sizes)), flip)
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,6 @@ class ScheduledLoader(ABC):
         """Give threads, processes and memory back."""
 
 
-def schedule_for(spec: LoaderSpec, samples: int, training: bool) -> Schedule:
+def make_schedule(spec: LoaderSpec, samples: int, training: bool) -> Schedule:
     """The schedule of the rank that `spec` describes."""
     return Schedule(samples, spec.batch_size, spec.rank, spec.world_size, spec.seed, training)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
-from pipelines.sampler import ScheduledLoader, schedule_for
+from pipelines.sampler import ScheduledLoader, make_schedule
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SyntheticLoader(ScheduledLoader):
     """The same images in every batch: made once, so that a step costs no more than the labels."""
 
     def __init__(self, spec: LoaderSpec, images: int, classes: int, training: bool) -> None:
-        super().__init__(schedule_for(spec, images, training))
+        super().__init__(make_schedule(spec, images, training))
         self._spec, self._classes = spec, classes
         generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self._images = tuple(

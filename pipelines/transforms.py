@@ -39,7 +39,7 @@ class View(NamedTuple):
     left: int
 
 
-class Draws(NamedTuple):
+class CropParams(NamedTuple):
     """The random numbers of N training samples, in the order in which the crop uses them."""
 
     area: NDArray[np.float64]  # (N, 10) shares of the image
@@ -52,7 +52,7 @@ class Draws(NamedTuple):
         return 2 * CROP_TRIES + 2 + sizes
 
     @classmethod
-    def from_uniforms(cls, uniforms: NDArray[np.float64], flip: Flip) -> Draws:
+    def from_uniforms(cls, uniforms: NDArray[np.float64], flip: Flip) -> CropParams:
         """`uniforms`: (N, lanes(S)) in [0, 1)."""
         area, ratio, position, flips = np.split(
             uniforms, (CROP_TRIES, 2 * CROP_TRIES, 2 * CROP_TRIES + 2), axis=1
@@ -68,7 +68,7 @@ class Draws(NamedTuple):
         )
 
 
-def random_resized_crop(height: int, width: int, draws: Draws, sample: int) -> Rectangle:
+def random_resized_crop(height: int, width: int, draws: CropParams, sample: int) -> Rectangle:
     """The training crop of an image: the first of ten tries that fits, else the centre.
 
     Area 8 % to 100 % of the image, ratio 3/4 to 4/3 (log-uniform): Inception's crop (Szegedy et al.

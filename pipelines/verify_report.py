@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.image_folder import ImageFolder, verify_command
-from pipelines.utils.atomic_io import write_json
-from pipelines.utils.errors import DataError, UsageError, blame, first_line
+from pipelines.utils.atomic_io import atomic_write_json
+from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 
 REPORT = "verified.json"  # in the folder that has train and val
 VERSION = 1
@@ -50,7 +50,7 @@ def fingerprint(stamps: dict[str, Stamp]) -> str:
 def write(report: Path, splits: dict[str, Verified]) -> None:
     """All at once, or not at all."""
     content = {split: dataclasses.asdict(found) for split, found in splits.items()}
-    write_json(report, {"version": VERSION, "splits": content})
+    atomic_write_json(report, {"version": VERSION, "splits": content})
 
 
 def read(report: Path) -> dict[str, Verified]:
@@ -79,7 +79,7 @@ def skip_bad(
     """
     data = val.root.parent
     path = report or data / REPORT
-    with blame("--skip-bad"):
+    with error_context("--skip-bad"):
         splits = read(path)
     command = verify_command(data, report)
     if not splits:

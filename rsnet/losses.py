@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ENSEMBLE = "ensemble"
+
+
 KdType = Literal["ens_topdown", "ens"]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.utils.cli import exit_code
-from pipelines.utils.errors import DataError, UsageError, blame, first_line
+from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from rsnet.checkpoint import io as checkpoint
 from rsnet.config.command_line import as_command, parse
 from rsnet.config.resolve import ResolvedConfig, resolve
@@ -23,16 +23,17 @@ from rsnet.distributed import process_group as distributed
 from rsnet.distributed import watchdog
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
-from rsnet.loggers.run_dir import Display, RunDir
-from rsnet.models.activation_checkpointing import use_recomputation
-from rsnet.models.factory import build, synchronize_batchnorm
+from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_dir import RunDir
+from rsnet.models.activation_checkpointing import convert_to_checkpointed
+from rsnet.models.autocast import AMP_DTYPES
+from rsnet.models.factory import create_model, synchronize_batchnorm
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
-from rsnet.training.assemble import AMP_DTYPES
 from rsnet.training.loop import TrainingRun, cost_of, shown_evaluation
 from rsnet.training.resume import find_start
-from rsnet.training.signals import Stopped
+from rsnet.training.signals import TrainingInterrupted
 
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
@@ -46,15 +47,17 @@ def main(script: str, options_type: type[Options], make_loaders: MakeLoaders[Opt
         try:
             run(script, config, options, make_loaders)
         except RuntimeError as error:
-            if not watchdog.is_of_a_collective(error):
+            if not watchdog.is_collective_error(error):
                 raise
             raise DataError(f"another process was lost: {first_line(error)}") from error
         return 0
 
     try:
         return exit_code(script, action)
-    except Stopped as stop:
-        distributed.gather(None)  # a launcher may kill the others when the first one ends
+    except TrainingInterrupted as stop:
+        distributed.all_gather_object(
+            None
+        )  # a launcher may kill the others when the first one ends
         if distributed.is_main():
             print(f"{script}: stopped by {stop}; the same command goes on", file=sys.stderr)
         return stop.exit_code
@@ -70,8 +73,8 @@ def run(
     Raises UsageError or DataError, in one line, for what the user has to change.
     """
     device = distributed.setup(config.device, config.timeout)
-    display = Display(distributed.is_main())
-    start = distributed.on_main(lambda: find_start(config, display.say))
+    display = ConsoleLogger(distributed.is_main())
+    start = distributed.run_on_main(lambda: find_start(config, display.say))
     source, content = start.source, start.content
     resolve_here = functools.partial(
         resolve,
@@ -90,7 +93,7 @@ def run(
     swept = names_of(resolved.profile_sweep, options, distributed.world_size())
     start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
     _set_up_torch(resolved)
-    loaders = distributed.together(
+    loaders = distributed.run_on_all(
         lambda: make_loaders(options, _spec(resolved, device), not resolved.evaluate)
     )
     try:
@@ -99,7 +102,7 @@ def run(
         model = model.to(memory_format=torch.channels_last)
         network = checkpoint.describe(resolved, loaders.classes, outputs)
         if source and content:
-            with blame(f"--resume: {source} does not fit"):
+            with error_context(f"--resume: {source} does not fit"):
                 training = not resolved.evaluate
                 checkpoint.require_match(content["network"], network, training)
                 is_average = not training and "ema" in content
@@ -108,7 +111,7 @@ def run(
                 model.complete_alpha()
         elif resolved.init_from is not None:
             path = Path(resolved.init_from)
-            distributed.together(lambda: checkpoint.start_from(model, network, path))
+            distributed.run_on_all(lambda: checkpoint.start_from(model, network, path))
         display.say(as_command(script, resolved, options))
         if resolved.never_decays:
             first = min(resolved.schedule)
@@ -149,7 +152,7 @@ def _evaluate_only(
     model: ResolutionSwitchable,
     loaders: Loaders,
     device: torch.device,
-    display: Display,
+    display: ConsoleLogger,
 ) -> Results:
     """Print the table; with --output also write it there, and the plot."""
     results = shown_evaluation(model, loaders, device, AMP_DTYPES[resolved.amp], display)
@@ -164,14 +167,14 @@ def _evaluate_only(
 
 def _build(c: ResolvedConfig, outputs: int, is_new: bool) -> ResolutionSwitchable:
     pretrained = c.pretrained if is_new else None
-    model = build(
+    model = create_model(
         c.arch, outputs, c.sizes, c.width_mult, c.stem, c.norm, c.blurpool, pretrained,
         c.mode, c.qw, c.qa, c.fixed_qa, c.tf_padding,
     )  # fmt: skip
     if c.sync_bn:
         synchronize_batchnorm(model, c.arch)
     if c.recompute != "off":
-        use_recomputation(model.network, c.recompute)
+        convert_to_checkpointed(model.network, c.recompute)
     return model
 
 

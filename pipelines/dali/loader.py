@@ -39,11 +39,11 @@ from pipelines.dali.options import DaliOptions
 from pipelines.dali.verify import Decoder
 from pipelines.host_batch import (
     HostBatch,
+    allocate_blocks,
     as_array,
     as_images,
     check_sizes,
-    finished,
-    new_blocks,
+    iterate_finished,
     pixel_table,
 )
 from pipelines.image_folder import ImageFolder, explain_failure, scan_train_val
@@ -52,8 +52,8 @@ from pipelines.sampler import (
     AUGMENTATION_LANE,
     Indices,
     ScheduledLoader,
-    draw,
-    schedule_for,
+    crop_params,
+    make_schedule,
     uniforms,
 )
 from pipelines.transforms import Rectangle, View, eval_view
@@ -83,7 +83,7 @@ class DaliLoader(ScheduledLoader):
     def __init__(
         self, options: DaliOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
     ) -> None:
-        super().__init__(schedule_for(spec, len(folder.paths), training))
+        super().__init__(make_schedule(spec, len(folder.paths), training))
         self._spec, self._folder = spec, folder
         self._feed = _Feed(spec, folder, training)
         self._options = options
@@ -100,7 +100,7 @@ class DaliLoader(ScheduledLoader):
         if self._resizer is None:
             self._resizer = Resizer(self._spec, self._options.workers)
         # One batch is resized while the next is waited for; DALI prepares those behind it.
-        return finished(self._outputs(epoch, first_step, self._resizer.start), ahead=1)
+        return iterate_finished(self._outputs(epoch, first_step, self._resizer.start), ahead=1)
 
     def _outputs(
         self, epoch: int, first_step: int, take: Callable[[tuple[Any, ...], Tensor], Taken]
@@ -204,7 +204,7 @@ class _Feed:
         if not self._training:
             return [paths]
         spec = self._spec
-        draws = draw(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
+        draws = crop_params(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
         numbers = [draws.area, draws.ratio, draws.position, draws.flip.astype(np.int32)]
         if spec.auto_augment is not None:
             counters = spec.seed, self._epoch, indices
@@ -222,7 +222,7 @@ class Resizer:
     def start(self, outputs: tuple[Any, ...], labels: Tensor) -> HostBatch:
         """Begin with the outputs of `crop_graph` or `image_graph`; their memory is kept until it is done."""
         pictures, *flips = outputs
-        blocks = new_blocks(self._spec, len(labels))
+        blocks = allocate_blocks(self._spec, len(labels))
         outs = [as_array(block) for block in blocks]
         mirror = flips[0].as_array() if flips else None
         return HostBatch(

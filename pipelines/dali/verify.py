@@ -22,10 +22,10 @@ from typing import Any
 from pipelines import verify_report as verified
 from pipelines.dali.graphs import build_decoder, path_batch
 from pipelines.dali.options import VerifyOptions
-from pipelines.image_folder import ImageFolder, broken, cause, scan
+from pipelines.image_folder import ImageFolder, dali_error_line, decode_error, scan_folder
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
-from pipelines.utils.progress import Progress, readable
+from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import Stamp, Verified
 
@@ -35,7 +35,7 @@ BATCH = 16  # images: a fifth faster than one by one; a bad one costs the decodi
 def verify(options: VerifyOptions) -> int:
     """Returns the exit code. Raises UsageError or DataError, in one line."""
     data, report = options.data, options.report or options.data / verified.REPORT
-    folders = [scan(data / split) for split in ("train", "val") if (data / split).is_dir()]
+    folders = [scan_folder(data / split) for split in ("train", "val") if (data / split).is_dir()]
     if not folders:
         raise UsageError(f"{data} has neither a folder train nor a folder val")
     for folder in folders:
@@ -95,14 +95,18 @@ def _decode(folder: ImageFolder, stamps: dict[str, Stamp], workers: int) -> dict
     size, started = 0, time.perf_counter()
     reasons = contextlib.closing(_reasons(folder.paths, workers))
     title = folder.root.name
-    with _without_decoders_messages(), reasons as found, Progress(title, len(stamps)) as progress:
+    with (
+        _without_decoders_messages(),
+        reasons as found,
+        ProgressBar(title, len(stamps)) as progress,
+    ):
         for done, ((name, stamp), reason) in enumerate(zip(stamps.items(), found, strict=True)):
             if reason is not None:
                 bad[name] = reason
             size += stamp[0] if stamp else 0
             progress.update(done + 1, size, len(bad))
     speed = len(stamps) / (time.perf_counter() - started)
-    print(f"{folder.root}: {len(stamps)} images, {readable(size)}, {speed:.0f} images/s")
+    print(f"{folder.root}: {len(stamps)} images, {format_bytes(size)}, {speed:.0f} images/s")
     return bad
 
 
@@ -174,12 +178,15 @@ class Decoder:
     def reason(self, path: str) -> str | None:
         """What is wrong with the file; None if nothing is."""
         if not os.path.isfile(path):  # noqa: PTH113 - pathlib is slow on a million files
-            return broken(path) or "it was no file a moment ago"
+            return decode_error(path) or "it was no file a moment ago"
         error = self._failure([path])
         if error is None:
             return None
         # PIL says what is wrong in words, DALI by numbers.
-        return broken(path) or f"PIL decodes it, but DALI does not ({cause(error)}); save it anew"
+        return (
+            decode_error(path)
+            or f"PIL decodes it, but DALI does not ({dali_error_line(error)}); save it anew"
+        )
 
     def _failure(self, paths: list[str]) -> Exception | None:
         """What DALI says if it cannot decode them all."""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.ffcv.turbojpeg import Bytes, kept_threads
-from pipelines.utils.atomic_io import write_json
+from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
 
 with kept_threads():
@@ -245,7 +245,7 @@ def sidecar_path(beton: Path) -> Path:
 
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:
-    write_json(path, dataclasses.asdict(sidecar))
+    atomic_write_json(path, dataclasses.asdict(sidecar))
 
 
 def read_sidecar(beton: Path) -> Sidecar | None:

@@ -46,11 +46,11 @@ from pipelines.ffcv.beton import (
 from pipelines.ffcv.options import ConvertOptions, WriteMode
 from pipelines.ffcv.turbojpeg import Bytes, JpegDecoder
 from pipelines.ffcv.verify import reasons, stored_bytes
-from pipelines.image_folder import ImageFolder, scan, scan_train_val
+from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
 from pipelines.image_io import open_image
 from pipelines.sampler import Indices, uniforms
-from pipelines.utils.errors import DataError, UsageError, blame, first_line
-from pipelines.utils.progress import Progress, readable
+from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
 
 PROBES = 64  # images that are encoded for the estimate, and compared after writing
@@ -109,8 +109,8 @@ def _sources(options: ConvertOptions, data: Path) -> list[_Source]:
         assert train is not None
         folders = {"train": train, "val": val}
     else:
-        with blame("--data"):
-            folders = {split: scan(data / split) for split in options.splits}
+        with error_context("--data"):
+            folders = {split: scan_folder(data / split) for split in options.splits}
     sources = []
     for split in options.splits:
         folder = folders[split]
@@ -162,13 +162,13 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
                 after += encoded.stored.data.size
         # A page is for the tables; pages are not filled to their ends.
         size = PAGE_SIZE + 1.05 * source.bytes * after / max(before, 1)
-        print(f"{source.split}: {len(source.chosen)} images of {readable(source.bytes)}, "
-              f"about {readable(size)} to write")  # fmt: skip
+        print(f"{source.split}: {len(source.chosen)} images of {format_bytes(source.bytes)}, "
+              f"about {format_bytes(size)} to write")  # fmt: skip
         total += size
     free = shutil.disk_usage(output).free
     if total > free:
         raise UsageError(
-            f"--output: about {readable(total)} are to be written, {output} has {readable(free)} free"
+            f"--output: about {format_bytes(total)} are to be written, {output} has {format_bytes(free)} free"
         )
 
 
@@ -208,7 +208,7 @@ def _convert(
     speed = content.samples / (time.perf_counter() - started)
     kinds = ", ".join(f"{count} {how}" for how, count in sorted(stored.items()))
     print(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
-          f"{readable(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
+          f"{format_bytes(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
     if skipped:
         print(f"{final}: {len(skipped)} broken images were left out; its sidecar lists them")
 
@@ -227,7 +227,7 @@ def _write(
     skipped: dict[int, str] = {}
     stored: Counter[str] = Counter()
     encoding = contextlib.closing(_encode(source, source.chosen, encoder, options.workers))
-    progress = Progress(source.split, len(source.chosen))
+    progress = ProgressBar(source.split, len(source.chosen))
     with partial.open("wb") as file, encoding as results, progress:
         writer = BetonWriter(file, len(source.chosen))
         for done, (index, encoded) in enumerate(zip(source.chosen.tolist(), results, strict=True)):

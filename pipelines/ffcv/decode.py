@@ -14,7 +14,7 @@ from pipelines.ffcv import turbojpeg
 from pipelines.ffcv.beton import RAW, Samples
 from pipelines.ffcv.turbojpeg import ACCURATE_DCT, RGB, Bytes, kept_threads
 from pipelines.resize import Table, resize
-from pipelines.transforms import Draws, Rectangle, View
+from pipelines.transforms import CropParams, Rectangle, View
 
 with kept_threads():
     from ffcv.libffcv import read
@@ -36,7 +36,7 @@ def training_views(
     file: int,
     decoder: int,
     samples: Samples,
-    draws: Draws,
+    draws: CropParams,
     first: int,
     last: int,
     table: Table,

@@ -44,16 +44,16 @@ from pipelines.ffcv.turbojpeg import JpegDecoder
 from pipelines.ffcv.verify import reasons
 from pipelines.host_batch import (
     HostBatch,
+    allocate_blocks,
     as_array,
     as_images,
     check_sizes,
-    finished,
-    new_blocks,
+    iterate_finished,
     pixel_table,
 )
 from pipelines.normalize import PixelNormalizer
-from pipelines.sampler import Indices, Schedule, ScheduledLoader, draw, schedule_for
-from pipelines.transforms import Draws
+from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, make_schedule
+from pipelines.transforms import CropParams
 from pipelines.utils.errors import DataError, UsageError
 
 READ_AHEAD = 8  # batches, quasi-random order
@@ -87,7 +87,7 @@ class FfcvLoader(ScheduledLoader):
         batches = list(self.schedule.batches(epoch, first_step))
         pages = _PageAdvice(self._options, workers, self._beton, batches)
         works = self._started(workers, epoch, batches, pages)
-        for step, batch in enumerate(finished(works, ahead=self._options.prefetch)):
+        for step, batch in enumerate(iterate_finished(works, ahead=self._options.prefetch)):
             pages.after(step)
             yield batch
             if self._workers is not workers:
@@ -112,10 +112,10 @@ class FfcvLoader(ScheduledLoader):
         status = np.empty(count, np.uint8)
         samples = self._beton.samples.take(indices)
         views: Views = ffcv_decode.eval_views
-        draws: tuple[Draws, ...] = ()
+        draws: tuple[CropParams, ...] = ()
         if self.schedule.training:
             views = ffcv_decode.training_views
-            draws = (draw(spec.seed, epoch, indices, len(spec.sizes), spec.flip),)
+            draws = (crop_params(spec.seed, epoch, indices, len(spec.sizes), spec.flip),)
         outs = tuple(as_array(block) for block in blocks)
 
         def fill(first: int, last: int) -> None:
@@ -129,7 +129,7 @@ class FfcvLoader(ScheduledLoader):
         what the network reads; for a GPU bytes, views of one pinned buffer, which goes there at once.
         """
         if self._spec.device.type == "cpu":
-            return None, new_blocks(self._spec, count)
+            return None, allocate_blocks(self._spec, count)
         shapes = [(count, s, 3 * s) for s in self._spec.sizes]
         lengths = [math.prod(shape) for shape in shapes]
         buffer = torch.empty(sum(lengths), dtype=torch.uint8, pin_memory=True)
@@ -166,7 +166,7 @@ class FfcvLoader(ScheduledLoader):
 
 
 def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bool) -> Schedule:
-    schedule = schedule_for(spec, len(beton), training)
+    schedule = make_schedule(spec, len(beton), training)
     if not training or options.order == "random":
         return schedule
     return PageSchedule(**vars(schedule), pages=beton.pages)

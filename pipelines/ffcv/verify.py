@@ -13,7 +13,7 @@ from pipelines.ffcv.beton import RAW, Beton, check_sidecar, open_beton, read_sid
 from pipelines.ffcv.turbojpeg import Bytes, JpegDecoder
 from pipelines.sampler import Indices
 from pipelines.utils.errors import DataError
-from pipelines.utils.progress import Progress
+from pipelines.utils.progress import ProgressBar
 from pipelines.utils.thread_map import ordered_map
 
 
@@ -27,7 +27,7 @@ def verify(path: Path, workers: int) -> int:
     if found is not None:
         check_sidecar(found, path, len(beton))
     bad, size = 0, 0
-    with Progress(path.name, len(beton)) as progress:
+    with ProgressBar(path.name, len(beton)) as progress:
         for index, reason in enumerate(reasons(beton, np.arange(len(beton)), workers)):
             if reason is not None:
                 bad += 1

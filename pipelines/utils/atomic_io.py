@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Write under another name and rename: a crash leaves the old file or the new one.
 
     Raises OSError; what was there stays.
@@ -27,7 +27,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
+    fsync_directory(path.parent)
 
 
 def _open_no_link(name: str, flags: int) -> int:
@@ -35,13 +35,13 @@ def _open_no_link(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_whole` of an object."""
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+def atomic_write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`atomic_write` of an object."""
+    atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends, or vanishes when it raises.
 
     Raises OSError, also if there is a file or a folder with something in it at `path`, which stays.
@@ -55,10 +55,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    fsync_directory(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_directory(folder: Path) -> None:
     """Wait until the names of a folder's files are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

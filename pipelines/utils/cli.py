@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -17,8 +19,15 @@ from pipelines.utils.errors import DataError, UsageError
 
 Options = TypeVar("Options")
 
-# By its name: the dataclass of a verb's options, what runs it, and what it is for.
-Verbs = dict[str, tuple[Any, Callable[[Any], int], str]]
+
+class Verb(NamedTuple):
+    """A subcommand: the module of its options, a dataclass, and of what runs it and returns the exit code."""
+
+    module: str
+    summary: str
+    options: str = "Options"
+    run: str = "run"
+
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -55,16 +64,25 @@ def command(
     return exit_code(name, lambda: run(parse_options(options_type, [options_type], argv)))
 
 
-def verb_command(module: str, verbs: Verbs, words: Sequence[str]) -> int:
+def verb_command(
+    module: str,
+    verbs: Mapping[str, Verb],
+    words: Sequence[str],
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Run `python -m MODULE VERB ...`; returns the exit code. `words`: from the verb on."""
     verb, *rest = words or ["--help"]
+    verb = aliases.get(verb, verb)
     if verb in verbs:
-        options, run, _ = verbs[verb]
+        chosen = verbs[verb]
+        found = importlib.import_module(chosen.module)
+        options, run = getattr(found, chosen.options), getattr(found, chosen.run)
         return command(f"{module} {verb}", options, run, rest)
     if verb in ("--help", "-h"):
         print(f"python -m {module} VERB --help")
-        for name, (_, _, what) in verbs.items():
-            print(f"  {name:10} {what}")
+        width = max(map(len, verbs))
+        for name, listed in verbs.items():
+            print(f"  {name:{width}}  {listed.summary}")
         return 0
     known = " ".join(verbs)
     print(f"{module}: error: {verb}: there is no such verb; one of {known}", file=sys.stderr)

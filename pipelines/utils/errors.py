@@ -19,7 +19,7 @@ class DataError(RuntimeError):
 
 
 @contextmanager
-def blame(what: str) -> Iterator[None]:
+def error_context(what: str) -> Iterator[None]:
     """Name the option or file that an error of the block is about, in front of its message."""
     try:
         yield

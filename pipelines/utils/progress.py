@@ -7,27 +7,26 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 LINE_EVERY = 10.0  # seconds
 
 
-class Progress:
+class ProgressBar:
     """Images done of `total`, with images/s, time left, bytes and bad images."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total = title, total
         console = Console(file=sys.stderr)
-        self._bar: RichProgress | None = None
+        self._bar: Progress | None = None
         if console.is_terminal:
-            self._bar = RichProgress(
+            self._bar = Progress(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[info]}", markup=False), console=console, transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=total, info="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         self._started = self._last_line = time.perf_counter()
         if self._bar is not None:
             self._bar.start()
@@ -46,7 +45,7 @@ class Progress:
         now = time.perf_counter()
         speed = done / max(now - self._started, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((self._total - done) / max(speed, 1e-9)))
-        info = f"{speed:.0f} images/s, {left} left, {readable(size)}, {bad} bad"
+        info = f"{speed:.0f} images/s, {left} left, {format_bytes(size)}, {bad} bad"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=info)
         elif now - self._last_line >= LINE_EVERY:
@@ -54,7 +53,7 @@ class Progress:
             print(f"{self._title}: {done}/{self._total}, {info}", file=sys.stderr, flush=True)
 
 
-def readable(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as 1.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:

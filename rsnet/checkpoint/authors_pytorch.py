@@ -17,8 +17,8 @@ from pipelines.transforms import EVAL_CROP_RATIO
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.resolve import NETWORK_DEFAULTS
 from rsnet.config.train_config import DEFAULT_SIZES
-from rsnet.models.factory import build
-from rsnet.models.fit import misfits
+from rsnet.models.factory import create_model
+from rsnet.models.state_dict import describe_mismatch
 
 # What the original has; its other names build the same networks.
 ARCHS = (
@@ -73,7 +73,7 @@ def from_original(
         raise DataError(f"there is no classifier of {arch} in this file; is --arch right?")
     names = _names(arch, len(classifier), sizes)
     shapes = {theirs: shape for theirs, (_, shape) in names.items()}
-    if problems := misfits(shapes, state):
+    if problems := describe_mismatch(shapes, state):
         raise DataError(f"the weights do not fit {arch}: {problems}")
     model = {ours: state[theirs] for theirs, (ours, _) in names.items() if theirs in state}
     for theirs, (ours, shape) in names.items():
@@ -163,7 +163,7 @@ def _names(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{the original's name: (ours, shape)} of everything in a network's state dict."""
     with torch.device("meta"):
-        model = build(arch, num_classes, sizes)
+        model = create_model(arch, num_classes, sizes)
     theirs_of_ours = dict(enumerate(_order(sizes)))
     names = {}
     for ours, value in model.state_dict().items():

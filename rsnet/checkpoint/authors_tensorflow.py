@@ -19,10 +19,10 @@ from pipelines.transforms import EVAL_CROP_RATIO
 from pipelines.utils.errors import DataError
 from rsnet.config.model_config import BITS, FULL
 from rsnet.config.resolve import NETWORK_DEFAULTS
-from rsnet.models.factory import PREFIX, rebuild
-from rsnet.models.fit import misfits
+from rsnet.models.factory import PREFIX, create_model_from_checkpoint
 from rsnet.models.preact_resnet import LAYERS
 from rsnet.models.quantization.bases import DECAY
+from rsnet.models.state_dict import describe_mismatch
 
 SCOPE = "imagenet/"
 
@@ -85,7 +85,7 @@ def from_tensorflow(variables: Mapping[str, Tensor]) -> dict[str, Any]:
     variables = {_without_outer_scope(name): value for name, value in variables.items()}
     network = _describe(variables)
     with torch.device("meta"):
-        state = rebuild(network).state_dict()
+        state = create_model_from_checkpoint(network).state_dict()
     names = _names(list(state), network["sizes"])
     expected = {theirs: _their_shape(state[ours].shape) for ours, theirs in names.items()}
     if "alpha" not in variables:  # trained without distillation
@@ -93,7 +93,7 @@ def from_tensorflow(variables: Mapping[str, Tensor]) -> dict[str, Any]:
     for name in [n for n in expected if n.endswith("/basis")]:
         if any(name + part in variables for part in ("/biased", "/local_step")):
             expected |= {name + "/biased": expected[name], name + "/local_step": ()}
-    if problems := misfits(expected, variables):
+    if problems := describe_mismatch(expected, variables):
         raise DataError(f"the variables do not fit {network['arch']}: {problems}")
     return {"network": network, "model": _filled(state, names, variables)}
 

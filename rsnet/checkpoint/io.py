@@ -12,14 +12,15 @@ from typing import Any, Literal
 import torch
 
 from pipelines.transforms import EVAL_CROP_RATIO
-from pipelines.utils.atomic_io import write_whole
-from pipelines.utils.errors import DataError, UsageError, blame
+from pipelines.utils.atomic_io import atomic_write
+from pipelines.utils.errors import DataError, UsageError, error_context
 from rsnet.checkpoint import authors_pytorch as original
 from rsnet.config.model_config import FULL
 from rsnet.config.resolve import NETWORK_DEFAULTS, ResolvedConfig
 from rsnet.models import safe_load as torch_file
-from rsnet.models.quantization.lq_nets import full_precision_names, start_from_weights
-from rsnet.models.switchable import ResolutionSwitchable, select_sizes
+from rsnet.models.quantization.lq_nets import full_precision_names, init_quantizers_from_weights
+from rsnet.models.state_dict import select_sizes
+from rsnet.models.switchable import ResolutionSwitchable
 
 FORMAT = 1
 
@@ -66,13 +67,13 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     older = [sha256(path)] if path.exists() else []
     note_hashes(path, [hashlib.sha256(data).hexdigest(), *older])
-    write_whole(path, data)
+    atomic_write(path, data)
 
 
 def note_hashes(path: Path, known: Sequence[str]) -> None:
     """Write PATH.sha256: what `path` may be."""
     lines = [f"{known_hash}  {path.name}\n" for known_hash in dict.fromkeys(known)]
-    write_whole(_hash_file(path), "".join(lines).encode())
+    atomic_write(_hash_file(path), "".join(lines).encode())
 
 
 def remove(path: Path) -> None:
@@ -84,7 +85,7 @@ def remove(path: Path) -> None:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """`torch.save`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, _serialized(content))
+    atomic_write(path, _serialized(content))
 
 
 def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None) -> dict[str, Any]:
@@ -102,10 +103,10 @@ def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None
     known += _noted_hashes(path)
     if known and found not in known:
         raise DataError(f"{path} is damaged: its SHA-256 is not in {hash_file.name}")
-    with blame(f"{path} is no readable checkpoint"):
-        content: Any = torch_file.read(path)
+    with error_context(f"{path} is no readable checkpoint"):
+        content: Any = torch_file.safe_load(path)
     if original.is_original(content):
-        with blame(str(path)):
+        with error_context(str(path)):
             return NEW_RUN | original.from_original(content, arch, sizes)
     ours = isinstance(content, dict) and content.get("format") == FORMAT
     if not ours or not {"network", "model"} <= content.keys():
@@ -160,11 +161,11 @@ def start_from(model: ResolutionSwitchable, wanted: Mapping[str, Any], path: Pat
 
     Raises UsageError if that is not of the same network, or quantized itself; DataError if it is damaged.
     """
-    with blame("--init-from"):
+    with error_context("--init-from"):
         content = load(path)
     trained = content["network"]
     bits = {name: wanted[name] for name in ("qw", "qa")}
-    with blame(f"--init-from: {path} does not fit"):
+    with error_context(f"--init-from: {path} does not fit"):
         if any(trained.get(name, FULL) != FULL for name in bits):
             raise UsageError("it is quantized itself; --resume goes on with it")
         require_match({**trained, **bits}, wanted, training=False)
@@ -176,7 +177,7 @@ def start_from(model: ResolutionSwitchable, wanted: Mapping[str, Any], path: Pat
         own = {k: v for k, v in model.state_dict().items() if k not in names.values()}
         load_weights(model, {"network": trained, "model": {**own, **weights}})
     model.complete_alpha()
-    start_from_weights(model)
+    init_quantizers_from_weights(model)
 
 
 def _serialized(content: Mapping[str, Any]) -> memoryview:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.utils.atomic_io import sync_folder
+from pipelines.utils.atomic_io import fsync_directory
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io as checkpoint
 
 
-class Store:
+class CheckpointManager:
     """A folder with last.pt, the ones before it (last-1.pt, last-2.pt, ...) and best.pt.
 
     Files change their names by links and renames alone, after their hashes were noted, so that a kill
@@ -81,5 +81,5 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
     checkpoint.note_hashes(target, [checkpoint.sha256(p) for p in (source, target) if p.exists()])
     temporary.replace(target)
-    sync_folder(target.parent)
+    fsync_directory(target.parent)
     checkpoint.note_hashes(target, [checkpoint.sha256(target)])  # so that sha256sum --check agrees

@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from pipelines.utils.atomic_io import write_json, write_whole
-from pipelines.utils.errors import DataError, UsageError, blame
+from pipelines.utils.atomic_io import atomic_write, atomic_write_json
+from pipelines.utils.errors import DataError, UsageError, error_context
 from rsnet.inference import benchmark_report as bench_report
 from rsnet.inference import scores
 from rsnet.inference.benchmark import Figures, measure
 from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.loggers.wandb_logger import WandbLog
+from rsnet.loggers.wandb_logger import WandbLogger
 from rsnet.release import model_card as release_card
 from rsnet.release import package as release
 
@@ -90,13 +90,13 @@ def run(options: Options) -> int:
     print(json.dumps(content) if options.json else bench_report.tables(figures))
     if output is not None:
         output.mkdir(parents=True)
-        write_json(output / "bench.json", content)
+        atomic_write_json(output / "bench.json", content)
         plot = output / "accuracy_latency.png"
         bench_report.plot(plot, classifier.config["network"]["arch"], figures)
         if options.wandb != "disabled":
             _log_to_wandb(options, output, figures, plot)
     if options.card:
-        write_whole(card, _refreshed(card, bench_report.section(figures)).encode())
+        atomic_write(card, _refreshed(card, bench_report.section(figures)).encode())
     return 0
 
 
@@ -105,14 +105,14 @@ def _refreshed(card: Path, section: str) -> str:
     if not card.is_file() or not os.access(card.parent, os.W_OK):
         raise UsageError(f"--card: there is no {card} that can be written")
     try:
-        with blame(str(card)):
+        with error_context(str(card)):
             return release_card.with_bench(card.read_bytes().decode(), section)
     except UnicodeDecodeError as error:
         raise DataError(f"{card} is no UTF-8") from error
 
 
 def _log_to_wandb(options: Options, output: Path, figures: Figures, plot: Path) -> None:
-    log = WandbLog(
+    log = WandbLogger(
         options.wandb,
         output,
         options.wandb_project,

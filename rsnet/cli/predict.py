@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from pipelines.image_io import images_below
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import DataError, UsageError
-from pipelines.utils.progress import Progress
+from pipelines.utils.progress import ProgressBar
 from rsnet.inference.classifier import Prediction, SwitchableClassifier
 
 
@@ -92,7 +92,7 @@ def run(options: Options) -> int:
     with ExitStack() as stack:
         out = sys.stdout  # which the bar replaces by its own console, on stderr
         if shown:
-            readable.progress = stack.enter_context(Progress("predict", len(paths)))
+            readable.progress = stack.enter_context(ProgressBar("predict", len(paths)))
         if options.json:
             for i, prediction in answers:
                 print(_as_json(paths[i], prediction), file=out, flush=True)
@@ -106,7 +106,7 @@ class _Readable(Iterable[tuple[int, Image.Image]]):
     """The images that can be decoded, with their places among the paths; the others are named."""
 
     def __init__(self, classifier: SwitchableClassifier, paths: list[str]) -> None:
-        self.progress: Progress | None = None
+        self.progress: ProgressBar | None = None
         self._classifier, self._paths, self._bad = classifier, paths, 0
 
     @property

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from pipelines.utils.errors import blame
+from pipelines.utils.errors import error_context
 from rsnet.checkpoint import io as checkpoint
 from rsnet.config.model_config import FULL
 from rsnet.config.resolve import NETWORK_DEFAULTS
 from rsnet.evaluation import report
-from rsnet.models.factory import gflops, rebuild
+from rsnet.models.factory import create_model_from_checkpoint, gflops
 from rsnet.release import package as release
 from rsnet.release.config import result_names
 
@@ -38,8 +38,8 @@ def run(options: Options) -> int:
     content = checkpoint.load(path)
     network: dict[str, Any] = {"width_mult": 1.0, **NETWORK_DEFAULTS, **content["network"]}
     averaged = "ema" in content
-    with blame(str(path)):
-        model = rebuild(network)
+    with error_context(str(path)):
+        model = create_model_from_checkpoint(network)
         checkpoint.load_weights(model, content, "ema" if averaged else "model")
     run_dir = _run_dir(path)
     accuracy = _accuracy(run_dir, content, network) if run_dir else None

@@ -15,10 +15,10 @@ from pipelines.utils.errors import DataError, UsageError
 from rsnet.inference import calibration as temperature
 from rsnet.inference import cascade_search as thresholds
 from rsnet.inference import scores, tuned
-from rsnet.inference.cascade import Ladder
+from rsnet.inference.cascade import Cascade
 from rsnet.inference.cascade_search import Answers, Outcome
 from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.inference.scores import Scores
+from rsnet.inference.scores import LabelledLogits
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,10 @@ def _choose(frontier: Sequence[Outcome], options: Options) -> Outcome:
 
 
 def _print_sizes(
-    other: Scores, held_out: Answers, temperatures: Mapping[int, float], ms: Mapping[int, float]
+    other: LabelledLogits,
+    held_out: Answers,
+    temperatures: Mapping[int, float],
+    ms: Mapping[int, float],
 ) -> None:
     print(
         f"{'size':>6} {'top-1 %':>8} {'ms':>8} {'temperature':>12} {'ECE %, before':>14} {'after':>6}"
@@ -149,7 +152,7 @@ def _print_cascade(
         print(f"{name:24} {100 * held_out.right[size].mean():8.2f} {ms[size]:8.4f}")
 
 
-def _shown(ladder: Ladder) -> str:
+def _shown(ladder: Cascade) -> str:
     *smaller, last = ladder
     steps = "".join(f"{size}, below {threshold:.3f} " for size, threshold in smaller)
     return f"{steps}{last.size}"

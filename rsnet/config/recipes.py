@@ -51,7 +51,7 @@ EMA_STEP = 1e-4
 EMA_BATCH, EMA_EPOCHS = 256, 120
 
 
-def recipe_of(
+def get_recipe(
     name: RecipeName, arch: str, epochs: int | None, global_batch: int, quantized: bool = False
 ) -> Recipe:
     """The recipe for an arch; MobileNets and quantized networks have their own paper recipes.

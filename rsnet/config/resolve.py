@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import FULL
-from rsnet.config.recipes import RecipeName, recipe_of
+from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.train_config import (
     DEFAULT_ARCH,
     DEFAULT_BATCH_SIZE,
@@ -102,7 +102,7 @@ class ResolvedConfig(TrainConfig):
         return int(self.on_nonfinite[1]) if self.on_nonfinite[0] == "skip" else 0
 
 
-def output_of(config: TrainConfig, arch: str) -> Path:
+def output_directory(config: TrainConfig, arch: str) -> Path:
     """The run directory: --output, or one per arch."""
     return config.output or Path("runs", arch.replace("/", "_"))
 
@@ -139,7 +139,9 @@ def resolve(
         given["lr"] = previous.get("lr")  # it belongs to the images of an update
     recipe_name: RecipeName = given["recipe"] or "paper"
     bits = [given[name] or known.get(name, FULL) for name in ("qw", "qa")]
-    recipe = recipe_of(recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < FULL)
+    recipe = get_recipe(
+        recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < FULL
+    )
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
     defaults = {
         **dataclasses.asdict(recipe),
@@ -153,7 +155,7 @@ def resolve(
         "auto_augment": "none",
         "sizes_per_step": len(sizes),
         "amp": "bf16" if has_bf16 else "off",
-        "output": output_of(config, arch),
+        "output": output_directory(config, arch),
     }
     fixed = {
         "arch": arch,

@@ -88,7 +88,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def on_main(action: Callable[[], T]) -> T:
+def run_on_main(action: Callable[[], T]) -> T:
     """What `action` returns on rank 0, given to all ranks; its UsageError or DataError is raised on all."""
     if not dist.is_initialized():
         return action()
@@ -112,10 +112,10 @@ def _attempt(action: Callable[[], T]) -> T | UsageError | DataError:
         return DataError(str(error))
 
 
-def together(action: Callable[[], T]) -> T:
+def run_on_all(action: Callable[[], T]) -> T:
     """What `action` returns, on each rank. If it fails on one, all fail, instead of waiting for it."""
     outcome = _attempt(action) if dist.is_initialized() else action()
-    errors = gather(outcome if isinstance(outcome, UsageError | DataError) else None)
+    errors = all_gather_object(outcome if isinstance(outcome, UsageError | DataError) else None)
     if isinstance(outcome, UsageError | DataError):
         raise outcome
     for other, error in enumerate(errors):
@@ -124,7 +124,7 @@ def together(action: Callable[[], T]) -> T:
     return outcome
 
 
-def gather(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The value of every rank, on all of them."""
     if not dist.is_initialized():
         return [value]
@@ -133,7 +133,7 @@ def gather(value: T) -> list[T]:
     return values
 
 
-class Ballot:
+class StepVote:
     """Ranks agree on a number, once a step, without waiting for it: the largest of the step before.
 
     A signal reaches the ranks at different steps; that they stop at the same one costs one step more.
@@ -161,7 +161,7 @@ class Ballot:
         return int(self._sum)
 
 
-def wrap(
+def wrap_ddp(
     objective: nn.Module,
     device: torch.device,
     all_used: bool = True,
@@ -171,7 +171,7 @@ def wrap(
     """DDP around `objective` where there are several processes.
 
     Buffers are not broadcast in every step: in training BatchNorm's statistics are each rank's own, as
-    with the original. `share_buffers` makes them rank 0's, which are evaluated and saved.
+    with the original. `broadcast_buffers` makes them rank 0's, which are evaluated and saved.
 
     all_used: False if a step may leave out parameters, which DDP then has to look for, on the host.
     static: whether all steps are alike. compress: reduce gradients in bfloat16, half the traffic.
@@ -194,7 +194,7 @@ def wrap(
     return wrapped
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank the buffers of rank 0."""
     if dist.is_initialized():
         for buffer in model.buffers():

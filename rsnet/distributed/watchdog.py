@@ -49,7 +49,7 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:
-            if not is_of_a_collective(error):
+            if not is_collective_error(error):
                 raise
             raise DataError(f"{self._who()} ({first_line(error)})") from error
         finally:
@@ -103,7 +103,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {' and '.join(map(str, ranks))}"
 
 
-def is_of_a_collective(error: RuntimeError) -> bool:
+def is_collective_error(error: RuntimeError) -> bool:
     """Whether an error comes from what processes do together, because one of them is not there."""
     words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "store")
     is_theirs = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)

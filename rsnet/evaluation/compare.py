@@ -7,13 +7,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from matplotlib.figure import Figure
-from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import DataError, UsageError
-from rsnet.evaluation.metrics import ENSEMBLE
+from rsnet.losses import ENSEMBLE
 
 
 @dataclass(frozen=True)
@@ -155,27 +154,3 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Compare finished runs: a table, and a plot of accuracy over FLOPs."""
-
-    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")]]
-    """Run directories."""
-
-    output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder for report.md and report.png. Unset: only print the table."""
-
-
-def report(options: ReportOptions) -> int:
-    if not options.runs:
-        raise UsageError("name one or more run directories")
-    groups = {str(path): [read_run(path)] for path in options.runs}
-    text = tables(groups)
-    print(text)
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "report.md").write_text(text + "\n")
-        plot(options.output / "report.png", groups)
-    return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from rsnet.evaluation.metrics import ENSEMBLE
+from rsnet.losses import ENSEMBLE
 
 COLUMNS: list[str | int] = ["size", "GFLOPs", "top1", "top5", "loss"]
 

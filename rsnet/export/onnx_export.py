@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipelines.utils.atomic_io import write_whole
+from pipelines.utils.atomic_io import atomic_write
 from pipelines.utils.errors import UsageError
 from rsnet import __version__
 
-SUFFIX = ".onnx"
+FORMAT, SUFFIX = "onnx", ".onnx"
 
 
 def require() -> None:
@@ -145,4 +145,4 @@ def _save(path: Path, model: Any, about: Mapping[str, Any]) -> None:
     model.producer_name, model.producer_version = "rsnet", __version__
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
     onnx.checker.check_model(model)
-    write_whole(path, model.SerializeToString())
+    atomic_write(path, model.SerializeToString())

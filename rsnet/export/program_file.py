@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SUFFIX = ".pt2"
+FORMAT, SUFFIX = "torch.export", ".pt2"
 
 
 def write(path: Path, network: nn.Module, size: int, about: Mapping[str, Any]) -> None:

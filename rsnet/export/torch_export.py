@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rsnet.models.fold import folded, plain
-from rsnet.models.quantization.lq_nets import ActivationQuantizer, table
+from rsnet.models.fold import fold_batchnorm, plain
+from rsnet.models.quantization.lq_nets import ActivationQuantizer, level_table
 from rsnet.models.switchable import ResolutionSwitchable
 
 
@@ -19,7 +19,7 @@ class Levels(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.bits = quantizer.bits
-        thresholds, levels, _ = table(quantizer.basis, quantizer.codes)
+        thresholds, levels, _ = level_table(quantizer.basis, quantizer.codes)
         self.register_buffer("thresholds", thresholds[0])
         self.register_buffer("levels", levels[0])
 
@@ -40,7 +40,7 @@ def traceable(model: ResolutionSwitchable, size: int, fold: bool) -> nn.Module:
 
     fold: BatchNorm goes into the convolutions. Raises what `rsnet.models.fold` does.
     """
-    network = folded(model, size) if fold else plain(model, size)
+    network = fold_batchnorm(model, size) if fold else plain(model, size)
     for name, module in list(network.named_modules()):
         if isinstance(module, ActivationQuantizer):
             network.set_submodule(name, Levels(module))

@@ -1,25 +1,24 @@
-"""`python -m rsnet export`: a network for other programs, checked against itself."""
+"""A released network as files for other programs, each compared with the network before it appears."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from tyro.conf import Positional, arg
 
-from pipelines.utils.atomic_io import new_folder, write_json
+from pipelines.utils.atomic_io import atomic_directory, atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, first_line
-from rsnet.cli import import_checkpoint as convert
 from rsnet.export import onnx_export as onnx_file
 from rsnet.export import program_file
 from rsnet.export.torch_export import has_levels, traceable
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package as release
+
+Format = Literal["onnx", "torch.export"]
 
 REPORT = "export.json"
 
@@ -32,93 +31,58 @@ BOUND_OF_LEVELS = 0.25
 BATCHES = (1, 3)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Write a network for other programs: for the original code, ONNX or torch.export.
+def export_release(
+    source: str | Path,
+    output: str | Path,
+    file_format: Format,
+    sizes: Sequence[int] | None = None,
+    one_file: bool = False,
+) -> list[dict[str, Any]]:
+    """Write the release in `source` as files of `file_format` in a new folder, compared with the network.
 
-    The latter two take normalised images, float32 (N, 3, size, size), any N, to logits. Each file is run and
-    compared with the network, and export.json beside them says how far it is off.
+    sizes: which ones; None for all. one_file: ONNX alone, all sizes in one file, the weights once.
+
+    Returns what export.json says of each file. Raises UsageError for what cannot be asked for, DataError
+    if a network cannot be exported or a file computes something else; then there is no folder.
     """
-
-    source: Positional[Annotated[Path, arg(metavar="CHECKPOINT.pt|DIR")]]
-    """For the original code a checkpoint of a run, else a folder that `python -m rsnet release` wrote."""
-
-    output: Annotated[Path, arg(metavar="OUT")]
-    """File to write for the original code, else folder."""
-
-    format: Literal["original", "onnx", "torch.export"] = "original"
-    """original: a file for the original code. onnx, torch.export: a file for each size."""
-
-    sizes: Annotated[tuple[int, ...] | None, arg(metavar="INT [INT ...]")] = None
-    """Of onnx and torch.export: which ones. Unset: all."""
-
-    one_file: bool = False
-    """Of onnx: one file for all sizes, the weights in it once, with a second input `size`."""
-
-
-def run(options: Options) -> int:
-    if options.output.exists() or options.output.is_symlink():
-        raise UsageError(f"--output: {options.output} exists; give another name")
-    if options.format == "original":
-        return _for_the_original(options)
-    _require_release(options)
-    content = release.read(options.source)
-    sizes = _sizes(options, content.config["network"]["sizes"])
-    model = release.built(content, sizes)
-    about = _about(content.config)
-    with new_folder(options.output) as folder:
-        files = [_write(options, folder, model, part, about) for part in _parts(options, sizes)]
-        report = {"format": options.format, **about, "bound": _bound(model), "files": files}
-        write_json(folder / REPORT, report)
-    for file in files:
-        off = max(value for errors in file["max_abs_error"].values() for value in errors.values())
-        print(
-            f"{options.output / file['file']}: size {' '.join(map(str, file['sizes']))}, "
-            f"{file['bytes'] / 1e6:.1f} MB, logits off by at most {off:.1e}"
-        )
-    return 0
-
-
-def _for_the_original(options: Options) -> int:
-    if options.source.is_dir():
+    source, output = Path(source), Path(output)
+    if source.is_file() or (source / "checkpoints").is_dir():
         raise UsageError(
-            f"{options.source} is a folder; --format original takes RUN/checkpoints/best.pt"
+            f"--format {file_format} takes a release; write one by "
+            f"`python -m rsnet release {source} --output DIR`"
         )
-    if options.sizes is not None or options.one_file:
-        raise UsageError("--sizes and --one-file are of --format onnx and torch.export")
-    return convert.export_original(options.source, options.output)
-
-
-def _require_release(options: Options) -> None:
-    if options.source.is_file() or (options.source / "checkpoints").is_dir():
-        raise UsageError(
-            f"--format {options.format} takes a release; write one by "
-            f"`python -m rsnet release {options.source} --output DIR`"
-        )
-    if options.format == "onnx":
+    if file_format == "onnx":
         onnx_file.require()
-    elif options.one_file:
+    elif one_file:
         raise UsageError("--one-file is of --format onnx")
+    content = release.read(source)
+    chosen = _chosen_sizes(sizes, content.config["network"]["sizes"], one_file)
+    model = release.built(content, chosen)
+    about = _about(content.config)
+    writer = onnx_file if file_format == "onnx" else program_file
+    with atomic_directory(output) as folder:
+        files = [
+            _write(writer, folder, model, part, about)
+            for part in ([chosen] if one_file else [[size] for size in chosen])
+        ]
+        report = {"format": file_format, **about, "bound": _bound(model), "files": files}
+        atomic_write_json(folder / REPORT, report)
+    return files
 
 
-def _sizes(options: Options, known: Sequence[int]) -> list[int]:
+def _chosen_sizes(sizes: Sequence[int] | None, known: Sequence[int], one_file: bool) -> list[int]:
     """Which sizes are exported, the largest first."""
-    wanted = known if options.sizes is None else options.sizes
+    wanted = known if sizes is None else sizes
     if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(known):
         there, here = (" ".join(map(str, s)) for s in (known, wanted))
         raise UsageError(f"--sizes {here}: give some of {there}, each once")
-    if options.one_file and len(wanted) == 1:
+    if one_file and len(wanted) == 1:
         raise UsageError("--one-file is for two sizes or more")
     return sorted(wanted, reverse=True)
 
 
-def _parts(options: Options, sizes: list[int]) -> list[list[int]]:
-    """The sizes of each file."""
-    return [sizes] if options.one_file else [[size] for size in sizes]
-
-
 def _write(
-    options: Options,
+    writer: ModuleType,
     folder: Path,
     model: ResolutionSwitchable,
     sizes: list[int],
@@ -128,14 +92,14 @@ def _write(
 
     Raises DataError if PyTorch cannot export the network, or the file computes something else.
     """
-    writer = onnx_file if options.format == "onnx" else program_file
-    named = "" if options.one_file else f"-{sizes[0]}"
+    one_file = len(sizes) > 1
+    named = "" if one_file else f"-{sizes[0]}"
     path = folder / f"model{named}{writer.SUFFIX}"
     # One file for all has the weights that all share.
-    fold = not options.one_file and not has_levels(model)
+    fold = not one_file and not has_levels(model)
     try:
         networks = {size: traceable(model, size, fold) for size in sizes}
-        if options.one_file:
+        if one_file:
             onnx_file.write_all(path, networks, {"sizes": sizes, **about})
         else:
             writer.write(path, networks[sizes[0]], sizes[0], {"size": sizes[0], **about})
@@ -145,7 +109,7 @@ def _write(
     except Exception as error:  # whatever a library's exporter or runtime says to a layer
         reason = first_line(_first_cause(error))
         raise DataError(
-            f"--format {options.format}: {about['arch']} cannot be exported ({reason})"
+            f"--format {writer.FORMAT}: {about['arch']} cannot be exported ({reason})"
         ) from error
     data = path.read_bytes()
     return {

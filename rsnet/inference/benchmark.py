@@ -12,10 +12,10 @@ from pipelines.utils.errors import UsageError
 from rsnet.inference import cascade_search as thresholds
 from rsnet.inference import latency, memory
 from rsnet.inference.calibration import expected_calibration_error
-from rsnet.inference.cascade import Ladder, Step
+from rsnet.inference.cascade import Cascade, CascadeStage
 from rsnet.inference.cascade_search import Answers
 from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.inference.scores import Scores
+from rsnet.inference.scores import LabelledLogits
 from rsnet.inference.tuned import Tuned
 
 # p99 of 40 would be the slowest alone.
@@ -60,7 +60,7 @@ class CascadeFigures:
     """
 
     how: str
-    ladder: Ladder
+    ladder: Cascade
     top1: float
     ms: float
     shares: dict[int, float]
@@ -81,7 +81,7 @@ class Figures:
     cascades: list[CascadeFigures]
 
 
-def measure(classifier: SwitchableClassifier, scores: Scores) -> Figures:
+def measure(classifier: SwitchableClassifier, scores: LabelledLogits) -> Figures:
     """Times and memory are measured anew. Raises DataError for a damaged tuned.json."""
     tuned = _tuned(classifier)
     times = {
@@ -105,7 +105,7 @@ def measure(classifier: SwitchableClassifier, scores: Scores) -> Figures:
     )
 
 
-def churn(scores: Scores) -> dict[int, dict[int, float]]:
+def churn(scores: LabelledLogits) -> dict[int, dict[int, float]]:
     """% of the images whose most likely classes at two sizes are not the same."""
     answers = {size: logits.argmax(dim=1) for size, logits in scores.logits.items()}
     return {
@@ -115,15 +115,15 @@ def churn(scores: Scores) -> dict[int, dict[int, float]]:
 
 
 def cascades(
-    fitted: Scores, other: Scores, ms: Mapping[int, float], tuned: Tuned | None
+    fitted: LabelledLogits, other: LabelledLogits, ms: Mapping[int, float], tuned: Tuned | None
 ) -> list[CascadeFigures]:
     """Figures of `other`. What is searched are cascades that no other beats on `fitted`."""
     as_they_are = dict.fromkeys(ms, 1.0)
     held_out = thresholds.answers(other, as_they_are)
     ascending = sorted(ms)
-    found = [_cascade("size", held_out, (Step(size),), ms) for size in ascending]
+    found = [_cascade("size", held_out, (CascadeStage(size),), ms) for size in ascending]
     for confidence in CONFIDENCES:
-        ladder = tuple(Step(size, confidence) for size in ascending)
+        ladder = tuple(CascadeStage(size, confidence) for size in ascending)
         found.append(_cascade("confidence", held_out, ladder, ms))
     for outcome in thresholds.search(thresholds.answers(fitted, as_they_are), ms):
         found.append(_cascade("searched", held_out, outcome.ladder, ms))
@@ -133,7 +133,9 @@ def cascades(
     return found
 
 
-def _cascade(how: str, answers: Answers, ladder: Ladder, ms: Mapping[int, float]) -> CascadeFigures:
+def _cascade(
+    how: str, answers: Answers, ladder: Cascade, ms: Mapping[int, float]
+) -> CascadeFigures:
     outcome = thresholds.simulate(answers, ladder, ms)
     return CascadeFigures(how, ladder, outcome.top1, outcome.ms, thresholds.shares(answers, ladder))
 
@@ -147,7 +149,7 @@ def _tuned(classifier: SwitchableClassifier) -> Tuned | None:
 
 def _size(
     classifier: SwitchableClassifier,
-    scores: Scores,
+    scores: LabelledLogits,
     size: int,
     times: Mapping[str, Mapping[int, list[float]]],
 ) -> SizeFigures:
@@ -171,7 +173,7 @@ def _size(
     )
 
 
-def _ece(scores: Scores, size: int, temperature: float = 1.0) -> float:
+def _ece(scores: LabelledLogits, size: int, temperature: float = 1.0) -> float:
     return expected_calibration_error(scores.logits[size], scores.labels, temperature)
 
 

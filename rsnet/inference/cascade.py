@@ -14,7 +14,7 @@ from rsnet.inference import preprocess as pictures
 Key = TypeVar("Key")
 
 
-class Step(NamedTuple):
+class CascadeStage(NamedTuple):
     """A size of a ladder; an image whose most likely class is below `threshold` goes on to the next."""
 
     size: int
@@ -22,7 +22,7 @@ class Step(NamedTuple):
 
 
 # The sizes that an image goes through; the last one decides, whatever its threshold.
-Ladder = tuple[Step, ...]
+Cascade = tuple[CascadeStage, ...]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class _Waiting(Generic[Key]):
     ms: float
 
 
-def climb(
-    images: Iterable[tuple[Key, Image.Image]], ladder: Ladder, predict: Predict, batch_size: int
+def run_cascade(
+    images: Iterable[tuple[Key, Image.Image]], ladder: Cascade, predict: Predict, batch_size: int
 ) -> Iterator[tuple[Key, Prediction]]:
     """Predictions of decoded images, under their keys, when they are decided.
 
@@ -75,7 +75,7 @@ def climb(
 
 def _compute(
     waiting: list[list[_Waiting[Key]]],
-    ladder: Ladder,
+    ladder: Cascade,
     predict: Predict,
     batch_size: int,
     fewest: int,
@@ -95,6 +95,6 @@ def _compute(
                     yield one.key, replace(prediction, ms=ms)
 
 
-def _waiting(key: Key, image: Image.Image, ladder: Ladder, level: int, ms: float) -> _Waiting[Key]:
+def _waiting(key: Key, image: Image.Image, ladder: Cascade, level: int, ms: float) -> _Waiting[Key]:
     pixels = pictures.eval_pixels(image, ladder[level].size)
     return _Waiting(key, image if level + 1 < len(ladder) else None, pixels, ms)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rsnet.inference.cascade import Ladder, Step
-from rsnet.inference.scores import Scores
+from rsnet.inference.cascade import Cascade, CascadeStage
+from rsnet.inference.scores import LabelledLogits
 
 # Thresholds that are tried at a size: the confidences that 1/128, 2/128, ... of the images are below.
 GRID = 128
@@ -43,12 +43,12 @@ class Answers:
 class Outcome(NamedTuple):
     """A cascade's accuracy in %, and its milliseconds an image, on average."""
 
-    ladder: Ladder
+    ladder: Cascade
     top1: float
     ms: float
 
 
-def answers(scores: Scores, temperatures: Mapping[int, float]) -> Answers:
+def answers(scores: LabelledLogits, temperatures: Mapping[int, float]) -> Answers:
     """What the cascade sees of the logits, divided by the temperatures."""
     confidence, right = {}, {}
     for size, logits in sorted(scores.logits.items()):
@@ -58,7 +58,7 @@ def answers(scores: Scores, temperatures: Mapping[int, float]) -> Answers:
     return Answers(confidence, right)
 
 
-def simulate(found: Answers, ladder: Ladder, ms: Mapping[int, float]) -> Outcome:
+def simulate(found: Answers, ladder: Cascade, ms: Mapping[int, float]) -> Outcome:
     """ms: by size, what a forward takes, in milliseconds an image."""
     *smaller, last = ladder
     right, time = found.right[last.size], np.full_like(found.right[last.size], ms[last.size])
@@ -69,7 +69,7 @@ def simulate(found: Answers, ladder: Ladder, ms: Mapping[int, float]) -> Outcome
     return Outcome(ladder, 100 * float(right.mean()), float(time.mean()))
 
 
-def shares(found: Answers, ladder: Ladder) -> dict[int, float]:
+def shares(found: Answers, ladder: Cascade) -> dict[int, float]:
     """By size, the share of the images that it decides, in %."""
     left = np.ones_like(found.right[ladder[0].size], dtype=bool)
     decided = {}
@@ -128,7 +128,9 @@ class _Search:
         levels = range(len(self._sizes) - 1)
         thresholds = [float(self._grid[k][len(self._grid[k]) // 2]) for k in levels]
         if not levels:
-            yield Outcome((Step(self._sizes[0]),), 100 * float(self._right[0].mean()), self._ms[0])
+            yield Outcome(
+                (CascadeStage(self._sizes[0]),), 100 * float(self._right[0].mean()), self._ms[0]
+            )
         for price in PRICES * self._price:
             for _ in range(SWEEPS):
                 before = list(thresholds)
@@ -171,7 +173,7 @@ class _Search:
                 *thresholds[level + 1 :],
                 0.0,
             ]
-            ladder = tuple(Step(s, t) for s, t in zip(self._sizes, tried, strict=True))
+            ladder = tuple(CascadeStage(s, t) for s, t in zip(self._sizes, tried, strict=True))
             yield Outcome(ladder, float(top1[i]), float(ms[i]))
 
 

@@ -21,9 +21,9 @@ from pipelines.utils.errors import DataError, UsageError, first_line
 from rsnet.inference import cascade, latency
 from rsnet.inference import preprocess as pictures
 from rsnet.inference import tuned as tuned_file
-from rsnet.inference.cascade import Ladder, Prediction, Step
+from rsnet.inference.cascade import Cascade, CascadeStage, Prediction
 from rsnet.inference.preprocess import Picture
-from rsnet.inference.runner import Forward
+from rsnet.inference.runner import ModelRunner
 from rsnet.inference.tuned import Tuned
 from rsnet.release import package as release
 
@@ -61,7 +61,7 @@ class SwitchableClassifier:
         self.sizes = model.sizes
         self.num_classes: int = network["num_classes"]
         self.accuracy: dict[str, dict[str, float]] | None = read.config["accuracy"]
-        self._forward = Forward(self.model, device, dtype, batch_size, fold, cuda_graphs)
+        self._forward = ModelRunner(self.model, device, dtype, batch_size, fold, cuda_graphs)
         self._names = network["classes"]
         self.device = device
         self.batch_size, self._top = batch_size, min(top, self.num_classes)
@@ -160,7 +160,7 @@ class SwitchableClassifier:
         is_free = [size, confidence, budget_ms] == [None, None, None]
         ladder = found.ladder if found and is_free else self.ladder(size, confidence, budget_ms)
         predict = partial(self.predict, temperatures=found.temperatures if found else UNCALIBRATED)
-        return cascade.climb(images, ladder, predict, self.batch_size)
+        return cascade.run_cascade(images, ladder, predict, self.batch_size)
 
     def calibrate_latency(self) -> latency.Table:
         """Measure a whole batch at each size, from pixels on the host to probabilities there.
@@ -237,7 +237,7 @@ class SwitchableClassifier:
         size: int | None = None,
         confidence: float | None = None,
         budget_ms: float | None = None,
-    ) -> Ladder:
+    ) -> Cascade:
         """The sizes that an image goes through. The arguments, and what is raised, are `classify`'s."""
         if [size, confidence, budget_ms].count(None) < 2:
             raise UsageError("give one of size, confidence and budget_ms")
@@ -245,13 +245,13 @@ class SwitchableClassifier:
             if not 0 < confidence <= 1:
                 raise UsageError(f"confidence {confidence}: must be above 0, and 1 at most")
             *smaller, largest = self.sizes[::-1]
-            return (*(Step(s, confidence) for s in smaller), Step(largest))
+            return (*(CascadeStage(s, confidence) for s in smaller), CascadeStage(largest))
         if budget_ms is not None:
-            return (Step(latency.best_size(self.latencies(), budget_ms, self.accuracy)),)
+            return (CascadeStage(latency.best_size(self.latencies(), budget_ms, self.accuracy)),)
         if size is not None and size not in self.sizes:
             known = " ".join(map(str, self.sizes))
             raise UsageError(f"size {size}: this network has {known}")
-        return (Step(size or self.sizes[0]),)
+        return (CascadeStage(size or self.sizes[0]),)
 
     def predict(
         self, pixels: list[Tensor], size: int, temperatures: Mapping[int, float] = UNCALIBRATED

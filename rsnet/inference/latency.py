@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipelines.utils.atomic_io import write_json
+from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
 
 # By size: {"median": ms, "p95": ms} of a forward of a whole batch.
@@ -73,7 +73,9 @@ def path_of(folder: Path, device: str) -> Path:
 
 def save(path: Path, conditions: Mapping[str, Any], table: Table) -> None:
     """conditions: what a table holds for, such as the batch size. Raises OSError."""
-    write_json(path, {"conditions": dict(conditions), "ms": {str(s): t for s, t in table.items()}})
+    atomic_write_json(
+        path, {"conditions": dict(conditions), "ms": {str(s): t for s, t in table.items()}}
+    )
 
 
 def load(path: Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]) -> Table | None:

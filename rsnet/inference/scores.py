@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.image_folder import ImageFolder, scan
-from pipelines.utils.errors import DataError, UsageError, blame
-from pipelines.utils.progress import Progress
+from pipelines.image_folder import ImageFolder, scan_folder
+from pipelines.utils.errors import DataError, UsageError, error_context
+from pipelines.utils.progress import ProgressBar
 from pipelines.utils.thread_map import ordered_map
 from rsnet.inference import preprocess as pictures
 from rsnet.inference.classifier import SwitchableClassifier
 
 
 @dataclass(frozen=True)
-class Scores:
+class LabelledLogits:
     """labels: (N,) int64. logits: by size, the largest first, (N, classes) float32; all on the CPU."""
 
     labels: Tensor
     logits: dict[int, Tensor]
 
-    def halves(self, seed: int = 0) -> tuple[Scores, Scores]:
+    def halves(self, seed: int = 0) -> tuple[LabelledLogits, LabelledLogits]:
         """Every image in one of two halves by chance, the same for as many images and the same seed.
 
         Raises UsageError for less than two images.
@@ -39,8 +39,8 @@ class Scores:
         middle = len(order) // 2
         return self._of(order[:middle]), self._of(order[middle:])
 
-    def _of(self, rows: Tensor) -> Scores:
-        return Scores(self.labels[rows], {s: z[rows] for s, z in self.logits.items()})
+    def _of(self, rows: Tensor) -> LabelledLogits:
+        return LabelledLogits(self.labels[rows], {s: z[rows] for s, z in self.logits.items()})
 
 
 def find(data: Path, network: Mapping[str, Any]) -> ImageFolder:
@@ -50,8 +50,8 @@ def find(data: Path, network: Mapping[str, Any]) -> ImageFolder:
     """
     names: list[str] = network["classes"]
     nested = data / "val"
-    with blame("--data"):
-        folder = scan(nested if nested.is_dir() and "val" not in names else data)
+    with error_context("--data"):
+        folder = scan_folder(nested if nested.is_dir() and "val" not in names else data)
     if not names and len(folder.classes) == network["num_classes"]:
         return folder  # in the order of the folders' names, as it was trained
     unknown, missing = set(folder.classes) - set(names), set(names) - set(folder.classes)
@@ -66,14 +66,14 @@ def find(data: Path, network: Mapping[str, Any]) -> ImageFolder:
     return ImageFolder(folder.root, folder.classes, folder.paths, outputs[folder.labels])
 
 
-def collect(classifier: SwitchableClassifier, folder: ImageFolder) -> Scores:
+def collect(classifier: SwitchableClassifier, folder: ImageFolder) -> LabelledLogits:
     """The logits of all images, each decoded once. They take 4 bytes x images x classes x sizes.
 
     Raises DataError, which names the image, for one that cannot be decoded, and for outputs that are
     not finite.
     """
     parts: dict[int, list[Tensor]] = {size: [] for size in classifier.sizes}
-    with Progress("evaluate", len(folder.paths)) as progress:
+    with ProgressBar("evaluate", len(folder.paths)) as progress:
         images, done, read = _pixels(classifier, folder), 0, 0
         while batch := list(islice(images, classifier.batch_size)):
             for size, pixels in zip(classifier.sizes, zip(*batch, strict=True), strict=True):
@@ -87,7 +87,7 @@ def collect(classifier: SwitchableClassifier, folder: ImageFolder) -> Scores:
         if len(bad):
             path = folder.paths[int(bad[0])]
             raise DataError(f"{path}: the network's outputs at size {size} are not finite")
-    return Scores(torch.from_numpy(folder.labels), logits)
+    return LabelledLogits(torch.from_numpy(folder.labels), logits)
 
 
 def _pixels(classifier: SwitchableClassifier, folder: ImageFolder) -> Iterator[list[Tensor]]:

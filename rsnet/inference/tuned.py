@@ -9,9 +9,9 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from pipelines.utils.atomic_io import write_json
+from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
-from rsnet.inference.cascade import Ladder, Step
+from rsnet.inference.cascade import Cascade, CascadeStage
 
 NAME, FORMAT = "tuned.json", 1
 
@@ -24,7 +24,7 @@ class Tuned:
     """temperatures: by size, what logits are divided by. ladder: the cascade; the smallest size first."""
 
     temperatures: dict[int, float]
-    ladder: Ladder
+    ladder: Cascade
 
 
 def write(folder: Path, sha256: str, tuned: Tuned, notes: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ def write(folder: Path, sha256: str, tuned: Tuned, notes: Mapping[str, Any]) -> 
         "temperatures": {str(size): value for size, value in tuned.temperatures.items()},
         "cascade": [step._asdict() for step in tuned.ladder],
     }
-    write_json(folder / NAME, content | dict(notes))
+    atomic_write_json(folder / NAME, content | dict(notes))
 
 
 def read(folder: Path, sha256: str, sizes: Sequence[int]) -> Tuned:
@@ -51,7 +51,9 @@ def read(folder: Path, sha256: str, sizes: Sequence[int]) -> Tuned:
         is_known, other = content["format"] == FORMAT, content["sha256"] != sha256
         tuned = Tuned(
             {size: float(content["temperatures"][str(size)]) for size in sizes},
-            tuple(Step(index(s["size"]), float(s["threshold"])) for s in content["cascade"]),
+            tuple(
+                CascadeStage(index(s["size"]), float(s["threshold"])) for s in content["cascade"]
+            ),
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is damaged; {advice}") from error

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,18 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from pipelines.utils.atomic_io import write_json, write_whole
+from pipelines.utils.atomic_io import atomic_write, atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
+from rsnet.checkpoint import io as checkpoint
 
 PACKAGES = (
     "ffcv",
@@ -91,7 +82,7 @@ class RunDir:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """A crash leaves the old file or the new one."""
         if self.active:
-            write_json(self.path / name, content)
+            atomic_write_json(self.path / name, content)
 
     def append_text(self, name: str, text: str) -> None:
         """Raises DataError, or says once what is the matter if the run is to go on without it."""
@@ -125,7 +116,7 @@ class RunDir:
             (kept if _is_kept(line, done, epochs) else abandoned).append(line)
         if abandoned:
             self.append_text("metrics.abandoned.jsonl", "".join(abandoned))
-            write_whole(path, "".join(kept).encode())
+            atomic_write(path, "".join(kept).encode())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -148,65 +139,6 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     }
 
 
-class Display:
-    """Progress on a terminal as a bar, elsewhere as plain lines; silent if not `active`."""
-
-    def __init__(self, active: bool) -> None:
-        self._active = active
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._started = 0.0
-        self._last_line = 0.0
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if self._active:
-            self._console.print(text, markup=False)
-
-    def start(self, title: str, total: int) -> None:
-        """Begin a phase of `total` units."""
-        self.stop()
-        self._title, self._total = title, total
-        self._started = self._last_line = time.perf_counter()
-        if self._active and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[info]}"),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(title, total=total, info="")
-            self._bar.start()
-
-    def update(self, done: int, info: str, every: float = 0.0) -> None:
-        """`done` of the units are finished; with `every`, a plain line each so many seconds."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, info=info)
-            return
-        now = time.perf_counter()
-        if every and (now - self._last_line < every or done == self._total):
-            return
-        self._last_line = now
-        left = (now - self._started) / done * (self._total - done)
-        self.say(
-            "  ".join(
-                filter(
-                    None, (f"{self._title} {done}/{self._total}", info, f"eta {_duration(left)}")
-                )
-            )
-        )
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
 def _is_kept(line: str, done: float, epochs: int) -> bool:
     """Whether a line of metrics is of that time; a line that a crash cut short is of none."""
     try:
@@ -224,11 +156,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _duration(seconds: float) -> str:
-    minutes, secs = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{secs:02}"
-
-
 def _git_sha() -> str | None:
     """The commit of this code, with "+" if it was changed since; None outside a checkout."""
     here = Path(__file__).parent
@@ -242,3 +169,12 @@ def _git_sha() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def write_imported_run(output: Path, original: Path, content: Mapping[str, Any]) -> Path:
+    """Make a run directory that holds `content` as its checkpoints; returns the path of the best."""
+    run_dir = RunDir(output, continues=False, active=True)
+    for path in (run_dir.last, run_dir.best):
+        checkpoint.save(path, content)
+    run_dir.write_json("config.json", {"imported": str(original), **content["network"]})
+    return run_dir.best

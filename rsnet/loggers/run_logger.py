@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rsnet.config.command_line import as_command
 from rsnet.config.resolve import ResolvedConfig
-from rsnet.config.train_config import as_plain
+from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
-from rsnet.loggers.run_dir import Display, RunDir, environment
-from rsnet.loggers.wandb_logger import WandbLog
-from rsnet.training.trainer import Progress
+from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_dir import RunDir, environment
+from rsnet.loggers.wandb_logger import WandbLogger
 
 
-class Journal:
+@dataclass(frozen=True)
+class TrainingProgress:
+    """What the steps since the last report were like. Times in seconds a step, of this process."""
+
+    step: int
+    steps_in_epoch: int  # done in this epoch
+    lr: float
+    terms: dict[str, float]
+    images_per_s: float  # of this process
+    data_time: float  # waiting for the loader
+    step_time: float
+    skipped: int  # updates so far that were left out, see `FiniteGuard`
+
+
+class RunLogger:
     """Header, steps, evaluations and results of one run. Silent on ranks that are not the first."""
 
     def __init__(
         self,
         config: ResolvedConfig,
         run_dir: RunDir,
-        display: Display,
+        display: ConsoleLogger,
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
@@ -41,18 +56,18 @@ class Journal:
         resolved = as_command(script, c, options)
         world = distributed.world_size()
         self.run_dir.append_text("command.txt", f"# typed: {typed}\n{resolved}\n")
-        self.run_dir.write_json("config.json", as_plain(c) | as_plain(options))
+        self.run_dir.write_json("config.json", to_plain_dict(c) | to_plain_dict(options))
         self.run_dir.write_json("env.json", environment(self.device, world))
         self.display.say(
             f"global batch {self.global_batch} = {c.batch_size} images x {world} processes x "
             f"{c.accumulate} accumulated; {self.steps_per_epoch} steps an epoch; {self.device}, amp {c.amp}"
         )
-        self.wandb = WandbLog(
+        self.wandb = WandbLogger(
             c.wandb if distributed.is_main() else "disabled",
             c.output,
             c.wandb_project,
             c.wandb_name,
-            as_plain(c) | as_plain(options) | {"global_batch": self.global_batch},
+            to_plain_dict(c) | to_plain_dict(options) | {"global_batch": self.global_batch},
             wandb_id,
             self.display.say,
         )
@@ -61,7 +76,7 @@ class Journal:
         self.display.stop()
         self.wandb.finish(failed)
 
-    def progress(self, p: Progress, epoch: int, alpha: Mapping[int, float]) -> None:
+    def progress(self, p: TrainingProgress, epoch: int, alpha: Mapping[int, float]) -> None:
         """The updates since the last call. `epoch`: those that are finished."""
         speed = p.images_per_s * distributed.world_size()
         metrics = {

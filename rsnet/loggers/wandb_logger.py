@@ -14,7 +14,7 @@ from typing import Any
 
 import wandb
 
-from pipelines.utils.atomic_io import write_json
+from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, first_line
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_service import SERVICE_TIMEOUT_S, Console, Mode, within
@@ -29,7 +29,7 @@ class Sent:
     lines: int
 
 
-class WandbLog:
+class WandbLogger:
     """One W&B run; does nothing if `mode` is "disabled".
 
     mode None: online if a key is configured, else offline; WANDB_MODE decides before that.
@@ -160,4 +160,4 @@ def read_sent(directory: Path) -> Sent | None:
 
 
 def write_sent(directory: Path, sent: Sent) -> None:
-    write_json(directory / "wandb.json", asdict(sent))
+    atomic_write_json(directory / "wandb.json", asdict(sent))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from rsnet.models.autocast import layers_with_weights
+from rsnet.models.autocast import castable_layers
 from rsnet.models.quantization.lq_nets import Quantizer
 from rsnet.models.switchable import SwitchableBatchNorm2d
 
@@ -24,7 +24,7 @@ What = Literal["norm", "blocks"]
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
 
-def use_recomputation(network: nn.Module, what: What) -> int:
+def convert_to_checkpointed(network: nn.Module, what: What) -> int:
     """Let the blocks of a switchable network compute again in the backward what they do not keep, in place.
 
     Blocks are the members of the outermost `nn.Sequential`s that have BatchNorm: a residual block, a stage.
@@ -41,7 +41,7 @@ def use_recomputation(network: nn.Module, what: What) -> int:
                     _make_recomputed(block, norms, what)
                     count += 1
         else:
-            count += use_recomputation(module, what)
+            count += convert_to_checkpointed(module, what)
     return count
 
 
@@ -52,7 +52,7 @@ def _make_recomputed(block: nn.Module, norms: list[SwitchableBatchNorm2d], what:
     recomputed: Any = block
     recomputed.recomputed_norms = tuple(norms)
     recomputed.recomputed_quantizers = [m for m in block.modules() if isinstance(m, Quantizer)]
-    recomputed.recomputed_layers = layers_with_weights(block)
+    recomputed.recomputed_layers = castable_layers(block)
     recomputed.recomputed_what = what
     recomputed.recomputed_draws = any(isinstance(m, _DropoutNd) for m in block.modules())
 
@@ -105,7 +105,7 @@ def _again(
     """The private BatchNorms of that resolution, and quantizers; what they keep of what they see stays.
 
     quantizers: with the weights that they gave then, if not to this block alone. weights: what layers had
-    then in place of their own, see `rsnet.models.autocast.cast_once`.
+    then in place of their own, see `rsnet.models.autocast.shared_weight_casts`.
     """
     before = [norm.active for norm in norms]
     layers: list[Any] = [norm.by_resolution[active] for norm in norms]

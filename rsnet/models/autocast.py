@@ -8,13 +8,12 @@ host to start so many small kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 # Weights that are cast, and whose gradients are summed, by the same kernels: 8 MB in float32, or one larger
 # layer. No gradient of them is ready before the last is, and DDP waits for those of a bucket, of 25 MB.
@@ -23,7 +22,7 @@ GROUP = 2**21
 FIRST = 2**62
 
 
-def layers_with_weights(network: nn.Module) -> list[nn.Module]:
+def castable_layers(network: nn.Module) -> list[nn.Module]:
     """The convolutions and linear layers that hand their weight on as it is.
 
     Those of other libraries may first compute with it, which half precision must not change.
@@ -38,7 +37,9 @@ def layers_with_weights(network: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def cast_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[int], None]]:
+def shared_weight_casts(
+    layers: Sequence[nn.Module], passes: int
+) -> Iterator[Callable[[int], None]]:
     """Under autocast, cast the weights that are trained once for all passes within.
 
     Yields what is to be called with the number of each pass before it. Each has tensors of its own, of the
@@ -122,36 +123,18 @@ def _groups(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
 
 
 def _parameter(layer: nn.Module) -> nn.Parameter:
-    """Its weight, also within `cast_once`."""
+    """Its weight, also within `shared_weight_casts`."""
     parameter = layer._parameters["weight"]
     assert parameter is not None
     return parameter
 
 
-@contextmanager
-def counted_once(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """A pass within counts the batches of these BatchNorms, all different, by one operation, not by one each.
-
-    (Of one that the pass calls twice it counts one batch.)
-    """
-    counting: list[Any] = [norm for norm in norms if _only_counts(norm)]
-    for norm in counting:
-        vars(norm)["num_batches_tracked"] = None  # found before the buffer of that name
-    try:
-        yield
-    finally:
-        for norm in counting:
-            del vars(norm)["num_batches_tracked"]
-    if counting:
-        torch._foreach_add_([norm.num_batches_tracked for norm in counting], 1)
-
-
-def _only_counts(norm: Any) -> bool:
-    """Whether a pass in training counts a batch, and makes no use of the count."""
-    return (
-        isinstance(norm, _BatchNorm)
-        and not isinstance(norm, nn.SyncBatchNorm)  # which insists on its counter
-        and norm.training
-        and norm.momentum is not None
-        and norm.num_batches_tracked is not None
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Autocast without its weight cache, which would add up the five gradients of a shared weight in
+    half precision; without it they are summed in float32."""
+    return torch.autocast(
+        device.type, dtype=dtype or torch.float32, enabled=dtype is not None, cache_enabled=False
     )
+
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}

@@ -13,22 +13,23 @@ import torch
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import get_model_builder, list_models
+from torchvision.models import get_model_builder
+from torchvision.models import list_models as list_torchvision_models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipelines.utils.errors import UsageError, first_line
 from rsnet.config.model_config import FULL
 from rsnet.models import preact_resnet as preact
-from rsnet.models.layers.activations import use_uncopied_activations
-from rsnet.models.layers.conv import use_blurpool
-from rsnet.models.layers.depthwise import use_depthwise_convolutions
-from rsnet.models.layers.onednn_workarounds import use_single_pixel_convolutions
-from rsnet.models.layers.pointwise import use_skipping_convolutions
-from rsnet.models.layers.same import use_same_padding
+from rsnet.models.layers.activations import convert_activations
+from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
+from rsnet.models.layers.onednn_workarounds import (
+    convert_depthwise_convs,
+    convert_pointwise_convs,
+    convert_single_pixel_convs,
+)
 from rsnet.models.pretrained import load_pretrained
-from rsnet.models.quantization.lq_nets import quantize, start_from_weights
-from rsnet.models.resnet import LAYERS, scaled_resnet
-from rsnet.models.stem import use_small_stem
+from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quantize
+from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
 from rsnet.models.switchable import ResolutionSwitchable
 
 # resnet: the network as its library has it; preact: `rsnet.models.preact_resnet`, with shortcut B or A.
@@ -51,18 +52,20 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-# What `build` has to know of a network that a checkpoint describes, besides arch, classes and sizes.
+# What `create_model` has to know of a network that a checkpoint describes, besides arch, classes and sizes.
 REBUILT_BY = ("width_mult", "stem", "norm", "blurpool", "mode", "qw", "qa", "tf_padding")
 
 
-def list_archs() -> list[str]:
+def list_models() -> list[str]:
     """The names of the networks that can be made switchable, timm's aside, without building any."""
-    names = {n for n in list_models(module=torchvision.models) if not _UNFIT.match(n)} | set(LAYERS)
+    names = {
+        n for n in list_torchvision_models(module=torchvision.models) if not _UNFIT.match(n)
+    } | set(LAYERS)
     aliases = {v: k for k, v in _ALIASES.items()}
     return sorted(PREFIX + aliases.get(n, n) for n in names)
 
 
-def build(
+def create_model(
     arch: str,
     num_classes: int,
     sizes: Sequence[int],
@@ -83,7 +86,7 @@ def build(
     zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test compares the formulas).
     stem: "small" is for images of about 32 pixels. norm: "shared" is an ordinary network, to compare with.
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
-    mode, qw, qa, fixed_qa: see `rsnet.models.quantization.lq_nets`; the last BatchNorm of a quantized ResNet's blocks
+    mode, qw, qa, fixed_qa: see `rsnet.models.quantization`; the last BatchNorm of a quantized ResNet's blocks
     starts at zero, as the original's, but not of a pre-activation one. tf_padding: as TensorFlow does it.
 
     Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
@@ -95,23 +98,23 @@ def build(
     else:
         network = _build_torchvision(arch, num_classes, width_mult)
     if stem == "small":
-        use_small_stem(network)
+        convert_to_small_stem(network)
     if pretrained is not None:
         load_pretrained(network, *_library_name(arch), pretrained)
     if blurpool:
-        use_blurpool(network)
+        convert_to_blurpool(network)
     if tf_padding:
-        use_same_padding(network)
-    use_single_pixel_convolutions(network)
-    use_skipping_convolutions(network)
-    use_depthwise_convolutions(network)
-    use_uncopied_activations(network)
+        convert_to_same_padding(network)
+    convert_single_pixel_convs(network)
+    convert_pointwise_convs(network)
+    convert_depthwise_convs(network)
+    convert_activations(network)
     if mode == "resnet" and qw != FULL and pretrained is None:
         _zero_last_gamma(network)
     try:
         quantize(network, qw, qa, fixed_qa=fixed_qa)
         if pretrained is not None:
-            start_from_weights(network)
+            init_quantizers_from_weights(network)
         model = ResolutionSwitchable(network, sizes, shared_norm=norm == "shared")
     except ValueError as error:
         raise UsageError(f"--arch {arch}: {error}") from error
@@ -119,11 +122,13 @@ def build(
     return model
 
 
-def rebuild(network: Mapping[str, Any], sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
+def create_model_from_checkpoint(
+    network: Mapping[str, Any], sizes: Sequence[int] | None = None
+) -> ResolutionSwitchable:
     """The network that a checkpoint describes, at its sizes or others, without its weights."""
     arch, classes = network["arch"], network["num_classes"]
     more = {key: network[key] for key in REBUILT_BY if key in network}
-    return build(arch, classes, network["sizes"] if sizes is None else sizes, **more)
+    return create_model(arch, classes, network["sizes"] if sizes is None else sizes, **more)
 
 
 def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
@@ -150,10 +155,10 @@ def gflops(model: nn.Module, size: int) -> float:
 
 
 def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Module:
-    if arch not in list_archs():
-        raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_archs())}")
+    if arch not in list_models():
+        raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_models())}")
     _, name = _library_name(arch)
-    if name in LAYERS and (width_mult != 1.0 or name not in list_models()):
+    if name in LAYERS and (width_mult != 1.0 or name not in list_torchvision_models()):
         return scaled_resnet(name, num_classes, width_mult)
     builder = get_model_builder(name)
     options = dict(_OVERRIDES.get(name, {}))

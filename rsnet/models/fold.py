@@ -36,7 +36,7 @@ def plain(model: ResolutionSwitchable, size: int) -> nn.Module:
 
 @torch.inference_mode(False)  # in it, a convolution is another operation
 @torch.no_grad()
-def folded(model: ResolutionSwitchable, size: int) -> nn.Module:
+def fold_batchnorm(model: ResolutionSwitchable, size: int) -> nn.Module:
     """`plain`, without the BatchNorms that follow a convolution: these get weights of their own instead.
 
     Which ones do is seen in a forward, so that any network will do. A BatchNorm stays that follows something
@@ -64,7 +64,7 @@ def is_foldable(model: nn.Module) -> bool:
 
 
 def require_foldable(model: nn.Module) -> None:
-    """Raise the UsageError of `folded`."""
+    """Raise the UsageError of `fold_batchnorm`."""
     if not is_foldable(model):
         raise UsageError(
             "fold: this network's activations are quantized, and rounding would move some by a level"

@@ -12,7 +12,7 @@ from torchvision.models import get_model_weights
 
 from pipelines.utils.errors import DataError, UsageError, first_line
 from rsnet.models import safe_load as torch_file
-from rsnet.models.fit import misfits
+from rsnet.models.state_dict import describe_mismatch
 
 # Where files keep their weights, the averaged ones first: timm's and torchvision's references.
 STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -40,7 +40,7 @@ def load_pretrained(
     for key in _other_classes(network, state):
         state.pop(key, None)
         expected.pop(key)
-    if problems := misfits(expected, state):
+    if problems := describe_mismatch(expected, state):
         raise DataError(f"--pretrained: {weights} does not fit {name}: {problems}")
     network.load_state_dict(state, strict=False)
 
@@ -72,7 +72,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UsageError(f"--pretrained: there is no file {path}")
     try:
         is_safe = path.suffix == ".safetensors"
-        content: Any = load_file(path) if is_safe else torch_file.read(path)
+        content: Any = load_file(path) if is_safe else torch_file.safe_load(path)
     except Exception as error:  # the reader of safetensors raises what it likes
         raise DataError(
             f"--pretrained: {path} has no readable weights: {first_line(error)}"

@@ -24,7 +24,7 @@ HARMLESS: list[Any] = [
 ]
 
 
-def read(path: Path) -> Any:
+def safe_load(path: Path) -> Any:
     """The content of `path`, on the CPU.
 
     Raises DataError with one line if it cannot be read, or holds more than tensors and plain values.

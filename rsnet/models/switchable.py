@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rsnet.models.autocast import cast_once, counted_once, layers_with_weights
+from rsnet.models.autocast import castable_layers, shared_weight_casts
 from rsnet.models.quantization.lq_nets import Quantizer, quantized_layers, quantized_once
 
 
@@ -86,7 +87,7 @@ class ResolutionSwitchable(nn.Module):
         self._norms = [m for m in self.network.modules() if isinstance(m, SwitchableBatchNorm2d)]
         self._quantizers = [m for m in self.network.modules() if isinstance(m, Quantizer)]
         self._quantized = quantized_layers(self.network)
-        self._layers = layers_with_weights(self.network)
+        self._layers = castable_layers(self.network)
 
     def select(self, size: int) -> None:
         """Make `size` the resolution whose BatchNorm is applied. Raises ValueError if it has none."""
@@ -105,7 +106,7 @@ class ResolutionSwitchable(nn.Module):
         self.select(x.shape[-1] if size is None else size)
         if not self.training or torch.compiler.is_compiling():
             return cast(Tensor, self.network(x))
-        with counted_once([norm.by_resolution[norm.active] for norm in self._norms]):
+        with shared_batch_counter([norm.by_resolution[norm.active] for norm in self._norms]):
             return cast(Tensor, self.network(x))
 
     def forward_all(
@@ -123,7 +124,10 @@ class ResolutionSwitchable(nn.Module):
             with quantized_once(self._quantized):
                 return tuple(self(x, size) for x, size in zip(images, sizes, strict=True))
         logits = []
-        with quantized_once(self._quantized), cast_once(self._layers, len(sizes)) as begin:
+        with (
+            quantized_once(self._quantized),
+            shared_weight_casts(self._layers, len(sizes)) as begin,
+        ):
             for number, (x, size) in enumerate(zip(images, sizes, strict=True)):
                 begin(number)
                 logits.append(self(x, size))
@@ -148,30 +152,30 @@ class ResolutionSwitchable(nn.Module):
         return self.alpha.float().softmax(dim=0)
 
 
-def select_sizes(
-    state: dict[str, Tensor],
-    trained: Sequence[int],
-    wanted: Sequence[int],
-    shared_norm: bool = False,
-) -> dict[str, Tensor]:
-    """The part of a state dict of sizes `trained` (largest first) that a network of `wanted` needs.
+@contextmanager
+def shared_batch_counter(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """A pass within counts the batches of these BatchNorms, all different, by one operation, not by one each.
 
-    Raises ValueError if one of `wanted` is not among `trained`.
+    (Of one that the pass calls twice it counts one batch.)
     """
-    missing = [s for s in wanted if s not in trained]
-    if missing:
-        raise ValueError(f"sizes {missing} are not among the trained {list(trained)}")
-    source = [list(trained).index(size) for size in sorted(wanted, reverse=True)]
-    part: dict[str, Tensor] = {}
-    for key, value in state.items():
-        head, infix, tail = key.partition(".by_resolution.")
-        if not infix or shared_norm:
-            part[key] = value
-            continue
-        index, rest = tail.split(".", 1)
-        if int(index) in source:
-            part[f"{head}.by_resolution.{source.index(int(index))}.{rest}"] = value
-    part["alpha"] = state["alpha"][source]
-    if not part["alpha"].isfinite().any():  # sizes that were added, whose weight is 0 beside others
-        part["alpha"] = torch.ones_like(part["alpha"])
-    return part
+    counting: list[Any] = [norm for norm in norms if _only_counts(norm)]
+    for norm in counting:
+        vars(norm)["num_batches_tracked"] = None  # found before the buffer of that name
+    try:
+        yield
+    finally:
+        for norm in counting:
+            del vars(norm)["num_batches_tracked"]
+    if counting:
+        torch._foreach_add_([norm.num_batches_tracked for norm in counting], 1)
+
+
+def _only_counts(norm: Any) -> bool:
+    """Whether a pass in training counts a batch, and makes no use of the count."""
+    return (
+        isinstance(norm, _BatchNorm)
+        and not isinstance(norm, nn.SyncBatchNorm)  # which insists on its counter
+        and norm.training
+        and norm.momentum is not None
+        and norm.num_batches_tracked is not None
+    )

@@ -16,20 +16,20 @@ from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity
 
 from pipelines.batch import Loader, Loaders
-from pipelines.utils.atomic_io import write_json
+from pipelines.utils.atomic_io import atomic_write_json
 from rsnet.config.command_line import as_command
 from rsnet.config.resolve import ResolvedConfig
-from rsnet.config.train_config import as_plain
+from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
-from rsnet.loggers.run_dir import Display, environment
-from rsnet.loggers.wandb_logger import WandbLog
+from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_dir import environment
+from rsnet.loggers.wandb_logger import WandbLogger
 from rsnet.models.factory import gflops
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import Profile, endless, profile
 from rsnet.profiler.sweep import Sweep, Trial, as_json, other_recipe
-from rsnet.training.assemble import make_trainer
-from rsnet.training.trainer import Trainer
+from rsnet.training.trainer import Trainer, make_trainer
 
 OWN = ("profile", "profile_steps", "profile_sweep", "profile_limit")  # not of a training
 TRACED_STEPS = 3
@@ -47,7 +47,7 @@ class ProfileRun:
         model: ResolutionSwitchable,
         loaders: Loaders,
         device: torch.device,
-        display: Display,
+        display: ConsoleLogger,
         num_classes: int,
     ) -> None:
         self.script, self.config, self.options = script, config, options
@@ -94,7 +94,7 @@ class ProfileRun:
                 **profile_report.as_json(found),
                 "environment": environment(device, distributed.world_size()),
             }
-            write_json(self.folder / "profile.json", figures)
+            atomic_write_json(self.folder / "profile.json", figures)
             _plot(found, self.folder / "profile.png")
         _trace(trainer, loader, device, self.folder / TRACE)
         say(f"{self.folder}: profile.json, profile.png, {TRACE} (for https://ui.perfetto.dev)")
@@ -113,7 +113,7 @@ class ProfileRun:
             say(f"not tried, because --profile-limit {config.profile_limit:g} is over: {untried}")
         best = sweep.best
         command = as_command(self.script, best.config, best.options, without=OWN)
-        write_json(self.folder / "sweep.json", as_json(sweep, command))
+        atomic_write_json(self.folder / "sweep.json", as_json(sweep, command))
         if best is sweep.given:
             say("nothing was faster than the command as given:")
         else:
@@ -158,12 +158,12 @@ class ProfileRun:
         """In a W&B run of its own: the one that the run directory names is a training's."""
         c = self.config
         batch = {"global_batch": c.global_batch(distributed.world_size())}
-        log = WandbLog(
+        log = WandbLogger(
             c.wandb if distributed.is_main() else "disabled",
             self.folder,
             c.wandb_project,
             f"{c.wandb_name or c.output.name} profile",
-            as_plain(c) | as_plain(self.options) | batch,
+            to_plain_dict(c) | to_plain_dict(self.options) | batch,
             None,
             self.display.say,
             remedy=f"all of it is in {self.folder}",

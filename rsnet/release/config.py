@@ -13,7 +13,7 @@ from pipelines.normalize import MEAN_STD
 from pipelines.transforms import EVAL_CROP_RATIO, eval_short_side
 from pipelines.utils.errors import DataError
 from rsnet.config.model_config import BITS, FULL
-from rsnet.evaluation.metrics import ENSEMBLE
+from rsnet.losses import ENSEMBLE
 from rsnet.models.factory import Mode
 
 FORMAT = 1

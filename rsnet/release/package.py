@@ -18,14 +18,14 @@ import torchvision
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipelines.utils.atomic_io import new_folder, write_json, write_whole
-from pipelines.utils.errors import DataError, UsageError, blame, first_line
+from pipelines.utils.atomic_io import atomic_directory, atomic_write, atomic_write_json
+from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from rsnet import __version__
 from rsnet.config.model_config import FULL
-from rsnet.models.factory import rebuild
-from rsnet.models.fit import misfits
-from rsnet.models.quantization.bit_packing import packed, unpacked
-from rsnet.models.switchable import ResolutionSwitchable, select_sizes
+from rsnet.models.factory import create_model_from_checkpoint
+from rsnet.models.quantization.bit_packing import pack_state_dict, unpack_state_dict
+from rsnet.models.state_dict import describe_mismatch, select_sizes
+from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import config as release_config
 from rsnet.release import model_card as release_card
 
@@ -90,10 +90,10 @@ def write(
             "torchvision": torchvision.__version__,
         },
     }
-    with new_folder(folder) as temporary:
-        write_whole(temporary / WEIGHTS, data)
-        write_json(temporary / CONFIG, config)
-        write_whole(temporary / CARD, release_card.text(config).encode())
+    with atomic_directory(folder) as temporary:
+        atomic_write(temporary / WEIGHTS, data)
+        atomic_write_json(temporary / CONFIG, config)
+        atomic_write(temporary / CARD, release_card.text(config).encode())
         return read(temporary)
 
 
@@ -105,13 +105,13 @@ def read(folder: Path) -> Release:
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
-    with blame(str(folder / CONFIG)):
+    with error_context(str(folder / CONFIG)):
         config = release_config.parse(_read(folder, CONFIG, release_config.MOST_BYTES))
         expected = _stored(_without_memory(config["network"]))
         state = _without_memory(_unpacked(config["network"])).state_dict()
-    with blame(str(folder / WEIGHTS)):
+    with error_context(str(folder / WEIGHTS)):
         tensors = _read_weights(folder, config["weights"], expected)
-    return Release(config, unpacked(tensors, state))
+    return Release(config, unpack_state_dict(tensors, state))
 
 
 def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
@@ -131,7 +131,7 @@ def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchab
 def built(release: Release, sizes: Sequence[int]) -> ResolutionSwitchable:
     """The network of a release at some of its sizes, on the CPU, in eval mode."""
     network = release.config["network"]
-    model = rebuild(_unpacked(network), sizes)
+    model = create_model_from_checkpoint(_unpacked(network), sizes)
     model.load_state_dict(
         select_sizes(release.state, network["sizes"], sizes, model.shared_norm), strict=True
     )
@@ -142,7 +142,7 @@ def _stored(model: ResolutionSwitchable) -> State:
     """The tensors that are stored of a network: contiguous, without what only training counts."""
     return {
         name: value.clone(memory_format=torch.contiguous_format)
-        for name, value in packed(model).items()
+        for name, value in pack_state_dict(model).items()
         if not name.endswith(".num_batches_tracked")
     }
 
@@ -167,7 +167,7 @@ def _without_memory(network: Mapping[str, Any]) -> ResolutionSwitchable:
     """The network of a description, for the names, shapes and types of its state."""
     try:
         with _WeightsOnMeta():
-            return rebuild(network)
+            return create_model_from_checkpoint(network)
     except UsageError:
         raise
     except Exception as error:  # whatever a library's builder says to what nobody has trained
@@ -189,7 +189,7 @@ def _read_weights(folder: Path, noted: Mapping[str, Any], expected: State) -> St
         tensors = safetensors.torch.load(data)
     except Exception as error:  # whatever another file makes of the parser
         raise DataError(f"is no safetensors file ({_shown(str(error))})") from error
-    problems = misfits({name: tuple(v.shape) for name, v in expected.items()}, tensors)
+    problems = describe_mismatch({name: tuple(v.shape) for name, v in expected.items()}, tensors)
     problems = problems or "; ".join(
         f"{name} is {tensors[name].dtype}, not {value.dtype}"
         for name, value in expected.items()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pipelines.utils.errors import first_line
-from rsnet.inference.cascade import Ladder, Predict, Prediction
+from rsnet.inference.cascade import Cascade, Predict, Prediction
 
 # Of a finished batch: its size in pixels, its images, milliseconds.
 OnBatch = Callable[[int, int, float], None]
@@ -26,7 +26,7 @@ class _Job:
     """
 
     pixels: Mapping[int, Tensor]
-    ladder: Ladder
+    ladder: Cascade
     since: float
     future: Future[list[Prediction]] = field(default_factory=Future)
     found: list[Prediction] = field(default_factory=list)
@@ -36,7 +36,7 @@ class _Job:
         return self.ladder[len(self.found)].size
 
 
-class Batches:
+class DynamicBatcher:
     """A thread that computes full batches of one size, the oldest image's first."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Batches:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, pixels: Mapping[int, Tensor], ladder: Ladder) -> Future[list[Prediction]]:
+    def submit(self, pixels: Mapping[int, Tensor], ladder: Cascade) -> Future[list[Prediction]]:
         """Predictions of an image at the sizes that it goes through, the last of which decides.
 
         pixels: (s, s, 3) uint8 at each size s of the ladder. A future that is cancelled is not computed

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from fastapi import HTTPException, Request
 
 from pipelines.utils.errors import UsageError, first_line
-from rsnet.inference.cascade import Ladder, Prediction, Step
+from rsnet.inference.cascade import Cascade, CascadeStage, Prediction
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.serving import upload
-from rsnet.serving.dynamic_batcher import Batches
-from rsnet.serving.size_controller import DeadlineController
+from rsnet.serving.dynamic_batcher import DynamicBatcher
+from rsnet.serving.size_controller import SizeController
 
 # PIL decodes without Python's lock. Each thread may hold a decoded image of `most_pixels`.
 DECODERS = min(4, os.cpu_count() or 1)
@@ -43,11 +43,11 @@ class Service:
         self,
         classifier: SwitchableClassifier,
         settings: Settings,
-        controller: DeadlineController | None = None,
+        controller: SizeController | None = None,
     ) -> None:
         """controller: chooses the size of requests that name none; without one it is the largest."""
         self.classifier, self._settings, self._controller = classifier, settings, controller
-        self.batches = Batches(
+        self.batches = DynamicBatcher(
             classifier.predict,
             settings.batch_size,
             settings.batch_wait_s,
@@ -87,9 +87,11 @@ class Service:
 
     async def compare(self, request: Request) -> list[Prediction]:
         """As `classify`, at every size, the largest first."""
-        return await self._answer(request, tuple(Step(s, 2.0) for s in self.classifier.sizes))
+        return await self._answer(
+            request, tuple(CascadeStage(s, 2.0) for s in self.classifier.sizes)
+        )
 
-    async def _answer(self, request: Request, ladder: Ladder | None) -> list[Prediction]:
+    async def _answer(self, request: Request, ladder: Cascade | None) -> list[Prediction]:
         """ladder: None for the size that the controller chooses."""
         if self._under_way >= self._settings.queue:
             # To close a connection that still sends may take the answer from its client.
@@ -104,11 +106,11 @@ class Service:
             size = self._controller.choose(start, self._unanswered)
             if size is None:
                 raise _busy("no size is fast enough for the deadline now")
-            answer = await self._unless_left(request, data, (Step(size),))
+            answer = await self._unless_left(request, data, (CascadeStage(size),))
             self._controller.answered(size, 1000 * (time.monotonic() - start))
             return answer
 
-    async def _computed(self, data: bytes, ladder: Ladder) -> list[Prediction]:
+    async def _computed(self, data: bytes, ladder: Cascade) -> list[Prediction]:
         sizes = [step.size for step in ladder]
         loop, most = asyncio.get_running_loop(), self._settings.limits.most_pixels
         pixels = await loop.run_in_executor(self._decoders, upload.decode, data, sizes, most)
@@ -117,7 +119,9 @@ class Service:
         except Exception as error:  # whatever the network's library raises
             raise HTTPException(500, f"computing failed: {first_line(error)}") from error
 
-    async def _unless_left(self, request: Request, data: bytes, ladder: Ladder) -> list[Prediction]:
+    async def _unless_left(
+        self, request: Request, data: bytes, ladder: Cascade
+    ) -> list[Prediction]:
         """What is computed; given up if that takes too long, or the client has left."""
         task = asyncio.ensure_future(self._computed(data, ladder))
         left = asyncio.ensure_future(_has_left(request))
@@ -147,7 +151,7 @@ class Service:
             self._under_way -= 1
 
     @contextmanager
-    def _waiting(self, ladder: Ladder) -> Iterator[None]:
+    def _waiting(self, ladder: Cascade) -> Iterator[None]:
         sizes = [step.size for step in ladder]
         self._unanswered.update(sizes)
         try:

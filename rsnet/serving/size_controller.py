@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     full: float
 
 
-class DeadlineController:
+class SizeController:
     """Chooses the size of each request by what waits, by arrivals, and by how long answers took."""
 
     def __init__(

@@ -1,137 +1,55 @@
-"""`python -m rsnet calibrate`: give a trained network a resolution that it was not trained for."""
+"""A resolution for a trained network that it was not trained for: the BatchNorm that it gets."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tyro.conf import arg
 
-from pipelines.batch import Batch, Loader, Loaders, LoaderSpec
-from pipelines.utils.errors import UsageError, blame
-from rsnet.checkpoint import io as checkpoint
-from rsnet.distributed import process_group as distributed
+from pipelines.batch import Batch, Loader
 from rsnet.losses import distillation, ensemble_logits
-from rsnet.models.factory import rebuild
-from rsnet.models.state_dict import add_size, neighbours
-from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d, select_sizes
+from rsnet.models.factory import create_model_from_checkpoint
+from rsnet.models.state_dict import add_size, neighbour_shares
+from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
+from rsnet.training.loop import train_one_epoch
 from rsnet.training.optim import LrSchedule, make_sgd
-from rsnet.training.trainer import Trainer, evaluate, train_one_epoch
+from rsnet.training.trainer import Trainer
 
 State = dict[str, Tensor]
-MakeLoaders = Callable[[LoaderSpec, bool], Loaders]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Add a resolution to a trained network; the other sizes' outputs stay as they are, bit for bit."""
-
-    checkpoint: Annotated[Path, arg(metavar="CHECKPOINT.pt")]
-    """A checkpoint of a run."""
-
-    size: int
-    """The new resolution, in pixels."""
-
-    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
-    """Folder with train/ and val/, or train.beton and val.beton."""
-
-    how: Literal["interpolate", "estimate", "distil"] = "distil"
-    """The BatchNorm to save: the neighbours' interpolated; that, with statistics estimated from training
-    images; or that, trained to give the ensemble's outputs."""
-
-    output: Annotated[Path | None, arg(metavar="FILE.pt")] = None
-    """File to write. Unset: CHECKPOINT-SIZE.pt."""
-
-    steps: int = 200
-    """Batches of training images, for estimate and for distil; at most one epoch."""
-
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 64
-    """Images a batch."""
-
-    lr: float = 0.01
-    """Learning rate of distil."""
-
-    seed: int = 0
-    """Seed of order and crops."""
-
-    def __post_init__(self) -> None:
-        for flag, value, least in (
-            ("size", self.size, 1), ("steps", self.steps, 1), ("batch-size", self.batch_size, 2),
-            ("seed", self.seed, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise UsageError(f"--{flag} {value}: at least {least}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr {self.lr}: must be a positive number")
-
-
-def run(options: Options, make_loaders: MakeLoaders) -> int:
-    content = checkpoint.load(options.checkpoint)
-    network = content["network"]
-    output = options.output or options.checkpoint.with_name(
-        f"{options.checkpoint.stem}-{options.size}.pt"
-    )
-    _require_sense(options, network, output)
-    device = distributed.setup("auto")
-    sizes = sorted([*network["sizes"], options.size], reverse=True)
-    spec = LoaderSpec(
-        options.data, tuple(sizes), options.batch_size, device,
-        normalize=network["normalize"], seed=options.seed,
-    )  # fmt: skip
-    with blame(f"--size {options.size}"):
-        _network(network, sizes, device)
-    with ExitStack() as stack:
-        loaders = make_loaders(spec, True)
-        assert loaders.train is not None
-        stack.enter_context(closing(loaders.train))
-        stack.enter_context(closing(loaders.val))
-        _require_classes(options, network, loaders.classes)
-        val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
-        stack.enter_context(closing(val))
-        states = candidates(content, options, loaders.train, device)
-        results = {}
-        for name, state in states.items():
-            single = _network(network, [options.size], device)
-            single.load_state_dict(select_sizes(state, sizes, [options.size]))
-            results[name] = evaluate(single, val, device)[str(options.size)]
-    print(f"size {options.size}      top-1 %  top-5 %     loss")
-    for name, r in results.items():
-        chosen = "  saved" if name == options.how else ""
-        print(f"{name:12}  {r['top1']:7.2f}  {r['top5']:7.2f}  {r['loss']:7.4f}{chosen}")
-    calibrated = {**network.get("calibrated", {}), str(options.size): options.how}
-    described = {**network, "sizes": sizes, "calibrated": calibrated}
-    checkpoint.save(output, {"network": described, "model": states[options.how]})
-    print(f"{output}: sizes {' '.join(map(str, sizes))}")
-    return 0
 
 
 def candidates(
-    content: Mapping[str, Any], options: Options, train: Loader, device: torch.device
+    content: Mapping[str, Any],
+    size: int,
+    train: Loader,
+    device: torch.device,
+    steps: int = 200,
+    lr: float = 0.01,
 ) -> dict[str, State]:
-    """The network's state with the new size's BatchNorm, made in each of the four ways."""
-    network, size = content["network"], options.size
+    """Return the network's state with the new size's BatchNorm, made in each of the four ways.
+
+    content: a checkpoint. train: batches at the trained sizes and the new one, of which `steps` are used.
+    lr: of the distillation.
+    """
+    network = content["network"]
     trained: list[int] = network["sizes"]
     weights: State = content.get("ema", content["model"])
-    shares = neighbours(trained, size)
+    shares = neighbour_shares(trained, size)
     nearest = max(shares, key=lambda s: (shares[s], s))
     states = {
         "nearest": add_size(weights, trained, size, {nearest: 1.0}),
         "interpolate": add_size(weights, trained, size, shares),
     }
-    model = _network(network, sorted([*trained, size], reverse=True), device)
-    for name, tune in (("estimate", _estimate), ("distil", _distil)):
+    model = build_network(network, sorted([*trained, size], reverse=True), device)
+    batches = _FirstBatches(train, steps)
+    for name, tune in (("estimate", _estimate), ("distil", partial(_distil, lr=lr))):
         model.load_state_dict(states["interpolate"])
-        tune(model, options, _FirstBatches(train, options.steps))
+        tune(model, size, batches)
         states[name] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     return states
 
@@ -165,30 +83,30 @@ class _Distillation(nn.Module):
         return {"kd": loss, "total": loss}
 
 
-def _distil(model: ResolutionSwitchable, options: Options, loader: Loader) -> None:
-    objective = _Distillation(model, options.size)
+def _distil(model: ResolutionSwitchable, size: int, loader: Loader, lr: float) -> None:
+    objective = _Distillation(model, size)
     model.requires_grad_(False)
     objective.norms.requires_grad_(True)
     steps = len(loader)
-    schedule = LrSchedule(options.lr, "cosine", steps, steps_per_epoch=steps)
-    sgd = make_sgd(objective.norms, options.lr, momentum=0.9, weight_decay=0.0)
+    schedule = LrSchedule(lr, "cosine", steps, steps_per_epoch=steps)
+    sgd = make_sgd(objective.norms, lr, momentum=0.9, weight_decay=0.0)
     trainer = Trainer(objective, sgd, schedule, model.alpha.device)
     train_one_epoch(trainer, loader, steps, lambda _: None)
     model.eval()
 
 
 @torch.no_grad()
-def _estimate(model: ResolutionSwitchable, options: Options, loader: Loader) -> None:
-    norms = _norms_of(model, options.size)
+def _estimate(model: ResolutionSwitchable, size: int, loader: Loader) -> None:
+    norms = _norms_of(model, size)
     momentum = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over the batches
         norm.train()
-    place = model.sizes.index(options.size)
+    place = model.sizes.index(size)
     for batch in loader:
-        model(batch.images[place], options.size)
+        model(batch.images[place], size)
     for norm, value in zip(norms, momentum, strict=True):
         norm.momentum = value
     model.eval()
@@ -211,25 +129,6 @@ class _FirstBatches:
         return getattr(self._loader, name)
 
 
-def _require_sense(options: Options, network: Mapping[str, Any], output: Path) -> None:
-    if options.size in network["sizes"]:
-        raise UsageError(f"--size {options.size}: {options.checkpoint} has it already")
-    if network.get("norm", "private") == "shared":
-        raise UsageError(
-            f"{options.checkpoint}: one BatchNorm serves all sizes; there is none to add"
-        )
-    if output.exists():
-        raise UsageError(f"--output: {output} exists; give another name")
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"--output: cannot write into {output.parent}")
-
-
-def _require_classes(options: Options, network: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Raise UsageError if the data is not what the network tells apart; an original names no classes."""
-    if (network["classes"] or classes) != classes or len(classes) > network["num_classes"]:
-        raise UsageError(f"--data {options.data} has other classes than the checkpoint")
-
-
 def _norms_of(model: ResolutionSwitchable, size: int) -> list[_BatchNorm]:
     """The BatchNorm layers that `size` has for itself."""
     index = model.sizes.index(size)
@@ -237,7 +136,11 @@ def _norms_of(model: ResolutionSwitchable, size: int) -> list[_BatchNorm]:
     return [cast(_BatchNorm, layer.by_resolution[index]) for layer in layers]
 
 
-def _network(
+def build_network(
     network: Mapping[str, Any], sizes: list[int], device: torch.device
 ) -> ResolutionSwitchable:
-    return rebuild(network, sizes).to(device).to(memory_format=torch.channels_last)
+    return (
+        create_model_from_checkpoint(network, sizes)
+        .to(device)
+        .to(memory_format=torch.channels_last)
+    )

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.batch import Loaders
+from pipelines.batch import Batch, Loader, Loaders
 from pipelines.utils.errors import DataError, UsageError
-from rsnet.checkpoint.manager import Store
+from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.config.resolve import ResolvedConfig
-from rsnet.config.train_config import as_plain
+from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.watchdog import Watchdog
 from rsnet.evaluation import report
+from rsnet.evaluation.evaluate import evaluate
 from rsnet.evaluation.report import Results
-from rsnet.loggers.run_dir import Display, RunDir
-from rsnet.loggers.run_logger import Journal
+from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_dir import RunDir
+from rsnet.loggers.run_logger import RunLogger, TrainingProgress
+from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.factory import gflops
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.training import state
-from rsnet.training.assemble import AMP_DTYPES, make_trainer
+from rsnet.training import resume as state
 from rsnet.training.resume import changes, position
-from rsnet.training.signals import Stopped, StopRequest
-from rsnet.training.trainer import evaluate, raise_if_not_finite, train_one_epoch
+from rsnet.training.signals import StopRequest, TrainingInterrupted
+from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
 
 SAVE = 1  # what ranks vote for, besides the number of a signal that asks to stop, which is larger
 
@@ -43,7 +46,7 @@ class TrainingRun:
         model: ResolutionSwitchable,
         loaders: Loaders,
         device: torch.device,
-        display: Display,
+        display: ConsoleLogger,
         network: dict[str, Any],
     ) -> None:
         assert loaders.train is not None
@@ -58,9 +61,9 @@ class TrainingRun:
         self.trainer = make_trainer(
             config, model, network["num_classes"], self.steps_per_epoch, device
         )
-        self.store = Store(config.output / "checkpoints", config.keep)
+        self.store = CheckpointManager(config.output / "checkpoints", config.keep)
         self.stop = StopRequest()
-        self.ballot = distributed.Ballot()
+        self.ballot = distributed.StepVote()
         self.watchdog = Watchdog(config.timeout)
         self.epoch = 0  # epochs that are finished
         self.done = 0  # updates of the one that is not
@@ -77,13 +80,13 @@ class TrainingRun:
         Raises Stopped, once all is saved, if a signal asked for it.
         """
         main = distributed.is_main()
-        run_dir = distributed.on_main(lambda: RunDir(self.config.output, continues, main))
+        run_dir = distributed.run_on_main(lambda: RunDir(self.config.output, continues, main))
         run_dir.active = main
         if self.config.on_save_error == "continue":
             run_dir.on_error = self._say_once
         with ExitStack() as stack:
-            distributed.on_main(lambda: stack.enter_context(run_dir.alone()))
-            self.journal = Journal(
+            distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
+            self.journal = RunLogger(
                 self.config, run_dir, self.display, self.steps_per_epoch, self.device
             )
             if content:
@@ -161,11 +164,11 @@ class TrainingRun:
             self.ballot.count()  # what was cast with it
         self._save(is_best=False)
         if agreed > SAVE:
-            raise Stopped(agreed, self._place())
+            raise TrainingInterrupted(agreed, self._place())
 
     def _evaluate(self) -> Results:
         """Of the network, or of the average of what it was. A signal ends it: it is done anew later."""
-        least = min(distributed.gather(len(self.loaders.val)))
+        least = min(distributed.all_gather_object(len(self.loaders.val)))
         batches = 0
 
         def after_batch() -> None:
@@ -185,9 +188,9 @@ class TrainingRun:
 
     def _share_buffers(self) -> None:
         """BatchNorm's statistics become rank 0's everywhere: what is evaluated is what is saved."""
-        distributed.share_buffers(self.model)
+        distributed.broadcast_buffers(self.model)
         if self.trainer.ema:
-            distributed.share_buffers(self.trainer.ema.model)
+            distributed.broadcast_buffers(self.trainer.ema.model)
 
     def _score(self, results: Results) -> list[float]:
         """Top-1 + top-5 at the largest size, then the mean over the sizes, which decides between equals."""
@@ -203,14 +206,14 @@ class TrainingRun:
     def _save(self, is_best: bool) -> None:
         content = {
             "network": self.network,
-            "config": as_plain(self.config),
+            "config": to_plain_dict(self.config),
             "global_batch": self.journal.global_batch,
             "epoch": self.epoch,
             "done": self.done,
             "loader": self.train_loader.state_dict(),
             "best": self.best,
             "wandb_id": self.journal.wandb.run_id,
-            **state.capture(self.trainer, self.model),
+            **state.training_state(self.trainer, self.model),
         }
 
         def write() -> str:
@@ -221,7 +224,7 @@ class TrainingRun:
                 return f"cannot save to {self.store.folder}: {error.strerror or error}"
             return ""
 
-        problem = distributed.on_main(write)
+        problem = distributed.run_on_main(write)
         self.last_save = time.monotonic()
         self.watchdog.tick()
         if problem and self.config.on_save_error == "stop":
@@ -238,14 +241,14 @@ class TrainingRun:
             self.display.say(f"{line}; the training goes on")
 
     def _restore(self, source: Path | None, content: dict[str, Any]) -> None:
-        missing = state.restore(self.trainer, self.model, content)
+        missing = state.load_training_state(self.trainer, self.model, content)
         self.epoch = content["epoch"]
         self.done, moved = position(
             content, self.config, self.train_loader, self.journal.global_batch, self.steps_per_epoch
         )
         # Not the checkpoint's step: with another global batch an epoch has another number of them.
         self.trainer.step = self.epoch * self.steps_per_epoch + self.done
-        changed = changes(content["config"], as_plain(self.config))
+        changed = changes(content["config"], to_plain_dict(self.config))
         what = f", with changed {', '.join(changed)}" if changed else ""
         where = f"after epoch {self.epoch}" if self.done == 0 else f"after {self._place()}"
         self.display.say(f"resumed {source} {where}{what}")
@@ -263,7 +266,7 @@ def shown_evaluation(
     loaders: Loaders,
     device: torch.device,
     amp: torch.dtype | None,
-    display: Display,
+    display: ConsoleLogger,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
     """`evaluate`, with its progress on the display."""
@@ -279,3 +282,75 @@ def shown_evaluation(
     results = evaluate(model, loaders.val, device, amp, on_batch)
     display.stop()
     return results
+
+
+def train_one_epoch(
+    trainer: Trainer,
+    loader: Loader,
+    log_interval: int,
+    report: Callable[[TrainingProgress], None],
+    done: int = 0,
+    after_update: Callable[[], None] = lambda: None,
+) -> None:
+    """Train on every batch that fills an update. Calls `report`, and synchronises, every
+    `log_interval` updates and after the last; and `after_update`, which may end the epoch by raising.
+
+    done: updates of this epoch that were done before; the loader goes on behind them.
+
+    Raises DataError if a loss was not finite: the weights are those before that step.
+    """
+    trainer.objective.train()
+    steps = len(loader) // trainer.accumulate
+    clock = _Clock(loader)
+    reported = done
+    images = 0
+    for i, batch in enumerate(islice(clock, (steps - done) * trainer.accumulate), start=1):
+        last = i % trainer.accumulate == 0
+        trainer.means.add(trainer.forward_backward(batch, last))
+        images += len(batch.labels)
+        if not last:
+            continue
+        lr = trainer.schedule.at(trainer.step)
+        trainer.update()
+        done += 1
+        if done % log_interval == 0 or done == steps:
+            terms = (
+                trainer.means.compute()
+            )  # synchronises, so that the clock measures finished work
+            raise_if_not_finite(trainer)
+            total, waited = clock.lap()
+            span = done - reported
+            report(
+                TrainingProgress(
+                    trainer.step, done, lr, terms, images / total, waited / span, total / span,
+                    trainer.guard.skipped(),
+                )
+            )  # fmt: skip
+            reported, images = done, 0
+        after_update()
+
+
+class _Clock:
+    """Iterates over a loader and adds up the time that it takes to deliver."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap: all, and waiting."""
+        now = time.perf_counter()
+        result = now - self._start, self._waited
+        self._start, self._waited = now, 0.0
+        return result

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.batch import Batch
 
 
-class Mixer:
+class Mixup:
     """Mixes every sample with its neighbour in the batch, on the device, without a synchronisation.
 
     mixup: Beta(a, a) of the share (Zhang et al. 2018, section 2). cutmix: of the area that stays (Yun et

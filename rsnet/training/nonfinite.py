@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from rsnet.distributed import process_group as distributed
 
-class RunningStatistics:
+
+class BatchNormBackup:
     """Keeps a copy of a network's statistics, and puts it back, on the device and in few kernels.
 
     A batch with a loss that is not finite has passed through BatchNorm, whose means it made NaN for good.
@@ -31,3 +35,62 @@ class RunningStatistics:
         )
         parts = [part.view_as(b) for part, b in zip(chosen, self._buffers, strict=True)]
         torch._foreach_copy_(self._buffers, parts)
+
+
+class FiniteGuard:
+    """Keeps updates with a loss that is not finite from the weights; on the device.
+
+    most: how many such updates in a row are left out; one more, and no update is done any longer.
+    """
+
+    def __init__(self, device: torch.device, most: int = 0) -> None:
+        self._most = most
+        self._tripped_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self.is_bad = torch.zeros((), dtype=torch.bool, device=device)  # this update, so far
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        # By the names of a step's terms, which need not be the same in every step: whether each was
+        # not finite in one of the updates that were left out.
+        self._bad: dict[tuple[str, ...], Tensor] = {}
+
+    def check(self, terms: dict[str, Tensor]) -> Tensor:
+        """() float32: 1 if this update is to be left out, on all ranks, else 0."""
+        bad = ~torch.isfinite(torch.stack([v.detach() for v in terms.values()]))
+        bad = distributed.all_reduce_max(bad.to(torch.float32)) > 0
+        names = tuple(terms)
+        is_running = self._tripped_at < 0
+        self._bad[names] = self._bad.get(names, torch.zeros_like(bad)) | (is_running & bad)
+        self.is_bad = self.is_bad | bad.any()
+        return (self.is_bad | ~is_running).to(torch.float32)
+
+    def close(self, step: int) -> None:
+        """Update `step` is done, or was left out."""
+        self._in_a_row = torch.where(self.is_bad, self._in_a_row + 1, 0)
+        trips = (self._tripped_at < 0) & (self._in_a_row > self._most)
+        self._tripped_at = torch.where(trips, step, self._tripped_at)
+        self._skipped = self._skipped + self.is_bad
+        self.is_bad = torch.zeros_like(self.is_bad)
+
+    def state(self) -> list[int]:
+        """Updates that were left out: in a row, and in all. Synchronises."""
+        return [int(self._in_a_row.item()), self.skipped()]
+
+    def load(self, state: Sequence[int]) -> None:
+        self._in_a_row.fill_(state[0])
+        self._skipped.fill_(state[1])
+
+    def skipped(self) -> int:
+        """Updates that were left out so far. Synchronises."""
+        return int(self._skipped.item())
+
+    def verdict(self) -> tuple[int, list[str]] | None:
+        """The step that was one too many and the terms, or None. Synchronises."""
+        step = int(self._tripped_at.item())
+        if step < 0:
+            return None
+        return step, [
+            name
+            for names, flags in self._bad.items()
+            for name, bad in zip(names, flags.tolist(), strict=True)
+            if bad
+        ]

@@ -1,20 +1,27 @@
-"""Going on with a run: what may be different, and where in its data it stands."""
+"""Resuming a run: what may differ, where in its data it stands, and the state that a checkpoint keeps."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pipelines.batch import Loader
-from pipelines.utils.errors import UsageError, blame
+from pipelines.utils.errors import UsageError, error_context
 from rsnet.checkpoint import io as checkpoint
-from rsnet.checkpoint.manager import Store
+from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.config.model_config import FULL
-from rsnet.config.resolve import ResolvedConfig, output_of
-from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, as_plain
+from rsnet.config.resolve import ResolvedConfig, output_directory
+from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, to_plain_dict
+from rsnet.distributed import process_group as distributed
+from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training.optim import load_momentum
+from rsnet.training.trainer import Trainer
 
 # Options that do not change what is computed; batch_size and accumulate only by their product.
 ASIDE = {
@@ -56,7 +63,7 @@ class Start:
         """
         if not self.must_be_same:
             return
-        plain = as_plain(config)
+        plain = to_plain_dict(config)
         # Bits that are not asked for are the checkpoint's only where --resume asks for those.
         plain |= {name: FULL for name in ("qw", "qa") if getattr(given, name) is None}
         changed = changes(self.config, plain)
@@ -75,23 +82,23 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
 
     Raises UsageError if there is no such checkpoint, DataError if it, or all of a run's, are damaged.
     """
-    output = output_of(config, config.arch or DEFAULT_ARCH)
+    output = output_directory(config, config.arch or DEFAULT_ARCH)
     if config.is_profile and config.resume is None:
         return Start()
     if config.resume not in (None, "auto"):
         source = Path(config.resume)
-        with blame("--resume"):
+        with error_context("--resume"):
             content = checkpoint.load(source, config.arch, config.sizes)
         is_of_output = (
             source.parent.parent.resolve()
-            == output_of(config, config.arch or content["network"]["arch"]).resolve()
+            == output_directory(config, config.arch or content["network"]["arch"]).resolve()
             and "calibrated" not in content["network"]
         )
         return Start(source, content, is_of_output)
-    noted, store = _noted(output / "config.json"), Store(output / "checkpoints")
+    noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
     if config.resume is None and not noted and not store.last.exists():
         return Start()
-    with blame("--resume"):
+    with error_context("--resume"):
         found = store.newest(say, moves=not config.evaluate)
     noted = noted or (found[1]["config"] if found else {})
     if config.resume is None and not noted:
@@ -172,3 +179,78 @@ def position(
     done = min(there["position"] // global_batch, steps_per_epoch)
     loader.load_state_dict({**there, "position": done * global_batch})
     return done, moved
+
+
+def training_state(trainer: Trainer, model: ResolutionSwitchable) -> dict[str, Any]:
+    """The state after an update. All ranks call it; what they have for themselves is under "ranks"."""
+    content = {
+        "model": model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "step": trainer.step,
+        "guard": trainer.guard.state(),
+        "ranks": distributed.all_gather_object(_of_this_rank(trainer, model)),
+    }
+    if trainer.ema:
+        content["ema"] = trainer.ema.model.state_dict()
+    return content
+
+
+def load_training_state(
+    trainer: Trainer, model: ResolutionSwitchable, content: Mapping[str, Any]
+) -> list[str]:
+    """Put back what `training_state` took, except the weights, which the model has already, and the step.
+
+    Returns what is not as it was, in words.
+    """
+    missing = []
+    if "scaler" in content:
+        trainer.scaler.load_state_dict(content["scaler"])
+    if "optimizer" not in content or not load_momentum(trainer.optimizer, content["optimizer"]):
+        missing.append(
+            "the checkpoint has no momentum for these weights: the optimizer starts without"
+        )
+    if trainer.ema and "ema" in content:
+        with error_context("--resume: the averaged weights do not fit"):
+            checkpoint.load_weights(trainer.ema.model, content, "ema")
+    if "guard" in content:
+        trainer.guard.load(content["guard"])
+    ranks = content.get("ranks", [])
+    if len(ranks) == distributed.world_size():
+        _load_of_this_rank(trainer, model, ranks[distributed.rank()])
+    elif ranks:
+        missing.append(
+            f"{len(ranks)} processes then, {distributed.world_size()} now: BatchNorm's statistics go on "
+            "from those of the first, and random numbers of layers (dropout) are others"
+        )
+    return missing
+
+
+def _of_this_rank(trainer: Trainer, model: ResolutionSwitchable) -> dict[str, Any]:
+    device = model.alpha.device
+    alone = distributed.world_size() == 1  # then the state dicts have all buffers
+    return {
+        "buffers": [] if alone else [b.cpu() for b in _buffers(trainer, model)],
+        "means": trainer.means.state(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _load_of_this_rank(
+    trainer: Trainer, model: ResolutionSwitchable, state: Mapping[str, Any]
+) -> None:
+    device = model.alpha.device
+    if state["buffers"]:
+        for buffer, value in zip(_buffers(trainer, model), state["buffers"], strict=True):
+            buffer.copy_(value)
+    trainer.means.load(state["means"], device)
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
+def _buffers(trainer: Trainer, model: ResolutionSwitchable) -> Sequence[Tensor]:
+    """BatchNorm's statistics, which every rank has for itself in training, and their averages."""
+    averages = trainer.ema.model.buffers() if trainer.ema else ()
+    return [*model.buffers(), *averages]

@@ -12,7 +12,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class Stopped(Exception):  # noqa: N818 - it is what was asked for
+class TrainingInterrupted(Exception):  # noqa: N818 - it is what was asked for
     """A training that was asked to stop, and has saved its state. Exit code 128 + the signal's number."""
 
     def __init__(self, number: int, place: str) -> None:

@@ -1,41 +1,28 @@
-"""The training step, the epoch and the evaluation. The single backward is here and nowhere else."""
+"""The training step, the epoch and the evaluation. The single backward is here and nowhere else.
+
+The trainer that a configuration describes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.batch import Batch, Loader
+from pipelines.batch import Batch
 from pipelines.utils.errors import DataError
-from rsnet.evaluation.metrics import Accuracy, FiniteGuard, TermMeans
-from rsnet.inference.runner import Forward
-from rsnet.models.fold import is_foldable
-from rsnet.models.quantization.bases import Bases
+from rsnet.config.resolve import ResolvedConfig
+from rsnet.distributed import process_group as distributed
+from rsnet.models.autocast import AMP_DTYPES, autocast
+from rsnet.models.quantization.bases import BasisUpdater
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.training.ema import Ema
-from rsnet.training.nonfinite import RunningStatistics
-from rsnet.training.optim import LrSchedule
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the steps since the last report were like. Times in seconds a step, of this process."""
-
-    step: int
-    steps_in_epoch: int  # done in this epoch
-    lr: float
-    terms: dict[str, float]
-    images_per_s: float  # of this process
-    data_time: float  # waiting for the loader
-    step_time: float
-    skipped: int  # updates so far that were left out, see `FiniteGuard`
+from rsnet.training.loss_meter import LossMeter
+from rsnet.training.mixup import Mixup
+from rsnet.training.nonfinite import BatchNormBackup, FiniteGuard
+from rsnet.training.objective import Objective, SizeSampler
+from rsnet.training.optim import LrSchedule, ModelEma, make_sgd
 
 
 class Trainer:
@@ -61,9 +48,9 @@ class Trainer:
         clip_grad: float | None = None,
         sizes_at: Callable[[int], Sequence[int] | None] = lambda _step: None,
         mix: Callable[[Batch, int], Batch] | None = None,
-        ema: Ema | None = None,
+        ema: ModelEma | None = None,
         most_skipped: int = 0,
-        bases: Bases | None = None,
+        bases: BasisUpdater | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -78,8 +65,8 @@ class Trainer:
         self.bases = bases
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.guard = FiniteGuard(device, most_skipped)
-        self.means = TermMeans()  # since the last report
-        self._statistics = RunningStatistics(objective) if most_skipped else None
+        self.means = LossMeter()  # since the last report
+        self._statistics = BatchNormBackup(objective) if most_skipped else None
         self.step = 0
         self._batches = 0  # since the last update
 
@@ -132,121 +119,6 @@ class Trainer:
         return nullcontext()
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """Autocast without its weight cache, which would add up the five gradients of a shared weight in
-    half precision; without it they are summed in float32."""
-    return torch.autocast(
-        device.type, dtype=dtype or torch.float32, enabled=dtype is not None, cache_enabled=False
-    )
-
-
-def train_one_epoch(
-    trainer: Trainer,
-    loader: Loader,
-    log_interval: int,
-    report: Callable[[Progress], None],
-    done: int = 0,
-    after_update: Callable[[], None] = lambda: None,
-) -> None:
-    """Train on every batch that fills an update. Calls `report`, and synchronises, every
-    `log_interval` updates and after the last; and `after_update`, which may end the epoch by raising.
-
-    done: updates of this epoch that were done before; the loader goes on behind them.
-
-    Raises DataError if a loss was not finite: the weights are those before that step.
-    """
-    trainer.objective.train()
-    steps = len(loader) // trainer.accumulate
-    clock = _Clock(loader)
-    reported = done
-    images = 0
-    for i, batch in enumerate(islice(clock, (steps - done) * trainer.accumulate), start=1):
-        last = i % trainer.accumulate == 0
-        trainer.means.add(trainer.forward_backward(batch, last))
-        images += len(batch.labels)
-        if not last:
-            continue
-        lr = trainer.schedule.at(trainer.step)
-        trainer.update()
-        done += 1
-        if done % log_interval == 0 or done == steps:
-            terms = (
-                trainer.means.compute()
-            )  # synchronises, so that the clock measures finished work
-            raise_if_not_finite(trainer)
-            total, waited = clock.lap()
-            span = done - reported
-            report(
-                Progress(
-                    trainer.step, done, lr, terms, images / total, waited / span, total / span,
-                    trainer.guard.skipped(),
-                )
-            )  # fmt: skip
-            reported, images = done, 0
-        after_update()
-
-
-@torch.no_grad()
-def evaluate(
-    model: ResolutionSwitchable,
-    loader: Loader,
-    device: torch.device,
-    amp: torch.dtype | None = None,
-    on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, dict[str, float]]:
-    """Top-1, top-5 and loss at every size and of the ensemble, over all ranks' images.
-
-    Every image counts once. Calls `on_batch` after each batch. BatchNorm is folded into the convolutions
-    unless activations are quantized: the same logits but for rounding, in four fifths of the time.
-    """
-    was_training = model.training
-    model.eval()
-    accuracy = Accuracy(model.sizes, device)
-    forward_all = (
-        _folded_forward_all(model, device, amp) if is_foldable(model) else model.forward_all
-    )
-    for batch in loader:
-        with autocast(device, amp):
-            logits = forward_all(batch.images)
-        accuracy.add(logits, batch.labels, model.alpha)
-        on_batch()
-    model.train(was_training)
-    return accuracy.compute()
-
-
-def _folded_forward_all(
-    model: ResolutionSwitchable, device: torch.device, amp: torch.dtype | None
-) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    forward = Forward(model, device, amp, batch_size=1, fold=True, cuda_graphs=False)
-    return lambda images: tuple(forward(x, s) for x, s in zip(images, model.sizes, strict=True))
-
-
-class _Clock:
-    """Iterates over a loader and adds up the time that it takes to deliver."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._start = time.perf_counter()
-        self._waited = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap: all, and waiting."""
-        now = time.perf_counter()
-        result = now - self._start, self._waited
-        self._start, self._waited = now, 0.0
-        return result
-
-
 def raise_if_not_finite(trainer: Trainer) -> None:
     """Raise DataError if an update had to be left out that may not be. Synchronises."""
     if (verdict := trainer.guard.verdict()) is None:
@@ -256,4 +128,51 @@ def raise_if_not_finite(trainer: Trainer) -> None:
     raise DataError(
         f"the loss is not finite at step {step}: {names or 'total'}; the weights were not updated with it. "
         "Lower --lr, set --clip-grad, try --amp off, or --on-nonfinite skip 10"
+    )
+
+
+def make_trainer(
+    config: ResolvedConfig,
+    model: ResolutionSwitchable,
+    num_classes: int,
+    steps_per_epoch: int,
+    device: torch.device,
+) -> Trainer:
+    """Objective, optimizer, schedule and all that `config` adds to them; `model` lies on `device`."""
+    c = config
+    objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
+    if c.compile:
+        objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
+    return Trainer(
+        distributed.wrap_ddp(
+            objective,
+            device,
+            all_used=c.sizes_per_step == len(c.sizes) or model.shared_norm,
+            # DDP does not take a graph for static of which it skips the reduction.
+            static=c.accumulate == 1 and c.sizes_per_step == len(c.sizes),
+            compress=c.grad_compress == "bf16",
+        ),
+        make_sgd(model, c.lr, c.momentum, c.weight_decay, c.decay == "all", c.sgd == "nesterov"),
+        LrSchedule(
+            lr=c.lr,
+            decay=c.lr_decay,
+            steps=c.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            warmup_steps=c.warmup * steps_per_epoch,
+            gamma=c.gamma,
+            step_epochs=c.step,
+            milestones=c.schedule,
+        ),
+        device,
+        AMP_DTYPES[c.amp],
+        c.accumulate,
+        c.clip_grad or None,
+        SizeSampler(c.sizes, c.sizes_per_step, c.seed).at,
+        # Each rank's batch has draws of its own.
+        Mixup(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))
+        if c.mixup or c.cutmix
+        else None,
+        ModelEma(model, c.ema) if c.ema else None,
+        c.most_skipped,
+        BasisUpdater(model) if c.is_quantized else None,
     )

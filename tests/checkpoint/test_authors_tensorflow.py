@@ -8,8 +8,8 @@ import torch
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
-from rsnet.models.factory import rebuild
-from rsnet.models.quantization.bases import follow
+from rsnet.models.factory import create_model_from_checkpoint
+from rsnet.models.quantization.bases import update_bases
 from rsnet.models.quantization.lq_nets import Quantizer
 from tests.helpers.tensorflow_graph import Graph, saved
 
@@ -43,7 +43,7 @@ def _error(ours, theirs) -> float:
 
 
 def _load(content):
-    model = rebuild(content["network"]).eval()
+    model = create_model_from_checkpoint(content["network"]).eval()
     checkpoint.load_weights(model, content)
     return model
 
@@ -108,7 +108,7 @@ def test_a_basis_goes_on_from_its_moving_average():
         torch.testing.assert_close(quantizer.total / (1 - quantizer.rest), before)
         nothing = torch.zeros(64, 2, 4, dtype=torch.float64)
         nothing[:, 0] = 1  # a value of 0 with each code: the solution is 0
-        follow([quantizer], [nothing])
+        update_bases([quantizer], [nothing])
         torch.testing.assert_close(quantizer.basis, (1 - weight) * before, rtol=1e-4, atol=1e-6)
 
 

@@ -20,9 +20,9 @@ from rsnet.inference import benchmark as bench_figures
 from rsnet.inference import cascade_search as thresholds
 from rsnet.inference import latency, scores, tuned
 from rsnet.inference.benchmark import Figures
-from rsnet.inference.cascade import Step
+from rsnet.inference.cascade import CascadeStage
 from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.inference.scores import Scores
+from rsnet.inference.scores import LabelledLogits
 from rsnet.inference.tuned import Tuned
 from rsnet.release import model_card as release_card
 from rsnet.release import package as release
@@ -30,7 +30,7 @@ from tests.helpers import releases
 from tests.helpers.releases import SIZES
 from tests.loggers.test_wandb_logger import _history
 
-TUNED = Tuned({64: 0.5, 48: 2.0, 32: 4.0}, (Step(32, 0.2), Step(64)))
+TUNED = Tuned({64: 0.5, 48: 2.0, 32: 4.0}, (CascadeStage(32, 0.2), CascadeStage(64)))
 MS = {64: 40.0, 48: 20.0, 32: 8.0}
 
 
@@ -61,7 +61,7 @@ def folder(written, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(written, data) -> Scores:
+def found(written, data) -> LabelledLogits:
     """Logits of all photos."""
     classifier = SwitchableClassifier.load(written)
     return scores.collect(classifier, scores.find(data, classifier.config["network"]))
@@ -168,7 +168,7 @@ def test_the_calibration_error_is_that_of_each_temperature(found, figures):
         assert size.tuned_ece == pytest.approx(expected, abs=1e-4)
 
 
-def _ece(found: Scores, size: int, t: float) -> float:
+def _ece(found: LabelledLogits, size: int, t: float) -> float:
     logits = found.logits[size].double().numpy() / t
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     best, right = probabilities.max(1), probabilities.argmax(1) == found.labels.numpy()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rsnet.__main__ import main
-from rsnet.cli import sync
-from rsnet.loggers.wandb_logger import Sent, WandbLog, read_sent, write_sent
+from rsnet.loggers import wandb_sync
+from rsnet.loggers.wandb_logger import Sent, WandbLogger, read_sent, write_sent
 from tests.helpers.wandb_run import append, interrupted, log, rows, write_run
 
 pytestmark = pytest.mark.usefixtures("no_wandb_key")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_wandb_key")
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Run the verb in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sync, "TIMEOUT_S", 20)
+    monkeypatch.setattr(wandb_sync, "TIMEOUT_S", 20)
 
     def run(*paths: Path) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -31,8 +31,8 @@ def call(capsys, monkeypatch):
     return run
 
 
-def _start(mode, run: Path, run_id: str | None = None) -> WandbLog:
-    return WandbLog(mode, run, "rsnet", None, {}, run_id, lambda _: None)
+def _start(mode, run: Path, run_id: str | None = None) -> WandbLogger:
+    return WandbLogger(mode, run, "rsnet", None, {}, run_id, lambda _: None)
 
 
 def _lines(run: Path) -> list[dict]:

@@ -17,7 +17,7 @@ from pipelines.utils.errors import DataError, UsageError
 from rsnet.__main__ import main
 from rsnet.cli import tune
 from rsnet.inference import latency, scores, tuned
-from rsnet.inference.cascade import Step
+from rsnet.inference.cascade import CascadeStage
 from rsnet.inference.cascade_search import Outcome
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.inference.tuned import Tuned
@@ -26,7 +26,7 @@ from tests.helpers import releases
 from tests.helpers.releases import CLASSES, SIZES
 
 TABLE = {s: {"median": ms, "p95": ms} for s, ms in ((64, 40.0), (48, 20.0), (32, 8.0))}
-TUNED = Tuned({64: 0.5, 48: 2.0, 32: 4.0}, (Step(32, 0.2), Step(64)))
+TUNED = Tuned({64: 0.5, 48: 2.0, 32: 4.0}, (CascadeStage(32, 0.2), CascadeStage(64)))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_what_is_reported_is_what_the_classifier_does(folder, data, capsys, targ
 
 
 FRONTIER = [
-    Outcome((Step(s),), top1, ms) for s, top1, ms in ((32, 60, 2), (48, 70, 5), (64, 75, 10))
+    Outcome((CascadeStage(s),), top1, ms)
+    for s, top1, ms in ((32, 60, 2), (48, 70, 5), (64, 75, 10))
 ]
 
 
@@ -94,7 +95,7 @@ FRONTIER = [
 )
 def test_the_fastest_that_is_accurate_enough_or_the_best_that_is_fast_enough_is_taken(target, size):
     chosen = tune._choose(FRONTIER, tune.Options(Path(), Path(), **target))
-    assert chosen.ladder == (Step(size),)
+    assert chosen.ladder == (CascadeStage(size),)
 
 
 def test_the_report_is_of_images_that_were_not_fitted_to(folder, data):
@@ -169,7 +170,7 @@ def test_each_size_of_the_tuned_cascade_has_its_threshold(folder, photos):
         s: [_softmax(classifier, p, s, t)[0] for p in photos] for s, t in TUNED.temperatures.items()
     }
     low, high = np.median(best[32]), np.median(best[48])
-    ladder = (Step(32, float(low)), Step(48, float(high)), Step(64))
+    ladder = (CascadeStage(32, float(low)), CascadeStage(48, float(high)), CascadeStage(64))
     tuned.write(
         folder, classifier.config["weights"]["sha256"], Tuned(TUNED.temperatures, ladder), {}
     )
@@ -269,7 +270,7 @@ def test_a_target_that_cannot_be_met_is_one_line(folder, data, capsys, words, co
     ("target", "ms"), [({"target_top1": 60.0}, 2.0), ({"target_ms": 2.5}, 2.0)]
 )
 def test_the_fastest_is_chosen_for_an_accuracy_and_the_most_accurate_for_a_time(target, ms):
-    frontier = [Outcome((Step(64),), 50.0 + 10 * i, 1.0 + i) for i in range(4)]
+    frontier = [Outcome((CascadeStage(64),), 50.0 + 10 * i, 1.0 + i) for i in range(4)]
     options = tune.Options(Path("release"), Path("val"), **target)
     assert tune._choose(frontier, options).ms == ms
 
@@ -293,7 +294,7 @@ def test_what_has_no_labelled_images_is_one_line(folder, tmp_path, capsys):
 
 def test_one_image_is_too_few():
     with pytest.raises(UsageError, match="--data: at least 2 images are needed"):
-        scores.Scores(torch.zeros(1), {64: torch.zeros(1, 2)}).halves()
+        scores.LabelledLogits(torch.zeros(1), {64: torch.zeros(1, 2)}).halves()
 
 
 def test_outputs_that_are_not_finite_name_the_image(folder, data, monkeypatch):

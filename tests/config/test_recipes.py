@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.dali import DaliOptions
 from rsnet.config.command_line import parse
-from rsnet.config.recipes import PAPER, Recipe, recipe_of
+from rsnet.config.recipes import PAPER, Recipe, get_recipe
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 
@@ -57,7 +57,7 @@ def test_the_modern_recipe_fits_the_epochs(epochs, warmup, lr_decay):
 def test_the_modern_average_reaches_back_over_the_same_share_of_any_training():
     """Its memory, 1 / (1 - decay) updates of 1,281,167 / batch an epoch, is 2 epochs of 120 or 2 / 120."""
     for epochs, batch in ((120, 256), (30, 256), (120, 2048), (16, 1024)):
-        decay = recipe_of("modern", "parallel_resnet50", epochs, batch).ema
+        decay = get_recipe("modern", "parallel_resnet50", epochs, batch).ema
         share = 1 / (1 - decay) / (epochs * 1281167 / batch)
         assert share == pytest.approx(1.67e-2, rel=0.02)
 

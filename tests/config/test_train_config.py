@@ -14,7 +14,7 @@ from pipelines.dali import DaliOptions
 from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import as_command, parse
 from rsnet.config.resolve import ResolvedConfig, resolve
-from rsnet.config.train_config import TrainConfig, as_plain
+from rsnet.config.train_config import TrainConfig, to_plain_dict
 
 
 def _parse(line: str):
@@ -125,7 +125,7 @@ def test_given_options_win_over_recipe_and_checkpoint():
 
 
 def test_a_continued_run_keeps_what_it_was_started_with():
-    previous = as_plain(_resolve("--epochs 7 -b 64 --lr 0.3 --wd 0.01 --clip-grad 2"))
+    previous = to_plain_dict(_resolve("--epochs 7 -b 64 --lr 0.3 --wd 0.01 --clip-grad 2"))
     config, _ = _parse("--resume auto")
     again = resolve(
         config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous,
@@ -162,7 +162,7 @@ def test_the_resolved_command_gives_the_same_run_again():
 
 
 def test_plain_options_hold_only_what_a_safe_load_takes():
-    plain = as_plain(_resolve("--sizes 64 32"))
+    plain = to_plain_dict(_resolve("--sizes 64 32"))
     assert all(isinstance(v, str | int | float | bool | list | None) for v in plain.values())
     assert set(plain) == {f.name for f in dataclasses.fields(TrainConfig)}
     assert {f.name for f in dataclasses.fields(ResolvedConfig)} == set(plain)
@@ -181,7 +181,7 @@ def test_other_processes_share_the_images_of_an_update_as_before(
     world_size, batch_size, accumulate
 ):
     """Of a run of 8 processes; 3 cannot, which is refused later."""
-    previous = as_plain(_resolve("-b 64 --lr 0.3 --seed 5"))
+    previous = to_plain_dict(_resolve("-b 64 --lr 0.3 --seed 5"))
     config, _ = _parse("--resume auto")
     again = resolve(
         config, world_size=world_size, device_type="cuda", has_bf16=True, trained={}, previous=previous,

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from rsnet.evaluation.metrics import Accuracy, FiniteGuard, TermMeans
+from rsnet.evaluation.evaluate import Accuracy
+from rsnet.training.loss_meter import LossMeter
+from rsnet.training.nonfinite import FiniteGuard
 
 CPU = torch.device("cpu")
 
@@ -43,7 +45,7 @@ def test_top5_of_fewer_classes_is_all_of_them():
 
 
 def test_term_means_start_anew_after_each_reading():
-    means = TermMeans()
+    means = LossMeter()
     means.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
     means.add({"a": torch.tensor(3.0), "b": torch.tensor(7.0)})
     assert means.compute() == {"a": 2, "b": 6}
@@ -52,7 +54,7 @@ def test_term_means_start_anew_after_each_reading():
 
 
 def test_a_term_that_some_steps_lack_is_averaged_over_those_that_have_it():
-    means = TermMeans()
+    means = LossMeter()
     means.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
     means.add({"a": torch.tensor(4.0), "c": torch.tensor(7.0)})
     means.add({"a": torch.tensor(4.0), "c": torch.tensor(9.0)})
@@ -96,12 +98,12 @@ def test_so_many_updates_in_a_row_may_be_left_out_and_not_one_more():
 
 
 def test_means_leave_out_what_is_not_finite():
-    means = TermMeans()
+    means = LossMeter()
     for value in (1.0, torch.nan, 4.0, torch.inf):
         means.add({"a": torch.tensor(value), "b": torch.tensor(1.0)})
     state = means.state()
     assert means.compute() == {"a": 2.5, "b": 1}
-    again = TermMeans()
+    again = LossMeter()
     again.load(state, CPU)
     again.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)})
     assert again.compute() == {"a": 2, "b": 1.8}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rsnet.models.factory import build
+from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 
 FOLDER = Path(__file__).parents[1] / "data" / "parity"
@@ -98,7 +98,7 @@ def _in_network_order(layer: str) -> list[Any]:
 def network(arch: str) -> ResolutionSwitchable:
     """Our network of that name, in the original's state."""
     n = numbers(arch)
-    model = build(arch, n["num_classes"], n["sizes"])
+    model = create_model(arch, n["num_classes"], n["sizes"])
     names = original_names(model, n["keys"])
     state = {names[k]: v for k, v in state_of(n["keys"]).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -41,7 +40,7 @@ def serving(
     classifier: SwitchableClassifier, is_loopback: bool = True, **options: object
 ) -> Iterator[httpx.Client]:
     """As `python -m rsnet serve` with these options; the client knows the `service`."""
-    given = serve.Options(Path(), **options)
+    given = serve.ServerConfig(**options)
     service = serve.make_service(classifier, given)
     with running(serve.make_app(service, given, is_loopback)) as client:
         client.service = service

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rsnet.loggers import wandb_logger as wandb_log
-from rsnet.loggers.wandb_logger import WandbLog
+from rsnet.loggers.wandb_logger import WandbLogger
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120
@@ -59,7 +59,7 @@ def rows(first: int, last: int) -> list[dict[str, Any]]:
     return [{"step": s, "epoch": s / 4, "train/total": 1 / s} for s in range(first, last + 1)]
 
 
-def log(wandb: WandbLog, directory: Path, some: list[dict[str, Any]]) -> None:
+def log(wandb: WandbLogger, directory: Path, some: list[dict[str, Any]]) -> None:
     """As a training does it."""
     for row in some:
         append(directory, [row])
@@ -83,7 +83,7 @@ def _log(directory: Path) -> None:
     """1000 lines before and after, of 2 kB: too much for the buffers to a service that has stopped."""
     wandb_log.SERVICE_TIMEOUT_S = 2
     write_run(directory, [])
-    log_ = WandbLog(None, directory, "rsnet", None, {"lr": 0.1}, None, print)
+    log_ = WandbLogger(None, directory, "rsnet", None, {"lr": 0.1}, None, print)
     long = {"long": "x" * 2000}
     log(log_, directory, [row | long for row in rows(1, 1000)])
     _pause(directory)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rsnet.inference import cascade_search as thresholds
-from rsnet.inference.cascade import Step
+from rsnet.inference.cascade import CascadeStage
 from rsnet.inference.cascade_search import Answers
-from rsnet.inference.scores import Scores
+from rsnet.inference.scores import LabelledLogits
 
 SIZES, MS = (32, 48, 64), {64: 5.0, 48: 2.0, 32: 1.0}
 IMAGES = 60
@@ -43,12 +43,12 @@ def _by_hand(found: Answers, ladder) -> tuple[float, float, dict[int, float]]:
 
 
 LADDERS = [
-    (Step(48),),
-    (Step(32, 0.35), Step(64)),  # an image's confidence at 32
-    (Step(32, 0.5), Step(64)),
-    (Step(32, 0.7), Step(48, 0.4), Step(64)),
-    (Step(32, 0.0), Step(64)),
-    (Step(32, 1.0), Step(48, 1.0), Step(64, 1.0)),
+    (CascadeStage(48),),
+    (CascadeStage(32, 0.35), CascadeStage(64)),  # an image's confidence at 32
+    (CascadeStage(32, 0.5), CascadeStage(64)),
+    (CascadeStage(32, 0.7), CascadeStage(48, 0.4), CascadeStage(64)),
+    (CascadeStage(32, 0.0), CascadeStage(64)),
+    (CascadeStage(32, 1.0), CascadeStage(48, 1.0), CascadeStage(64, 1.0)),
 ]
 
 
@@ -81,13 +81,14 @@ def test_a_longer_time_on_the_frontier_is_more_accurate(frontier):
 def test_the_search_finds_what_trying_everything_finds(found, frontier):
     """All thresholds between two confidences, in each choice of sizes: at most 1 point is missed."""
     every = {s: [0.0, *np.sort(c)[::3], 1.0] for s, c in found.confidence.items()}
-    tried = [thresholds.simulate(found, (Step(s),), MS) for s in SIZES]
+    tried = [thresholds.simulate(found, (CascadeStage(s),), MS) for s in SIZES]
     for small, large in itertools.combinations(SIZES, 2):
         tried += [
-            thresholds.simulate(found, (Step(small, t), Step(large)), MS) for t in every[small]
+            thresholds.simulate(found, (CascadeStage(small, t), CascadeStage(large)), MS)
+            for t in every[small]
         ]
     for low, middle in itertools.product(every[32], every[48]):
-        ladder = (Step(32, low), Step(48, middle), Step(64))
+        ladder = (CascadeStage(32, low), CascadeStage(48, middle), CascadeStage(64))
         tried.append(thresholds.simulate(found, ladder, MS))
     for limit in np.linspace(1, 6, 40):
         best = max(outcome.top1 for outcome in tried if outcome.ms <= limit)
@@ -108,7 +109,7 @@ def test_of_many_sizes_the_pairs_are_tried_but_not_all_choices():
 
 def test_answers_are_the_softmax_of_logits_divided_by_the_temperature():
     logits = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
-    scores = Scores(torch.tensor([0, 0]), {64: logits, 32: -logits})
+    scores = LabelledLogits(torch.tensor([0, 0]), {64: logits, 32: -logits})
     found = thresholds.answers(scores, {64: 2.0, 32: 1.0})
     assert list(found.confidence) == [32, 64]
     np.testing.assert_allclose(found.confidence[64], 1 / (1 + np.exp([-1.0, -2.0])), rtol=1e-6)

@@ -20,7 +20,7 @@ from pipelines import reference
 from pipelines.batch import LoaderSpec
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.inference import cascade
-from rsnet.inference.cascade import Step
+from rsnet.inference.cascade import CascadeStage
 from rsnet.inference.classifier import Prediction, SwitchableClassifier
 from rsnet.release import package as release
 from tests.helpers import releases
@@ -397,7 +397,9 @@ def test_an_image_as_sure_as_the_threshold_climbs_no_further():
         return [Prediction(("ant",), (sure if p.max() else unsure,), size, 1.0) for p in pixels]
 
     images = enumerate(Image.new("RGB", (64, 64), (v, v, v)) for v in (255, 0))
-    found = dict(cascade.climb(images, (Step(32, sure), Step(64)), predict, 2))
+    found = dict(
+        cascade.run_cascade(images, (CascadeStage(32, sure), CascadeStage(64)), predict, 2)
+    )
     assert [found[i].size for i in range(2)] == [32, 64]
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rsnet.inference.cuda_graphs import Graphs, _Captured, bucket
-from rsnet.inference.runner import Forward
-from rsnet.models.factory import build
+from rsnet.inference.runner import CudaGraphRunner, ModelRunner, _Captured, bucket
+from rsnet.models.factory import create_model
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -20,7 +19,7 @@ def test_a_batch_is_padded_to_a_power_of_two_or_the_largest():
     assert [bucket(n, 24) for n in counts] == [1, 2, 4, 4, 8, 8, 16, 16, 24, 24]
 
 
-class _OnHost(Graphs):
+class _OnHost(CudaGraphRunner):
     """Captures nothing, and computes again in a replay, from and to the same memory."""
 
     captured: list[tuple[int, int]]
@@ -47,10 +46,10 @@ def test_each_size_and_bucket_is_captured_once_and_answers_for_its_images_alone(
 @pytest.mark.parametrize("gpu", [pytest.param(True, marks=needs_gpu)])
 def test_graphs_compute_what_the_network_does(fold, dtype, gpu):
     device = torch.device("cuda")
-    model = build("parallel_resnet10", 5, (64, 32), width_mult=0.25).eval().to(device)
+    model = create_model("parallel_resnet10", 5, (64, 32), width_mult=0.25).eval().to(device)
     model = model.to(memory_format=torch.channels_last)
     eager, graphs = (
-        Forward(model, device, dtype, batch_size=6, fold=fold, cuda_graphs=on)
+        ModelRunner(model, device, dtype, batch_size=6, fold=fold, cuda_graphs=on)
         for on in (False, gpu)
     )
     sent = [torch.randn(n, 3, s, s, device=device) for n in (3, 6, 1, 5, 3) for s in (64, 32)]

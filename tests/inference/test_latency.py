@@ -169,7 +169,7 @@ def test_a_release_that_cannot_be_written_to_is_measured_in_each_process(
     def fail(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(latency, "write_json", fail)
+    monkeypatch.setattr(latency, "atomic_write_json", fail)
     classifier = SwitchableClassifier.load(folder, batch_size=3)
     for _ in range(2):
         assert classifier.classify(IMAGE, budget_ms=9.0)[0].size == 32

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipelines.utils.errors import DataError, UsageError
-from rsnet.loggers.run_dir import Display, RunDir, environment
+from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_dir import RunDir, environment
 
 ROOT = Path(__file__).parents[2]
 SHOW = """
@@ -28,7 +29,7 @@ display.say("epoch 1 [done]")
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys):
-    display = Display(True)
+    display = ConsoleLogger(True)
     display.start("epoch 1/2", 4)
     display.update(2, "loss 2.5  lr 0.1")
     display.update(4, "loss 1.5  lr 0.1")
@@ -53,7 +54,7 @@ def test_on_a_terminal_progress_is_a_bar():
 
 
 def test_ranks_that_are_not_the_first_say_nothing(capsys):
-    display = Display(False)
+    display = ConsoleLogger(False)
     display.start("x", 2)
     display.update(1, "y")
     display.say("z")

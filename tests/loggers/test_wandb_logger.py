@@ -13,14 +13,14 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from rsnet.loggers import wandb_service
-from rsnet.loggers.wandb_logger import WandbLog, read_sent
+from rsnet.loggers.wandb_logger import WandbLogger, read_sent
 from tests.helpers.wandb_run import interrupted, log, rows
 
 pytestmark = pytest.mark.usefixtures("no_wandb_key")
 
 
-def _start(directory: Path, mode, said: list[str], run_id=None) -> WandbLog:
-    return WandbLog(mode, directory, "rsnet", None, {"lr": 0.1}, run_id, said.append)
+def _start(directory: Path, mode, said: list[str], run_id=None) -> WandbLogger:
+    return WandbLogger(mode, directory, "rsnet", None, {"lr": 0.1}, run_id, said.append)
 
 
 def _records(run: Path):

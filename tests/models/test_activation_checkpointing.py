@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 
-from rsnet.models.activation_checkpointing import use_recomputation
-from rsnet.models.factory import build
+from rsnet.models.activation_checkpointing import convert_to_checkpointed
+from rsnet.models.factory import create_model
 from rsnet.training.objective import Objective
 
 SIZES = (48, 32)
@@ -55,9 +55,9 @@ def _step(model, amp: bool):
 )
 def test_gradients_and_statistics_are_the_same_bits(arch, amp, what):
     torch.manual_seed(0)
-    plain = build(arch, 3, SIZES).to(memory_format=torch.channels_last)
+    plain = create_model(arch, 3, SIZES).to(memory_format=torch.channels_last)
     again = copy.deepcopy(plain)
-    assert use_recomputation(again.network, what) > 0
+    assert convert_to_checkpointed(again.network, what) > 0
     assert list(again.state_dict()) == list(plain.state_dict())
     for _ in range(2):
         expected, more = _step(plain, amp)
@@ -72,12 +72,12 @@ def test_gradients_and_statistics_are_the_same_bits(arch, amp, what):
 
 def test_dropout_is_drawn_once():
     torch.manual_seed(0)
-    plain = build("parallel_efficientnet_b0", 3, SIZES)
+    plain = create_model("parallel_efficientnet_b0", 3, SIZES)
     for module in plain.modules():
         if isinstance(module, torch.nn.SiLU):
             module.register_forward_hook(lambda _m, _i, y: torch.nn.functional.dropout(y, 0.5))
     again = copy.deepcopy(plain)
-    use_recomputation(again.network, "blocks")
+    convert_to_checkpointed(again.network, "blocks")
     for block in again.modules():
         if hasattr(block, "recomputed_draws"):
             block.recomputed_draws = True  # of a hook, which no module shows
@@ -88,9 +88,9 @@ def test_dropout_is_drawn_once():
 
 def test_it_evaluates_and_copies_as_before():
     torch.manual_seed(0)
-    plain = build("parallel_resnet18", 3, SIZES)
+    plain = create_model("parallel_resnet18", 3, SIZES)
     again = copy.deepcopy(plain)
-    use_recomputation(again.network, "blocks")
+    convert_to_checkpointed(again.network, "blocks")
     again = copy.deepcopy(again).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

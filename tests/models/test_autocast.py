@@ -11,8 +11,8 @@ from torch import nn
 
 from rsnet.models import autocast as once
 from rsnet.models import switchable
-from rsnet.models.activation_checkpointing import use_recomputation
-from rsnet.models.factory import build, synchronize_batchnorm
+from rsnet.models.activation_checkpointing import convert_to_checkpointed
+from rsnet.models.factory import create_model, synchronize_batchnorm
 from rsnet.training.objective import Objective
 from tests.helpers.operations import Operations
 
@@ -28,8 +28,8 @@ def by_themselves(monkeypatch):
         yield lambda _number: None
 
     def use():
-        monkeypatch.setattr(switchable, "cast_once", nothing)
-        monkeypatch.setattr(switchable, "counted_once", lambda _norms: nullcontext())
+        monkeypatch.setattr(switchable, "shared_weight_casts", nothing)
+        monkeypatch.setattr(switchable, "shared_batch_counter", lambda _norms: nullcontext())
 
     return use
 
@@ -77,9 +77,9 @@ def _same(found, expected):
 def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):
     torch.manual_seed(0)
     built = {name: options[name] for name in ("norm", "qw") if name in options}
-    ours = build(arch, 3, SIZES, 0.125, **built).to(memory_format=torch.channels_last)
+    ours = create_model(arch, 3, SIZES, 0.125, **built).to(memory_format=torch.channels_last)
     if "recompute" in options:
-        use_recomputation(ours.network, options["recompute"])
+        convert_to_checkpointed(ours.network, options["recompute"])
     theirs = copy.deepcopy(ours)
     run = {name: options[name] for name in ("sizes", "dtype") if name in options}
     found, _ = _train(ours, **run)
@@ -90,7 +90,7 @@ def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):
 
 
 def test_a_weight_is_cast_once_and_a_norm_counts_once(by_themselves):
-    model = build("parallel_resnet10", 3, SIZES, 0.125)
+    model = create_model("parallel_resnet10", 3, SIZES, 0.125)
     _, few = _train(model)
     by_themselves()
     _, many = _train(model)
@@ -105,7 +105,7 @@ def test_a_weight_is_cast_once_and_a_norm_counts_once(by_themselves):
 def test_gradients_of_a_pass_are_summed_in_float32():
     """Of 1 and 2^-9, whose sum half precision does not hold."""
     layer = nn.Linear(1, 1, bias=False)
-    with torch.autocast("cpu", torch.bfloat16), once.cast_once([layer], 2) as begin:
+    with torch.autocast("cpu", torch.bfloat16), once.shared_weight_casts([layer], 2) as begin:
         outputs = []
         for number, x in enumerate((1.0, 2.0**-9)):
             begin(number)
@@ -122,7 +122,7 @@ def test_a_weight_that_no_pass_used_has_no_gradient_and_groups_are_bounded(monke
     x = torch.ones(1, 2, requires_grad=True)
     layers[2].weight.requires_grad_(False)
     outputs = []
-    with torch.autocast("cpu", torch.bfloat16), once.cast_once(layers, 2) as begin:
+    with torch.autocast("cpu", torch.bfloat16), once.shared_weight_casts(layers, 2) as begin:
         for number, used in enumerate(([0, 1, 2], [1, 4])):
             begin(number)
             assert layers[2].weight.dtype == torch.float32
@@ -135,7 +135,7 @@ def test_a_weight_that_no_pass_used_has_no_gradient_and_groups_are_bounded(monke
 def test_gradients_of_late_layers_come_before_the_end_of_the_backward(monkeypatch):
     """DDP sends them while the rest of the backward runs."""
     monkeypatch.setattr(once, "GROUP", 20_000)
-    model = build("parallel_resnet10", 3, SIZES, 0.125).train()
+    model = create_model("parallel_resnet10", 3, SIZES, 0.125).train()
     arrived = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _p, name=name: arrived.append(name))
@@ -150,13 +150,13 @@ def test_without_a_weight_that_is_trained_nothing_is_cast():
     layer = nn.Linear(2, 2).requires_grad_(False)
     double = nn.Linear(2, 2).double()
     for layers in ([], [layer], [double]):
-        with torch.autocast("cpu", torch.bfloat16), once.cast_once(layers, 1) as begin:
+        with torch.autocast("cpu", torch.bfloat16), once.shared_weight_casts(layers, 1) as begin:
             begin(0)
             assert not any("weight" in vars(m) for m in layers)
 
 
 def test_a_failed_pass_leaves_the_layers_as_they_were():
-    model = build("parallel_resnet10", 3, SIZES).train()
+    model = create_model("parallel_resnet10", 3, SIZES).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
         model.forward_all([torch.zeros(2, 4, s, s) for s in SIZES])
@@ -167,13 +167,13 @@ def test_a_failed_pass_leaves_the_layers_as_they_were():
 def test_layers_of_other_libraries_cast_their_own_weight():
     timm = pytest.importorskip("timm", reason="its convolutions that standardise their weight")
     network = nn.Sequential(timm.layers.ScaledStdConv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    assert once.layers_with_weights(network) == [network[1]]
+    assert once.castable_layers(network) == [network[1]]
 
 
 def test_a_synchronised_norm_counts_itself():
-    model = build("parallel_resnet10", 3, SIZES).train()
+    model = create_model("parallel_resnet10", 3, SIZES).train()
     synchronize_batchnorm(model, "parallel_resnet10")
     norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    with once.counted_once(norms):
+    with switchable.shared_batch_counter(norms):
         assert all(norm.num_batches_tracked is not None for norm in norms)
     assert {int(norm.num_batches_tracked) for norm in norms} == {0}

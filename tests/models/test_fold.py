@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pipelines.utils.errors import UsageError
-from rsnet.inference.runner import Forward
-from rsnet.models.factory import build
-from rsnet.models.fold import folded, plain
+from rsnet.inference.runner import ModelRunner
+from rsnet.models.factory import create_model
+from rsnet.models.fold import fold_batchnorm, plain
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 from rsnet.release import package as release
 from tests.helpers import releases
@@ -35,7 +35,7 @@ def _make(name: str):
     """A network in which no two BatchNorms are alike; at the smallest size strided layers see one pixel."""
     options, _ = NETWORKS[name]
     sizes = (64, 32) if "densenet" in name else (32, 16)
-    model = build(name.split()[0], 5, sizes, **options).eval()
+    model = create_model(name.split()[0], 5, sizes, **options).eval()
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -56,7 +56,7 @@ def test_a_folded_network_gives_the_logits_of_its_size(name):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for size in model.sizes:
         x = torch.randn(2, 3, size, size)
-        network = folded(model, size)
+        network = fold_batchnorm(model, size)
         with torch.no_grad():
             logits, expected = network(x), model(x, size)
         assert (logits - expected).abs().max() < 3e-6 * expected.abs().max()
@@ -114,7 +114,7 @@ def test_what_is_not_a_convolution_followed_by_its_own_norm_stays(kind):
     for norm in _norms(model):
         norm.running_mean.uniform_()
         norm.running_var.uniform_(0.5, 1.5)
-    network = folded(model, 8)
+    network = fold_batchnorm(model, 8)
     x = torch.randn(2, 3, 8, 8)
     assert len(_norms(network)) == 1
     assert torch.equal(network(x), model(x, 8))
@@ -133,7 +133,7 @@ def test_a_norm_under_two_names_is_applied_once():
     model = ResolutionSwitchable(Twice(), (8,)).eval()
     for norm in _norms(model):
         norm.weight.data.uniform_(2, 3)
-    network = folded(model, 8)
+    network = fold_batchnorm(model, 8)
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(network(x), model(x))
     assert not _norms(network)
@@ -141,7 +141,7 @@ def test_a_norm_under_two_names_is_applied_once():
 
 def test_a_folded_networks_depthwise_convolutions_keep_their_new_bias_under_autocast():
     model = _make("parallel_mobilenetv2")
-    network, x = folded(model, 32), torch.randn(2, 3, 32, 32)
+    network, x = fold_batchnorm(model, 32), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         with_graph = network(x)
         with torch.no_grad():
@@ -149,9 +149,9 @@ def test_a_folded_networks_depthwise_convolutions_keep_their_new_bias_under_auto
 
 
 def test_quantized_activations_are_not_folded():
-    model = build("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
+    model = create_model("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
     with pytest.raises(UsageError, match="activations are quantized, and rounding would move some"):
-        folded(model.eval(), 32)
+        fold_batchnorm(model.eval(), 32)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ CPU = torch.device("cpu")
 
 @torch.inference_mode()
 def test_each_size_is_folded_when_it_is_first_computed(model):
-    forward = Forward(model, CPU, None, batch_size=4, fold=True, cuda_graphs=False)
+    forward = ModelRunner(model, CPU, None, batch_size=4, fold=True, cuda_graphs=False)
     assert not forward._folded
     for size in (48, 64, 48):
         x = torch.randn(3, 3, size, size)
@@ -175,11 +175,11 @@ def test_each_size_is_folded_when_it_is_first_computed(model):
 
 @torch.inference_mode()
 def test_folded_weights_are_rounded_to_bfloat16_once(model):
-    forward = Forward(model, CPU, torch.bfloat16, batch_size=4, fold=True, cuda_graphs=False)
+    forward = ModelRunner(model, CPU, torch.bfloat16, batch_size=4, fold=True, cuda_graphs=False)
     x = torch.randn(3, 3, 48, 48)
     logits = forward(x.bfloat16(), 48)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = folded(model, 48)(x)
+        expected = fold_batchnorm(model, 48)(x)
     assert torch.equal(logits, expected)
     assert {p.dtype for p in forward._folded[48].parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -193,6 +193,6 @@ def test_folded_weights_are_rounded_to_bfloat16_once(model):
     ],
 )
 def test_what_a_network_or_device_cannot_is_refused_at_the_start(options, message):
-    model = build("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
+    model = create_model("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
     with pytest.raises(UsageError, match=re.escape(message)):
-        Forward(model.eval(), CPU, None, batch_size=4, **options)
+        ModelRunner(model.eval(), CPU, None, batch_size=4, **options)

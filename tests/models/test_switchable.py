@@ -12,12 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock
 
-from rsnet.models.switchable import (
-    ResolutionSwitchable,
-    SwitchableBatchNorm2d,
-    make_switchable,
-    select_sizes,
-)
+from rsnet.models.state_dict import select_sizes
+from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d, make_switchable
 
 SIZES = (48, 40, 32)
 

@@ -16,10 +16,11 @@ from torchvision.transforms import v2
 
 from pipelines import ffcv, reference
 from pipelines.batch import Loader, LoaderSpec
+from pipelines.dali import DaliOptions, make_loaders
 from pipelines.dali import graphs as dali_graph
 from pipelines.dali import loader as dali
 from pipelines.image_folder import scan_train_val
-from pipelines.sampler import AUGMENTATION_LANE, draw, uniforms
+from pipelines.sampler import AUGMENTATION_LANE, crop_params, uniforms
 from pipelines.transforms import random_resized_crop
 from pipelines.utils.errors import UsageError
 from tests.conftest import write_photo
@@ -54,7 +55,7 @@ def spec(photos: Path) -> LoaderSpec:
 
 def _loaders(backend: str, spec: LoaderSpec):
     if backend == "dali":
-        return dali.make_loaders(dali.DaliOptions(workers=1), spec)
+        return make_loaders(DaliOptions(workers=1), spec)
     return reference.make_loaders(reference.ReferenceOptions(), spec)
 
 
@@ -71,7 +72,7 @@ def test_the_reference_gives_torchvisions_augmentation_of_the_crop(spec, kind):
     assert len(pictures) == 20
     for index, picture in pictures.items():
         alone = np.array([index])
-        draws = draw(spec.seed, 1, alone, len(SIZES), "shared")
+        draws = crop_params(spec.seed, 1, alone, len(SIZES), "shared")
         with Image.open(scan_train_val(spec.data, True)[0].paths[index]) as image:
             crop = F.crop(image, *random_resized_crop(image.height, image.width, draws, 0))
         torch.manual_seed(int(uniforms(spec.seed, 1, alone, 1, AUGMENTATION_LANE).item() * 2**53))
@@ -187,7 +188,9 @@ def test_a_loader_continues_with_the_same_augmentations(spec, backend, kind):
 def test_epoch_and_seed_draw_another_augmentation(spec, backend, kind, other, monkeypatch):
     module = {"dali": dali, "reference": reference}[backend]
     # The same crops and flips throughout: what differs is the augmentation.
-    monkeypatch.setattr(module, "draw", lambda _seed, _epoch, *rest: draw(0, 0, *rest))
+    monkeypatch.setattr(
+        module, "crop_params", lambda _seed, _epoch, *rest: crop_params(0, 0, *rest)
+    )
     spec = replace(spec, auto_augment=kind)
     one = _by_sample(_loaders(backend, spec).train, 0)
     seed, epoch = other.get("seed", 0), other.get("epoch", 0)

@@ -44,7 +44,7 @@ def test_batches_come_in_order_with_a_bounded_number_in_the_works(pool):
             yield host.HostBatch(pool, 1, lambda *_: None, lambda n=number: _batch(n))
 
     seen = []
-    for taken, batch in enumerate(host.finished(works(), ahead=2), 1):
+    for taken, batch in enumerate(host.iterate_finished(works(), ahead=2), 1):
         seen.append(batch.labels.item())
         assert begun == min(taken + 2, 6)
     assert seen == list(range(6))
@@ -56,7 +56,7 @@ def test_what_a_thread_raises_is_raised_to_the_reader(pool):
 
     work = host.HostBatch(pool, 3, fail, lambda: _batch(0))
     with pytest.raises(ValueError, match="0 to 3"):
-        list(host.finished([work], ahead=1))
+        list(host.iterate_finished([work], ahead=1))
 
 
 def test_leaving_early_cancels_what_has_not_begun():
@@ -71,7 +71,7 @@ def test_leaving_early_cancels_what_has_not_begun():
         works = [
             host.HostBatch(pool, count, fill, lambda: _batch(0)) for count in (1, 5 * host.CHUNK)
         ]
-        batches = host.finished(works, ahead=1)
+        batches = host.iterate_finished(works, ahead=1)
         next(batches)
         batches.close()
         held.set()
@@ -81,7 +81,7 @@ def test_leaving_early_cancels_what_has_not_begun():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_is_written_into_a_block_is_in_the_channels_last_image(dtype):
     spec = LoaderSpec(Path(), (5, 4), 3, torch.device("cpu"), dtype, "unit")
-    blocks, table = host.new_blocks(spec, 3), host.pixel_table(spec)
+    blocks, table = host.allocate_blocks(spec, 3), host.pixel_table(spec)
     for block in blocks:
         host.as_array(block)[:] = table[0, 255]
         host.as_array(block)[2, 1, 3 * 2 + 1] = table[1, 0]  # picture 2, row 1, column 2, green

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from pipelines.image_folder import broken, scan, scan_train_val
+from pipelines.image_folder import decode_error, scan_folder, scan_train_val
 from pipelines.image_io import images_below
 from pipelines.utils.errors import UsageError
 from tests.conftest import write_folder, write_photo
@@ -28,7 +28,7 @@ def test_images_classes_and_order_are_torchvisions(data):
     (data / "train" / "ant" / "y.PNG").write_bytes(
         (data / "train" / "ant" / "000.JPEG").read_bytes()
     )
-    ours, theirs = scan(data / "train"), TorchvisionFolder(data / "train")
+    ours, theirs = scan_folder(data / "train"), TorchvisionFolder(data / "train")
     assert ours.classes == theirs.classes
     assert sorted(zip(ours.paths, ours.labels.tolist(), strict=True)) == sorted(theirs.samples)
 
@@ -36,7 +36,7 @@ def test_images_classes_and_order_are_torchvisions(data):
 def test_a_linked_class_folder_is_followed(data, tmp_path):
     (data / "val" / "bee").rename(tmp_path / "elsewhere")
     (data / "val" / "bee").symlink_to(tmp_path / "elsewhere")
-    assert len(scan(data / "val").paths) == 3
+    assert len(scan_folder(data / "val").paths) == 3
 
 
 def _no_data(data):
@@ -99,13 +99,13 @@ def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
     path = tmp_path / "photo.jpg"
     Image.new("RGB", (8, 8)).save(path, "EPS")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
-    assert "cannot identify image file" in broken(str(path))
+    assert "cannot identify image file" in decode_error(str(path))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"])
 def test_a_picture_of_a_usual_format_is_one_by_any_name(tmp_path, kind):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg", kind)
-    assert broken(str(tmp_path / "photo.jpg")) is None
+    assert decode_error(str(tmp_path / "photo.jpg")) is None
 
 
 def test_links_that_lead_back_are_not_followed_and_others_are(data):
@@ -120,4 +120,4 @@ def test_links_that_lead_back_are_not_followed_and_others_are(data):
 
 
 def test_a_good_image_is_not_broken(data):
-    assert broken(str(data / "train" / "ant" / "000.JPEG")) is None
+    assert decode_error(str(data / "train" / "ant" / "000.JPEG")) is None

@@ -95,7 +95,7 @@ def test_without_a_place_for_a_cache_it_still_compiles():
     code = (
         "from numba.core import caching; "
         "caching.CompileResultCacheImpl._locator_classes = []; "
-        "from pipelines import resample; "
+        "from pipelines import resize as resample; "
         "resample._taps(8, 4, 0, 4)"
     )
     done = subprocess.run(

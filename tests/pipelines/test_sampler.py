@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines.sampler import Schedule, draw, uniforms
-from pipelines.transforms import Draws, eval_short_side, random_resized_crop
+from pipelines.sampler import Schedule, crop_params, uniforms
+from pipelines.transforms import CropParams, eval_short_side, random_resized_crop
 
 
 def test_a_samples_numbers_do_not_depend_on_its_batch():
@@ -49,7 +49,7 @@ def test_numbers_are_uniform_and_uncorrelated():
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 100), (40, 41)])
 def test_crops_are_distributed_as_torchvisions(height, width):
     n = 4000
-    draws = draw(0, 0, np.arange(n), 5, "independent")
+    draws = crop_params(0, 0, np.arange(n), 5, "independent")
     ours = np.array([random_resized_crop(height, width, draws, i) for i in range(n)])
     image = np.empty((3, height, width), dtype=np.uint8)
 
@@ -64,16 +64,18 @@ def test_crops_are_distributed_as_torchvisions(height, width):
 
 def test_an_image_that_no_try_fits_gets_the_centre():
     """torchvision's fallback: the largest centred crop within the ratios."""
-    never = Draws(np.ones((1, 10)), np.full((1, 10), 4 / 3), np.zeros((1, 2)), np.zeros((1, 5)) > 0)
+    never = CropParams(
+        np.ones((1, 10)), np.full((1, 10), 4 / 3), np.zeros((1, 2)), np.zeros((1, 5)) > 0
+    )
     assert random_resized_crop(400, 100, never, 0) == (133, 0, 133, 100)
     assert random_resized_crop(100, 400, never, 0) == (0, 133, 100, 133)
 
 
 def test_half_of_the_flips_are_flips():
-    flips = draw(0, 0, np.arange(4000), 5, "independent").flip
+    flips = crop_params(0, 0, np.arange(4000), 5, "independent").flip
     assert np.abs(flips.mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(4000)
     assert not (flips == flips[:, :1]).all()
-    shared = draw(0, 0, np.arange(100), 5, "shared").flip
+    shared = crop_params(0, 0, np.arange(100), 5, "shared").flip
     assert (shared == shared[:, :1]).all()
 
 

@@ -16,11 +16,11 @@ from pipelines.synthetic import make_loaders as make_synthetic
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
 from rsnet.loggers import wandb_service
-from rsnet.models.factory import build, gflops
+from rsnet.models.factory import create_model, gflops
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import WARMUP_STEPS, Profile, Times, profile, time_steps
 from rsnet.train import main
-from rsnet.training.assemble import make_trainer
+from rsnet.training.trainer import make_trainer
 from tests.helpers.clock import Clock, SlowLoader
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def _setup(clock: Clock, loader_pause: float, network_pause: float, more: str = 
     line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24 -b 4 "
     config, _ = parse(DaliOptions, (line + more).split())
     config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
-    model = build("parallel_resnet10", 3, SIZES, 0.125, "small")
+    model = create_model("parallel_resnet10", 3, SIZES, 0.125, "small")
     loader = make_synthetic(
         SyntheticOptions(train_images=64, classes=3), LoaderSpec("d", SIZES, 4, CPU)
     ).train

@@ -10,7 +10,7 @@ import torch
 
 from pipelines.dali import DaliOptions, make_loaders
 from rsnet.checkpoint import io as checkpoint
-from rsnet.models.factory import build
+from rsnet.models.factory import create_model
 from rsnet.train import main
 from tests.scripts.test_modern_recipe import _stops_before
 
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_not_started_from(
 
 def test_the_last_gammas_start_at_zero_in_a_quantized_resnet_alone():
     def zeros(**options) -> int:
-        model = build("parallel_resnet18", 4, (32,), 0.125, **options)
+        model = create_model("parallel_resnet18", 4, (32,), 0.125, **options)
         return sum(
             p.numel() > 0 and not p.any()
             for n, p in model.named_parameters()

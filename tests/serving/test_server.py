@@ -467,7 +467,7 @@ class _Controller:
 def test_the_controller_hears_of_what_waits_of_all_batches_and_of_its_answers(
     classifier, gate, pool
 ):
-    controller, options = _Controller(), serve.Options(Path(), batch_size=4)
+    controller, options = _Controller(), serve.ServerConfig(batch_size=4)
     service = serve.make_service(classifier, options)
     service = Service(classifier, service._settings, controller)
     with running(serve.make_app(service, options, True)) as client:

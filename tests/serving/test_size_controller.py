@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from rsnet.serving.size_controller import HOLD_S, MOST_HOLD_S, Cost, DeadlineController
+from rsnet.serving.size_controller import HOLD_S, MOST_HOLD_S, Cost, SizeController
 
 BATCH = 8
 DEADLINE = 100.0
@@ -57,7 +57,7 @@ def _ms(size: int, images: int) -> float:
 
 def _simulate(
     times: list[float],
-    controller: DeadlineController | None,
+    controller: SizeController | None,
     slower: float = 1.0,
     elsewhere_ms: float = 0.0,
 ) -> _Outcome:
@@ -104,8 +104,8 @@ def _simulate(
     return outcome
 
 
-def _controller() -> DeadlineController:
-    return DeadlineController(DEADLINE, COSTS, (64, 48, 32), BATCH)
+def _controller() -> SizeController:
+    return SizeController(DEADLINE, COSTS, (64, 48, 32), BATCH)
 
 
 @pytest.mark.parametrize("rate", [190, 300, 700])
@@ -177,5 +177,5 @@ def test_images_that_wait_at_any_size_count():
 
 def test_batches_of_one_image_cost_what_one_image_does():
     costs = {64: Cost(30.0, 30.0), 32: Cost(10.0, 10.0)}
-    chosen = [DeadlineController(100.0, costs, (64, 32), 1).choose(0.0, {64: n}) for n in (0, 1, 2)]
+    chosen = [SizeController(100.0, costs, (64, 32), 1).choose(0.0, {64: n}) for n in (0, 1, 2)]
     assert chosen == [64, 64, 32]

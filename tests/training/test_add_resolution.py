@@ -12,8 +12,8 @@ import torch
 from pipelines.dali import DaliOptions, make_loaders
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
-from rsnet.models.factory import build
-from rsnet.models.state_dict import add_size, neighbours
+from rsnet.models.factory import create_model
+from rsnet.models.state_dict import add_size, neighbour_shares
 from rsnet.train import main as train
 
 SIZES = (48, 40, 24)
@@ -29,7 +29,7 @@ NETWORK = {
 
 
 def _model(sizes=SIZES):
-    return build("parallel_resnet10", 3, sizes, 0.125, "small")
+    return create_model("parallel_resnet10", 3, sizes, 0.125, "small")
 
 
 def _trained():
@@ -45,15 +45,15 @@ def _trained():
 
 
 def test_neighbours_share_by_distance():
-    assert neighbours((224, 192, 160), 176) == {192: 0.5, 160: 0.5}
-    assert neighbours((224, 160), 176) == {224: 0.25, 160: 0.75}
-    assert neighbours((224, 160), 256) == {224: 1.0}
-    assert neighbours((224, 160), 96) == {160: 1.0}
+    assert neighbour_shares((224, 192, 160), 176) == {192: 0.5, 160: 0.5}
+    assert neighbour_shares((224, 160), 176) == {224: 0.25, 160: 0.75}
+    assert neighbour_shares((224, 160), 256) == {224: 1.0}
+    assert neighbour_shares((224, 160), 96) == {160: 1.0}
 
 
 def test_the_new_batchnorm_is_the_neighbours_mean():
     model = _trained()
-    state = add_size(model.state_dict(), SIZES, 36, neighbours(SIZES, 36))
+    state = add_size(model.state_dict(), SIZES, 36, neighbour_shares(SIZES, 36))
     grown = _model((48, 40, 36, 24))
     grown.load_state_dict(state)
     for before, after in zip(model._norms, grown._norms, strict=True):
@@ -66,7 +66,7 @@ def test_the_new_batchnorm_is_the_neighbours_mean():
 @pytest.mark.parametrize("size", [64, 44, 32, 16])
 def test_other_sizes_and_the_ensemble_stay_bit_equal(size):
     model = _trained()
-    state = add_size(copy.deepcopy(model.state_dict()), SIZES, size, neighbours(SIZES, size))
+    state = add_size(copy.deepcopy(model.state_dict()), SIZES, size, neighbour_shares(SIZES, size))
     grown = _model((*SIZES, size)).eval()
     grown.load_state_dict(state)
     for s in SIZES:
@@ -104,7 +104,7 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
     assert content["network"]["sizes"] == [48, 40, 32, 24]
     assert content["network"]["calibrated"] == {"32": how}
     before = checkpoint.load(saved)["model"]
-    expected = add_size(before, SIZES, 32, neighbours(SIZES, 32))
+    expected = add_size(before, SIZES, 32, neighbour_shares(SIZES, 32))
     changed = {k.rsplit(".", 1)[1] for k, v in expected.items() if not v.equal(content["model"][k])}
     statistics = {"running_mean", "running_var", "num_batches_tracked"}
     assert (

@@ -15,10 +15,10 @@ from pipelines.synthetic import SyntheticOptions, make_loaders
 from rsnet import train as run
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
-from rsnet.models.factory import build
+from rsnet.evaluation.evaluate import evaluate
+from rsnet.models.factory import create_model
 from rsnet.profiler.step_profiler import time_steps
-from rsnet.training.assemble import make_trainer
-from rsnet.training.trainer import evaluate
+from rsnet.training.trainer import make_trainer
 
 SIZES = (32, 24, 16)
 LINE = "--arch parallel_resnet10 --width-mult 0.25 --stem small --sizes 32 24 16 -b 4 --amp off"
@@ -29,7 +29,7 @@ def _trainer(*more: str):
     config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
     torch.manual_seed(0)
     bits = {"mode": config.mode, "qw": config.qw, "qa": config.qa}
-    model = build(config.arch, 10, SIZES, 0.25, "small", **bits)
+    model = create_model(config.arch, 10, SIZES, 0.25, "small", **bits)
     model = model.to(memory_format=torch.channels_last)
     return make_trainer(config, model, 10, 100, torch.device("cpu")), model
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.training.ema import Ema
+from rsnet.training.optim import ModelEma
 
 
 def _model() -> ResolutionSwitchable:
@@ -27,7 +27,7 @@ def _train_a_little(model: ResolutionSwitchable, sizes=(16, 8)) -> None:
 
 def test_weights_and_every_resolutions_statistics_are_averaged():
     model, decay = _model(), 0.5
-    ema = Ema(model, decay)
+    ema = ModelEma(model, decay)
     expected = {k: v.double().clone() for k, v in model.state_dict().items()}
     for step in range(6):
         _train_a_little(model)
@@ -44,7 +44,7 @@ def test_weights_and_every_resolutions_statistics_are_averaged():
 
 def test_a_size_that_took_no_part_pulls_its_average_towards_its_own_batchnorm():
     model = _model()
-    ema = Ema(model, 0.5)
+    ema = ModelEma(model, 0.5)
     _train_a_little(model)
     for step in range(60):
         ema.update(step)
@@ -53,7 +53,7 @@ def test_a_size_that_took_no_part_pulls_its_average_towards_its_own_batchnorm():
 
 
 def test_the_average_is_not_trained_and_stays_in_evaluation():
-    ema = Ema(_model(), 0.9)
+    ema = ModelEma(_model(), 0.9)
     assert not any(p.requires_grad for p in ema.model.parameters())
     assert not ema.model.training
 
@@ -62,7 +62,7 @@ def test_the_average_is_short_at_first():
     """After one update a decay of 0.9999 would leave the initial weights as they are."""
     model = _model()
     before = model.state_dict()["network.0.weight"].clone()
-    ema = Ema(model, 0.9999)
+    ema = ModelEma(model, 0.9999)
     with torch.no_grad():
         model.network[0].weight.add_(1)
     ema.update(0)

@@ -15,7 +15,7 @@ import torch
 
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io as checkpoint
-from rsnet.checkpoint.manager import Store
+from rsnet.checkpoint.manager import CheckpointManager
 from tests.helpers.faults import ROOT
 
 pytestmark = pytest.mark.faults
@@ -28,9 +28,9 @@ def _content(step: int) -> dict:
 
 
 @pytest.fixture
-def store(tmp_path) -> Store:
+def store(tmp_path) -> CheckpointManager:
     """Of a run that saved twice."""
-    store = Store(tmp_path / "checkpoints")
+    store = CheckpointManager(tmp_path / "checkpoints")
     store.save(_content(1), is_best=True)
     store.save(_content(2))
     return store
@@ -121,7 +121,7 @@ def test_a_look_at_a_run_moves_nothing(store):
 
 
 def test_as_many_are_kept_as_asked_for_and_the_best_besides(tmp_path):
-    store = Store(tmp_path, keep=3)
+    store = CheckpointManager(tmp_path, keep=3)
     for step in range(6):
         store.save(_content(step), is_best=step == 1)
     names = sorted(p.name for p in tmp_path.glob("*.pt"))
@@ -138,7 +138,7 @@ def test_a_file_system_without_links_is_served_by_copies(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    store = Store(tmp_path)
+    store = CheckpointManager(tmp_path)
     for step in range(3):
         store.save(_content(step), is_best=True)
     assert [checkpoint.load(tmp_path / n)["step"] for n in ("last.pt", "last-1.pt", "best.pt")] == [
@@ -171,7 +171,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
             time.sleep(draws.uniform(0, 0.05))
             process.kill()
             reported = [int(line) for line in process.stdout.read().split()]
-        found = Store(tmp_path).newest(lambda line: pytest.fail(line))
+        found = CheckpointManager(tmp_path).newest(lambda line: pytest.fail(line))
         assert found is not None
         done = found[1]["step"]
         assert done >= max(reported, default=0)

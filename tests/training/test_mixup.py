@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.batch import Batch
-from rsnet.training.mixup import Mixer
+from rsnet.training.mixup import Mixup
 
 SIZES = (40, 20, 10)
 N, CLASSES = 6, 4
@@ -29,7 +29,7 @@ def _shares(mixed: Batch) -> list[float]:
 def test_mixup_has_one_share_and_one_partner_at_all_sizes():
     batch = _flat_batch()
     for index in range(5):
-        mixed = Mixer(0.2, 0, CLASSES, seed=1)(batch, index)
+        mixed = Mixup(0.2, 0, CLASSES, seed=1)(batch, index)
         share = mixed.labels[1, 1].item()
         for x, plain in zip(mixed.images, batch.images, strict=True):
             expected = share * plain + (1 - share) * plain[[5, 0, 1, 2, 3, 4]]
@@ -44,7 +44,7 @@ def test_cutmix_pastes_the_same_box_at_all_sizes():
     batch = _flat_batch()
     seen = set()
     for index in range(20):
-        mixed = Mixer(0, 1.0, CLASSES, seed=1)(batch, index)
+        mixed = Mixup(0, 1.0, CLASSES, seed=1)(batch, index)
         large, *smaller = (x[1, 0] for x in mixed.images)
         rows, columns = (large == 0).any(1).nonzero(), (large == 0).any(0).nonzero()
         seen.add(len(rows))
@@ -65,7 +65,7 @@ def test_cutmix_pastes_the_same_box_at_all_sizes():
 def test_cutmix_labels_have_the_shares_of_the_areas():
     batch = _flat_batch()
     for index in range(20):
-        mixed = Mixer(0, 1.0, CLASSES, seed=1)(batch, index)
+        mixed = Mixup(0, 1.0, CLASSES, seed=1)(batch, index)
         # A pixel at each edge may be off: 2 / 40 of a side.
         assert mixed.labels[1, 1].item() == pytest.approx(_shares(mixed)[0], abs=0.1)
         assert mixed.labels.sum(1) == pytest.approx(torch.ones(N))
@@ -73,14 +73,14 @@ def test_cutmix_labels_have_the_shares_of_the_areas():
 
 def test_the_batch_itself_is_not_changed():
     batch = _flat_batch()
-    Mixer(0.2, 1.0, CLASSES, seed=0)(batch, 0)
+    Mixup(0.2, 1.0, CLASSES, seed=0)(batch, 0)
     assert all(torch.equal(a, b) for a, b in zip(batch.images, _flat_batch().images, strict=True))
 
 
 def test_the_layout_and_the_dtype_stay():
     batch = _flat_batch()
     batch = Batch(tuple(x.bfloat16() for x in batch.images), batch.labels)
-    for mixer in (Mixer(0.2, 0, CLASSES, 0), Mixer(0, 1.0, CLASSES, 0)):
+    for mixer in (Mixup(0.2, 0, CLASSES, 0), Mixup(0, 1.0, CLASSES, 0)):
         for x in mixer(batch, 0).images:
             assert x.dtype == torch.bfloat16
             assert x.is_contiguous(memory_format=torch.channels_last)
@@ -90,7 +90,7 @@ def test_draws_depend_on_seed_and_batch_alone():
     batch = _flat_batch()
 
     def drawn(seed: int, index: int) -> float:
-        return Mixer(0.4, 1.0, CLASSES, seed)(batch, index).labels[1, 1].item()
+        return Mixup(0.4, 1.0, CLASSES, seed)(batch, index).labels[1, 1].item()
 
     assert drawn(3, 7) == drawn(3, 7)
     assert len({drawn(seed, index) for seed in range(4) for index in range(4)}) == 16
@@ -98,7 +98,7 @@ def test_draws_depend_on_seed_and_batch_alone():
 
 def test_both_kinds_are_drawn_if_both_are_asked_for():
     kinds = {
-        bool((Mixer(0.4, 1.0, CLASSES, 0)(_flat_batch(), i).images[0][1] % 1).any())
+        bool((Mixup(0.4, 1.0, CLASSES, 0)(_flat_batch(), i).images[0][1] % 1).any())
         for i in range(12)
     }
     assert kinds == {True, False}  # mixup makes fractions, CutMix none

@@ -7,9 +7,9 @@ import torch
 from pipelines.dali import DaliOptions
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
-from rsnet.models.factory import build
-from rsnet.training import state
-from rsnet.training.assemble import make_trainer
+from rsnet.models.factory import create_model
+from rsnet.training import resume as state
+from rsnet.training.trainer import make_trainer
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def _trainer(*words: str):
     )
     config, _ = parse(DaliOptions, [*line.split(), *words])
     resolved = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
-    model = build("parallel_resnet10", 3, (32, 24), 0.125, "small")
+    model = create_model("parallel_resnet10", 3, (32, 24), 0.125, "small")
     return make_trainer(resolved, model, 3, 4, CPU), model
 
 
@@ -29,10 +29,10 @@ def test_random_numbers_go_on_where_they_were():
     trainer, model = _trainer()
     torch.manual_seed(3)
     torch.rand(5)
-    content = state.capture(trainer, model)
+    content = state.training_state(trainer, model)
     expected = torch.rand(7)
     torch.manual_seed(0)
-    assert state.restore(*_trainer(), content) == []
+    assert state.load_training_state(*_trainer(), content) == []
     assert torch.equal(torch.rand(7), expected)
 
 
@@ -43,9 +43,9 @@ def test_what_was_not_logged_yet_and_what_was_left_out_go_on():
         trainer.means.add(terms)
         trainer.guard.check(terms)
         trainer.guard.close(0)
-    content = state.capture(trainer, model)
+    content = state.training_state(trainer, model)
     again, other = _trainer("--on-nonfinite", "skip", "2")
-    state.restore(again, other, content)
+    state.load_training_state(again, other, content)
     assert again.guard.skipped() == 1
     assert again.means.compute() == {"ce": 4}
     for step in (1, 2):
@@ -57,10 +57,10 @@ def test_what_was_not_logged_yet_and_what_was_left_out_go_on():
 
 def test_the_state_of_other_ranks_is_not_taken_for_this_ones():
     trainer, model = _trainer()
-    content = state.capture(trainer, model)
+    content = state.training_state(trainer, model)
     (alone,) = content["ranks"]
     content["ranks"] = [alone, alone]
-    (line,) = state.restore(*_trainer(), content)
+    (line,) = state.load_training_state(*_trainer(), content)
     assert line.startswith(
         "2 processes then, 1 now: BatchNorm's statistics go on from those of the first"
     )

@@ -15,12 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipelines.batch import Batch, LoaderSpec
 from pipelines.synthetic import SyntheticOptions, make_loaders
 from pipelines.utils.errors import DataError
-from rsnet.models.switchable import ResolutionSwitchable, select_sizes
-from rsnet.training.ema import Ema
-from rsnet.training.mixup import Mixer
+from rsnet.evaluation.evaluate import evaluate
+from rsnet.models.autocast import autocast
+from rsnet.models.state_dict import select_sizes
+from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training.loop import train_one_epoch
+from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective, SizeSampler
-from rsnet.training.optim import LrSchedule, make_sgd
-from rsnet.training.trainer import Trainer, autocast, evaluate, train_one_epoch
+from rsnet.training.optim import LrSchedule, ModelEma, make_sgd
+from rsnet.training.trainer import Trainer
 
 SIZES = (40, 32, 24)
 CPU = torch.device("cpu")
@@ -221,7 +224,7 @@ def test_each_batch_of_an_accumulated_update_is_mixed_by_a_number_of_its_own():
 
 def test_averaged_weights_follow_the_updates():
     model = ResolutionSwitchable(_tiny(), SIZES)
-    ema = Ema(model, 0.5)
+    ema = ModelEma(model, 0.5)
     trainer = _trainer(model, ema=ema)
     expected = model.network[0].weight.detach().clone()
     trainer.objective.train()
@@ -278,8 +281,8 @@ def test_only_reports_wait_for_the_device_not_steps(amp):
         amp=amp,
         clip_grad=1.0,
         sizes_at=SizeSampler(SIZES, 2, 0).at,
-        mix=Mixer(0.2, 1.0, 5, 0),
-        ema=Ema(model, 0.9),
+        mix=Mixup(0.2, 1.0, 5, 0),
+        ema=ModelEma(model, 0.9),
     )
     train_one_epoch(
         trainer, _loader().train, 100, lambda _: None

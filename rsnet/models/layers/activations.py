@@ -73,7 +73,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-def use_uncopied_activations(network: nn.Module) -> None:
+def convert_activations(network: nn.Module) -> None:
     """Make the activations of `network` of which autograd would copy the input such ones, in place."""
     for module in network.modules():
         if ours := _OURS.get(type(module)):

@@ -1,6 +1,8 @@
-"""Strided convolutions that see a blurred input, so that what they skip is not aliased."""
+"""Convolutions that see a padded or blurred input: TensorFlow's SAME padding, and blur before striding."""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class BlurredConv2d(SinglePixelConv2d):
         return super().forward(x)
 
 
-def use_blurpool(network: nn.Module) -> None:
+def convert_to_blurpool(network: nn.Module) -> None:
     """Blur before every strided convolution of at least 16 channels, in place."""
     for module in network.modules():
         if (
@@ -36,3 +38,43 @@ def use_blurpool(network: nn.Module) -> None:
             line = torch.tensor([0.25, 0.5, 0.25], device=module.weight.device)
             kernel = (line[:, None] * line).repeat(module.in_channels, 1, 1, 1)
             module.register_buffer("blur", kernel, persistent=False)
+
+
+class _Same(nn.Module):
+    """Put before the class of a convolution or max pooling, whose own padding is then 0."""
+
+    same_value: float  # what is padded with
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self
+        kernel, stride = _side(own.kernel_size), _side(own.stride)
+        sides = []
+        for length in reversed(x.shape[2:]):
+            total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+            sides += [total // 2, total - total // 2]
+        return cast(Tensor, super().forward(F.pad(x, sides, value=self.same_value)))
+
+
+def convert_to_same_padding(network: nn.Module) -> None:
+    """Make the strided convolutions and max poolings of `network` that pad do it as TensorFlow, in place.
+
+    3x3 with stride 2 on an even size: no pixel before, one after; 7x7: two and three. timm's own layers
+    for SAME, which have a padding of 0, stay.
+    """
+    for module in network.modules():
+        if (
+            isinstance(module, nn.Conv2d | nn.MaxPool2d)
+            and _side(module.kernel_size) > 1
+            and _side(module.stride) > 1
+            and module.padding not in (0, (0, 0))
+        ):
+            is_pool = isinstance(module, nn.MaxPool2d)
+            module.padding = 0 if is_pool else (0, 0)
+            kind = type(module)
+            module.__class__ = type(f"Same{kind.__name__}", (_Same, kind), {})
+            same: Any = module
+            same.same_value = -torch.inf if is_pool else 0.0
+
+
+def _side(size: int | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else size[0]

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from rsnet.distributed import process_group as distributed
-from rsnet.models.quantization.lq_nets import ActivationQuantizer, Quantizer, WeightQuantizer, table
+from rsnet.models.quantization.lq_nets import (
+    ActivationQuantizer,
+    Quantizer,
+    WeightQuantizer,
+    level_table,
+)
 from rsnet.models.switchable import ResolutionSwitchable
 
 DECAY = 0.9
 RIDGE = 1e-4  # pull towards the present basis, which decides where the codes that occur do not
 
 
-class Bases:
+class BasisUpdater:
     """The bases of all quantizers of a network (Zhang et al. 2018, section 3.3).
 
     Every resolution of an update moves a basis once, the largest first, by the least-squares solution for
@@ -39,16 +44,16 @@ class Bases:
         present = [i for i, size in enumerate(self._sizes) if sizes is None or size in sizes]
         if self._weights:
             statistics = torch.cat([q.statistics.pop(0) for q in self._weights])
-            follow(self._weights, [statistics] * len(present))
+            update_bases(self._weights, [statistics] * len(present))
         if self._activations:
             if self._activations[0].of_largest:
                 present = present[:1]
             counted = [[q.statistics.pop(i) for q in self._activations] for i in present]
             everywhere = distributed.all_reduce_sum(torch.stack([torch.cat(c) for c in counted]))
-            follow(self._activations, list(everywhere))
+            update_bases(self._activations, list(everywhere))
 
 
-def solve(basis: Tensor, codes: Tensor, statistics: Tensor) -> Tensor:
+def solve_basis(basis: Tensor, codes: Tensor, statistics: Tensor) -> Tensor:
     """The basis (C, K) that is nearest to values with these codes in the least squares, drawn to `basis`.
 
     codes: (C, L, K), statistics: (C, 2, L), how many values have each code, and their sum.
@@ -64,16 +69,16 @@ def solve(basis: Tensor, codes: Tensor, statistics: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.solve_ex(squares + ridge, products + RIDGE * basis)[0])
 
 
-def follow(quantizers: Sequence[Quantizer], statistics: Sequence[Tensor]) -> None:
+def update_bases(quantizers: Sequence[Quantizer], statistics: Sequence[Tensor]) -> None:
     """Move the bases once for each of `statistics`, (C, 2, L), whose rows are those of all quantizers."""
     rows = [len(q.basis) for q in quantizers]
     basis, total = (
         torch.cat([getattr(q, n) for q in quantizers]).double() for n in ("basis", "total")
     )
-    _, _, codes = table(basis, quantizers[0].codes.double())
+    _, _, codes = level_table(basis, quantizers[0].codes.double())
     rest = quantizers[0].rest.double()
     for counted in statistics:
-        total = DECAY * total + (1 - DECAY) * solve(basis, codes, counted)
+        total = DECAY * total + (1 - DECAY) * solve_basis(basis, codes, counted)
         rest = DECAY * rest
         basis = total / (1 - rest)
     for name, values in (("basis", basis), ("total", total)):

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rsnet.models.quantization.lq_nets import Quantizer, WeightQuantizer, code_table, table
+from rsnet.models.quantization.lq_nets import Quantizer, WeightQuantizer, code_table, level_table
 
 CODES, BASIS = ".codes", ".basis"  # behind the name of a quantized weight
 
 State = dict[str, Tensor]
 
 
-def packed(model: nn.Module) -> State:
+def pack_state_dict(model: nn.Module) -> State:
     """The state dict, with WEIGHT.codes and WEIGHT.basis in place of every quantized weight.
 
     codes: uint8, (ceil(n K / 8),), K bits for each of the n weights, in the order of (C, in, h, w), the
@@ -30,13 +30,13 @@ def packed(model: nn.Module) -> State:
             chain = name.removesuffix(".0")
             weight = chain.replace(".parametrizations.weight", ".weight")
             original = state.pop(f"{chain}.original")
-            state[weight + CODES] = pack(_numbers(original, quantizer), quantizer.bits)
+            state[weight + CODES] = pack_bits(_numbers(original, quantizer), quantizer.bits)
             state[weight + BASIS] = state.pop(f"{name}.basis")
     return state
 
 
-def unpacked(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
-    """What `packed` gave -> a state dict as `like`, that of the network whose weights are not quantized.
+def unpack_state_dict(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """What `pack_state_dict` gave -> a state dict as `like`, of the network with unquantized weights.
 
     Quantizers of activations and counts of batches are as after no training at all.
     """
@@ -52,7 +52,7 @@ def unpacked(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
     return state
 
 
-def pack(numbers: Tensor, bits: int) -> Tensor:
+def pack_bits(numbers: Tensor, bits: int) -> Tensor:
     """n numbers below 2^bits, of any shape -> (ceil(n bits / 8),) uint8."""
     length = -(-numbers.numel() * bits // 8)
     if numbers.device.type == "meta":
@@ -62,8 +62,8 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     return (padded.reshape(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
 
 
-def unpack(stored: Tensor, bits: int, count: int) -> Tensor:
-    """What `pack` gave -> (count,) int64."""
+def unpack_bits(stored: Tensor, bits: int, count: int) -> Tensor:
+    """What `pack_bits` gave -> (count,) int64."""
     digits = (stored[:, None].long() >> torch.arange(8)) & 1
     return (digits.flatten()[: count * bits].reshape(count, bits) << torch.arange(bits)).sum(1)
 
@@ -72,7 +72,7 @@ def _numbers(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """The number of each weight's code, (C, n)."""
     if weight.device.type == "meta":
         return weight
-    thresholds, _, codes = table(quantizer.basis, quantizer.codes)
+    thresholds, _, codes = level_table(quantizer.basis, quantizer.codes)
     rank = torch.searchsorted(thresholds[:, 1:].contiguous(), weight.flatten(1))
     powers = 2 ** torch.arange(quantizer.bits)
     return ((codes > 0) * powers).sum(2).gather(1, rank)
@@ -80,6 +80,6 @@ def _numbers(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
 def _weight(stored: Tensor, basis: Tensor, shape: torch.Size) -> Tensor:
     bits = basis.shape[1]
-    numbers = unpack(stored, bits, shape.numel()).reshape(len(basis), -1)
+    numbers = unpack_bits(stored, bits, shape.numel()).reshape(len(basis), -1)
     levels = (basis[:, None] * code_table(bits, -1.0)).sum(2)
     return levels.gather(1, numbers).reshape(shape)

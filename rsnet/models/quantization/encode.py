@@ -45,7 +45,7 @@ def encode(
     return coded, above - torch.nn.functional.pad(above[..., 1:], (0, 1))
 
 
-def keep_up_to(gradient: Tensor, values: Tensor, top: Tensor) -> Tensor:
+def clipped_ste_backward(gradient: Tensor, values: Tensor, top: Tensor) -> Tensor:
     """`gradient` where `values`, of the same shape, are at most `top`, (1,) float32; 0 elsewhere."""
     values = _dense(values, 1)
     if (

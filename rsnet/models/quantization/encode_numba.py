@@ -45,7 +45,7 @@ def encode(rows: Tensor, thresholds: Tensor, levels: Tensor, coded: Tensor) -> T
     return torch.from_numpy(above.sum(0))
 
 
-def keep_up_to(gradient: Tensor, values: Tensor, top: Tensor, kept: Tensor) -> None:
+def clipped_ste_backward(gradient: Tensor, values: Tensor, top: Tensor, kept: Tensor) -> None:
     """Write `gradient`, (1, n), where `values` are at most `top`, (1,), into `kept`, and 0 elsewhere."""
     g, x, out = (_bits(t)[0] for t in (gradient, values, kept))
     limit = top.numpy()[0]

@@ -2,7 +2,7 @@
 
 K bits are a basis v of K numbers; the 2^K levels are the sums of its entries under the codes of {-1, 1}^K
 (weights) or {0, 1}^K (activations), and a value takes the level that is nearest. The basis follows the
-values: every update, `rsnet.models.quantization.bases`, moves it towards the least-squares solution for the codes that are there.
+values: every update moves it towards the least-squares solution for the codes that are there (`bases`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rsnet.config.model_config import BITS, FULL
-from rsnet.models.quantization.encode import encode, keep_up_to
+from rsnet.models.quantization.encode import clipped_ste_backward, encode
 
 _QUARTILE = 0.6745  # of a normal distribution: where the original's first levels come from
 
 
 @torch.no_grad()
-def table(basis: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def level_table(basis: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thresholds and levels of bases (C, K), (C, L) each, ascending, and the levels' codes, (C, L, K).
 
     codes: (L, K), of {-1, 1} or {0, 1}; the latter have 0 as their first level, whatever the basis.
@@ -95,7 +95,7 @@ class WeightQuantizer(Quantizer):
         if self.held is not None:
             return self.held
         counting = self.training and self.counting
-        thresholds, levels, _ = table(self.basis, self.codes)
+        thresholds, levels, _ = level_table(self.basis, self.codes)
         quantized, counted = _StraightThrough.apply(weight, thresholds, levels, counting)
         if counted is not None:  # the same in every batch of an update
             self.statistics = {0: counted}
@@ -115,7 +115,7 @@ class ActivationQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         counting = self.training and self.counting and not (self.of_largest and self.active > 0)
-        thresholds, levels, _ = table(self.basis, self.codes)
+        thresholds, levels, _ = level_table(self.basis, self.codes)
         quantized, counted = _Clipped.apply(x, thresholds, levels, counting)
         if counted is not None:
             before = self.statistics.get(self.active)
@@ -158,7 +158,7 @@ class _Clipped(_StraightThrough):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return keep_up_to(gradients[0], *ctx.saved_tensors), None, None, None
+        return clipped_ste_backward(gradients[0], *ctx.saved_tensors), None, None, None
 
 
 def quantize(
@@ -207,7 +207,7 @@ def quantize(
 
 
 @torch.no_grad()
-def start_from_weights(network: nn.Module) -> None:
+def init_quantizers_from_weights(network: nn.Module) -> None:
     """Let the bases start from the deviation of the weights that are there, not from a random network's."""
     for layer in quantized_layers(network):
         weight, quantizer = weight_of(layer)

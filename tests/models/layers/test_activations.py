@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rsnet.models.factory import build
-from rsnet.models.layers.activations import use_uncopied_activations
+from rsnet.models.factory import create_model
+from rsnet.models.layers.activations import convert_activations
 from tests.helpers.operations import Operations
 
 KINDS = [nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish]
@@ -29,7 +29,7 @@ def test_outputs_and_gradients_are_torchs(kind, inplace, dtype):
     special = [0.0, -0.0, 6.0, -3.0, 3.0, torch.nan, torch.inf, -torch.inf, 5.999, 6.001, 1e-30]
     x = torch.cat([torch.tensor(special), 8 * torch.randn(53)]).to(dtype)
     ours = nn.Sequential(kind(inplace=inplace))
-    use_uncopied_activations(ours)
+    convert_activations(ours)
     assert type(ours[0]) is not kind
     for found, expected in zip(_run(ours, x), _run(kind(inplace=inplace), x), strict=True):
         assert torch.equal(found.isnan(), expected.isnan())
@@ -39,7 +39,7 @@ def test_outputs_and_gradients_are_torchs(kind, inplace, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_copies_no_input_and_inference_stays_in_place(kind):
     layer = nn.Sequential(kind(inplace=True))
-    use_uncopied_activations(layer)
+    convert_activations(layer)
     x = torch.randn(4, requires_grad=True) * 1
     with Operations() as operations:
         layer(x).sum().backward()
@@ -57,7 +57,7 @@ def test_relu6_keeps_its_output_alone():
         return tensor
 
     layer = nn.Sequential(nn.ReLU6(inplace=True))
-    use_uncopied_activations(layer)
+    convert_activations(layer)
     x = torch.randn(4, requires_grad=True) * 1
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = layer(x)
@@ -67,7 +67,7 @@ def test_relu6_keeps_its_output_alone():
 @pytest.mark.parametrize("arch", ["mobilenetv2", "efficientnet_b0", "mobilenet_v3_small"])
 def test_a_network_trains_to_the_same_bits(arch):
     torch.manual_seed(0)
-    ours = build(f"parallel_{arch}", 3, (32,))
+    ours = create_model(f"parallel_{arch}", 3, (32,))
     library = copy.deepcopy(ours)
     for module in library.modules():
         if type(module).__module__ == "rsnet.models.layers.activations":

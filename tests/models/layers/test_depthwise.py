@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from rsnet.models.layers import depthwise
-from rsnet.models.layers.conv import use_blurpool
-from rsnet.models.layers.depthwise import DepthwiseConv2d, use_depthwise_convolutions
-from rsnet.models.layers.same import use_same_padding
+from rsnet.models.layers import onednn_workarounds as depthwise
+from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
+from rsnet.models.layers.onednn_workarounds import DepthwiseConv2d, convert_depthwise_convs
 
 
 def _run(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor, amp: bool):
@@ -38,7 +37,7 @@ def test_it_is_a_plain_convolution_with_gradients_nearer_to_float64(
     half = tuple(k // 2 for k in sides)
     plain = nn.Conv2d(24, 24, kernel, stride, half, groups=24, bias=False)
     ours = copy.deepcopy(plain)
-    use_depthwise_convolutions(ours)
+    convert_depthwise_convs(ours)
     assert type(ours) is DepthwiseConv2d
     x = torch.randn(4, 24, pixels, pixels).bfloat16().float()
     upstream = torch.randn_like(plain(x)).bfloat16().float()
@@ -64,14 +63,14 @@ def test_others_stay_as_they_are():
         nn.Conv2d(8, 8, 3, 2, 1, groups=8),
         nn.Conv2d(8, 16, 3, 2, 1, groups=8, bias=False),
     )
-    use_depthwise_convolutions(layers)
+    convert_depthwise_convs(layers)
     assert {type(layer) for layer in layers} == {nn.Conv2d}
 
 
 def test_single_pixels_do_not_lead_outside_the_picture():
-    """As `rsnet.models.layers.onednn_workarounds` has it for the others: here the float32 gradients are right."""
+    """As for the other convolutions of one pixel; here the float32 gradients are right."""
     layer = nn.Conv2d(24, 24, 3, 2, 1, groups=24, bias=False)
-    use_depthwise_convolutions(layer)
+    convert_depthwise_convs(layer)
     x = torch.ones(2, 24, 1, 1)
     _, _, of_weight = _run(layer, x, torch.ones(2, 24, 1, 1), amp=True)
     expected = torch.zeros(24, 1, 3, 3)
@@ -83,10 +82,10 @@ def test_convolutions_that_pad_or_blur_their_input_still_do():
     timm = pytest.importorskip("timm", reason="a convolution of timm's, which pads as TensorFlow")
     own = timm.layers.Conv2dSame(8, 8, 3, stride=2, groups=8, bias=False)
     padded, blurred = (nn.Conv2d(24, 24, 3, 2, 1, groups=24, bias=False) for _ in range(2))
-    use_same_padding(padded)
-    use_blurpool(blurred)
+    convert_to_same_padding(padded)
+    convert_to_blurpool(blurred)
     for layer in (own, padded, blurred):
         x = torch.randn(2, layer.in_channels, 8, 8)
         before = layer(x)
-        use_depthwise_convolutions(layer)
+        convert_depthwise_convs(layer)
         assert torch.equal(layer(x), before)

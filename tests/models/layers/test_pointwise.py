@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from rsnet.models.factory import build
-from rsnet.models.layers.pointwise import SkippingConv2d, use_skipping_convolutions
+from rsnet.models.factory import create_model
+from rsnet.models.layers.onednn_workarounds import SkippingConv2d, convert_pointwise_convs
 
 
 @pytest.mark.parametrize(("pixels", "stride"), [(48, 2), (7, 2), (8, (2, 3)), (1, 2)])
 def test_it_gives_what_a_plain_convolution_gives(pixels, stride):
     plain = nn.Sequential(nn.Conv2d(8, 24, 1, stride=stride)).double()
     skipping = copy.deepcopy(plain)
-    use_skipping_convolutions(skipping)
+    convert_pointwise_convs(skipping)
     assert type(skipping[0]) is SkippingConv2d
     x = torch.randn(3, 8, pixels, pixels, dtype=torch.double)
     results = []
@@ -31,7 +31,7 @@ def test_it_gives_what_a_plain_convolution_gives(pixels, stride):
 def test_a_network_of_eight_channels_trains_in_float32():
     """Crashes, or has wrong gradients, with plain convolutions on a CPU with AVX-512 (oneDNN)."""
     torch.manual_seed(0)
-    model = build("parallel_resnet10", 3, [48, 24], 0.125, "small")
+    model = create_model("parallel_resnet10", 3, [48, 24], 0.125, "small")
     exact = copy.deepcopy(model).double()
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(8, 3, 48, 48).to(memory_format=torch.channels_last)
@@ -48,5 +48,5 @@ def test_other_convolutions_stay_as_they_are():
     layers = nn.Sequential(
         nn.Conv2d(16, 8, 1, stride=2), nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(8, 8, 1)
     )
-    use_skipping_convolutions(layers)
+    convert_pointwise_convs(layers)
     assert {type(layer) for layer in layers} == {nn.Conv2d}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rsnet.models.layers.same import use_same_padding
+from rsnet.models.layers.conv import convert_to_same_padding
 
 # {(size, kernel): output}: of 0, 1, 2, ... row by row, with a filter of 0, 1, 2, ..., at stride 2.
 CONVOLVED = {
@@ -32,7 +32,7 @@ def _count(size: int) -> torch.Tensor:
 def test_a_strided_convolution_is_tensorflows(size, kernel):
     conv = nn.Conv2d(1, 1, kernel, stride=2, padding=kernel // 2, bias=False)
     conv.weight.data = _count(kernel)
-    use_same_padding(network := nn.Sequential(conv))
+    convert_to_same_padding(network := nn.Sequential(conv))
     assert network(_count(size))[0, 0].tolist() == CONVOLVED[size, kernel]
 
 
@@ -51,7 +51,7 @@ def test_height_and_width_are_padded_each_by_its_own_length(height, width):
     down, across = torch.tensor([1.0, 2, 4]), torch.tensor([1.0, 3, 9])
     conv = nn.Conv2d(1, 1, 3, stride=2, padding=1, bias=False)
     conv.weight.data = torch.outer(down, across)[None, None]
-    use_same_padding(network := nn.Sequential(conv))
+    convert_to_same_padding(network := nn.Sequential(conv))
     expected = torch.outer(
         torch.tensor(_one_dimensional(column.tolist(), down.tolist())),
         torch.tensor(_one_dimensional(row.tolist(), across.tolist())),
@@ -61,7 +61,7 @@ def test_height_and_width_are_padded_each_by_its_own_length(height, width):
 
 @pytest.mark.parametrize("size", POOLED)
 def test_a_max_pooling_is_tensorflows(size):
-    use_same_padding(network := nn.Sequential(nn.MaxPool2d(3, stride=2, padding=1)))
+    convert_to_same_padding(network := nn.Sequential(nn.MaxPool2d(3, stride=2, padding=1)))
     assert network(-1 - _count(size))[0, 0].tolist() == POOLED[size]
 
 
@@ -69,6 +69,6 @@ def test_what_has_no_stride_or_no_padding_stays_as_it_is():
     """Without a stride PyTorch's padding is the same; timm's Conv2dSame has none, and pads by itself."""
     layers = [nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 1, 2), nn.Conv2d(1, 1, 3, 2)]
     pools = [nn.MaxPool2d(1), nn.MaxPool2d(3, 2)]
-    use_same_padding(nn.Sequential(*layers, *pools))
+    convert_to_same_padding(nn.Sequential(*layers, *pools))
     assert {type(layer) for layer in layers} == {nn.Conv2d}
     assert {type(pool) for pool in pools} == {nn.MaxPool2d}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rsnet.models.layers.onednn_workarounds import SinglePixelConv2d, use_single_pixel_convolutions
+from rsnet.models.layers.onednn_workarounds import SinglePixelConv2d, convert_single_pixel_convs
 
 
 def _within_nans(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -24,7 +24,7 @@ def _within_nans(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def test_bfloat16_gradients_of_few_pixels_are_float32s(pixels, groups):
     """Fails for one pixel with plain nn.Conv2d on a CPU with AVX-512 bfloat16 (oneDNN)."""
     layer = nn.Sequential(nn.Conv2d(32, 64, 3, stride=2, padding=1, groups=groups, bias=False))
-    use_single_pixel_convolutions(layer)
+    convert_single_pixel_convs(layer)
     layer = layer.to(torch.bfloat16, memory_format=torch.channels_last)
     exact = copy.deepcopy(layer).float()
     x = _within_nans((25, 32, pixels, pixels), torch.bfloat16)
@@ -40,7 +40,7 @@ def test_bfloat16_gradients_of_few_pixels_are_float32s(pixels, groups):
 def test_one_pixel_gives_what_a_plain_convolution_gives():
     plain = nn.Conv2d(8, 6, (3, 5), stride=2, padding=(1, 2))
     ours = nn.Sequential(copy.deepcopy(plain))
-    use_single_pixel_convolutions(ours)
+    convert_single_pixel_convs(ours)
     assert type(ours[0]) is SinglePixelConv2d
     x = torch.randn(4, 8, 1, 1)
     torch.testing.assert_close(ours(x), plain(x))
@@ -53,5 +53,5 @@ def test_other_convolutions_stay_as_they_are():
         nn.Conv2d(3, 3, 3, stride=2),
         nn.Conv2d(3, 3, 3, stride=2, padding=1, padding_mode="reflect"),
     )
-    use_single_pixel_convolutions(kept)
+    convert_single_pixel_convs(kept)
     assert {type(m) for m in kept} == {nn.Conv2d}

@@ -11,20 +11,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.batch import Batch
 from rsnet.distributed import process_group as distributed
-from rsnet.models.activation_checkpointing import use_recomputation
-from rsnet.models.factory import build
-from rsnet.models.quantization.bases import Bases, solve
+from rsnet.evaluation.evaluate import evaluate
+from rsnet.models.activation_checkpointing import convert_to_checkpointed
+from rsnet.models.factory import create_model
+from rsnet.models.quantization.bases import BasisUpdater, solve_basis
 from rsnet.models.quantization.lq_nets import (
     ActivationQuantizer,
     Quantizer,
     WeightQuantizer,
+    level_table,
     quantized_layers,
-    table,
     weight_of,
 )
 from rsnet.training.objective import Objective
 from rsnet.training.optim import LrSchedule, make_sgd
-from rsnet.training.trainer import Trainer, evaluate
+from rsnet.training.trainer import Trainer
 
 SIZES = (48, 32)
 DEVICE = torch.device("cpu")
@@ -32,7 +33,7 @@ DEVICE = torch.device("cpu")
 
 def _network(fixed_qa: bool = False):
     torch.manual_seed(0)
-    return build(
+    return create_model(
         "parallel_resnet10", 4, SIZES, 0.25, "small", mode="preact", qw=2, qa=2, fixed_qa=fixed_qa
     ).to(memory_format=torch.channels_last)
 
@@ -55,7 +56,13 @@ def _trainer(model, amp=None, norms_learn=True, lr=0.05, **options) -> Trainer:
     sgd = make_sgd(model, lr, 0.9, 1e-4)
     schedule = LrSchedule(lr, "step", 100, 100)
     trainer = Trainer(
-        Objective(model, "ens_topdown"), sgd, schedule, DEVICE, amp, bases=Bases(model), **options
+        Objective(model, "ens_topdown"),
+        sgd,
+        schedule,
+        DEVICE,
+        amp,
+        bases=BasisUpdater(model),
+        **options,
     )
     trainer.objective.train()
     if not norms_learn:  # then an image's activations do not depend on the other images
@@ -95,7 +102,7 @@ def test_every_size_moves_a_basis_once_and_all_read_the_same_one():
     trainer.update()
     for name, q in _quantizers(model).items():
         v = before[name].double()
-        thresholds, _, codes = table(before[name], q.codes)
+        thresholds, _, codes = level_table(before[name], q.codes)
         total, rest = torch.zeros_like(v), 1.0
         for i in range(len(SIZES)):
             if isinstance(q, ActivationQuantizer):
@@ -186,7 +193,7 @@ def test_recomputation_changes_no_bit_of_a_quantized_training(what, amp):
     for recomputed in (False, True):
         model = _network()
         if recomputed:
-            use_recomputation(model.network, what)
+            convert_to_checkpointed(model.network, what)
         trainer = _trainer(model, amp)
         for seed in (1, 2, 3):
             trainer.forward_backward(_batch(6, seed), last=True)
@@ -247,7 +254,7 @@ def test_a_solution_needs_no_more_than_the_codes_that_occur():
     number = torch.tensor([[5.0, 0, 0, 7]])
     total = torch.tensor([[-10.0, 0, 0, 14]])
     basis = torch.tensor([[0.5, 0.3]]).double()
-    found = solve(basis, codes, torch.stack((number, total), 1).double())
+    found = solve_basis(basis, codes, torch.stack((number, total), 1).double())
     assert found.sum().item() == pytest.approx(2, rel=1e-4)  # all that the values say
     assert (found[0, 0] - found[0, 1]).item() == pytest.approx(0.2)  # what they do not say stays
 
@@ -263,7 +270,7 @@ def test_a_solution_needs_no_more_than_the_codes_that_occur():
     ],
 )
 def test_weights_of_other_networks_are_quantized_too(arch):
-    model = build(arch, 4, SIZES, qw=3).to(memory_format=torch.channels_last)
+    model = create_model(arch, 4, SIZES, qw=3).to(memory_format=torch.channels_last)
     layers = quantized_layers(model)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(layers) == len(convolutions) - 1

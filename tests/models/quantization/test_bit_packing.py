@@ -7,8 +7,13 @@ import copy
 import pytest
 import torch
 
-from rsnet.models.factory import build
-from rsnet.models.quantization.bit_packing import pack, packed, unpack, unpacked
+from rsnet.models.factory import create_model
+from rsnet.models.quantization.bit_packing import (
+    pack_bits,
+    pack_state_dict,
+    unpack_bits,
+    unpack_state_dict,
+)
 from rsnet.models.quantization.lq_nets import Quantizer, WeightQuantizer
 
 SIZES = (48, 32)
@@ -18,12 +23,12 @@ SIZES = (48, 32)
 @pytest.mark.parametrize("count", [1, 7, 8, 1001])
 def test_packed_numbers_are_a_row_of_binary_digits_without_gaps(bits, count):
     numbers = torch.randint(2**bits, (count,))
-    stored = pack(numbers, bits)
+    stored = pack_bits(numbers, bits)
     digits = "".join(f"{n:0{bits}b}"[::-1] for n in numbers.tolist())
     expected = [int(digits[i : i + 8].ljust(8, "0")[::-1], 2) for i in range(0, len(digits), 8)]
     assert stored.dtype == torch.uint8
     assert stored.tolist() == expected
-    assert unpack(stored, bits, count).tolist() == numbers.tolist()
+    assert unpack_bits(stored, bits, count).tolist() == numbers.tolist()
 
 
 @pytest.mark.parametrize(
@@ -38,16 +43,16 @@ def test_packed_numbers_are_a_row_of_binary_digits_without_gaps(bits, count):
     ],
 )
 def test_unpacked_networks_give_the_same_bits(options):
-    model = build("parallel_resnet10", 7, SIZES, 0.25, "small", **options).eval()
+    model = create_model("parallel_resnet10", 7, SIZES, 0.25, "small", **options).eval()
     for module in model.modules():
         if isinstance(
             module, WeightQuantizer
         ):  # as training leaves it, also with signs turned round
             module.basis.mul_(torch.randn_like(module.basis))
-    stored = packed(model)
+    stored = pack_state_dict(model)
     assert not any(name.endswith((".total", ".rest")) for name in stored)
-    plain = build("parallel_resnet10", 7, SIZES, 0.25, "small", **(options | {"qw": 32}))
-    plain.load_state_dict(unpacked(stored, plain.state_dict()))
+    plain = create_model("parallel_resnet10", 7, SIZES, 0.25, "small", **(options | {"qw": 32}))
+    plain.load_state_dict(unpack_state_dict(stored, plain.state_dict()))
     for quantizer in plain.modules():
         if isinstance(quantizer, Quantizer):  # a training would begin its averages anew
             assert (quantizer.rest, quantizer.total.any()) == (1, False)
@@ -59,11 +64,11 @@ def test_unpacked_networks_give_the_same_bits(options):
 
 
 def test_packing_leaves_the_network_as_it_is_and_needs_no_weights_to_know_the_shapes():
-    model = build("parallel_resnet10", 7, SIZES, 0.25, mode="preact", qw=3, qa=2)
+    model = create_model("parallel_resnet10", 7, SIZES, 0.25, mode="preact", qw=3, qa=2)
     before = copy.deepcopy(model.state_dict())
-    stored = packed(model)
+    stored = pack_state_dict(model)
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
-    on_meta = packed(copy.deepcopy(model).to("meta"))
+    on_meta = pack_state_dict(copy.deepcopy(model).to("meta"))
     assert {k: (v.shape, v.dtype) for k, v in on_meta.items()} == {
         k: (v.shape, v.dtype) for k, v in stored.items()
     }

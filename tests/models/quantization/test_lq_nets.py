@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from rsnet.models.quantization.bases import follow
+from rsnet.models.quantization.bases import update_bases
 from rsnet.models.quantization.encode import encode
 from rsnet.models.quantization.encode_numba import TASK
 from rsnet.models.quantization.lq_nets import (
@@ -21,11 +21,11 @@ from rsnet.models.quantization.lq_nets import (
     Quantizer,
     WeightQuantizer,
     full_precision_names,
+    init_quantizers_from_weights,
+    level_table,
     quantize,
     quantized_layers,
     quantized_once,
-    start_from_weights,
-    table,
     weight_of,
 )
 from tests.helpers import parity
@@ -63,7 +63,7 @@ def test_outputs_gradients_and_three_updates_are_the_originals(kind, bits):
     torch.testing.assert_close(gradient, theirs["grad0"])
     for after in theirs["basis_after"]:
         quantizer(x)
-        follow([quantizer], [quantizer.statistics.pop(0)])
+        update_bases([quantizer], [quantizer.statistics.pop(0)])
         torch.testing.assert_close(quantizer.basis, after, **TOLERANCE)
     torch.testing.assert_close(quantizer(x), theirs["y3"], **TOLERANCE)
 
@@ -71,12 +71,14 @@ def test_outputs_gradients_and_three_updates_are_the_originals(kind, bits):
 def _plain(x: Tensor, basis: Tensor, digits: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Each value's level and code, one value after the other, as Zhang et al. describe it."""
     codes = list(itertools.product(digits, repeat=len(basis)))
-    table = sorted((sum(b * v for b, v in zip(c, basis.tolist(), strict=True)), c) for c in codes)
+    level_table = sorted(
+        (sum(b * v for b, v in zip(c, basis.tolist(), strict=True)), c) for c in codes
+    )
     levels, chosen = [], []
     for value in x.flatten().tolist():
-        rank = sum(value > (a[0] + b[0]) / 2 for a, b in itertools.pairwise(table))
-        levels.append(table[rank][0])
-        chosen.append(table[rank][1])
+        rank = sum(value > (a[0] + b[0]) / 2 for a, b in itertools.pairwise(level_table))
+        levels.append(level_table[rank][0])
+        chosen.append(level_table[rank][1])
     return torch.tensor(levels).reshape(x.shape), torch.tensor(chosen, dtype=torch.float64)
 
 
@@ -103,7 +105,7 @@ def test_compiled_levels_and_counts_are_those_of_plain_operators(monkeypatch, bi
     x = torch.randn(shape)
     for rows in (1, shape[0]):
         basis = torch.rand(rows, bits)
-        thresholds, levels, _ = table(basis, ActivationQuantizer(bits).codes)
+        thresholds, levels, _ = level_table(basis, ActivationQuantizer(bits).codes)
         with monkeypatch.context() as patch:
             patch.setattr("rsnet.models.quantization.encode.COMPILED", ())
             coded, counted = encode(x, thresholds, levels, counting=True)
@@ -170,7 +172,7 @@ def test_an_update_is_the_least_squares_solution_drawn_to_the_basis(bits):
     quantizer = WeightQuantizer(bits, 4, 9)
     before = quantizer.basis.double()
     quantizer(weights)
-    follow([quantizer], [quantizer.statistics.pop(0)])
+    update_bases([quantizer], [quantizer.statistics.pop(0)])
     for channel in range(4):
         _, codes = _plain(weights[channel], before[channel].float(), (-1, 1))
         x = weights[channel].flatten().double()
@@ -194,13 +196,15 @@ def test_all_sizes_of_an_update_are_solved_for_the_same_codes_and_drawn_to_the_b
         total, rest = 0.9 * total + 0.1 * new, 0.9 * rest
         v = total / (1 - rest)
         assert v[0] > v[1]  # by the first solution; codes that followed it would be others
-    follow([quantizer], [torch.stack(s).double()[None] for s in zip(numbers, sums, strict=True)])
+    update_bases(
+        [quantizer], [torch.stack(s).double()[None] for s in zip(numbers, sums, strict=True)]
+    )
     torch.testing.assert_close(quantizer.basis[0].double(), v, rtol=1e-6, atol=1e-7)
 
 
 def test_levels_are_in_order_with_their_codes_whatever_the_signs_of_a_basis():
     basis = torch.tensor([[-1.0, 0.25], [0.5, -2.0]])
-    thresholds, levels, codes = table(basis, WeightQuantizer(2, 2, 9).codes)
+    thresholds, levels, codes = level_table(basis, WeightQuantizer(2, 2, 9).codes)
     assert levels.tolist() == [[-1.25, -0.75, 0.75, 1.25], [-2.5, -1.5, 1.5, 2.5]]
     assert thresholds.tolist() == [[-math.inf, -1, 0, 1], [-math.inf, -2, 0, 2]]
     assert codes[0].tolist() == [[1, -1], [1, 1], [-1, -1], [-1, 1]]
@@ -217,7 +221,7 @@ def test_bases_stay_finite_where_codes_never_occur(bits, values):
         activation(values)
         weight(values[None])
         for quantizer in (activation, weight):
-            follow([quantizer], [quantizer.statistics.pop(0)])
+            update_bases([quantizer], [quantizer.statistics.pop(0)])
             assert quantizer.basis.isfinite().all()
             assert quantizer.basis.abs().max() < 10
 
@@ -227,7 +231,7 @@ def test_a_bit_that_no_value_has_keeps_its_entry():
     low = torch.rand(100_000) * 0.6  # levels 0 and v_1 alone
     before = quantizer.basis.clone()
     quantizer(low)
-    follow([quantizer], [quantizer.statistics.pop(0)])
+    update_bases([quantizer], [quantizer.statistics.pop(0)])
     assert quantizer.basis[0, 1] == before[0, 1]
     assert quantizer.basis[0, 0] == pytest.approx(
         low[low > before[0, 0] / 2].mean().item(), rel=1e-4
@@ -242,7 +246,7 @@ def test_more_bits_come_closer():
         quantizer = WeightQuantizer(bits, 8, 9)
         for _ in range(200):
             quantizer(weights)
-            follow([quantizer], [quantizer.statistics.pop(0)])
+            update_bases([quantizer], [quantizer.statistics.pop(0)])
         errors.append(((quantizer(weights) - weights) / deviation).square().mean().item())
     assert errors == sorted(errors, reverse=True)
     # The best that 2 to 16 levels can do to a normal distribution (Max 1960, table 1).
@@ -257,7 +261,7 @@ def test_quantizers_stay_in_float32_inside_autocast():
     outside = quantizer(weights)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantizer(weights), outside)
-        assert table(quantizer.basis, quantizer.codes)[1].dtype == torch.float32
+        assert level_table(quantizer.basis, quantizer.codes)[1].dtype == torch.float32
 
 
 def test_a_value_that_is_not_a_number_stays_one():
@@ -337,7 +341,7 @@ def test_bases_that_start_from_weights_fit_their_deviation():
     weight, quantizer = weight_of(layer)
     with torch.no_grad():
         weight.copy_(torch.randn_like(weight) * 7)
-    start_from_weights(network)
+    init_quantizers_from_weights(network)
     deviation = weight.flatten(1).square().mean(1).sqrt()
     expected = deviation[:, None] * 0.6745 * torch.tensor([1 / 4, 1 / 2, 1])
     torch.testing.assert_close(quantizer.basis, expected)

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from pipelines import dali, reference
+from pipelines.__main__ import VERBS
 from pipelines.batch import LoaderSpec
 from pipelines.dali import verify
 from pipelines.demo import ODD_KINDS, render
@@ -44,7 +45,7 @@ def run(capsys):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         words = ["verify", *map(str, arguments)]
-        code = verb_command("pipelines.folder", verify.VERBS, words)
+        code = verb_command("pipelines.folder", VERBS, words)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -463,7 +464,8 @@ def test_stderr_has_the_progress_and_nothing_of_the_decoders(data):
     write_photo(data / "val" / "bee" / "marker.JPEG", 200, 200, seed=1)
     _changed_marker(data / "val" / "bee" / "marker.JPEG")
     script = (
-        "import sys; from pipelines import progress, verify; progress.LINE_EVERY = 0.0; "
+        "import sys; from pipelines.dali import verify; from pipelines.utils import progress; "
+        "progress.LINE_EVERY = 0.0; "
         "verify.verify(verify.VerifyOptions(verify.Path(sys.argv[1]))); print('end', file=sys.stderr)"
     )
     done = _python("-c", script, data)
@@ -488,7 +490,7 @@ def test_the_command_explains_itself():
     ],
 )
 def test_a_mistake_is_one_line(capsys, words, line):
-    assert verb_command("pipelines.folder", verify.VERBS, words) == 2
+    assert verb_command("pipelines.folder", VERBS, words) == 2
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1

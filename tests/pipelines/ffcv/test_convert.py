@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.demo import CLASSES
-from pipelines.image_folder import scan
+from pipelines.image_folder import scan_folder
 from tests.conftest import needs_ffcv, write_folder, write_photo
 from tests.helpers.betons import pixels_of, samples_of, sidecar_of
 
@@ -20,7 +20,7 @@ pytestmark = needs_ffcv
 def test_jpegs_are_stored_byte_for_byte(demo, tmp_path, convert):
     code, out, _ = convert("--data", demo, "--output", tmp_path / "b")
     assert code == 0
-    folder = scan(demo / "train")
+    folder = scan_folder(demo / "train")
     samples = samples_of(tmp_path / "b" / "train.beton")
     same = [
         bytes(data) == Path(path).read_bytes()
@@ -35,7 +35,7 @@ def test_jpegs_are_stored_byte_for_byte(demo, tmp_path, convert):
 def test_what_had_to_be_encoded_is_close_to_the_original(demo, tmp_path, convert):
     convert("--data", demo, "--output", tmp_path / "b", "--jpeg-quality", 95)
     for path, pixels in zip(
-        scan(demo / "val").paths, pixels_of(tmp_path / "b" / "val.beton"), strict=True
+        scan_folder(demo / "val").paths, pixels_of(tmp_path / "b" / "val.beton"), strict=True
     ):
         original = np.asarray(Image.open(path).convert("RGB")).astype(int)
         assert np.abs(original - pixels).mean() < 4
@@ -44,7 +44,7 @@ def test_what_had_to_be_encoded_is_close_to_the_original(demo, tmp_path, convert
 def test_raw_stores_pils_pixels(demo, tmp_path, convert):
     convert("--data", demo, "--output", tmp_path / "b", "--write-mode", "raw")
     for path, pixels in zip(
-        scan(demo / "val").paths, pixels_of(tmp_path / "b" / "val.beton"), strict=True
+        scan_folder(demo / "val").paths, pixels_of(tmp_path / "b" / "val.beton"), strict=True
     ):
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
     assert sidecar_of(tmp_path / "b" / "val.beton")["stored"] == {"raw": 20}
@@ -53,7 +53,7 @@ def test_raw_stores_pils_pixels(demo, tmp_path, convert):
 def test_large_images_are_shrunk_and_small_ones_left(demo, tmp_path, convert):
     convert("--data", demo, "--output", tmp_path / "b", "--max-resolution", 300)
     for path, pixels in zip(
-        scan(demo / "val").paths, pixels_of(tmp_path / "b" / "val.beton"), strict=True
+        scan_folder(demo / "val").paths, pixels_of(tmp_path / "b" / "val.beton"), strict=True
     ):
         with Image.open(path) as image:
             scale = min(1, 300 / max(image.size))

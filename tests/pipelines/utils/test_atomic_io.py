@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.utils.atomic_io import write_whole
+from pipelines.utils.atomic_io import atomic_write
 
 
 def test_a_link_under_the_temporary_name_leads_to_no_other_file(tmp_path):
@@ -13,8 +13,8 @@ def test_a_link_under_the_temporary_name_leads_to_no_other_file(tmp_path):
     path.parent.mkdir()
     (path.parent / "tuned.json.tmp").symlink_to(other)
     with pytest.raises(OSError, match=r"tuned\.json\.tmp"):
-        write_whole(path, b"new")
+        atomic_write(path, b"new")
     assert other.read_text() == "kept"
-    write_whole(path, b"new")
+    atomic_write(path, b"new")
     assert path.read_bytes() == b"new"
     assert not path.is_symlink()

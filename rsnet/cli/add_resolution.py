@@ -1,0 +1,125 @@
+"""`rsnet add-resolution`: give a trained network a resolution that it was not trained for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from pipelines.batch import LoaderSpec
+from pipelines.utils.errors import UsageError, error_context
+from rsnet.checkpoint import io as checkpoint
+from rsnet.cli.loaders import make_loaders
+from rsnet.distributed import process_group as distributed
+from rsnet.evaluation.evaluate import evaluate
+from rsnet.models.state_dict import select_sizes
+from rsnet.training.add_resolution import build_network, candidates
+
+
+@dataclass(frozen=True)
+class Options:
+    """Add a resolution to a trained network; the other sizes' outputs stay as they are, bit for bit."""
+
+    checkpoint: Annotated[Path, arg(metavar="CHECKPOINT.pt")]
+    """A checkpoint of a run."""
+
+    size: int
+    """The new resolution, in pixels."""
+
+    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    """Folder with train/ and val/, or train.beton and val.beton."""
+
+    how: Literal["interpolate", "estimate", "distil"] = "distil"
+    """The BatchNorm to save: the neighbours' interpolated; that, with statistics estimated from training
+    images; or that, trained to give the ensemble's outputs."""
+
+    output: Annotated[Path | None, arg(metavar="FILE.pt")] = None
+    """File to write. Unset: CHECKPOINT-SIZE.pt."""
+
+    steps: int = 200
+    """Batches of training images, for estimate and for distil; at most one epoch."""
+
+    batch_size: Annotated[int, arg(aliases=("-b",))] = 64
+    """Images a batch."""
+
+    lr: float = 0.01
+    """Learning rate of distil."""
+
+    seed: int = 0
+    """Seed of order and crops."""
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("size", self.size, 1), ("steps", self.steps, 1), ("batch-size", self.batch_size, 2),
+            ("seed", self.seed, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise UsageError(f"--{flag} {value}: at least {least}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"--lr {self.lr}: must be a positive number")
+
+
+def run(options: Options) -> int:
+    content = checkpoint.load(options.checkpoint)
+    network = content["network"]
+    output = options.output or options.checkpoint.with_name(
+        f"{options.checkpoint.stem}-{options.size}.pt"
+    )
+    _require_sense(options, network, output)
+    device = distributed.setup("auto")
+    sizes = sorted([*network["sizes"], options.size], reverse=True)
+    spec = LoaderSpec(
+        options.data, tuple(sizes), options.batch_size, device,
+        normalize=network["normalize"], seed=options.seed,
+    )  # fmt: skip
+    with error_context(f"--size {options.size}"):
+        build_network(network, sizes, device)
+    with ExitStack() as stack:
+        loaders = make_loaders(spec, True)
+        assert loaders.train is not None
+        stack.enter_context(closing(loaders.train))
+        stack.enter_context(closing(loaders.val))
+        _require_classes(options, network, loaders.classes)
+        val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
+        stack.enter_context(closing(val))
+        states = candidates(content, options.size, loaders.train, device, options.steps, options.lr)
+        results = {}
+        for name, state in states.items():
+            single = build_network(network, [options.size], device)
+            single.load_state_dict(select_sizes(state, sizes, [options.size]))
+            results[name] = evaluate(single, val, device)[str(options.size)]
+    print(f"size {options.size}      top-1 %  top-5 %     loss")
+    for name, r in results.items():
+        chosen = "  saved" if name == options.how else ""
+        print(f"{name:12}  {r['top1']:7.2f}  {r['top5']:7.2f}  {r['loss']:7.4f}{chosen}")
+    calibrated = {**network.get("calibrated", {}), str(options.size): options.how}
+    described = {**network, "sizes": sizes, "calibrated": calibrated}
+    checkpoint.save(output, {"network": described, "model": states[options.how]})
+    print(f"{output}: sizes {' '.join(map(str, sizes))}")
+    return 0
+
+
+def _require_sense(options: Options, network: Mapping[str, Any], output: Path) -> None:
+    if options.size in network["sizes"]:
+        raise UsageError(f"--size {options.size}: {options.checkpoint} has it already")
+    if network.get("norm", "private") == "shared":
+        raise UsageError(
+            f"{options.checkpoint}: one BatchNorm serves all sizes; there is none to add"
+        )
+    if output.exists():
+        raise UsageError(f"--output: {output} exists; give another name")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"--output: cannot write into {output.parent}")
+
+
+def _require_classes(options: Options, network: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Raise UsageError if the data is not what the network tells apart; an original names no classes."""
+    if (network["classes"] or classes) != classes or len(classes) > network["num_classes"]:
+        raise UsageError(f"--data {options.data} has other classes than the checkpoint")

@@ -1,0 +1,80 @@
+"""`rsnet export`: a network for other programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from pipelines.utils.errors import UsageError
+from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.export.writer import export_release
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a network for other programs: for the original code, ONNX or torch.export.
+
+    The latter two take normalised images, float32 (N, 3, size, size), any N, to logits. Each file is run and
+    compared with the network, and export.json beside them says how far it is off.
+    """
+
+    source: Positional[Annotated[Path, arg(metavar="CHECKPOINT.pt|DIR")]]
+    """For the original code a checkpoint of a run, else a folder that `python -m rsnet release` wrote."""
+
+    output: Annotated[Path, arg(metavar="OUT")]
+    """File to write for the original code, else folder."""
+
+    format: Literal["original", "onnx", "torch.export"] = "original"
+    """original: a file for the original code. onnx, torch.export: a file for each size."""
+
+    sizes: Annotated[tuple[int, ...] | None, arg(metavar="INT [INT ...]")] = None
+    """Of onnx and torch.export: which ones. Unset: all."""
+
+    one_file: bool = False
+    """Of onnx: one file for all sizes, the weights in it once, with a second input `size`."""
+
+
+def run(options: Options) -> int:
+    if options.output.exists() or options.output.is_symlink():
+        raise UsageError(f"--output: {options.output} exists; give another name")
+    if options.format == "original":
+        return _for_the_original(options)
+    files = export_release(
+        options.source, options.output, options.format, options.sizes, options.one_file
+    )
+    for file in files:
+        off = max(value for errors in file["max_abs_error"].values() for value in errors.values())
+        print(
+            f"{options.output / file['file']}: size {' '.join(map(str, file['sizes']))}, "
+            f"{file['bytes'] / 1e6:.1f} MB, logits off by at most {off:.1e}"
+        )
+    return 0
+
+
+def _for_the_original(options: Options) -> int:
+    if options.source.is_dir():
+        raise UsageError(
+            f"{options.source} is a folder; --format original takes RUN/checkpoints/best.pt"
+        )
+    if options.sizes is not None or options.one_file:
+        raise UsageError("--sizes and --one-file are of --format onnx and torch.export")
+    return export_original(options.source, options.output)
+
+
+def export_original(path: Path, output: Path) -> int:
+    """Write the checkpoint at `path` to the file `output`, for the original code. Returns the exit code."""
+    content = checkpoint.load(path)
+    exported = to_original(content)
+    checkpoint.write(output, exported)
+    network = content["network"]
+    sizes = " ".join(map(str, network["sizes"]))
+    print(f"{output}: for the original code with --arch {network['arch']} --sizes {sizes}")
+    if network["normalize"] != "unit":
+        print(
+            f"note: it was trained with --normalize {network['normalize']}; the original code feeds [0, 1]"
+        )
+    return 0

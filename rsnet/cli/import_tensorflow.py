@@ -1,0 +1,43 @@
+"""`rsnet import-tf`: a checkpoint of the authors' quantized training code as a run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from pipelines.utils.errors import error_context
+from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint import tf_checkpoint as tensorflow_file
+from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
+from rsnet.loggers.run_dir import write_imported_run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make a run directory of a checkpoint of the original quantized training code."""
+
+    original: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    """model-STEP, a folder of such, whose latest is taken, or tensorpack's .npz."""
+
+    output: Annotated[Path, arg(metavar="DIR")]
+    """Run directory to write."""
+
+
+def run(options: Options) -> int:
+    variables = tensorflow_file.read(options.original, is_of_model)
+    with error_context(str(options.original)):
+        content = checkpoint.NEW_RUN | from_tensorflow(variables)
+    best = write_imported_run(options.output, options.original, content)
+    network = content["network"]
+    print(
+        f"{network['arch']} --mode {network['mode']} --qw {network['qw']} --qa {network['qa']}, "
+        f"{network['num_classes']} classes, sizes {' '.join(map(str, network['sizes']))}, "
+        "--normalize imagenet, its first layer for RGB; evaluate it with\n"
+        f"python train_dali.py --data DATA --evaluate --resume {best}\n"
+        "note: the original makes the largest picture by cubic interpolation and all others of that one, by "
+        "nearest neighbour; here they are resized as in all runs, and accuracy may differ"
+    )
+    return 0

@@ -1,0 +1,36 @@
+"""`rsnet report`: finished runs side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from pipelines.utils.errors import UsageError
+from rsnet.evaluation.compare import plot, read_run, tables
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare finished runs: a table, and a plot of accuracy over FLOPs."""
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")]]
+    """Run directories."""
+
+    output: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder for report.md and report.png. Unset: only print the table."""
+
+
+def run(options: Options) -> int:
+    if not options.runs:
+        raise UsageError("name one or more run directories")
+    groups = {str(path): [read_run(path)] for path in options.runs}
+    text = tables(groups)
+    print(text)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "report.md").write_text(text + "\n")
+        plot(options.output / "report.png", groups)
+    return 0

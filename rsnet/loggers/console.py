@@ -1,0 +1,81 @@
+"""Progress on a terminal as a bar, elsewhere as plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class ConsoleLogger:
+    """Progress on a terminal as a bar, elsewhere as plain lines; silent if not `active`."""
+
+    def __init__(self, active: bool) -> None:
+        self._active = active
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started = 0.0
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._active:
+            self._console.print(text, markup=False)
+
+    def start(self, title: str, total: int) -> None:
+        """Begin a phase of `total` units."""
+        self.stop()
+        self._title, self._total = title, total
+        self._started = self._last_line = time.perf_counter()
+        if self._active and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[info]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=total, info="")
+            self._bar.start()
+
+    def update(self, done: int, info: str, every: float = 0.0) -> None:
+        """`done` of the units are finished; with `every`, a plain line each so many seconds."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, info=info)
+            return
+        now = time.perf_counter()
+        if every and (now - self._last_line < every or done == self._total):
+            return
+        self._last_line = now
+        left = (now - self._started) / done * (self._total - done)
+        self.say(
+            "  ".join(
+                filter(
+                    None, (f"{self._title} {done}/{self._total}", info, f"eta {_duration(left)}")
+                )
+            )
+        )
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{secs:02}"
