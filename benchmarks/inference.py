@@ -25,6 +25,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.inference.runner import ModelRunner
 from rsnet.models.factory import create_model
 from rsnet.models.fold import fold_batchnorm, plain
@@ -54,7 +55,9 @@ class Options:
 def measure(arch: str, size: int, o: Options) -> dict[str, Any]:
     """Milliseconds of each way, and how often the first way's time each takes less."""
     torch.manual_seed(0)
-    model = create_model(arch, 1000, o.sizes).eval().to(memory_format=torch.channels_last)
+    model = (
+        create_model(ModelConfig(arch, 1000, o.sizes)).eval().to(memory_format=torch.channels_last)
+    )
     _give_statistics(model)
     ways = make_ways(model, size, o.compiled)
     x = torch.randn(o.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from pipelines.batch import Batch
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import Mode, TrainConfig
 from rsnet.models.autocast import AMP_DTYPES
@@ -91,7 +92,7 @@ def make_step(arch: str, kind: str, o: Options, device: torch.device) -> Callabl
         has_bf16=has_bf16(device),
     )
     torch.manual_seed(0)
-    model = create_model(arch, CLASSES, o.sizes, mode=mode, qw=qw, qa=qa).to(device)
+    model = create_model(ModelConfig(arch, CLASSES, o.sizes, mode=mode, qw=qw, qa=qa)).to(device)
     model = model.to(memory_format=torch.channels_last)
     trainer = make_trainer(resolved, model, CLASSES, 1000, device)
     trainer.objective.train()

@@ -23,6 +23,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 
@@ -44,7 +45,9 @@ class Options:
 
 def measure(arch: str, o: Options) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    model = create_model(arch, 1000, o.sizes).eval().to(memory_format=torch.channels_last)
+    model = (
+        create_model(ModelConfig(arch, 1000, o.sizes)).eval().to(memory_format=torch.channels_last)
+    )
     ends = model.sizes[0], model.sizes[-1]
     images = {
         s: torch.randn(o.batch_size, 3, s, s).contiguous(memory_format=torch.channels_last)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.plain import PlainStep
 from pipelines import dali
 from pipelines.batch import Batch, LoaderSpec
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
@@ -223,7 +224,7 @@ def trainer_of(model: ResolutionSwitchable, arch: str, o: Options, amp: Amp) -> 
 
 def make_model(arch: str, o: Options) -> ResolutionSwitchable:
     """With the weights of `make_network`."""
-    model = create_model(arch, CLASSES, o.sizes)
+    model = create_model(ModelConfig(arch, CLASSES, o.sizes))
     weights = make_network(arch).state_dict()
     own = model.network.state_dict()
     model.network.load_state_dict({k: weights[re.sub(r"\.by_resolution\.\d+", "", k)] for k in own})

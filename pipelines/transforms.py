@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.batch import Flip
+if TYPE_CHECKING:
+    from pipelines.batch import Flip
 
 # Evaluation resizes the short side to int(size / 0.875) and takes the centre (ResNet, section 3.4).
 EVAL_CROP_RATIO = 0.875

@@ -17,6 +17,7 @@ from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from rsnet.checkpoint import io as checkpoint
 from rsnet.config.command_line import as_command, parse
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.distributed import process_group as distributed
@@ -98,9 +99,10 @@ def run(
     )
     try:
         outputs = _outputs(resolved, loaders.classes)
-        model = _build(resolved, outputs, is_new=content is None).to(device)
+        described = resolved.model_config(loaders.classes, outputs)
+        model = _build(resolved, described, is_new=content is None).to(device)
         model = model.to(memory_format=torch.channels_last)
-        network = checkpoint.describe(resolved, loaders.classes, outputs)
+        network = described.to_dict()
         if source and content:
             with error_context(f"--resume: {source} does not fit"):
                 training = not resolved.evaluate
@@ -165,12 +167,9 @@ def _evaluate_only(
     return results
 
 
-def _build(c: ResolvedConfig, outputs: int, is_new: bool) -> ResolutionSwitchable:
+def _build(c: ResolvedConfig, config: ModelConfig, is_new: bool) -> ResolutionSwitchable:
     pretrained = c.pretrained if is_new else None
-    model = create_model(
-        c.arch, outputs, c.sizes, c.width_mult, c.stem, c.norm, c.blurpool, pretrained,
-        c.mode, c.qw, c.qa, c.fixed_qa, c.tf_padding,
-    )  # fmt: skip
+    model = create_model(config, pretrained, c.fixed_qa)
     if c.sync_bn:
         synchronize_batchnorm(model, c.arch)
     if c.recompute != "off":

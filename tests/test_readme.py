@@ -19,6 +19,7 @@ from rsnet.__main__ import VERBS
 from rsnet.__main__ import main as verbs
 from rsnet.checkpoint.authors_pytorch import to_original
 from rsnet.config.command_line import parse
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model, list_models
 from rsnet.train import main
 from tests.conftest import needs_ffcv
@@ -95,7 +96,7 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
         return any(flag in command for flag in ("--recipe", "--qw", "--mode"))
 
     monkeypatch.chdir(tmp_path)
-    model = create_model("parallel_resnet18", 3, (160, 32))
+    model = create_model(ModelConfig("parallel_resnet18", 3, (160, 32)))
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": [160, 32]}
     content = {"network": network, "model": model.state_dict(), "epoch": 1}
     torch.save(to_original(content), "model_best.pth.tar")

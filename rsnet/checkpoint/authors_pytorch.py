@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.transforms import EVAL_CROP_RATIO
 from pipelines.utils.errors import DataError, UsageError
-from rsnet.config.resolve import NETWORK_DEFAULTS
+from rsnet.config.model_config import MODEL_DEFAULTS, WEIGHT_FIELDS, ModelConfig
 from rsnet.config.train_config import DEFAULT_SIZES
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import describe_mismatch
@@ -81,17 +80,7 @@ def from_original(
             model[ours] = torch.zeros(shape, dtype=torch.int64)
     model["alpha"] = model["alpha"][_order(sizes)]
     return {
-        "network": {
-            "arch": arch,
-            "width_mult": 1.0,
-            **NETWORK_DEFAULTS,
-            "sizes": sorted(sizes, reverse=True),
-            "num_classes": len(classifier),
-            "classes": [],
-            "normalize": "unit",
-            "eval_crop_ratio": EVAL_CROP_RATIO,
-            "interpolation": "triangle, antialiased (PIL's BILINEAR)",
-        },
+        "network": ModelConfig(arch, len(classifier), tuple(sizes), normalize="unit").to_dict(),
         "model": model,
         "epoch": _epoch(content),
     }
@@ -103,9 +92,12 @@ def to_original(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises UsageError for a network that the original does not have.
     """
     network = content["network"]
-    plain = {"width_mult": 1.0, **NETWORK_DEFAULTS}
-    del plain["normalize"]
-    changed = [name for name, value in plain.items() if network.get(name, value) != value]
+    config = ModelConfig.from_dict(network)
+    changed = [
+        name
+        for name in WEIGHT_FIELDS
+        if name in MODEL_DEFAULTS and getattr(config, name) != MODEL_DEFAULTS[name]
+    ]
     if network["arch"] not in ARCHS or changed:
         what = " with ".join([network["arch"], *changed])
         raise UsageError(f"the original has no {what}; its networks are {_known()}")
@@ -163,7 +155,7 @@ def _names(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{the original's name: (ours, shape)} of everything in a network's state dict."""
     with torch.device("meta"):
-        model = create_model(arch, num_classes, sizes)
+        model = create_model(ModelConfig(arch, num_classes, tuple(sizes)))
     theirs_of_ours = dict(enumerate(_order(sizes)))
     names = {}
     for ours, value in model.state_dict().items():

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.transforms import EVAL_CROP_RATIO
 from pipelines.utils.errors import DataError
-from rsnet.config.model_config import BITS, FULL
-from rsnet.config.resolve import NETWORK_DEFAULTS
-from rsnet.models.factory import PREFIX, create_model_from_checkpoint
+from rsnet.config.model_config import BITS, FULL, Mode, ModelConfig
+from rsnet.models.factory import PREFIX, create_model
 from rsnet.models.preact_resnet import LAYERS
 from rsnet.models.quantization.bases import DECAY
 from rsnet.models.state_dict import describe_mismatch
@@ -83,9 +81,10 @@ def from_tensorflow(variables: Mapping[str, Tensor]) -> dict[str, Any]:
     bits than our networks can have; UsageError for sizes that those cannot have.
     """
     variables = {_without_outer_scope(name): value for name, value in variables.items()}
-    network = _describe(variables)
+    config = _describe(variables)
+    network = config.to_dict()
     with torch.device("meta"):
-        state = create_model_from_checkpoint(network).state_dict()
+        state = create_model(config).state_dict()
     names = _names(list(state), network["sizes"])
     expected = {theirs: _their_shape(state[ours].shape) for ours, theirs in names.items()}
     if "alpha" not in variables:  # trained without distillation
@@ -103,8 +102,8 @@ def _without_outer_scope(name: str) -> str:
     return re.sub(rf"^{SCOPE}.*/(?={SCOPE}.*/basis/(biased|local_step)$)", "", name)
 
 
-def _describe(variables: Mapping[str, Tensor]) -> dict[str, Any]:
-    """As `rsnet.checkpoint.io.describe` does it."""
+def _describe(variables: Mapping[str, Tensor]) -> ModelConfig:
+    """Read off the variables which network they are of."""
     norms = [re.fullmatch(rf"{SCOPE}conv0/bn(\d+)/gamma", name) for name in variables]
     sizes = {int(m[1]) for m in norms if m}
     classifier = variables.get(f"{SCOPE}linear/W")
@@ -113,21 +112,15 @@ def _describe(variables: Mapping[str, Tensor]) -> dict[str, Any]:
             f"this is no network of the original's: {SCOPE}conv0/bn224/gamma, of this or other sizes, or "
             f"{SCOPE}linear/W (in, classes) is missing"
         )
-    return {
-        "arch": PREFIX + _resnet(variables),
-        "width_mult": 1.0,
-        **NETWORK_DEFAULTS,
-        "mode": _mode(variables),
-        "qw": _bits(variables, "weight_quant/basis"),
-        "qa": _bits(variables, "ActivationQuantization/basis"),
-        "tf_padding": True,
-        "sizes": sorted(sizes, reverse=True),
-        "num_classes": classifier.shape[1],
-        "classes": [],
-        "normalize": "imagenet",
-        "eval_crop_ratio": EVAL_CROP_RATIO,
-        "interpolation": "triangle, antialiased (PIL's BILINEAR)",
-    }
+    return ModelConfig(
+        arch=PREFIX + _resnet(variables),
+        num_classes=classifier.shape[1],
+        sizes=tuple(sizes),
+        mode=_mode(variables),
+        qw=_bits(variables, "weight_quant/basis"),
+        qa=_bits(variables, "ActivationQuantization/basis"),
+        tf_padding=True,
+    )
 
 
 def _resnet(variables: Mapping[str, Tensor]) -> str:
@@ -145,7 +138,7 @@ def _resnet(variables: Mapping[str, Tensor]) -> str:
     )
 
 
-def _mode(variables: Mapping[str, Tensor]) -> str:
+def _mode(variables: Mapping[str, Tensor]) -> Mode:
     if not any(f"{SCOPE}group0/bn-last" in name for name in variables):
         return "resnet"
     has_b = any("/convshortcut/" in name for name in variables)

@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.transforms import EVAL_CROP_RATIO
 from pipelines.utils.atomic_io import atomic_write
 from pipelines.utils.errors import DataError, UsageError, error_context
 from rsnet.checkpoint import authors_pytorch as original
-from rsnet.config.model_config import FULL
-from rsnet.config.resolve import NETWORK_DEFAULTS, ResolvedConfig
+from rsnet.config.model_config import FULL, MODEL_DEFAULTS, WEIGHT_FIELDS
 from rsnet.models import safe_load as torch_file
 from rsnet.models.quantization.lq_nets import full_precision_names, init_quantizers_from_weights
 from rsnet.models.state_dict import select_sizes
@@ -24,37 +22,11 @@ from rsnet.models.switchable import ResolutionSwitchable
 
 FORMAT = 1
 
-# What has to be the same so that weights fit.
-SAME_NETWORK = (
-    "arch", "width_mult", "stem", "norm", "blurpool", "mode", "qw", "qa", "tf_padding", "num_classes",
-)  # fmt: skip
-
 # What a run begins with, if the file that it starts from holds weights and nothing of a run.
 NEW_RUN: dict[str, Any] = {
     "config": {}, "global_batch": None, "loader": None, "epoch": 0, "done": 0, "step": 0, "best": [],
     "wandb_id": None,
 }  # fmt: skip
-
-
-def describe(config: ResolvedConfig, classes: list[str], num_classes: int) -> dict[str, Any]:
-    """What a checkpoint says of its network, so that it can be rebuilt and fed from the file alone."""
-    return {
-        "arch": config.arch,
-        "width_mult": config.width_mult,
-        "stem": config.stem,
-        "norm": config.norm,
-        "blurpool": config.blurpool,
-        "mode": config.mode,
-        "qw": config.qw,
-        "qa": config.qa,
-        "tf_padding": config.tf_padding,
-        "sizes": list(config.sizes),
-        "num_classes": num_classes,
-        "classes": classes,
-        "normalize": config.normalize,
-        "eval_crop_ratio": EVAL_CROP_RATIO,
-        "interpolation": "triangle, antialiased (PIL's BILINEAR)",
-    }
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -120,8 +92,8 @@ def require_match(trained: Mapping[str, Any], wanted: Mapping[str, Any], trainin
     Training goes on with the same arch, classes and sizes; an evaluation may take some of the sizes.
     """
     problems = []
-    for field in SAME_NETWORK:
-        there, here = (x.get(field, NETWORK_DEFAULTS.get(field)) for x in (trained, wanted))
+    for field in WEIGHT_FIELDS:
+        there, here = (x.get(field, MODEL_DEFAULTS.get(field)) for x in (trained, wanted))
         if there != here:
             flag = "--" + field.replace("_", "-")
             is_start = field in ("qw", "qa") and there == FULL and training

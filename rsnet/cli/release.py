@@ -12,10 +12,9 @@ from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import error_context
 from rsnet.checkpoint import io as checkpoint
-from rsnet.config.model_config import FULL
-from rsnet.config.resolve import NETWORK_DEFAULTS
+from rsnet.config.model_config import FULL, ModelConfig
 from rsnet.evaluation import report
-from rsnet.models.factory import create_model_from_checkpoint, gflops
+from rsnet.models.factory import create_model, gflops
 from rsnet.release import package as release
 from rsnet.release.config import result_names
 
@@ -36,10 +35,11 @@ class Options:
 def run(options: Options) -> int:
     path = options.run / "checkpoints" / "best.pt" if options.run.is_dir() else options.run
     content = checkpoint.load(path)
-    network: dict[str, Any] = {"width_mult": 1.0, **NETWORK_DEFAULTS, **content["network"]}
+    config = ModelConfig.from_dict(content["network"])
+    network = config.to_dict()
     averaged = "ema" in content
     with error_context(str(path)):
-        model = create_model_from_checkpoint(network)
+        model = create_model(config)
         checkpoint.load_weights(model, content, "ema" if averaged else "model")
     run_dir = _run_dir(path)
     accuracy = _accuracy(run_dir, content, network) if run_dir else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.utils.errors import UsageError
-from rsnet.config.model_config import FULL
+from rsnet.config.model_config import FULL, MODEL_DEFAULTS, ModelConfig
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.train_config import (
     DEFAULT_ARCH,
@@ -19,18 +19,6 @@ from rsnet.config.train_config import (
     Mode,
     TrainConfig,
 )
-
-# What a network is, besides its sizes and classes, and what it is if a checkpoint does not say.
-NETWORK_DEFAULTS = {
-    "stem": "imagenet",
-    "norm": "private",
-    "blurpool": False,
-    "mode": "resnet",
-    "qw": FULL,
-    "qa": FULL,
-    "tf_padding": False,
-    "normalize": "imagenet",
-}
 
 # What a run that goes on takes from its earlier part, unless given anew.
 OF_A_RECIPE = {
@@ -85,6 +73,11 @@ class ResolvedConfig(TrainConfig):
     accumulate: int = 1
     seed: int = 0
     output: Path = Path()
+
+    def model_config(self, classes: Sequence[str], num_classes: int) -> ModelConfig:
+        """Return what the network of this run is. `num_classes` may be more than the known `classes`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return ModelConfig.from_dict(values | {"classes": classes, "num_classes": num_classes})
 
     @property
     def is_quantized(self) -> bool:
@@ -145,7 +138,11 @@ def resolve(
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
     defaults = {
         **dataclasses.asdict(recipe),
-        **{name: known.get(name, value) for name, value in NETWORK_DEFAULTS.items()},
+        **{
+            name: known.get(name, value)
+            for name, value in MODEL_DEFAULTS.items()
+            if name != "width_mult"
+        },
         "recipe": recipe_name,
         "lr": recipe.lr * global_batch / 256,
         "seed": 0,

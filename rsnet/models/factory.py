@@ -6,7 +6,6 @@ import copy
 import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torchvision.models import list_models as list_torchvision_models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipelines.utils.errors import UsageError, first_line
-from rsnet.config.model_config import FULL
+from rsnet.config.model_config import FULL, Mode, ModelConfig
 from rsnet.models import preact_resnet as preact
 from rsnet.models.layers.activations import convert_activations
 from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
@@ -31,9 +30,6 @@ from rsnet.models.pretrained import load_pretrained
 from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quantize
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
 from rsnet.models.switchable import ResolutionSwitchable
-
-# resnet: the network as its library has it; preact: `rsnet.models.preact_resnet`, with shortcut B or A.
-Mode = Literal["resnet", "preact", "preact_typeA"]
 
 PREFIX = "parallel_"
 TIMM_PREFIX = PREFIX + "timm/"
@@ -52,10 +48,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-# What `create_model` has to know of a network that a checkpoint describes, besides arch, classes and sizes.
-REBUILT_BY = ("width_mult", "stem", "norm", "blurpool", "mode", "qw", "qa", "tf_padding")
-
-
 def list_models() -> list[str]:
     """The names of the networks that can be made switchable, timm's aside, without building any."""
     names = {
@@ -66,69 +58,44 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    arch: str,
-    num_classes: int,
-    sizes: Sequence[int],
-    width_mult: float = 1.0,
-    stem: Literal["imagenet", "small"] = "imagenet",
-    norm: Literal["private", "shared"] = "private",
-    blurpool: bool = False,
-    pretrained: str | None = None,
-    mode: Mode = "resnet",
-    qw: int = FULL,
-    qa: int = FULL,
-    fixed_qa: bool = False,
-    tf_padding: bool = False,
+    config: ModelConfig, pretrained: str | None = None, fixed_qa: bool = False
 ) -> ResolutionSwitchable:
-    """The network `arch`, initialised as its library does it, with private BatchNorm per size.
+    """Build the network that `config` describes, with private BatchNorm per size.
 
-    torchvision's ResNets and MobileNetV2 start as the original's do: Kaiming fan-out convolutions, no
-    zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test compares the formulas).
-    stem: "small" is for images of about 32 pixels. norm: "shared" is an ordinary network, to compare with.
+    It is initialised as its library does it. torchvision's ResNets and MobileNetV2 start as the authors' do:
+    Kaiming fan-out convolutions, no zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test
+    compares the formulas). The last BatchNorm of a quantized ResNet's blocks starts at zero, as the authors',
+    but not of a pre-activation one.
+
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
-    mode, qw, qa, fixed_qa: see `rsnet.models.quantization`; the last BatchNorm of a quantized ResNet's blocks
-    starts at zero, as the original's, but not of a pre-activation one. tf_padding: as TensorFlow does it.
+    fixed_qa: see `rsnet.models.quantization`.
 
     Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
     """
-    if mode != "resnet":
-        network = _build_preact(arch, num_classes, width_mult, mode)
-    elif arch.startswith(TIMM_PREFIX):
-        network = _build_timm(arch, num_classes, width_mult)
-    else:
-        network = _build_torchvision(arch, num_classes, width_mult)
-    if stem == "small":
+    network = _build_network(config)
+    if config.stem == "small":
         convert_to_small_stem(network)
     if pretrained is not None:
-        load_pretrained(network, *_library_name(arch), pretrained)
-    if blurpool:
+        load_pretrained(network, *_library_name(config.arch), pretrained)
+    if config.blurpool:
         convert_to_blurpool(network)
-    if tf_padding:
+    if config.tf_padding:
         convert_to_same_padding(network)
     convert_single_pixel_convs(network)
     convert_pointwise_convs(network)
     convert_depthwise_convs(network)
     convert_activations(network)
-    if mode == "resnet" and qw != FULL and pretrained is None:
+    if config.mode == "resnet" and config.qw != FULL and pretrained is None:
         _zero_last_gamma(network)
     try:
-        quantize(network, qw, qa, fixed_qa=fixed_qa)
+        quantize(network, config.qw, config.qa, fixed_qa=fixed_qa)
         if pretrained is not None:
             init_quantizers_from_weights(network)
-        model = ResolutionSwitchable(network, sizes, shared_norm=norm == "shared")
+        model = ResolutionSwitchable(network, config.sizes, shared_norm=config.norm == "shared")
     except ValueError as error:
-        raise UsageError(f"--arch {arch}: {error}") from error
-    _check_sizes(model, arch)
+        raise UsageError(f"--arch {config.arch}: {error}") from error
+    _check_sizes(model, config.arch)
     return model
-
-
-def create_model_from_checkpoint(
-    network: Mapping[str, Any], sizes: Sequence[int] | None = None
-) -> ResolutionSwitchable:
-    """The network that a checkpoint describes, at its sizes or others, without its weights."""
-    arch, classes = network["arch"], network["num_classes"]
-    more = {key: network[key] for key in REBUILT_BY if key in network}
-    return create_model(arch, classes, network["sizes"] if sizes is None else sizes, **more)
 
 
 def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
@@ -152,6 +119,15 @@ def gflops(model: nn.Module, size: int) -> float:
     with torch.no_grad(), counter:
         on_meta(torch.empty(1, 3, size, size, device="meta"))
     return float(counter.get_total_flops()) / 1e9
+
+
+def _build_network(config: ModelConfig) -> nn.Module:
+    arguments = config.arch, config.num_classes, config.width_mult
+    if config.mode != "resnet":
+        return _build_preact(*arguments, config.mode)
+    if config.arch.startswith(TIMM_PREFIX):
+        return _build_timm(*arguments)
+    return _build_torchvision(*arguments)
 
 
 def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Module:

@@ -12,9 +12,8 @@ from typing import Any, get_args
 from pipelines.normalize import MEAN_STD
 from pipelines.transforms import EVAL_CROP_RATIO, eval_short_side
 from pipelines.utils.errors import DataError
-from rsnet.config.model_config import BITS, FULL
+from rsnet.config.model_config import BITS, FULL, Mode
 from rsnet.losses import ENSEMBLE
-from rsnet.models.factory import Mode
 
 FORMAT = 1
 

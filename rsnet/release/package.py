@@ -6,6 +6,7 @@ memory than the weights that lie there.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from pipelines.utils.atomic_io import atomic_directory, atomic_write, atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from rsnet import __version__
-from rsnet.config.model_config import FULL
-from rsnet.models.factory import create_model_from_checkpoint
+from rsnet.config.model_config import FULL, ModelConfig
+from rsnet.models.factory import create_model
 from rsnet.models.quantization.bit_packing import pack_state_dict, unpack_state_dict
 from rsnet.models.state_dict import describe_mismatch, select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
@@ -107,7 +108,7 @@ def read(folder: Path) -> Release:
         raise UsageError(f"there is no folder {folder}")
     with error_context(str(folder / CONFIG)):
         config = release_config.parse(_read(folder, CONFIG, release_config.MOST_BYTES))
-        expected = _stored(_without_memory(config["network"]))
+        expected = _stored(_without_memory(ModelConfig.from_dict(config["network"])))
         state = _without_memory(_unpacked(config["network"])).state_dict()
     with error_context(str(folder / WEIGHTS)):
         tensors = _read_weights(folder, config["weights"], expected)
@@ -131,7 +132,7 @@ def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchab
 def built(release: Release, sizes: Sequence[int]) -> ResolutionSwitchable:
     """The network of a release at some of its sizes, on the CPU, in eval mode."""
     network = release.config["network"]
-    model = create_model_from_checkpoint(_unpacked(network), sizes)
+    model = create_model(_unpacked(network).with_sizes(sizes))
     model.load_state_dict(
         select_sizes(release.state, network["sizes"], sizes, model.shared_norm), strict=True
     )
@@ -147,9 +148,9 @@ def _stored(model: ResolutionSwitchable) -> State:
     }
 
 
-def _unpacked(network: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of the network that a release is read as: its weights are the levels themselves."""
-    return {**network, "qw": FULL}
+def _unpacked(network: Mapping[str, Any]) -> ModelConfig:
+    """Return the network that a release is read as: its weights are the levels themselves."""
+    return dataclasses.replace(ModelConfig.from_dict(network), qw=FULL)
 
 
 class _WeightsOnMeta(TorchFunctionMode):
@@ -163,11 +164,11 @@ class _WeightsOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | on_meta)
 
 
-def _without_memory(network: Mapping[str, Any]) -> ResolutionSwitchable:
+def _without_memory(config: ModelConfig) -> ResolutionSwitchable:
     """The network of a description, for the names, shapes and types of its state."""
     try:
         with _WeightsOnMeta():
-            return create_model_from_checkpoint(network)
+            return create_model(config)
     except UsageError:
         raise
     except Exception as error:  # whatever a library's builder says to what nobody has trained

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.batch import Batch, Loader
+from rsnet.config.model_config import ModelConfig
 from rsnet.losses import distillation, ensemble_logits
-from rsnet.models.factory import create_model_from_checkpoint
+from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 from rsnet.training.loop import train_one_epoch
@@ -140,7 +141,7 @@ def build_network(
     network: Mapping[str, Any], sizes: list[int], device: torch.device
 ) -> ResolutionSwitchable:
     return (
-        create_model_from_checkpoint(network, sizes)
+        create_model(ModelConfig.from_dict(network).with_sizes(sizes))
         .to(device)
         .to(memory_format=torch.channels_last)
     )

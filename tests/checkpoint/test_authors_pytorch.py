@@ -12,6 +12,7 @@ import torch
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import ARCHS, from_original, to_original
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from tests.helpers import parity
 
@@ -43,7 +44,7 @@ def _file(arch: str, parallel: bool = True) -> dict:
 def _content(arch: str, sizes: tuple[int, ...]) -> dict:
     """A checkpoint of ours, without the numbers."""
     with torch.device("meta"):
-        model = create_model(arch, 10, sizes)
+        model = create_model(ModelConfig(arch, 10, sizes))
     network = {"arch": arch, "num_classes": 10, "sizes": list(sizes)}
     return {"network": network, "model": model.state_dict(), "epoch": 0}
 
@@ -67,7 +68,7 @@ def test_an_originals_file_gives_the_originals_logits(tmp_path, arch, parallel):
     network = content["network"]
     assert (network["arch"], network["num_classes"]) == (arch, 10)
     assert (network["normalize"], network["sizes"]) == ("unit", list(SIZES))
-    model = create_model(arch, 10, SIZES).eval()
+    model = create_model(ModelConfig(arch, 10, SIZES)).eval()
     checkpoint.load_weights(model, content)
     assert _logits_error(model, arch) < 2e-6
 

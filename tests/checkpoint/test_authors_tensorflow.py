@@ -8,7 +8,8 @@ import torch
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
-from rsnet.models.factory import create_model_from_checkpoint
+from rsnet.config.model_config import ModelConfig
+from rsnet.models.factory import create_model
 from rsnet.models.quantization.bases import update_bases
 from rsnet.models.quantization.lq_nets import Quantizer
 from tests.helpers.tensorflow_graph import Graph, saved
@@ -43,7 +44,7 @@ def _error(ours, theirs) -> float:
 
 
 def _load(content):
-    model = create_model_from_checkpoint(content["network"]).eval()
+    model = create_model(ModelConfig.from_dict(content["network"])).eval()
     checkpoint.load_weights(model, content)
     return model
 

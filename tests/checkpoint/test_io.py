@@ -13,6 +13,7 @@ import torchvision
 
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io as checkpoint
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 
@@ -140,12 +141,12 @@ def test_an_evaluation_may_take_some_of_the_sizes_but_no_others():
 
 
 def test_sizes_that_calibrate_added_take_part_in_what_starts_from_them(tmp_path):
-    trained = create_model("parallel_resnet18", 3, (48, 40, 32), 0.125)
+    trained = create_model(ModelConfig("parallel_resnet18", 3, (48, 40, 32), width_mult=0.125))
     with torch.no_grad():
         trained.alpha.copy_(torch.tensor([1.0, -torch.inf, 3.0]))
     network = NETWORK | {"width_mult": 0.125, "normalize": "imagenet"}
     checkpoint.save(tmp_path / "x.pt", {"network": network, "model": trained.state_dict()})
-    model = create_model("parallel_resnet18", 3, (48, 40, 32), 0.125, qw=2)
+    model = create_model(ModelConfig("parallel_resnet18", 3, (48, 40, 32), width_mult=0.125, qw=2))
     checkpoint.start_from(model, network | {"qw": 2, "qa": 32}, tmp_path / "x.pt")
     assert model.alpha.tolist() == [1.0, 2.0, 3.0]
 

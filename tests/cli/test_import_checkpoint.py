@@ -12,6 +12,7 @@ from pipelines.dali import DaliOptions, make_loaders
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.train import main as train
 
@@ -24,7 +25,7 @@ def original(tmp_path_factory):
     path = tmp_path_factory.mktemp("original") / "model_best.pth.tar"
     torch.manual_seed(0)
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": list(SIZES)}
-    model = create_model("parallel_resnet18", 3, SIZES)
+    model = create_model(ModelConfig("parallel_resnet18", 3, SIZES))
     torch.save(to_original({"network": network, "model": model.state_dict(), "epoch": 1}), path)
     return path
 
@@ -118,7 +119,7 @@ def test_an_exported_file_has_what_the_originals_resume_reads(original):
     """main.py: epoch, best_acc0, best_acc, state_dict, and the optimizer's state dict."""
     content = torch.load(original, weights_only=True)
     assert {"epoch", "arch", "best_acc0", "best_acc", "state_dict", "optimizer"} == content.keys()
-    model = create_model("parallel_resnet18", 3, SIZES)
+    model = create_model(ModelConfig("parallel_resnet18", 3, SIZES))
     sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     sgd.load_state_dict(content["optimizer"])
     sum(p.sum() for p in model.parameters()).backward()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 
@@ -98,7 +99,7 @@ def _in_network_order(layer: str) -> list[Any]:
 def network(arch: str) -> ResolutionSwitchable:
     """Our network of that name, in the original's state."""
     n = numbers(arch)
-    model = create_model(arch, n["num_classes"], n["sizes"])
+    model = create_model(ModelConfig(arch, n["num_classes"], n["sizes"]))
     names = original_names(model, n["keys"])
     state = {names[k]: v for k, v in state_of(n["keys"]).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rsnet.models.factory import create_model_from_checkpoint
+from rsnet.config.model_config import ModelConfig
+from rsnet.models.factory import create_model
 from rsnet.release import package as release
 from tests.conftest import write_photo
 
@@ -38,7 +39,7 @@ def write(folder: Path, accuracy: dict | None = None, **changes: object) -> Path
     """A release of random weights in which no two BatchNorms are alike."""
     torch.manual_seed(5)
     network = NETWORK | changes
-    model = create_model_from_checkpoint(network)
+    model = create_model(ModelConfig.from_dict(network))
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.inference.runner import CudaGraphRunner, ModelRunner, _Captured, bucket
 from rsnet.models.factory import create_model
 
@@ -46,7 +47,11 @@ def test_each_size_and_bucket_is_captured_once_and_answers_for_its_images_alone(
 @pytest.mark.parametrize("gpu", [pytest.param(True, marks=needs_gpu)])
 def test_graphs_compute_what_the_network_does(fold, dtype, gpu):
     device = torch.device("cuda")
-    model = create_model("parallel_resnet10", 5, (64, 32), width_mult=0.25).eval().to(device)
+    model = (
+        create_model(ModelConfig("parallel_resnet10", 5, (64, 32), width_mult=0.25))
+        .eval()
+        .to(device)
+    )
     model = model.to(memory_format=torch.channels_last)
     eager, graphs = (
         ModelRunner(model, device, dtype, batch_size=6, fold=fold, cuda_graphs=on)

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.factory import create_model
 from rsnet.training.objective import Objective
@@ -55,7 +56,7 @@ def _step(model, amp: bool):
 )
 def test_gradients_and_statistics_are_the_same_bits(arch, amp, what):
     torch.manual_seed(0)
-    plain = create_model(arch, 3, SIZES).to(memory_format=torch.channels_last)
+    plain = create_model(ModelConfig(arch, 3, SIZES)).to(memory_format=torch.channels_last)
     again = copy.deepcopy(plain)
     assert convert_to_checkpointed(again.network, what) > 0
     assert list(again.state_dict()) == list(plain.state_dict())
@@ -72,7 +73,7 @@ def test_gradients_and_statistics_are_the_same_bits(arch, amp, what):
 
 def test_dropout_is_drawn_once():
     torch.manual_seed(0)
-    plain = create_model("parallel_efficientnet_b0", 3, SIZES)
+    plain = create_model(ModelConfig("parallel_efficientnet_b0", 3, SIZES))
     for module in plain.modules():
         if isinstance(module, torch.nn.SiLU):
             module.register_forward_hook(lambda _m, _i, y: torch.nn.functional.dropout(y, 0.5))
@@ -88,7 +89,7 @@ def test_dropout_is_drawn_once():
 
 def test_it_evaluates_and_copies_as_before():
     torch.manual_seed(0)
-    plain = create_model("parallel_resnet18", 3, SIZES)
+    plain = create_model(ModelConfig("parallel_resnet18", 3, SIZES))
     again = copy.deepcopy(plain)
     convert_to_checkpointed(again.network, "blocks")
     again = copy.deepcopy(again).eval()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models import autocast as once
 from rsnet.models import switchable
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
@@ -77,7 +78,9 @@ def _same(found, expected):
 def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):
     torch.manual_seed(0)
     built = {name: options[name] for name in ("norm", "qw") if name in options}
-    ours = create_model(arch, 3, SIZES, 0.125, **built).to(memory_format=torch.channels_last)
+    ours = create_model(ModelConfig(arch, 3, SIZES, width_mult=0.125, **built)).to(
+        memory_format=torch.channels_last
+    )
     if "recompute" in options:
         convert_to_checkpointed(ours.network, options["recompute"])
     theirs = copy.deepcopy(ours)
@@ -90,7 +93,7 @@ def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):
 
 
 def test_a_weight_is_cast_once_and_a_norm_counts_once(by_themselves):
-    model = create_model("parallel_resnet10", 3, SIZES, 0.125)
+    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES, width_mult=0.125))
     _, few = _train(model)
     by_themselves()
     _, many = _train(model)
@@ -135,7 +138,7 @@ def test_a_weight_that_no_pass_used_has_no_gradient_and_groups_are_bounded(monke
 def test_gradients_of_late_layers_come_before_the_end_of_the_backward(monkeypatch):
     """DDP sends them while the rest of the backward runs."""
     monkeypatch.setattr(once, "GROUP", 20_000)
-    model = create_model("parallel_resnet10", 3, SIZES, 0.125).train()
+    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES, width_mult=0.125)).train()
     arrived = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _p, name=name: arrived.append(name))
@@ -156,7 +159,7 @@ def test_without_a_weight_that_is_trained_nothing_is_cast():
 
 
 def test_a_failed_pass_leaves_the_layers_as_they_were():
-    model = create_model("parallel_resnet10", 3, SIZES).train()
+    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
         model.forward_all([torch.zeros(2, 4, s, s) for s in SIZES])
@@ -171,7 +174,7 @@ def test_layers_of_other_libraries_cast_their_own_weight():
 
 
 def test_a_synchronised_norm_counts_itself():
-    model = create_model("parallel_resnet10", 3, SIZES).train()
+    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES)).train()
     synchronize_batchnorm(model, "parallel_resnet10")
     norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
     with switchable.shared_batch_counter(norms):

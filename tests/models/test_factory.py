@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from pipelines.utils.errors import UsageError
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model, gflops, list_models, synchronize_batchnorm
 from rsnet.models.switchable import SwitchableBatchNorm2d
 
@@ -25,7 +26,7 @@ GFLOPS = {
 @pytest.mark.parametrize("arch", GFLOPS)
 def test_gflops_are_the_known_ones(arch):
     with torch.device("meta"):
-        model = create_model(arch, 1000, (224, 192, 160, 128, 96))
+        model = create_model(ModelConfig(arch, 1000, (224, 192, 160, 128, 96)))
     assert [gflops(model, s) for s in model.sizes] == pytest.approx(GFLOPS[arch], abs=0.011)
 
 
@@ -35,14 +36,16 @@ def test_gflops_are_the_known_ones(arch):
 )
 def test_private_batchnorm_adds_the_papers_share_of_parameters(arch, share):
     with torch.device("meta"):
-        five, one = (create_model(arch, 1000, s) for s in ((224, 192, 160, 128, 96), (224,)))
+        five, one = (
+            create_model(ModelConfig(arch, 1000, s)) for s in ((224, 192, 160, 128, 96), (224,))
+        )
     count = [sum(p.numel() for p in m.parameters()) for m in (five, one)]
     assert 100 * (count[0] / count[1] - 1) == pytest.approx(share, abs=0.06)
 
 
 @pytest.mark.parametrize("arch", ["parallel_resnet18", "parallel_mobilenetv2"])
 def test_initialisation_is_the_originals(arch):
-    model = create_model(arch, 1000, (64, 32))
+    model = create_model(ModelConfig(arch, 1000, (64, 32)))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # N(0, sqrt(2 / (k * k * out))): Kaiming, fan-out, also for depthwise convolutions.
@@ -65,7 +68,7 @@ def test_initialisation_is_the_originals(arch):
     "arch", ["parallel_densenet121", "parallel_regnet_y_400mf", "parallel_timm/resnet10t"]
 )
 def test_other_families_become_switchable(arch):
-    model = create_model(arch, 7, (64, 48)).eval()
+    model = create_model(ModelConfig(arch, 7, (64, 48))).eval()
     assert any(isinstance(m, SwitchableBatchNorm2d) for m in model.modules())
     assert model(torch.randn(1, 3, 48, 48)).shape == (1, 7)
 
@@ -84,29 +87,29 @@ def test_every_listed_arch_has_batchnorm_and_no_other_has():
 
 
 def test_width_multiplies_where_the_network_has_it():
-    half = create_model("parallel_mobilenetv2", 10, (64,), width_mult=0.5)
+    half = create_model(ModelConfig("parallel_mobilenetv2", 10, (64,), width_mult=0.5))
     reference = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.5)
     assert half.network.classifier[1].weight.shape == reference.classifier[1].weight.shape
     with pytest.raises(UsageError, match=r"--width-mult 0\.5: parallel_densenet121 has no width"):
-        create_model("parallel_densenet121", 10, (64,), width_mult=0.5)
+        create_model(ModelConfig("parallel_densenet121", 10, (64,), width_mult=0.5))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_a_scaled_resnet_is_torchvisions_with_fewer_channels(arch):
     """At half the width each convolution has half the channels of torchvision's, in the same order."""
-    half = create_model(f"parallel_{arch}", 10, (64,), width_mult=0.5).network
+    half = create_model(ModelConfig(f"parallel_{arch}", 10, (64,), width_mult=0.5)).network
     whole = torchvision.models.get_model(arch, num_classes=10)
     convs = [[m for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (half, whole)]
     for ours, theirs in zip(*convs, strict=True):
         assert ours.out_channels * 2 == theirs.out_channels
         assert (ours.stride, ours.kernel_size) == (theirs.stride, theirs.kernel_size)
     assert half.fc.in_features * 2 == whole.fc.in_features
-    same = create_model(f"parallel_{arch}", 10, (64,), width_mult=1.0).network
+    same = create_model(ModelConfig(f"parallel_{arch}", 10, (64,), width_mult=1.0)).network
     assert sum(p.numel() for p in same.parameters()) == sum(p.numel() for p in whole.parameters())
 
 
 def test_resnet10_has_one_block_a_stage():
-    network = create_model("parallel_resnet10", 10, (64,)).network
+    network = create_model(ModelConfig("parallel_resnet10", 10, (64,))).network
     assert [len(getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
     assert network.fc.in_features == 512
 
@@ -116,7 +119,7 @@ def test_resnet10_has_one_block_a_stage():
     [("parallel_resnet18", 8), ("parallel_mobilenetv2", 16), ("parallel_timm/resnet18", 8)],
 )
 def test_the_small_stem_shrinks_the_picture_less(arch, stride):
-    model = create_model(arch, 10, (32, 16), stem="small").eval()
+    model = create_model(ModelConfig(arch, 10, (32, 16), stem="small")).eval()
     shapes = []
     last = [m for m in model.modules() if isinstance(m, nn.Conv2d)][-1]
     last.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[-1]))
@@ -129,8 +132,8 @@ def test_the_small_stem_shrinks_the_picture_less(arch, stride):
 
 
 def test_blurpool_blurs_before_every_strided_convolution_but_the_first():
-    plain = create_model("parallel_resnet18", 10, (64,)).eval()
-    blurred = create_model("parallel_resnet18", 10, (64,), blurpool=True).eval()
+    plain = create_model(ModelConfig("parallel_resnet18", 10, (64,))).eval()
+    blurred = create_model(ModelConfig("parallel_resnet18", 10, (64,), blurpool=True)).eval()
     assert list(plain.state_dict()) == list(blurred.state_dict())
     blurred.load_state_dict(plain.state_dict())
     for name, module in blurred.named_modules():
@@ -161,7 +164,7 @@ def test_blurpool_blurs_before_every_strided_convolution_but_the_first():
 )
 def test_an_unknown_arch_suggests_near_names(arch, message):
     with pytest.raises(UsageError, match=message):
-        create_model(arch, 10, (64,))
+        create_model(ModelConfig(arch, 10, (64,)))
 
 
 @pytest.mark.parametrize(
@@ -174,11 +177,11 @@ def test_an_unknown_arch_suggests_near_names(arch, message):
 )
 def test_sizes_too_small_for_the_network_are_refused(arch, sizes, message):
     with pytest.raises(UsageError, match=message):
-        create_model(arch, 10, sizes)
+        create_model(ModelConfig(arch, 10, sizes))
 
 
 def test_a_deepcopy_of_a_built_network_computes_the_same():
-    model = create_model("parallel_resnet18", 5, (32, 16)).eval()
+    model = create_model(ModelConfig("parallel_resnet18", 5, (32, 16))).eval()
     x = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
 
@@ -186,7 +189,7 @@ def test_a_deepcopy_of_a_built_network_computes_the_same():
 @pytest.mark.parametrize("arch", ["parallel_resnet18", "parallel_timm/resnet10t"])
 def test_synchronized_batchnorm_stays_private(arch):
     """And keeps its weights, names and, of timm's layers, activations; it is computed on GPUs alone."""
-    model = create_model(arch, 3, (64, 32))
+    model = create_model(ModelConfig(arch, 3, (64, 32)))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     private = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     acting = [type(m.act) for m in private if hasattr(m, "act")]
@@ -212,7 +215,11 @@ def test_synchronized_batchnorm_stays_private(arch):
     ],
 )
 def test_feature_maps_and_gradients_of_convolutions_are_channels_last_everywhere(arch, options):
-    model = create_model(arch, 4, (64, 32), **options).to(memory_format=torch.channels_last).train()
+    model = (
+        create_model(ModelConfig(arch, 4, (64, 32), **options))
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     strayed = []
 
     def check(name, x):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipelines.utils.errors import UsageError
+from rsnet.config.model_config import ModelConfig
 from rsnet.inference.runner import ModelRunner
 from rsnet.models.factory import create_model
 from rsnet.models.fold import fold_batchnorm, plain
@@ -35,7 +36,7 @@ def _make(name: str):
     """A network in which no two BatchNorms are alike; at the smallest size strided layers see one pixel."""
     options, _ = NETWORKS[name]
     sizes = (64, 32) if "densenet" in name else (32, 16)
-    model = create_model(name.split()[0], 5, sizes, **options).eval()
+    model = create_model(ModelConfig(name.split()[0], 5, sizes, **options)).eval()
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -149,7 +150,9 @@ def test_a_folded_networks_depthwise_convolutions_keep_their_new_bias_under_auto
 
 
 def test_quantized_activations_are_not_folded():
-    model = create_model("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
+    model = create_model(
+        ModelConfig("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
+    )
     with pytest.raises(UsageError, match="activations are quantized, and rounding would move some"):
         fold_batchnorm(model.eval(), 32)
 
@@ -193,6 +196,8 @@ def test_folded_weights_are_rounded_to_bfloat16_once(model):
     ],
 )
 def test_what_a_network_or_device_cannot_is_refused_at_the_start(options, message):
-    model = create_model("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
+    model = create_model(
+        ModelConfig("parallel_resnet10", 5, (32,), width_mult=0.25, mode="preact", qw=2, qa=2)
+    )
     with pytest.raises(UsageError, match=re.escape(message)):
         ModelRunner(model.eval(), CPU, None, batch_size=4, **options)

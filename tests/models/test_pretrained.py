@@ -10,6 +10,7 @@ import torch
 import torchvision
 
 from pipelines.utils.errors import DataError, UsageError
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 
 SIZES = (48, 32)
@@ -41,7 +42,7 @@ def _trained(network):
 def test_every_resolution_starts_as_the_ordinary_network(tmp_path, arch, make):
     plain = _trained(make())
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    model = create_model(arch, 7, SIZES, pretrained=str(tmp_path / "plain.pth")).eval()
+    model = create_model(ModelConfig(arch, 7, SIZES), pretrained=str(tmp_path / "plain.pth")).eval()
     for size in SIZES:
         x = torch.randn(2, 3, size, size)
         torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
@@ -67,7 +68,9 @@ def test_every_resolution_starts_as_the_ordinary_network(tmp_path, arch, make):
 def test_files_of_known_trainers_are_read(tmp_path, wrap):
     plain = _trained(torchvision.models.resnet18(num_classes=7))
     torch.save(wrap(plain.state_dict()), tmp_path / "plain.pth")
-    model = create_model("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "plain.pth"))
+    model = create_model(
+        ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "plain.pth")
+    )
     assert torch.equal(model.network.conv1.weight, plain.conv1.weight)
 
 
@@ -79,7 +82,9 @@ def test_classifiers_on_the_side_are_left_out(tmp_path, name, options):
     plain = torchvision.models.get_model(name, num_classes=3, **options)
     assert any("aux" in key.lower() for key in plain.state_dict())
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    model = create_model(f"parallel_{name}", 3, (96,), pretrained=str(tmp_path / "plain.pth"))
+    model = create_model(
+        ModelConfig(f"parallel_{name}", 3, (96,)), pretrained=str(tmp_path / "plain.pth")
+    )
     assert torch.equal(model.network.fc.weight, plain.fc.weight)
 
 
@@ -89,7 +94,7 @@ def test_safetensors_are_read(tmp_path):
     plain = _trained(torchvision.models.resnet18(num_classes=7))
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     model = create_model(
-        "parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "plain.safetensors")
+        ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "plain.safetensors")
     )
     assert torch.equal(model.network.conv1.weight, plain.conv1.weight)
 
@@ -97,7 +102,9 @@ def test_safetensors_are_read(tmp_path):
 def test_a_classifier_of_other_classes_starts_anew(tmp_path):
     plain = torchvision.models.resnet18(num_classes=7)
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    model = create_model("parallel_resnet18", 4, SIZES, pretrained=str(tmp_path / "plain.pth"))
+    model = create_model(
+        ModelConfig("parallel_resnet18", 4, SIZES), pretrained=str(tmp_path / "plain.pth")
+    )
     assert model.network.fc.weight.shape == (4, 512)
     assert torch.equal(model.network.layer4[0].conv1.weight, plain.layer4[0].conv1.weight)
 
@@ -108,20 +115,28 @@ def test_what_does_not_fit_is_listed_by_name_and_shape(tmp_path):
     del state["bn1.weight"]
     torch.save(state, tmp_path / "plain.pth")
     with pytest.raises(DataError) as error:
-        create_model("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "plain.pth"))
+        create_model(
+            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "plain.pth")
+        )
     assert "bn1.weight (64,) is missing" in str(error.value)
     assert "conv1.weight is (64, 3, 3, 3), not (64, 3, 7, 7)" in str(error.value)
 
 
 def test_weights_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"--pretrained: there is no file .*/none\.pth"):
-        create_model("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "none.pth"))
+        create_model(
+            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "none.pth")
+        )
     with pytest.raises(UsageError, match="torchvision's resnet18 has IMAGENET1K_V1"):
-        create_model("parallel_resnet18", 7, SIZES, pretrained="IMAGENET21K")
+        create_model(ModelConfig("parallel_resnet18", 7, SIZES), pretrained="IMAGENET21K")
     (tmp_path / "page.pth").write_text("<html>404</html>")
     with pytest.raises(DataError, match=r"page\.pth has no readable weights") as error:
-        create_model("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "page.pth"))
+        create_model(
+            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "page.pth")
+        )
     assert "\n" not in str(error.value)
     torch.save({"model": _Own()}, tmp_path / "own.pth")
     with pytest.raises(DataError, match=r"it holds code: \S*_Own$"):
-        create_model("parallel_resnet18", 7, SIZES, pretrained=str(tmp_path / "own.pth"))
+        create_model(
+            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "own.pth")
+        )

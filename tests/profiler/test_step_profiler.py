@@ -14,6 +14,7 @@ from pipelines.dali import DaliOptions, make_loaders
 from pipelines.synthetic import SyntheticOptions
 from pipelines.synthetic import make_loaders as make_synthetic
 from rsnet.config.command_line import parse
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.loggers import wandb_service
 from rsnet.models.factory import create_model, gflops
@@ -31,7 +32,7 @@ def _setup(clock: Clock, loader_pause: float, network_pause: float, more: str = 
     line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24 -b 4 "
     config, _ = parse(DaliOptions, (line + more).split())
     config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
-    model = create_model("parallel_resnet10", 3, SIZES, 0.125, "small")
+    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES, width_mult=0.125, stem="small"))
     loader = make_synthetic(
         SyntheticOptions(train_images=64, classes=3), LoaderSpec("d", SIZES, 4, CPU)
     ).train

@@ -29,7 +29,8 @@ from rsnet import __version__
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import to_original
-from rsnet.models.factory import create_model, create_model_from_checkpoint
+from rsnet.config.model_config import ModelConfig
+from rsnet.models.factory import create_model
 from rsnet.release import config as release_config
 from rsnet.release import model_card as release_card
 from rsnet.release import package as release
@@ -58,7 +59,7 @@ NETWORK = {
 def _trained(network: dict, seed: int) -> dict[str, torch.Tensor]:
     """A state dict in which no two BatchNorms, and no two networks, are alike; channels-last."""
     torch.manual_seed(seed)
-    model = create_model_from_checkpoint(network)
+    model = create_model(ModelConfig.from_dict(network))
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -134,7 +135,7 @@ def _refusal(folder: Path, capsys) -> tuple[int, str]:
 
 
 def _reference(content: dict, key: str = "model") -> nn.Module:
-    model = create_model_from_checkpoint(content["network"])
+    model = create_model(ModelConfig.from_dict(content["network"]))
     model.load_state_dict(content[key], strict=True)
     return model.eval()
 
@@ -357,7 +358,7 @@ def test_quantized_weights_take_their_bits_and_a_basis_a_channel(tmp_path, capsy
     stored = safetensors.torch.load_file(folder / "model.safetensors")
     filters = [
         m
-        for m in create_model_from_checkpoint(NETWORK | network | {"qw": 32}).modules()
+        for m in create_model(ModelConfig.from_dict(NETWORK | network | {"qw": 32})).modules()
         if isinstance(m, nn.Conv2d)
     ]
     expected = sum(-(-m.weight.numel() * bits // 8) for m in filters[1:])
@@ -669,7 +670,7 @@ def test_a_builders_complaint_is_one_line(folder, capsys, monkeypatch):
     def complain(_):
         raise RuntimeError("no such\nshapes")
 
-    monkeypatch.setattr(release, "create_model_from_checkpoint", complain)
+    monkeypatch.setattr(release, "create_model", complain)
     code, line = _refusal(folder, capsys)
     assert code == 1
     assert "config.json: such a network cannot be built (no such)" in line
@@ -683,11 +684,11 @@ def test_a_network_that_its_file_cannot_hold_takes_no_memory(folder, capsys, mon
     built: list[bool] = []
 
     def watched(*args):
-        model = create_model_from_checkpoint(*args)
+        model = create_model(*args)
         built.append(all(p.is_meta for n, p in model.named_parameters() if n != "alpha"))
         return model
 
-    monkeypatch.setattr(release, "create_model_from_checkpoint", watched)
+    monkeypatch.setattr(release, "create_model", watched)
     code, line = _refusal(folder, capsys)
     assert code == 1
     assert "network.fc.weight is (3, 128), not (1000000, 128)" in line
@@ -732,7 +733,7 @@ def test_an_arch_is_never_built_from_a_description_that_is_refused(folder, monke
     config = _config(folder)
     del config["gflops"]
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(release, "create_model_from_checkpoint", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(release, "create_model", lambda *_: pytest.fail("built"))
     assert "gflops is missing" in _refusal(folder, capsys)[1]
 
 
@@ -741,7 +742,7 @@ def test_regnet_can_be_built_without_memory():
     arch = "parallel_regnet_x_400mf"
     network = NETWORK | {"arch": arch, "width_mult": 1.0, "sizes": [128]}
     state = release._without_memory(network).state_dict()
-    real = create_model(arch, 3, [128]).state_dict()
+    real = create_model(ModelConfig(arch, 3, [128])).state_dict()
     assert {n: (v.shape, v.dtype) for n, v in state.items()} == {
         n: (v.shape, v.dtype) for n, v in real.items()
     }

@@ -10,6 +10,7 @@ import torch
 
 from pipelines.dali import DaliOptions, make_loaders
 from rsnet.checkpoint import io as checkpoint
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.train import main
 from tests.scripts.test_modern_recipe import _stops_before
@@ -208,7 +209,9 @@ def test_what_does_not_fit_is_not_started_from(
 
 def test_the_last_gammas_start_at_zero_in_a_quantized_resnet_alone():
     def zeros(**options) -> int:
-        model = create_model("parallel_resnet18", 4, (32,), 0.125, **options)
+        model = create_model(
+            ModelConfig("parallel_resnet18", 4, (32,), width_mult=0.125, **options)
+        )
         return sum(
             p.numel() > 0 and not p.any()
             for n, p in model.named_parameters()

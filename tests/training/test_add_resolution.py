@@ -12,6 +12,7 @@ import torch
 from pipelines.dali import DaliOptions, make_loaders
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
 from rsnet.train import main as train
@@ -29,7 +30,7 @@ NETWORK = {
 
 
 def _model(sizes=SIZES):
-    return create_model("parallel_resnet10", 3, sizes, 0.125, "small")
+    return create_model(ModelConfig("parallel_resnet10", 3, sizes, width_mult=0.125, stem="small"))
 
 
 def _trained():

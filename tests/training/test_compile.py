@@ -14,6 +14,7 @@ from pipelines.dali import make_loaders as make_dali
 from pipelines.synthetic import SyntheticOptions, make_loaders
 from rsnet import train as run
 from rsnet.config.command_line import parse
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models.factory import create_model
@@ -29,7 +30,7 @@ def _trainer(*more: str):
     config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
     torch.manual_seed(0)
     bits = {"mode": config.mode, "qw": config.qw, "qa": config.qa}
-    model = create_model(config.arch, 10, SIZES, 0.25, "small", **bits)
+    model = create_model(ModelConfig(config.arch, 10, SIZES, width_mult=0.25, stem="small", **bits))
     model = model.to(memory_format=torch.channels_last)
     return make_trainer(config, model, 10, 100, torch.device("cpu")), model
 

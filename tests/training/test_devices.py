@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines.batch import Batch
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.models.factory import create_model
@@ -50,7 +51,7 @@ def test_a_step_reads_no_number_and_mixes_no_devices(amp, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *_args, **_more: left_out.append("sgd"))
-    model = create_model("parallel_mobilenetv2", 10, SIZES, 0.125)
+    model = create_model(ModelConfig("parallel_mobilenetv2", 10, SIZES, width_mult=0.125))
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = _trainer(model, amp)
         trainer.objective.train()

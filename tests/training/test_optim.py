@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.training.optim import LrSchedule, load_momentum, make_sgd
 
@@ -51,7 +52,7 @@ def test_warmup_rises_linearly_and_does_not_shift_the_decay():
 
 
 def test_sgd_holds_every_parameter_exactly_once_with_decay():
-    model = create_model("parallel_resnet18", 10, (32, 16))
+    model = create_model(ModelConfig("parallel_resnet18", 10, (32, 16)))
     groups = make_sgd(model, 0.1, 0.9, 1e-4).param_groups
     held = [p for group in groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()}
@@ -61,7 +62,7 @@ def test_sgd_holds_every_parameter_exactly_once_with_decay():
 
 def test_without_decay_of_norms_only_filters_and_the_classifier_decay():
     """By the type of the module that owns a parameter, where the code goes by its dimensions."""
-    model = create_model("parallel_mobilenetv2", 10, (32, 16))
+    model = create_model(ModelConfig("parallel_mobilenetv2", 10, (32, 16)))
     decays = {
         id(p): group["weight_decay"]
         for group in make_sgd(model, 0.1, 0.9, 1e-4, norm_decay=False).param_groups

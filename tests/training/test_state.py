@@ -6,6 +6,7 @@ import torch
 
 from pipelines.dali import DaliOptions
 from rsnet.config.command_line import parse
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.models.factory import create_model
 from rsnet.training import resume as state
@@ -20,7 +21,9 @@ def _trainer(*words: str):
     )
     config, _ = parse(DaliOptions, [*line.split(), *words])
     resolved = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
-    model = create_model("parallel_resnet10", 3, (32, 24), 0.125, "small")
+    model = create_model(
+        ModelConfig("parallel_resnet10", 3, (32, 24), width_mult=0.125, stem="small")
+    )
     return make_trainer(resolved, model, 3, 4, CPU), model
 
 

@@ -54,7 +54,7 @@ def clipped_ste_backward(gradient: Tensor, values: Tensor, top: Tensor) -> Tenso
         and gradient.stride() == values.stride()
     ):
         kept = torch.empty_like(values)
-        _kernels().keep_up_to(_rows(gradient, 1), _rows(values, 1), top, _rows(kept, 1))
+        _kernels().clipped_ste_backward(_rows(gradient, 1), _rows(values, 1), top, _rows(kept, 1))
         return kept
     return torch.where(values <= top, gradient, 0.0)
 

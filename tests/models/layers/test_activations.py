@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.layers.activations import convert_activations
 from tests.helpers.operations import Operations
@@ -67,7 +68,7 @@ def test_relu6_keeps_its_output_alone():
 @pytest.mark.parametrize("arch", ["mobilenetv2", "efficientnet_b0", "mobilenet_v3_small"])
 def test_a_network_trains_to_the_same_bits(arch):
     torch.manual_seed(0)
-    ours = create_model(f"parallel_{arch}", 3, (32,))
+    ours = create_model(ModelConfig(f"parallel_{arch}", 3, (32,)))
     library = copy.deepcopy(ours)
     for module in library.modules():
         if type(module).__module__ == "rsnet.models.layers.activations":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.layers.onednn_workarounds import SkippingConv2d, convert_pointwise_convs
 
@@ -31,7 +32,9 @@ def test_it_gives_what_a_plain_convolution_gives(pixels, stride):
 def test_a_network_of_eight_channels_trains_in_float32():
     """Crashes, or has wrong gradients, with plain convolutions on a CPU with AVX-512 (oneDNN)."""
     torch.manual_seed(0)
-    model = create_model("parallel_resnet10", 3, [48, 24], 0.125, "small")
+    model = create_model(
+        ModelConfig("parallel_resnet10", 3, [48, 24], width_mult=0.125, stem="small")
+    )
     exact = copy.deepcopy(model).double()
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(8, 3, 48, 48).to(memory_format=torch.channels_last)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.batch import Batch
+from rsnet.config.model_config import ModelConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
@@ -34,7 +35,10 @@ DEVICE = torch.device("cpu")
 def _network(fixed_qa: bool = False):
     torch.manual_seed(0)
     return create_model(
-        "parallel_resnet10", 4, SIZES, 0.25, "small", mode="preact", qw=2, qa=2, fixed_qa=fixed_qa
+        ModelConfig(
+            "parallel_resnet10", 4, SIZES, width_mult=0.25, stem="small", mode="preact", qw=2, qa=2
+        ),
+        fixed_qa=fixed_qa,
     ).to(memory_format=torch.channels_last)
 
 
@@ -270,7 +274,7 @@ def test_a_solution_needs_no_more_than_the_codes_that_occur():
     ],
 )
 def test_weights_of_other_networks_are_quantized_too(arch):
-    model = create_model(arch, 4, SIZES, qw=3).to(memory_format=torch.channels_last)
+    model = create_model(ModelConfig(arch, 4, SIZES, qw=3)).to(memory_format=torch.channels_last)
     layers = quantized_layers(model)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(layers) == len(convolutions) - 1

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.quantization.bit_packing import (
     pack_bits,
@@ -43,7 +44,9 @@ def test_packed_numbers_are_a_row_of_binary_digits_without_gaps(bits, count):
     ],
 )
 def test_unpacked_networks_give_the_same_bits(options):
-    model = create_model("parallel_resnet10", 7, SIZES, 0.25, "small", **options).eval()
+    model = create_model(
+        ModelConfig("parallel_resnet10", 7, SIZES, width_mult=0.25, stem="small", **options)
+    ).eval()
     for module in model.modules():
         if isinstance(
             module, WeightQuantizer
@@ -51,7 +54,11 @@ def test_unpacked_networks_give_the_same_bits(options):
             module.basis.mul_(torch.randn_like(module.basis))
     stored = pack_state_dict(model)
     assert not any(name.endswith((".total", ".rest")) for name in stored)
-    plain = create_model("parallel_resnet10", 7, SIZES, 0.25, "small", **(options | {"qw": 32}))
+    plain = create_model(
+        ModelConfig(
+            "parallel_resnet10", 7, SIZES, width_mult=0.25, stem="small", **options | {"qw": 32}
+        )
+    )
     plain.load_state_dict(unpack_state_dict(stored, plain.state_dict()))
     for quantizer in plain.modules():
         if isinstance(quantizer, Quantizer):  # a training would begin its averages anew
@@ -64,7 +71,9 @@ def test_unpacked_networks_give_the_same_bits(options):
 
 
 def test_packing_leaves_the_network_as_it_is_and_needs_no_weights_to_know_the_shapes():
-    model = create_model("parallel_resnet10", 7, SIZES, 0.25, mode="preact", qw=3, qa=2)
+    model = create_model(
+        ModelConfig("parallel_resnet10", 7, SIZES, width_mult=0.25, mode="preact", qw=3, qa=2)
+    )
     before = copy.deepcopy(model.state_dict())
     stored = pack_state_dict(model)
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
