@@ -215,7 +215,7 @@ RUN_PAGES = (
 )
 
 
-@pytest.mark.slow  # half a minute; .ci/run has it
+@pytest.mark.slow  # more than a minute; .ci/run has it
 @needs_ffcv
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """On a small folder with small sizes, narrow, without torchrun.
