@@ -6,6 +6,8 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ from rsnet.train import main
 from tests.conftest import needs_ffcv
 
 ROOT = Path(__file__).parents[1]
-GENERATED = {"options.md"}  # of docs/; it may be missing in a checkout that has not made it yet
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (
@@ -149,9 +150,17 @@ def test_the_links_of_a_page_lead_somewhere(page):
             continue
         name, _, anchor = target.partition("#")
         path = (ROOT / page).parent / name if name else ROOT / page
-        assert path.exists() or path.name in GENERATED, target
+        assert path.exists(), target
         if anchor:
             assert anchor in _anchors(path.read_text()), target
+
+
+def test_the_page_of_options_is_what_the_code_says():
+    script = ROOT / "scripts" / "options_page.py"
+    done = subprocess.run(
+        [sys.executable, script, "--check"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_page_is_in_the_sites_navigation_and_in_the_index():
