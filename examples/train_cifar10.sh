@@ -9,7 +9,11 @@
 # OUTPUT   folder for the run and the release; runs/cifar10 if not given
 # OPTION   any option of train_dali.py; it replaces the one below, e.g. --epochs 30
 #
-# Expected: TO MEASURE
+# Expected: a table of accuracy by resolution, and the three most likely classes of one image. On CIFAR-10
+# (50,000 images to train on, 10,000 to evaluate), with one of two shared cores of an AMD EPYC in float32,
+# the first of the two epochs and its evaluation took about 8.5 minutes of CPU time, the start included;
+# top-1 was then 46.6, 45.9, 46.6, 45.3 and 44.1 % at 32, 28, 24, 20 and 16 pixels. The second epoch has not
+# been measured.
 #
 # The same command goes on where it was interrupted. On a GPU take the full network: remove --width-mult, set
 # --arch parallel_resnet18 and --epochs 30.

@@ -220,5 +220,5 @@ def test_without_arguments_an_example_shows_its_header(monkeypatch, name):
 
 
 def test_onnx_inference_names_the_resolutions_of_the_file(onnx):
-    with pytest.raises(SystemExit, match="size 40: .*model.onnx has 64 32"):
+    with pytest.raises(SystemExit, match=r"size 40: .*model\.onnx has 64 32"):
         _functions("onnx_inference.py")["main"](str(onnx), "40", "photo.jpg")
