@@ -79,7 +79,7 @@ class Block(nn.Module):
         parts["bn"] = nn.BatchNorm2d(out)
         self.residual = nn.Sequential(parts)
         self.shortcut: nn.Module = nn.Identity()
-        if channels != out:
+        if stride != 1 or channels != out:
             self.shortcut = (
                 nn.Sequential(_conv(channels, out, 1, stride), nn.BatchNorm2d(out))
                 if shortcut == "B"
@@ -107,8 +107,8 @@ class PooledShortcut(nn.Module):
 class PreActResNet(nn.Module):
     """(N, 3, s, s) -> (N, classes), initialised as torchvision's ResNets.
 
-    name: of `LAYERS`. shortcut: "B", a quantized 1x1 convolution and BatchNorm, where the number of channels
-    changes; or "A". width_mult: times the channels of every layer, at least 8.
+    name: of `LAYERS`. shortcut: "B", a quantized 1x1 convolution and BatchNorm, where the shape changes; or
+    "A", see `PooledShortcut`. width_mult: times the channels of every layer, at least 8.
 
     Under "B" a stage ends with the quantizer that its successor's first block, and its shortcut, read; under
     "A" that block has a quantizer of its own, and the shortcut reads what is not quantized.

@@ -108,6 +108,19 @@ def test_a_scaled_resnet_is_torchvisions_with_fewer_channels(arch):
     assert sum(p.numel() for p in same.parameters()) == sum(p.numel() for p in whole.parameters())
 
 
+@pytest.mark.parametrize("mode", ["resnet", "preact", "preact_typeA"])
+@pytest.mark.parametrize("arch", ["parallel_resnet10", "parallel_resnet50"])
+def test_networks_whose_stages_all_have_the_least_width_still_shrink_the_image(arch, mode):
+    config = ModelConfig(arch, 3, (64, 33, 16), width_mult=0.01, mode=mode)
+    model = create_model(config).eval()
+    channels = []
+    model.network.avgpool.register_forward_pre_hook(lambda _m, x: channels.append(x[0].shape[1:]))
+    for size in model.sizes:
+        assert model(torch.randn(1, 3, size, size)).shape == (1, 3)
+    width = 8 if arch == "parallel_resnet10" else 32
+    assert channels == [(width, 2, 2), (width, 2, 2), (width, 1, 1)]
+
+
 def test_resnet10_has_one_block_a_stage():
     network = create_model(ModelConfig("parallel_resnet10", 10, (64,))).network
     assert [len(getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
