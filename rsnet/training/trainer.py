@@ -16,7 +16,7 @@ from pipelines.utils.errors import DataError
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.models.autocast import AMP_DTYPES, autocast
-from rsnet.models.quantization.bases import BasisUpdater
+from rsnet.models.quantization.lq_nets import BasisUpdater
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
@@ -174,5 +174,5 @@ def make_trainer(
         else None,
         ModelEma(model, c.ema) if c.ema else None,
         c.most_skipped,
-        BasisUpdater(model) if c.is_quantized else None,
+        BasisUpdater(model, model.sizes) if c.is_quantized else None,
     )

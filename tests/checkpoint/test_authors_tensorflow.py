@@ -10,8 +10,7 @@ from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
-from rsnet.models.quantization.bases import update_bases
-from rsnet.models.quantization.lq_nets import Quantizer
+from rsnet.models.quantization.lq_nets import Quantizer, update_bases
 from tests.helpers.tensorflow_graph import Graph, saved
 
 # 33 pads unevenly at other places than 64; type A is for sizes that halve without a rest.
