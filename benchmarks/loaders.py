@@ -29,7 +29,7 @@ from numba import njit
 from pipelines import dali, ffcv, reference
 from pipelines.batch import Loader, Loaders, LoaderSpec
 from pipelines.ffcv.beton import Samples, open_beton
-from pipelines.ffcv.decode import FINE, decode, training_views
+from pipelines.ffcv.decode import FINE, Job, decode, training_views
 from pipelines.ffcv.turbojpeg import JpegDecoder
 from pipelines.sampler import Indices, crop_params
 
@@ -95,9 +95,9 @@ class HostOnly:
         sizes, count = self._options.sizes, len(indices)
         outs = tuple(np.empty((count, s, 3 * s), np.uint8) for s in sizes)
         status = np.empty(count, np.uint8)
-        draws = crop_params(0, 0, indices, len(sizes), "independent")
-        samples = self._beton.samples.take(indices)
-        training_views(file, decoder, samples, draws, 0, count, None, outs, status)
+        params = crop_params(0, 0, indices, len(sizes), "independent")
+        job = Job(self._beton.samples.take(indices), None, outs, status)
+        training_views(file, decoder, job, 0, count, params)
         assert not status.any()
 
 

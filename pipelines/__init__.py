@@ -1,1 +1,1 @@
-"""Input pipelines: image folders in, `Batch`es on the training device out. Knows no model."""
+"""Input pipelines: image folders in, `Batch`es on the training device out. They know no model."""

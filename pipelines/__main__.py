@@ -1,4 +1,4 @@
-"""`python -m pipelines VERB`: image folders verified, converted to .beton files, and made for a demo."""
+"""`python -m pipelines VERB`: verify image folders, convert them to .beton files, render a demo."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ VERBS = {
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the verb that `words` begin with; return the exit code."""
     return verb_command("pipelines", VERBS, words)
 
 

@@ -1,4 +1,4 @@
-"""What every pipeline agrees on: `Batch`, `Loader`, normalisation, crop and evaluation geometry."""
+"""The interface of every pipeline: `LoaderSpec` in, `Loaders` of `Batch`es out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AutoAugment = Literal["trivial", "rand"]
 
 
 class Batch(NamedTuple):
-    """One step's samples at every size.
+    """The samples of one step at every size.
 
     images: one (N, 3, s, s) tensor per size, the largest first, channels-last in memory, normalised.
     labels: (N,) int64. All on one device.
@@ -32,21 +32,29 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __len__(self) -> int:
-        """Steps in an epoch."""
+        """Return the number of steps in an epoch."""
         ...
 
-    def set_epoch(self, epoch: int) -> None: ...
+    def set_epoch(self, epoch: int) -> None:
+        """Begin `epoch` with the next iteration."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch and the position in it."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the position of `state`. Raises UsageError if it is of other data."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End threads and processes, and free memory."""
+        ...
 
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """What a backend is told, whatever it reads from. `batch_size` is per process."""
+    """The options that all pipelines share. `batch_size` is per process."""
 
     data: Path
     sizes: tuple[int, ...]
@@ -62,7 +70,7 @@ class LoaderSpec:
 
 
 class Loaders(NamedTuple):
-    """`train` is None where only an evaluation was asked for."""
+    """Training and validation data; `train` is None for an evaluation."""
 
     train: Loader | None
     val: Loader

@@ -1,9 +1,9 @@
-"""The demo data set: ten classes of rendered JPEGs, told apart by coarse shape and fine texture.
+"""The demo data set: ten classes of rendered JPEGs that differ in coarse shape and fine texture.
 
-Five shapes, each filled with horizontal or vertical stripes. The stripes repeat about 24 times over the
-short side: at 64 pixels they can be counted, at 32 they blur, so that a lower resolution costs accuracy.
-Each split has one of each odd kind that ImageNet has, too: a CMYK JPEG, a PNG named .JPEG, a grayscale,
-a progressive and an EXIF-rotated JPEG.
+Five shapes are filled with horizontal or vertical stripes. About 24 stripes cross the short side: at 64
+pixels they can be counted, at 32 they blur, so that a lower resolution costs accuracy. Each split has one of
+each odd kind of file that ImageNet has: a CMYK JPEG, a PNG named .JPEG, a grayscale, a progressive and an
+EXIF-rotated JPEG.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DemoOptions:
     """Write the demo data set: train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
 
     output: Path
-    """Folder to make."""
+    """Folder to create."""
 
     train: int = 100
     """Training images per class."""
@@ -78,7 +78,7 @@ class DemoOptions:
 
 
 def write(options: DemoOptions) -> None:
-    """Write both splits, whole or not at all. Raises UsageError if `output` exists already."""
+    """Write both splits completely or not at all. Raises UsageError if `output` exists already."""
     if options.output.exists():
         raise UsageError(f"--output: {options.output} exists already")
     partial = options.output.with_name(options.output.name + ".partial")
@@ -95,8 +95,14 @@ def write(options: DemoOptions) -> None:
     partial.rename(options.output)
 
 
+def write_demo(options: DemoOptions) -> int:
+    """Write the data set; return the exit code."""
+    write(options)
+    return 0
+
+
 def render(name: str, rng: np.random.Generator) -> Image.Image:
-    """An RGB image of class `name`, 100 to 500 pixels a side."""
+    """Render an RGB image of class `name`, 100 to 500 pixels a side."""
     shape, texture = name.split("_")
     height, width = rng.integers(100, 501, 2)
     short = min(height, width)
@@ -142,12 +148,6 @@ def _save_progressive(path: Path, image: Image.Image) -> None:
 
 
 ODD_KINDS = (_save_cmyk, _save_png, _save_gray, _save_exif, _save_progressive)
-
-
-def write_demo(options: DemoOptions) -> int:
-    """Write the data set; returns the exit code."""
-    write(options)
-    return 0
 
 
 if __name__ == "__main__":

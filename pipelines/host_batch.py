@@ -1,4 +1,4 @@
-"""Batches that threads finish in the host's memory: FFCV's, and DALI's where there is no GPU."""
+"""Batches that threads make in host memory: FFCV's, and DALI's without a GPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipelines.normalize import byte_table
 from pipelines.resize import MIN_SIZE
 from pipelines.utils.errors import UsageError
 
-CHUNK = 4  # images a task: few, so that the threads finish a batch together
+CHUNK = 4  # images per task: few, so that the threads finish a batch together
 
 
 class HostBatch:
-    """A batch of `count` samples in the works."""
+    """A batch of `count` samples that threads are working on."""
 
     def __init__(
         self,
@@ -29,25 +29,25 @@ class HostBatch:
         fill: Callable[[int, int], None],
         finish: Callable[[], Batch],
     ) -> None:
-        """`fill(first, last)` is called in the pool for chunks of samples, then `finish` in `result`."""
+        """Call `fill(first, last)` in the pool for chunks of samples; `result` calls `finish`."""
         chunks = [(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
         self._tasks = [pool.submit(fill, *chunk) for chunk in chunks]
         self._finish = finish
 
     def result(self) -> Batch:
-        """Wait for it; raises what `fill` or `finish` have raised."""
+        """Wait for the batch and return it. Raises what `fill` or `finish` raise."""
         for task in self._tasks:
             task.result()
         return self._finish()
 
     def cancel(self) -> None:
-        """Leave out what has not begun."""
+        """Cancel the chunks that have not started."""
         for task in self._tasks:
             task.cancel()
 
 
 def iterate_finished(batches: Iterable[HostBatch], ahead: int) -> Iterator[Batch]:
-    """The results in order, each while `ahead` later ones are in the works; leaving early cancels those."""
+    """Yield the results in order, with `ahead` later ones in progress; leaving early cancels those."""
     started: deque[HostBatch] = deque()
     try:
         for batch in batches:
@@ -62,28 +62,28 @@ def iterate_finished(batches: Iterable[HostBatch], ahead: int) -> Iterator[Batch
 
 
 def check_sizes(spec: LoaderSpec) -> None:
-    """Raises UsageError if the compiled resize cannot make one of the sizes."""
+    """Raise UsageError if the compiled resize cannot make one of the sizes."""
     if min(spec.sizes) < MIN_SIZE:
         raise UsageError(f"--sizes {min(spec.sizes)}: at least {MIN_SIZE} pixels")
 
 
 def allocate_blocks(spec: LoaderSpec, count: int) -> list[Tensor]:
-    """Room for `count` pictures at each size: (count, s, 3 * s) in the compute dtype."""
+    """Allocate `count` images at each size: (count, s, 3 * s) in the compute dtype."""
     return [torch.empty((count, s, 3 * s), dtype=spec.dtype) for s in spec.sizes]
 
 
 def as_images(blocks: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """(N, s, 3 * s) each -> (N, 3, s, s) that is channels-last, without a copy."""
+    """View each (N, s, 3 * s) as a channels-last (N, 3, s, s), without a copy."""
     return tuple(b.view(*b.shape[:2], b.shape[1], 3).permute(0, 3, 1, 2) for b in blocks)
 
 
 def pixel_table(spec: LoaderSpec) -> NDArray[Any]:
-    """`resize`'s table from bytes to normalised numbers of the compute dtype."""
+    """Return `resize`'s table from bytes to normalised values of the compute dtype."""
     return as_array(byte_table(spec.dtype, spec.normalize))
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
-    """The same memory; of the 16-bit types, which numpy or numba lack, the bits."""
+    """View the memory as an array; 16-bit floats, which numpy or numba lack, as int16."""
     bits = tensor.view(torch.int16) if tensor.itemsize == 2 else tensor
     array: NDArray[Any] = bits.numpy()
     return array

@@ -1,4 +1,4 @@
-"""Image folders: one sub-folder per class, as torchvision's ImageFolder reads them."""
+"""Image folders, one sub-folder per class, as torchvision's ImageFolder reads them; broken images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from pipelines.utils.errors import DataError, UsageError, error_context, first_l
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """`labels[i]`, an index into `classes`, belongs to `paths[i]`; classes and paths are sorted."""
+    """The images of one split; classes and paths are sorted.
+
+    `labels[i]`, an index into `classes`, is that of `paths[i]`.
+    """
 
     root: Path
     classes: list[str]
@@ -32,7 +35,7 @@ class ImageFolder:
         return [path.removeprefix(prefix) for path in self.paths]
 
     def fingerprint(self) -> str:
-        """A hash of the images' names, in their order."""
+        """Return the SHA-256 of the images' names, in their order."""
         return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()
 
 
@@ -59,7 +62,10 @@ def scan_folder(root: Path) -> ImageFolder:
 
 
 def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | None, ImageFolder]:
-    """`data`/train and `data`/val, which must have the same classes; train is None if not asked for."""
+    """Return `data`/train, None without `with_train`, and `data`/val.
+
+    Raises UsageError if one is missing or malformed, or their classes differ.
+    """
     if not data.is_dir():
         raise UsageError(f"--data: there is no folder {data}")
     splits = ("train", "val") if with_train else ("val",)
@@ -88,9 +94,10 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
 def explain_failure(
     paths: list[str], error: Exception, data: Path, reason_of: Callable[[str], str | None]
 ) -> DataError:
-    """The error to raise when a batch could not be read: it names the first image that is broken.
+    """Return the error for a batch that could not be read: it names the first image that is broken.
 
-    `data`: the folder with train and val. `reason_of`: what is wrong with the image at a path, if it is.
+    data: the folder with train and val. reason_of: returns what is wrong with the image at a path, if
+    anything. error: what the decoder said of the batch.
     """
     for path in paths:
         if reason := reason_of(path):
@@ -102,13 +109,13 @@ def explain_failure(
 
 
 def verify_command(data: Path, report: Path | None = None) -> str:
-    """What to type to have the images below `data` verified."""
+    """Return the command line that verifies the images below `data`."""
     words = ["python", "-m", "pipelines.folder", "verify", str(data)]
     return shlex.join(words if report is None else [*words, "--report", str(report)])
 
 
 def decode_error(path: str) -> str | None:
-    """Why PIL does not decode the image at `path`, or None if it does."""
+    """Return why PIL cannot decode the image at `path`, None if it can."""
     try:
         with open_image(path) as image:
             image.convert("RGB")
@@ -118,12 +125,13 @@ def decode_error(path: str) -> str | None:
 
 
 def dali_error_line(error: Exception) -> str:
-    """The line of DALI's message that says what went wrong; it follows the word "encountered:"."""
+    """Return the line of DALI's message that says what went wrong: the one after "encountered:"."""
     lines = str(error).partition("encountered:")[2].split("\n")
     return next((line.strip() for line in lines if line.strip()), first_line(error))
 
 
 def _some(names: list[str], most: int = 5) -> str:
+    """Return the first names, and how many more there are, as text."""
     if not names:
         return "none"
     more = f" and {len(names) - most} more" if len(names) > most else ""

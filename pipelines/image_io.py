@@ -1,4 +1,4 @@
-"""A picture as an evaluation sees it, decoded and cut by PIL; which files are pictures."""
+"""Find and open image files; cut evaluation's view with PIL."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipelines.transforms import eval_short_side
 
+# The formats of IMG_EXTENSIONS, and GIF. PIL goes by the first bytes, whatever the name, and would also take
+# PostScript, on which it runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
 
 def images_below(folder: Path) -> list[str]:
-    """Sorted paths of the image files below `folder`, folders that are links included.
+    """Return the sorted paths of the image files below `folder`, linked folders included.
 
-    A link to a folder that it lies in is not followed.
+    A link to one of its own parent folders is not followed.
     """
     found = []
     for directory, folders, names in os.walk(folder, followlinks=True):
@@ -28,31 +32,27 @@ def images_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _leads_back(path: str) -> bool:
-    link = Path(path)
-    return link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve())
-
-
-# What IMG_EXTENSIONS stand for, and GIF. PIL goes by the first bytes, whatever the name, and would also take
-# PostScript, which it runs Ghostscript on.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-
-
 def open_image(path: str | Path) -> Image.Image:
-    """The picture in a file of one of `FORMATS`, of which only the header was read.
+    """Open an image file of one of `FORMATS`; only its header is read.
 
-    Raises what PIL does, and OSError.
+    Raises OSError, and what else PIL raises for a damaged header.
     """
     state = Path(path).stat()
-    if not stat.S_ISREG(state.st_mode):  # to open a pipe would be to wait for ever
+    if not stat.S_ISREG(state.st_mode):  # opening a pipe would block
         raise OSError("it is no regular file")
     if state.st_size == 0:
         raise OSError("the file is empty")
     return Image.open(path, formats=FORMATS)
 
 
-def eval_picture(image: Image.Image, size: int) -> Image.Image:
-    """The `size` x `size` pixels of a picture that an evaluation looks at."""
+def eval_image(image: Image.Image, size: int) -> Image.Image:
+    """Return evaluation's view of an image: resized, and its centre of `size` x `size` pixels."""
     resized = F.resize(image, [eval_short_side(size)], InterpolationMode.BILINEAR)
     centre: Image.Image = F.center_crop(resized, [size])
     return centre
+
+
+def _leads_back(path: str) -> bool:
+    """Return whether a path is a link to one of its own parent folders."""
+    link = Path(path)
+    return link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve())

@@ -1,4 +1,4 @@
-"""From RGB bytes to the numbers that a network sees."""
+"""Normalisation of RGB bytes to the network's input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]
 
 
 class PixelNormalizer:
-    """RGB bytes to normalised numbers in one kernel, without a synchronisation of the device."""
+    """Normalises RGB bytes in one kernel, without synchronising the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, normalize: Normalize) -> None:
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in MEAN_STD[normalize])
@@ -24,12 +24,12 @@ class PixelNormalizer:
         self._dtype = dtype
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(..., 3) uint8 on the device -> the same shape in the dtype, computed in float32."""
+        """Normalise (..., 3) uint8 on the device; return the same shape in the dtype, computed in float32."""
         out = torch.empty(pixels.shape, dtype=self._dtype, device=pixels.device)
         return torch.addcmul(self._bias, pixels, self._scale, out=out)
 
 
 def byte_table(dtype: torch.dtype, normalize: Normalize) -> Tensor:
-    """(3, 256): what each byte of each channel is normalised to."""
+    """Return (3, 256): what each byte of each channel is normalised to."""
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None] for v in MEAN_STD[normalize])
     return ((torch.arange(256) - mean) / std).to(torch.float32).to(dtype)

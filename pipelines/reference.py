@@ -1,4 +1,4 @@
-"""torchvision + DataLoader with the original method's exact semantics: what the fast pipelines must equal."""
+"""The reference that the fast pipelines are tested against: torchvision, PIL and a DataLoader."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
 from pipelines.image_folder import ImageFolder, decode_error, explain_failure, scan_train_val
-from pipelines.image_io import eval_picture, open_image
+from pipelines.image_io import eval_image, open_image
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import (
     AUGMENTATION_LANE,
-    Indices,
     ScheduledLoader,
     crop_params,
     make_schedule,
@@ -41,7 +40,7 @@ class ReferenceOptions:
 
 
 def make_loaders(options: ReferenceOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Loaders over `spec.data`/train and /val. Raises UsageError on a malformed folder."""
+    """Return loaders over `spec.data`/train and /val. Raises UsageError on a malformed folder."""
     train, val = scan_train_val(spec.data, with_train)
     return Loaders(
         ReferenceLoader(options, spec, train, training=True) if train else None,
@@ -51,6 +50,8 @@ def make_loaders(options: ReferenceOptions, spec: LoaderSpec, with_train: bool =
 
 
 class ReferenceLoader(ScheduledLoader):
+    """Batches of one image folder. A broken image raises DataError with its path."""
+
     def __init__(
         self, options: ReferenceOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
     ) -> None:
@@ -61,8 +62,8 @@ class ReferenceLoader(ScheduledLoader):
         spec = self._spec
         normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         loader = DataLoader(
-            _FiveSizes(spec, self._folder, self.schedule.training, epoch),
-            batch_sampler=_lists(self.schedule.batches(epoch, first_step)),
+            _MultiSizeDataset(spec, self._folder, self.schedule.training, epoch),
+            batch_sampler=[b.tolist() for b in self.schedule.batches(epoch, first_step)],
             num_workers=self._options.workers,
             collate_fn=_collate,
             pin_memory=spec.device.type == "cuda",
@@ -81,10 +82,10 @@ class ReferenceLoader(ScheduledLoader):
         return self._folder.fingerprint()
 
 
-class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
-    """Sample index -> one (s, s, 3) uint8 tensor per size and the label, or the error to raise.
+class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError]):
+    """Gives one (s, s, 3) uint8 tensor per size and the label of a sample, or the error to raise.
 
-    The error is returned, because a DataLoader wraps what a worker raises into its traceback.
+    The error is returned, because a DataLoader replaces the message of what a worker raises by a traceback.
     """
 
     def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool, epoch: int) -> None:
@@ -103,10 +104,10 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
 
     def _training_views(self, image: Image.Image, index: int) -> Iterator[Image.Image]:
         spec = self._spec
-        draws = crop_params(spec.seed, self._epoch, np.array([index]), len(spec.sizes), spec.flip)
-        rectangle = random_resized_crop(image.height, image.width, draws, 0)
+        params = crop_params(spec.seed, self._epoch, np.array([index]), len(spec.sizes), spec.flip)
+        rectangle = random_resized_crop(image.height, image.width, params, 0)
         crop = self._augmented(F.crop(image, *rectangle), index)
-        for size, flip in zip(spec.sizes, draws.flip[0], strict=True):
+        for size, flip in zip(spec.sizes, params.flip[0], strict=True):
             view = F.resize(crop, [size, size], InterpolationMode.BILINEAR)
             yield F.hflip(view) if flip else view
 
@@ -115,7 +116,7 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
         if spec.auto_augment is None:
             return crop
         number = uniforms(spec.seed, self._epoch, np.array([index]), 1, AUGMENTATION_LANE).item()
-        # torchvision draws from PyTorch's generator; torch.manual_seed would seed the GPU's for good.
+        # torchvision draws from PyTorch's generator; torch.manual_seed would seed the GPU's, too.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(number * 2**53))
             augmented: Image.Image = _AUGMENTATIONS[spec.auto_augment]()(crop)
@@ -123,16 +124,13 @@ class _FiveSizes(Dataset[tuple[list[Tensor], int] | DataError]):
 
     def _eval_views(self, image: Image.Image) -> Iterator[Image.Image]:
         for size in self._spec.sizes:
-            yield eval_picture(image, size)
-
-
-def _lists(batches: Iterator[Indices]) -> list[list[int]]:
-    return [batch.tolist() for batch in batches]
+            yield eval_image(image, size)
 
 
 def _collate(
     samples: list[tuple[list[Tensor], int] | DataError],
 ) -> tuple[list[Tensor], Tensor] | DataError:
+    """Stack the samples to (N, s, s, 3) per size and (N,) labels, or return the first error."""
     good = []
     for sample in samples:
         if isinstance(sample, DataError):

@@ -1,6 +1,6 @@
-"""PIL's bilinear resize with antialiasing, compiled and without Python's lock: pixels in, s x s bytes out.
+"""PIL's bilinear resize with antialiasing, compiled by numba, without the GIL.
 
-A triangle filter as wide as the reduction, separable, in integers: weights of 8 bits, sums of 16. Vertically,
+A separable triangle filter as wide as the reduction, in integers: weights of 8 bits, sums of 16. Vertically,
 vector instructions add sixteen pixels at a time. Horizontally, four rows share one 64-bit integer, so that
 one multiplication does a tap of four pixels. Measured on one core, five sizes of a 320 x 290 crop: 0.34 ms;
 PyTorch's uint8 kernel 0.57, PIL 3.6, OpenCV's INTER_AREA (a box filter) 3.0. Photos differ from PIL's by at
@@ -23,8 +23,8 @@ Table = NDArray[Any] | None
 
 _BITS = 8
 _ROWS = MIN_SIZE = 4  # rows that share one integer
-# Of the types that they are used with: else the compiler checks for negative indices, or finds no vector
-# instructions (then _pack takes three times as long).
+# Constants of the types that they are used with: else the compiler checks for negative indices, or finds no
+# vector instructions (then _pack takes three times as long).
 _ONE, _TWO, _THREE = np.uint64(1), np.uint64(2), np.uint64(3)
 _BYTE = np.uint16(_BITS)
 _LANES = tuple(np.uint64(16 * row) for row in range(_ROWS))
@@ -33,10 +33,10 @@ _HALVES = np.uint64(sum(int(_HALF) << (16 * row) for row in range(_ROWS)))
 
 
 def _compiled(function: Any) -> Any:
-    """Compiled, once for all processes where there is a place to keep the code: 3 s a start otherwise."""
+    """Compile by numba, and cache the code on disk if possible: it saves 3 s at each start."""
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the sources' folder nor the home can be written to
+    except RuntimeError:  # neither the source folder nor the home is writable
         return njit(nogil=True)(function)
 
 
@@ -46,8 +46,8 @@ def resize(
 ) -> None:
     """Write the view of a rectangle of `image`, (height, 3 * width), into `out`, (s, 3 * s).
 
-    As `Image.crop(box).resize((view.width, view.height), BILINEAR)` cut at the view, mirrored if asked.
-    `table`: None for bytes, else (3, 256), the values that stand for them in each channel.
+    The result is that of `Image.crop(box).resize((view.width, view.height), BILINEAR)`, cut at the view,
+    and mirrored if `mirror`. table: None for bytes, else (3, 256), the value of each byte by channel.
     """
     size = out.shape[0]
     rows, row_weights, row_counts = _taps(box.height, view.height, view.top, size)
@@ -79,10 +79,10 @@ def resize(
 
 @_compiled
 def _taps(source: int, resized: int, first: int, outputs: int) -> Any:
-    """What each of `outputs` pixels from `first` on is made of, when `source` pixels become `resized`.
+    """Return the filter of `outputs` pixels from `first` on, when `source` pixels become `resized`.
 
-    Returns the first source pixel, (outputs,), the weights, (outputs, an even number), integers that sum
-    to 256, and the number of them, (outputs,). The rule of Pillow's precompute_coeffs (Resample.c).
+    That is the first source pixel of each, (outputs,), its weights, (outputs, an even number), integers
+    that sum to 256, and their number, (outputs,), as Pillow's precompute_coeffs (Resample.c) has them.
     """
     scale = source / resized
     support = max(scale, 1.0)
@@ -111,7 +111,7 @@ def _taps(source: int, resized: int, first: int, outputs: int) -> Any:
 def _add_rows(
     band: Bytes, start: int, count: int, weights: NDArray[np.uint16], sums: NDArray[np.uint16]
 ) -> None:
-    """The weighted sum of `count` rows, two at a time, rounded, in units of 1 / 256."""
+    """Sum `count` rows by their weights, two at a time, in units of 1 / 256, plus one half to round."""
     last = band.shape[0] - 1
     sums[:] = _HALF
     for k in range(0, count, 2):
@@ -123,7 +123,7 @@ def _add_rows(
 
 @_compiled
 def _pack(sums: NDArray[np.uint16], packed: NDArray[np.uint64]) -> None:
-    """Four rows into one: the rounded bytes of a column share an integer, 16 bits each."""
+    """Pack four rows into one: the rounded bytes of a column share an integer, 16 bits each."""
     a, b, c, d = sums[0], sums[1], sums[2], sums[3]
     for j in range(len(packed)):
         packed[j] = (
@@ -142,7 +142,7 @@ def _add_columns(
     weights: NDArray[np.uint64],
     line: NDArray[np.uint64],
 ) -> None:
-    """255 * 256 + 128 is less than 2^16: no row runs into the next."""
+    """Sum packed columns by their weights; as 255 * 256 + 128 < 2^16, no row overflows into the next."""
     j = np.uint64(0)
     for x in range(len(starts)):
         i, taps = starts[x], weights[x]
@@ -158,6 +158,7 @@ def _add_columns(
 
 @_compiled
 def _unpack(line: NDArray[np.uint64], out: Bytes) -> None:
+    """Write the bytes of four packed rows."""
     a, b, c, d = out
     for j in range(len(line)):
         a[j] = np.uint8(line[j] >> 8)
@@ -171,6 +172,7 @@ def _unpack(line: NDArray[np.uint64], out: Bytes) -> None:
 
 @_compiled
 def _look_up(line: NDArray[np.uint64], table: NDArray[Any], out: NDArray[Any]) -> None:
+    """Write the table's values for the bytes of four packed rows."""
     for row in range(_ROWS):
         shift, values = np.uint64(16 * row + 8), out[row]
         for x in range(len(line) // 3):

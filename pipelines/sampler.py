@@ -1,4 +1,4 @@
-"""Who gets which sample when, and its random numbers: functions of (seed, epoch, sample index) alone."""
+"""The order of samples and their random numbers: functions of (seed, epoch, sample index) alone."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from pipelines.utils.errors import UsageError
 
 Indices = NDArray[np.int64]
 
-# The first lane of automatic augmentation: behind the crop's and those of as many flips as there may be.
+# The first of a sample's random numbers that automatic augmentation uses, behind those of crop and flips.
 AUGMENTATION_LANE = 1024
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment
 
 
 def uniforms(
     seed: int, epoch: int, indices: Indices, lanes: int, first_lane: int = 0
 ) -> NDArray[np.float64]:
-    """(N,) sample indices -> (N, lanes) numbers in [0, 1), the same wherever and whenever asked for.
+    """Return (N, lanes) numbers in [0, 1) for (N,) sample indices, the same in every batch and process.
 
     A counter hashed by SplitMix64's finaliser (Steele, Lea, Flood 2014), because numpy's generators
-    cannot be started at many counters at once: 20 us a sample against 0.2 us.
+    cannot be started at many counters at once: 20 us per sample instead of 0.2 us.
     """
     with np.errstate(over="ignore"):
         key = _mix(_mix(np.uint64(seed) + _GAMMA) + np.uint64(epoch) * _GAMMA)
@@ -37,17 +39,8 @@ def uniforms(
     return numbers
 
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(z: Any) -> Any:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 def crop_params(seed: int, epoch: int, indices: Indices, sizes: int, flip: Flip) -> CropParams:
-    """The crops and flips of N samples at `sizes` resolutions."""
+    """Return the crops and flips of N samples at `sizes` resolutions."""
     return CropParams.from_uniforms(uniforms(seed, epoch, indices, CropParams.lanes(sizes)), flip)
 
 
@@ -56,9 +49,9 @@ class Schedule:
     """The samples of each step of one rank.
 
     Training: one global shuffle an epoch; step t takes the next `batch_size * world_size` samples and
-    gives each rank its slice, so that the order does not depend on the number of ranks. The rest that
-    does not fill a global batch is left out, another one each epoch. Evaluation: a contiguous share of
-    the samples for each rank, each exactly once, the last batch as small as it comes.
+    gives each rank its slice, so that the order does not depend on the number of ranks. Samples that do
+    not fill a global batch are dropped, other ones each epoch. Evaluation: a contiguous share of the
+    samples for each rank, each exactly once; the last batch may be smaller.
     """
 
     samples: int
@@ -95,11 +88,11 @@ class Schedule:
         return -(-len(self.share) // self.batch_size)
 
     def order(self, epoch: int) -> Indices:
-        """The training samples of an epoch, in the order in which the steps of all ranks take them."""
+        """Return the training samples of an epoch in the order in which the steps of all ranks take them."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.samples)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Indices]:
-        """The sample indices of each step from `first_step` on."""
+        """Yield the sample indices of each step from `first_step` on."""
         if self.training:
             order = self.order(epoch)
             offset, stride = self.rank * self.batch_size, self.global_batch
@@ -117,12 +110,12 @@ class ScheduledLoader(ABC):
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._epoch = 0
-        self._step = 0  # batches of this epoch that were handed out
-        self._first_step = 0  # where the next iteration begins
+        self._step = 0  # batches of this epoch that were yielded
+        self._first_step = 0  # of the next iteration
 
     @abstractmethod
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """The batches of `schedule.batches(epoch, first_step)`."""
+        """Yield the batches of `schedule.batches(epoch, first_step)`."""
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -134,11 +127,11 @@ class ScheduledLoader(ABC):
             yield batch
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is `epoch`, from its beginning."""
+        """Begin `epoch` with the next iteration."""
         self._epoch, self._step, self._first_step = epoch, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and position (in samples of all ranks), and what they are only valid with."""
+        """Return epoch, position in samples of all ranks, and the data and order that they belong to."""
         return {
             "epoch": self._epoch,
             "position": self._step * self.schedule.global_batch,
@@ -149,10 +142,10 @@ class ScheduledLoader(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the last batch that was handed out when `state` was taken.
+        """Continue after the last batch that was yielded when `state` was taken.
 
-        Raises UsageError if `state` belongs to other samples, another seed or order, or if its position
-        lies within one of this schedule's steps.
+        Raises UsageError if `state` is of other samples, another seed or order, or if its position is
+        in the middle of one of this schedule's steps.
         """
         own = self.state_dict()
         for field in ("seed", "samples", "data", "order"):
@@ -164,23 +157,30 @@ class ScheduledLoader(ABC):
         step, rest = divmod(state["position"], self.schedule.global_batch)
         if rest:
             raise UsageError(
-                f"--resume: the checkpoint stands at sample {state['position']} of its epoch, which is "
+                f"--resume: the checkpoint is at sample {state['position']} of its epoch, which is "
                 f"no multiple of the global batch {self.schedule.global_batch} (--batch-size)"
             )
         self._epoch, self._step, self._first_step = state["epoch"], step, step
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash by which other data is noticed, of names or sizes, not of what is in the files."""
+        """A hash of names or sizes, not of the files' content, by which changed data is noticed."""
         return self._fingerprint()
 
     def _fingerprint(self) -> str:
         return ""
 
-    def close(self) -> None:  # noqa: B027 - most backends have nothing to give back
-        """Give threads, processes and memory back."""
+    def close(self) -> None:  # noqa: B027 - most backends have nothing to close
+        """End threads and processes, and free memory; a later iteration starts them anew."""
 
 
 def make_schedule(spec: LoaderSpec, samples: int, training: bool) -> Schedule:
-    """The schedule of the rank that `spec` describes."""
+    """Return the schedule of the rank that `spec` describes."""
     return Schedule(samples, spec.batch_size, spec.rank, spec.world_size, spec.seed, training)
+
+
+def _mix(z: Any) -> Any:
+    """Hash uint64 counters by SplitMix64's finaliser."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

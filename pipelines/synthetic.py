@@ -1,4 +1,4 @@
-"""Batches that already lie on the device: for timing the computation alone, and for tests."""
+"""Random batches that are on the device already: to time the computation alone, and for tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SyntheticOptions:
 
 
 def make_loaders(options: SyntheticOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Loaders whose batches are normal noise; a sample's label is its index modulo the classes."""
+    """Return loaders of normal noise; a sample's label is its index modulo the classes."""
 
     def loader(images: int, training: bool) -> SyntheticLoader:
         return SyntheticLoader(spec, images, options.classes, training)
@@ -39,7 +39,7 @@ def make_loaders(options: SyntheticOptions, spec: LoaderSpec, with_train: bool =
 
 
 class SyntheticLoader(ScheduledLoader):
-    """The same images in every batch: made once, so that a step costs no more than the labels."""
+    """The same images in every batch, made once, so that only the labels cost time."""
 
     def __init__(self, spec: LoaderSpec, images: int, classes: int, training: bool) -> None:
         super().__init__(make_schedule(spec, images, training))

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from pipelines.batch import Flip
 
+# The random crop of training: Inception's (Szegedy et al. 2015, section 6), with torchvision's numbers.
+CROP_AREA = (0.08, 1.0)  # share of the image, uniform
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height, log-uniform
+CROP_TRIES = 10
+
 # Evaluation resizes the short side to int(size / 0.875) and takes the centre (ResNet, section 3.4).
 EVAL_CROP_RATIO = 0.875
 
-
-CROP_AREA = (0.08, 1.0)
-
-
-CROP_RATIO = (3 / 4, 4 / 3)
-
-
-CROP_TRIES = 10
+RESIZE_FILTER = "triangle, antialiased (PIL's BILINEAR)"
 
 
 class Rectangle(NamedTuple):
+    """A part of an image, in pixels."""
+
     top: int
     left: int
     height: int
@@ -41,20 +41,21 @@ class View(NamedTuple):
 
 
 class CropParams(NamedTuple):
-    """The random numbers of N training samples, in the order in which the crop uses them."""
+    """The random crops of N training samples, and their flips at S sizes."""
 
-    area: NDArray[np.float64]  # (N, 10) shares of the image
-    ratio: NDArray[np.float64]  # (N, 10) width / height
-    position: NDArray[np.float64]  # (N, 2) top and left, as shares of the room that is left
-    flip: NDArray[np.bool_]  # (N, S), one a size
+    area: NDArray[np.float64]  # (N, CROP_TRIES) in CROP_AREA
+    ratio: NDArray[np.float64]  # (N, CROP_TRIES) in CROP_RATIO
+    position: NDArray[np.float64]  # (N, 2) top and left, as shares of the margin around the crop
+    flip: NDArray[np.bool_]  # (N, S)
 
     @staticmethod
     def lanes(sizes: int) -> int:
+        """Return how many uniform numbers a sample takes."""
         return 2 * CROP_TRIES + 2 + sizes
 
     @classmethod
     def from_uniforms(cls, uniforms: NDArray[np.float64], flip: Flip) -> CropParams:
-        """`uniforms`: (N, lanes(S)) in [0, 1)."""
+        """Make them from `uniforms`, (N, lanes(S)) in [0, 1)."""
         area, ratio, position, flips = np.split(
             uniforms, (CROP_TRIES, 2 * CROP_TRIES, 2 * CROP_TRIES + 2), axis=1
         )
@@ -69,19 +70,18 @@ class CropParams(NamedTuple):
         )
 
 
-def random_resized_crop(height: int, width: int, draws: CropParams, sample: int) -> Rectangle:
-    """The training crop of an image: the first of ten tries that fits, else the centre.
+def random_resized_crop(height: int, width: int, params: CropParams, sample: int) -> Rectangle:
+    """Return the training crop of an image, as torchvision's RandomResizedCrop takes it.
 
-    Area 8 % to 100 % of the image, ratio 3/4 to 4/3 (log-uniform): Inception's crop (Szegedy et al.
-    2015, section 6) as torchvision's RandomResizedCrop has it.
+    It is the first of the tries that fits into the image, else the centre.
     """
     for attempt in range(CROP_TRIES):
-        area, ratio = draws.area[sample, attempt], draws.ratio[sample, attempt]
+        area, ratio = params.area[sample, attempt], params.ratio[sample, attempt]
         crop_w = math.floor(math.sqrt(area * (height * width) * ratio) + 0.5)
         crop_h = math.floor(math.sqrt(area * (height * width) / ratio) + 0.5)
         if 0 < crop_w <= width and 0 < crop_h <= height:
-            top = math.floor(draws.position[sample, 0] * (height - crop_h + 1))
-            left = math.floor(draws.position[sample, 1] * (width - crop_w + 1))
+            top = math.floor(params.position[sample, 0] * (height - crop_h + 1))
+            left = math.floor(params.position[sample, 1] * (width - crop_w + 1))
             return Rectangle(top, left, crop_h, crop_w)
     crop_h = min(height, math.floor(width / CROP_RATIO[0] + 0.5))
     crop_w = min(width, math.floor(height * CROP_RATIO[1] + 0.5))
@@ -89,14 +89,14 @@ def random_resized_crop(height: int, width: int, draws: CropParams, sample: int)
 
 
 def eval_short_side(size: int) -> int:
-    """Length of the short side before the centre crop of `size` pixels."""
+    """Return the length of the short side before the centre crop of `size` pixels."""
     return int(size / EVAL_CROP_RATIO)
 
 
 def eval_view(height: int, width: int, size: int) -> View:
-    """The evaluation's picture of `size` x `size`, as torchvision's Resize and CenterCrop take it."""
-    short = int(size / EVAL_CROP_RATIO)
+    """Return evaluation's `size` x `size` view, as torchvision's Resize and CenterCrop take it."""
+    short = int(size / EVAL_CROP_RATIO)  # `eval_short_side`; numba compiles this function alone
     resized_h = max(short, short * height // width)
     resized_w = max(short, short * width // height)
-    # round() goes to the even number from the middle, here as there.
+    # round() rounds halves to even, as in torchvision.
     return View(resized_h, resized_w, round((resized_h - size) / 2), round((resized_w - size) / 2))

@@ -1,4 +1,4 @@
-"""What a verification leaves behind: which images are bad, and for which state of the folder that holds."""
+"""The report of `verify`, verified.json: which images are bad, and for which state of the folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipelines.utils.errors import DataError, UsageError, error_context, first_l
 REPORT = "verified.json"  # in the folder that has train and val
 VERSION = 1
 
-# Size in bytes and time of the last change in ns; None of what is no file, as a dangling link.
+# Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
 Stamp = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What was found in one split."""
+class SplitReport:
+    """The result for one split."""
 
     fingerprint: str
     images: int
@@ -35,31 +35,31 @@ class Verified:
 
 
 def stamps(folder: ImageFolder) -> dict[str, Stamp]:
-    """By the path below the folder's root, in the folder's order. 5 s for a million images."""
+    """Return each image's stamp by its path below the root, in order; takes 5 s for a million images."""
     return {name: _stamp(path) for name, path in zip(folder.names, folder.paths, strict=True)}
 
 
 def fingerprint(stamps: dict[str, Stamp]) -> str:
-    """SHA-256 of the names, sizes and times, in their order."""
+    """Return the SHA-256 of the names, sizes and times, in their order."""
     digest = hashlib.sha256()
     for name, stamp in stamps.items():
         digest.update(os.fsencode(f"{name}\0{stamp}\n"))
     return digest.hexdigest()
 
 
-def write(report: Path, splits: dict[str, Verified]) -> None:
-    """All at once, or not at all."""
+def write(report: Path, splits: dict[str, SplitReport]) -> None:
+    """Write the report atomically. Raises OSError."""
     content = {split: dataclasses.asdict(found) for split, found in splits.items()}
     atomic_write_json(report, {"version": VERSION, "splits": content})
 
 
-def read(report: Path) -> dict[str, Verified]:
-    """By split; empty if there is no such file. Raises UsageError if it is something else."""
+def read(report: Path) -> dict[str, SplitReport]:
+    """Return the results by split, empty if there is no such file. Raises UsageError if it is no report."""
     try:
         content = json.loads(report.read_text())
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, not {VERSION}")
-        return {split: _verified(**found) for split, found in content["splits"].items()}
+        return {split: _parse_split(**found) for split, found in content["splits"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -70,12 +70,12 @@ def read(report: Path) -> dict[str, Verified]:
 
 
 def skip_bad(
-    train: ImageFolder | None, val: ImageFolder, report: Path | None, say: bool
+    train: ImageFolder | None, val: ImageFolder, report: Path | None, verbose: bool
 ) -> tuple[ImageFolder | None, ImageFolder]:
-    """The folders without the images that the verification found bad; `say`: print how many.
+    """Return the folders without the images that `verify` found bad; `verbose`: print how many.
 
     Raises UsageError if there is no report or it is of another state of the folders, DataError if
-    nothing is left of a class.
+    all images of a class are bad.
     """
     data = val.root.parent
     path = report or data / REPORT
@@ -98,20 +98,20 @@ def skip_bad(
         return left
 
     result = (None if train is None else without_bad(train)), without_bad(val)
-    if say:
+    if verbose:
         print(f"--skip-bad: left out {' and '.join(counts)}, which {path} lists")
     return result
 
 
 def without(folder: ImageFolder, names: Container[str]) -> ImageFolder:
-    """The folder without the images of these paths below its root; it keeps all its classes."""
+    """Return the folder without the images of these paths below its root, but with all its classes."""
     kept = [i for i, name in enumerate(folder.names) if name not in names]
     paths = [folder.paths[i] for i in kept]
     return ImageFolder(folder.root, folder.classes, paths, folder.labels[kept])
 
 
 def require_every_class(folder: ImageFolder) -> None:
-    """Raise DataError if nothing is left of a class."""
+    """Raise DataError if a class has no image."""
     counts = np.bincount(folder.labels, minlength=len(folder.classes))
     if not counts.all():
         name = folder.classes[int(counts.argmin())]
@@ -121,8 +121,8 @@ def require_every_class(folder: ImageFolder) -> None:
         )
 
 
-def _verified(fingerprint: Any, images: Any, bad: Any) -> Verified:
-    """Raises TypeError if the fields are not of these types."""
+def _parse_split(fingerprint: Any, images: Any, bad: Any) -> SplitReport:
+    """Return one split's result. Raises TypeError if the fields are not of its types."""
     if not (
         isinstance(fingerprint, str)
         and isinstance(images, int)
@@ -130,7 +130,7 @@ def _verified(fingerprint: Any, images: Any, bad: Any) -> Verified:
         and all(isinstance(reason, str) for reason in bad.values())
     ):
         raise TypeError("a field is of another type")
-    return Verified(fingerprint, images, bad)
+    return SplitReport(fingerprint, images, bad)
 
 
 def _stamp(path: str) -> Stamp:

@@ -32,7 +32,7 @@ def _same_numbers_every_time() -> None:
 
 
 def write_photo(path: Path, height: int, width: int, seed: int, quality: int = 90) -> None:
-    """A smooth random picture with some noise: what a JPEG decoder and a resize filter can get wrong."""
+    """A smooth random image with some noise: what a JPEG decoder and a resize filter can get wrong."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)

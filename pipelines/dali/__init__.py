@@ -1,4 +1,4 @@
-"""Image folders by DALI: on the GPU where there is one, else its CPU graph and a compiled resize."""
+"""Training and evaluation from image folders by DALI, on a GPU or on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["DaliOptions", "make_loaders"]
 
 
 def make_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Loaders over `spec.data`/train and /val.
+    """Return loaders over `spec.data`/train and /val.
 
     Raises UsageError on a malformed folder, and with --skip-bad on one that was not verified.
     """

@@ -1,6 +1,6 @@
-"""DALI's graphs: encoded files and random numbers in. The only user of DALI.
+"""DALI's graphs: paths and random numbers in. The only module that imports DALI.
 
-On a GPU five normalised sizes come out. On the CPU the decoded bytes do, which `dali_host` resizes.
+On a GPU the normalised images of every size come out, on the CPU decoded bytes, which `dali.loader` resizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipelines.dali.options import DaliOptions
 from pipelines.normalize import MEAN_STD
 from pipelines.transforms import CROP_RATIO, CROP_TRIES, eval_short_side
 
-# Called once a batch; returns what the graph's external source has as outputs, or raises StopIteration.
+# Called once a batch; returns the outputs of the graph's external source, or raises StopIteration.
 Feed = Callable[[], list[Any]]
 
 # torchvision's RandAugment: two operations of one magnitude. Both kinds have 31 magnitudes.
@@ -33,7 +33,7 @@ AUGMENTATION_NUMBERS = 3 * RAND_OPERATIONS  # operation, magnitude and sign of e
 
 
 def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any:
-    """The built pipeline of one of the graphs below."""
+    """Build the pipeline of one of the four graphs below."""
     on_gpu = spec.device.type == "cuda"
     # Augmentation needs `if` over a part of a batch, which makes DALI rewrite the graph's source.
     conditional = graph in (training_graph, crop_graph) and spec.auto_augment is not None
@@ -51,7 +51,7 @@ def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any
 
 
 def crop_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, Any]:
-    """Training's crops as bytes, (height, width, 3), and (S,) int32 flips."""
+    """Give training's crops as bytes, (height, width, 3), and (S,) int32 flips."""
     paths, area, ratio, position, flips, *numbers = fn.external_source(
         source=feed, num_outputs=5 if spec.auto_augment is None else 6, batch=True
     )
@@ -67,6 +67,7 @@ def crop_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any,
 
 
 def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+    """Give training's normalised images, (s, s, 3) of each size."""
     crop, flips = crop_graph(feed, options, spec)
     return tuple(
         _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
@@ -75,12 +76,13 @@ def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[
 
 
 def image_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any]:
-    """Evaluation's images as bytes, (height, width, 3)."""
+    """Give evaluation's images as bytes, (height, width, 3)."""
     (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
     return (_whole(paths, **_decoder(options, spec.device))[1],)
 
 
 def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+    """Give evaluation's normalised images, (s, s, 3) of each size."""
     (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
     shape, image = _whole(paths, **_decoder(options, spec.device))
     outputs = []
@@ -92,7 +94,7 @@ def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any,
                 _resized(image, fn.cast(fn.stack(*lengths), dtype=types.FLOAT)),
                 spec,
                 crop=(size, size),
-                # DALI wants a share of the room that is left; rounding gives the whole number back.
+                # DALI wants a share of the margin; rounding gives the whole number back.
                 crop_pos_y=starts[0] / math.max(lengths[0] - size, 1),
                 crop_pos_x=starts[1] / math.max(lengths[1] - size, 1),
                 rounding="round",
@@ -102,7 +104,7 @@ def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any,
 
 
 def build_decoder(batch_size: int) -> Any:
-    """The built pipeline that reads at most `batch_size` files, `run(paths=...)`, whole and on the CPU."""
+    """Build the pipeline that decodes whole files on the CPU: `run(paths=...)` of at most `batch_size`."""
     pipeline = pipeline_def(_decoding_graph)(
         batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1
     )
@@ -111,7 +113,7 @@ def build_decoder(batch_size: int) -> Any:
 
 
 def path_batch(paths: list[str]) -> list[Any]:
-    """What `fn.io.file.read` takes as the names of files."""
+    """Return the paths as `fn.io.file.read` takes them."""
     return [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
 
 
@@ -121,21 +123,21 @@ def _decoding_graph() -> tuple[Any, Any]:
 
 
 def _whole(paths: Any, **decoder: Any) -> tuple[Any, Any]:
-    """Shape, (height, width, channels), and pixels of the files."""
+    """Decode whole files; give (height, width, channels) and the pixels of each."""
     encoded = fn.io.file.read(paths)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
     return shape, fn.decoders.image(encoded, **decoder)
 
 
 def _crop_rectangle(encoded: Any, area: Any, ratio: Any, position: Any) -> tuple[Any, Any]:
-    """`batch.random_resized_crop` as a graph: (top, left) and (height, width), int32.
+    """Do `transforms.random_resized_crop` as a graph: (top, left) and (height, width), int32.
 
     In double precision, as there, so that both give the same rectangle.
     """
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
     height, width = shape[0], shape[1]
     pixels = _float(height) * _float(width)
-    heights = _rounded(math.sqrt(area * pixels / ratio))  # (10,), one a try
+    heights = _rounded(math.sqrt(area * pixels / ratio))  # (CROP_TRIES,)
     widths = _rounded(math.sqrt(area * pixels * ratio))
     fits = (heights > 0) * (heights <= height) * (widths > 0) * (widths <= width)
     tries = types.Constant(np.arange(CROP_TRIES, dtype=np.int32))
@@ -149,18 +151,18 @@ def _crop_rectangle(encoded: Any, area: Any, ratio: Any, position: Any) -> tuple
     fallback_w = math.min(width, _rounded(_float(height) * CROP_RATIO[1]))
     crop_h = found * fn.reductions.max(heights * chosen) + missed * fallback_h
     crop_w = found * fn.reductions.max(widths * chosen) + missed * fallback_w
-    room_h, room_w = height - crop_h, width - crop_w
-    top = found * _int(math.floor(position[0] * (room_h + 1))) + missed * (room_h // 2)
-    left = found * _int(math.floor(position[1] * (room_w + 1))) + missed * (room_w // 2)
+    margin_h, margin_w = height - crop_h, width - crop_w
+    top = found * _int(math.floor(position[0] * (margin_h + 1))) + missed * (margin_h // 2)
+    left = found * _int(math.floor(position[1] * (margin_w + 1))) + missed * (margin_w // 2)
     return fn.stack(top, left), fn.stack(crop_h, crop_w)
 
 
 def _augmented(image: Any, shape: Any, numbers: Any, kind: AutoAugment) -> Any:
-    """DALI's TrivialAugmentWide or RandAugment with the ranges, border and filter of torchvision's.
+    """Apply DALI's TrivialAugmentWide or RandAugment with torchvision's ranges, border and filter.
 
     `numbers`: (AUGMENTATION_NUMBERS,) in [0, 1). DALI's `trivial_augment_wide` and `rand_augment` are not
     called, because they draw from the pipeline's generators: by place in the batch, anew after --resume.
-    The reference draws torchvision's way: the same operations equally often, not the same for a sample.
+    The reference draws torchvision's way: the same distribution, not the same operations for a sample.
     """
     if kind == "trivial":
         operations, suite = 1, get_trivial_augment_wide_suite()
@@ -170,7 +172,7 @@ def _augmented(image: Any, shape: Any, numbers: Any, kind: AutoAugment) -> Any:
     for i in range(operations):
         operation, magnitude, sign = (numbers[3 * i + k] for k in range(3))
         bin_ = RAND_MAGNITUDE if kind == "rand" else _int(math.floor(magnitude * MAGNITUDES))
-        # DALI's suites use two operators that it has renamed, and it says so whatever the filters are.
+        # DALI's suites use two operators that it has renamed, and warn about it despite any filters.
         with warnings.catch_warnings(record=True):
             image = select(
                 suite,
@@ -186,19 +188,20 @@ def _augmented(image: Any, shape: Any, numbers: Any, kind: AutoAugment) -> Any:
 
 
 def _long_or_short(length: Any, other: Any, size: int) -> Any:
-    """A side after torchvision's Resize(int(size / 0.875)): the short one exactly, the long one cut."""
+    """Return a side after torchvision's Resize(`eval_short_side(size)`): the long one is rounded down."""
     short = eval_short_side(size)
     return math.max(short, short * length // other)
 
 
 def _center_start(length: Any, size: int) -> Any:
-    """torchvision's CenterCrop starts at round((length - size) / 2), halves to the even number."""
-    room = length - size
-    half = room // 2
-    return half + (room - 2 * half) * (half - 2 * (half // 2))
+    """Return where torchvision's CenterCrop starts: round((length - size) / 2), halves to even."""
+    margin = length - size
+    half = margin // 2
+    return half + (margin - 2 * half) * (half - 2 * (half // 2))
 
 
 def _decoder(options: DaliOptions, device: torch.device) -> dict[str, Any]:
+    """Return the decoder's arguments."""
     # adjust_orientation: PIL ignores EXIF. jpeg_fancy_upsampling: the GPU decodes as the CPU does.
     common = {"output_type": types.RGB, "adjust_orientation": False}
     if device.type != "cuda":
@@ -211,11 +214,12 @@ def _decoder(options: DaliOptions, device: torch.device) -> dict[str, Any]:
 
 
 def _resized(image: Any, size: Any) -> Any:
-    """Triangle filter with antialiasing, 8 bit: PIL's BILINEAR."""
+    """Resize 8-bit values by `transforms.RESIZE_FILTER`."""
     return fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
 
 
 def _normalized(image: Any, spec: LoaderSpec, **crop_and_mirror: Any) -> Any:
+    """Crop, mirror and normalise; give (height, width, 3) in float32 or, for a GPU, half precision."""
     mean, std = MEAN_STD[spec.normalize]
     # DALI has no bfloat16: half precision there, whose rounding is an eighth of bfloat16's.
     half = spec.dtype != torch.float32 and spec.device.type == "cuda"

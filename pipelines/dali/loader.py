@@ -1,15 +1,9 @@
-"""DALI: decode once, crop once, resize to every size. On the GPU where there is one.
+"""Image folders by DALI: decode once, crop once, resize to every size.
 
-Without a GPU DALI reads, decodes and crops, and `dali_host` does what is left.
-
-Order, crops, flips and augmentations come from `sampling`; DALI reads, decodes and computes. Its own
-reader and generators are not used, because they depend on the number of shards and cannot start in
-mid-epoch.
-
-
-The last part of DALI's work where there is no GPU: decoded pictures to every size, on threads of our own.
-
-DALI's own resize took three quarters of the time of its CPU graph, and is as far from PIL's.
+On a GPU one DALI graph does it all. Without one DALI reads, decodes and crops, and threads of this module
+resize, flip and normalise: DALI's own resize took three quarters of the time of its CPU graph, and is no
+closer to PIL's. Order, crops, flips and augmentations come from `sampler`: DALI's own reader and random
+generators depend on the number of shards, and cannot start in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -63,13 +57,13 @@ Taken = TypeVar("Taken", Batch, HostBatch)
 
 
 def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Loaders over `spec.data`/train and /val.
+    """Return loaders over `spec.data`/train and /val.
 
     Raises UsageError on a malformed folder, and with --skip-bad on one that was not verified.
     """
     train, val = scan_train_val(spec.data, with_train)
     if options.skip_bad:
-        train, val = skip_bad(train, val, options.skip_bad_report, say=spec.rank == 0)
+        train, val = skip_bad(train, val, options.skip_bad_report, verbose=spec.rank == 0)
     return Loaders(
         DaliLoader(options, spec, train, training=True) if train else None,
         DaliLoader(options, spec, val, training=False),
@@ -99,13 +93,16 @@ class DaliLoader(ScheduledLoader):
             return self._outputs(epoch, first_step, self._on_device)
         if self._resizer is None:
             self._resizer = Resizer(self._spec, self._options.workers)
-        # One batch is resized while the next is waited for; DALI prepares those behind it.
+        # One batch is resized while the next is awaited; DALI prepares those behind it.
         return iterate_finished(self._outputs(epoch, first_step, self._resizer.start), ahead=1)
 
     def _outputs(
         self, epoch: int, first_step: int, take: Callable[[tuple[Any, ...], Tensor], Taken]
     ) -> Iterator[Taken]:
-        """What `take` makes of the graph's outputs and the labels of each batch."""
+        """Yield what `take` makes of the graph's outputs and the labels of each batch.
+
+        Raises DataError, which names the image, if DALI cannot decode one.
+        """
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
             self._pipeline = build(self._graph(), self._feed, self._options, self._spec)
         self._drain()
@@ -139,14 +136,14 @@ class DaliLoader(ScheduledLoader):
         return self._folder.fingerprint()
 
     def close(self) -> None:
-        """End DALI's threads and free its memory; a later iteration builds it anew."""
+        """End DALI's threads and free its memory; a later iteration builds the pipeline anew."""
         if self._resizer is not None:
             self._resizer.close()
         self._pipeline, self._resizer, self._started = None, None, False
         self._feed.stop()
 
     def _drain(self) -> None:
-        """Throw away what an earlier, abandoned iteration had asked for."""
+        """Discard the batches that an earlier, abandoned iteration had asked for."""
         self._feed.stop()
         if not self._started:
             return
@@ -172,7 +169,7 @@ class DaliLoader(ScheduledLoader):
         return {}
 
     def _to_torch(self, output: Any) -> Tensor:
-        """(N, s, s, 3) of DALI -> (N, 3, s, s) that is channels-last, without a copy."""
+        """Turn DALI's (N, s, s, 3) into a channels-last (N, 3, s, s), without a copy."""
         return (
             torch.utils.dlpack.from_dlpack(output.as_tensor())
             .permute(0, 3, 1, 2)
@@ -180,72 +177,44 @@ class DaliLoader(ScheduledLoader):
         )
 
 
-class _Feed:
-    """Hands the graph one batch of paths and random numbers a call; knows which are in the works."""
-
-    def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool) -> None:
-        self._spec, self._folder, self._training = spec, folder, training
-        self.stop()
-
-    _batches: Iterator[Indices]
-
-    def start(self, batches: Iterator[Indices], epoch: int) -> None:
-        self._batches, self._epoch = batches, epoch
-
-    def stop(self) -> None:
-        self._batches = iter(())
-        self._epoch = 0
-        self.in_flight: deque[Indices] = deque()
-
-    def __call__(self) -> list[Any]:
-        indices = next(self._batches)
-        self.in_flight.append(indices)
-        paths = path_batch([self._folder.paths[i] for i in indices])
-        if not self._training:
-            return [paths]
-        spec = self._spec
-        draws = crop_params(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
-        numbers = [draws.area, draws.ratio, draws.position, draws.flip.astype(np.int32)]
-        if spec.auto_augment is not None:
-            counters = spec.seed, self._epoch, indices
-            numbers.append(uniforms(*counters, AUGMENTATION_NUMBERS, AUGMENTATION_LANE))
-        return [paths, *map(np.ascontiguousarray, numbers)]
-
-
 class Resizer:
-    """Threads that resize, flip, normalise and cast what a graph of bytes has given."""
+    """Threads that resize, flip, normalise and cast the bytes that DALI's CPU graph gives."""
 
     def __init__(self, spec: LoaderSpec, threads: int) -> None:
         self._spec, self._table = spec, pixel_table(spec)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dali-resize")
 
     def start(self, outputs: tuple[Any, ...], labels: Tensor) -> HostBatch:
-        """Begin with the outputs of `crop_graph` or `image_graph`; their memory is kept until it is done."""
-        pictures, *flips = outputs
+        """Start on the outputs of `crop_graph` or `image_graph`, whose memory the batch keeps alive."""
+        images, *flips = outputs
         blocks = allocate_blocks(self._spec, len(labels))
         outs = [as_array(block) for block in blocks]
         mirror = flips[0].as_array() if flips else None
         return HostBatch(
             self._pool,
             len(labels),
-            fill=partial(self._fill, pictures, mirror, outs),
+            fill=partial(self._fill, images, mirror, outs),
             finish=lambda: Batch(as_images(blocks), labels),
         )
 
     def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _fill(
         self,
-        pictures: Any,
+        images: Any,
         mirror: NDArray[np.int32] | None,
         outs: list[NDArray[Any]],
         first: int,
         last: int,
     ) -> None:
-        """mirror: (N, S) of a training batch, whose pictures are crops; None for evaluation."""
+        """Write images `first` to `last` - 1 of a batch at every size.
+
+        mirror: (N, S) of a training batch, whose images are crops; None for evaluation.
+        """
         for i in range(first, last):
-            pixels = np.asarray(pictures[i])  # .at(i) would copy
+            pixels = np.asarray(images[i])  # .at(i) would copy
             height, width, _ = pixels.shape
             box, rows = Rectangle(0, 0, height, width), pixels.reshape(height, 3 * width)
             for k, size in enumerate(self._spec.sizes):
@@ -254,3 +223,37 @@ class Resizer:
                 else:
                     view, flip = View(size, size, 0, 0), bool(mirror[i, k])
                 resize(rows, box, view, flip, self._table, outs[k][i])
+
+
+class _Feed:
+    """Hands the graph one batch of paths and random numbers a call, and knows which are in flight."""
+
+    def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool) -> None:
+        self._spec, self._folder, self._training = spec, folder, training
+        self._batches: Iterator[Indices] = iter(())
+        self._epoch = 0
+        self.in_flight: deque[Indices] = deque()  # handed to DALI, not yet taken from it
+
+    def start(self, batches: Iterator[Indices], epoch: int) -> None:
+        """Hand out these batches from the next call on."""
+        self._batches, self._epoch = batches, epoch
+
+    def stop(self) -> None:
+        """Hand out no more batches, and forget those in flight."""
+        self._batches = iter(())
+        self.in_flight.clear()
+
+    def __call__(self) -> list[Any]:
+        """Return the next batch as DALI's external source wants it, or raise StopIteration."""
+        indices = next(self._batches)
+        self.in_flight.append(indices)
+        paths = path_batch([self._folder.paths[i] for i in indices])
+        if not self._training:
+            return [paths]
+        spec = self._spec
+        params = crop_params(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
+        numbers = [params.area, params.ratio, params.position, params.flip.astype(np.int32)]
+        if spec.auto_augment is not None:
+            counters = spec.seed, self._epoch, indices
+            numbers.append(uniforms(*counters, AUGMENTATION_NUMBERS, AUGMENTATION_LANE))
+        return [paths, *map(np.ascontiguousarray, numbers)]

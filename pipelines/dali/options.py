@@ -1,4 +1,4 @@
-"""Options of reading with DALI. Importing them needs no DALI."""
+"""Options of the DALI pipeline and of `verify`. Importing them needs no DALI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DaliOptions:
     """Reading with DALI."""
 
     workers: Annotated[int, arg(aliases=("-j",))] = 4
-    """CPU threads that read and decode; without a GPU as many others resize."""
+    """CPU threads that read and decode; without a GPU as many more resize."""
 
     decoder_hw_load: float = 0.65
     """Share of the images that the GPU's JPEG engine decodes (A100, H100, ...), 0 to 1."""
@@ -46,8 +46,8 @@ class DaliOptions:
 class VerifyOptions:
     """Decode every image of DIR/train and DIR/val with DALI, and list those that it cannot decode.
 
-    What was found is remembered in a report, which train_dali.py --skip-bad reads; as long as the folder
-    does not change, nothing is decoded again. Exit code: 0 if no bad image is left, 1 if there is one.
+    The result is kept in a report, which train_dali.py --skip-bad reads; as long as the folder does not
+    change, nothing is decoded again. Exit code: 0 if no bad image is left, 1 if there is one.
     """
 
     data: Positional[Annotated[Path, arg(metavar="DIR")]]
@@ -59,7 +59,7 @@ class VerifyOptions:
     """Threads that read and decode."""
 
     report: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Where to remember what was found. Unset: DIR/verified.json."""
+    """Where to keep the result. Unset: DIR/verified.json."""
 
     move_to: Annotated[Path | None, arg(metavar="DIR")] = None
     """Move the bad images to this folder, below which they keep their paths."""

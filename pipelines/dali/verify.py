@@ -1,9 +1,8 @@
-"""`python -m pipelines.folder verify DIR`: finds the images that would end a training, before it starts.
+"""`python -m pipelines verify DIR`: find the images that would end a training, before it starts.
 
-DALI itself decides, image by image, what it cannot decode: it is neither as forgiving as PIL nor as strict.
-
-
-Whether DALI can decode a file, and if not, why not."""
+DALI itself decides, image by image, whether it can decode a file: it is neither as tolerant as PIL nor as
+strict. `Decoder` also names the image when a training batch could not be decoded.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from collections.abc import Container, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines import verify_report as verified
+from pipelines import verify_report
 from pipelines.dali.graphs import build_decoder, path_batch
 from pipelines.dali.options import VerifyOptions
 from pipelines.image_folder import ImageFolder, dali_error_line, decode_error, scan_folder
@@ -27,44 +26,90 @@ from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
-from pipelines.verify_report import Stamp, Verified
+from pipelines.verify_report import SplitReport, Stamp
 
-BATCH = 16  # images: a fifth faster than one by one; a bad one costs the decoding of 16 anew
+BATCH = 16  # images; a fifth faster than one by one, but each is decoded again if one is bad
 
 
 def verify(options: VerifyOptions) -> int:
-    """Returns the exit code. Raises UsageError or DataError, in one line."""
-    data, report = options.data, options.report or options.data / verified.REPORT
+    """Verify `options.data`/train and /val; return 0 if no bad image is left, else 1.
+
+    Raises UsageError for a mistake in the options, DataError if all images of a class are bad.
+    """
+    data, report = options.data, options.report or options.data / verify_report.REPORT
     folders = [scan_folder(data / split) for split in ("train", "val") if (data / split).is_dir()]
     if not folders:
         raise UsageError(f"{data} has neither a folder train nor a folder val")
     for folder in folders:
         if options.move_to and options.move_to.resolve().is_relative_to(folder.root.resolve()):
             raise UsageError(f"--move-to: {options.move_to} lies among the images of {folder.root}")
-    known = verified.read(report)
+    known = verify_report.read(report)
     left = [_verify_split(folder, known, report, options) for folder in folders]
     for folder in left:
-        verified.require_every_class(folder)
+        verify_report.require_every_class(folder)
     if any(known[folder.root.name].bad for folder in folders):
         print(f"train_dali.py --skip-bad leaves out what {report} lists; verify --move-to moves it")
         return EXIT_FAILED
     return 0
 
 
+class Decoder:
+    """Tries whether DALI's CPU decoder can decode whole files. For one thread at a time.
+
+    In 3000 damaged files, training's crop of a file never failed where the whole file had decoded; PIL
+    would have accepted 8 bad ones, and rejected 170 that DALI reads.
+    """
+
+    def __init__(self, batch_size: int = 1) -> None:
+        self._batch_size = batch_size
+        self._pipeline: Any = None
+
+    def reasons(self, paths: list[str]) -> list[str | None]:
+        """Return for each of at most `batch_size` files what is wrong with it, None if nothing is."""
+        # DALI would wait forever for a pipe.
+        if all(map(os.path.isfile, paths)) and self._failure(paths) is None:
+            return [None] * len(paths)
+        return [self.reason(path) for path in paths]
+
+    def reason(self, path: str) -> str | None:
+        """Return what is wrong with the file, None if nothing is."""
+        if not os.path.isfile(path):  # noqa: PTH113 - pathlib is slow on a million files
+            return decode_error(path) or "it was no file a moment ago"
+        error = self._failure([path])
+        if error is None:
+            return None
+        # PIL's messages are clearer than DALI's.
+        return (
+            decode_error(path)
+            or f"PIL decodes it, but DALI does not ({dali_error_line(error)}); save it anew"
+        )
+
+    def _failure(self, paths: list[str]) -> Exception | None:
+        """Return DALI's error if it cannot decode all of the files."""
+        if self._pipeline is None:  # it does not survive an error; a new one takes 5 ms
+            self._pipeline = build_decoder(self._batch_size)
+        try:
+            self._pipeline.run(paths=path_batch(paths))
+        except (RuntimeError, MemoryError) as error:
+            self._pipeline = None
+            return error
+        return None
+
+
 def _verify_split(
-    folder: ImageFolder, known: dict[str, Verified], report: Path, options: VerifyOptions
+    folder: ImageFolder, known: dict[str, SplitReport], report: Path, options: VerifyOptions
 ) -> ImageFolder:
-    """The folder without its bad images. `known`, by split, and the report are brought up to date."""
-    split, stamps = folder.root.name, verified.stamps(folder)
-    # From before decoding: it is not that of a file that changes meanwhile.
-    fingerprint = verified.fingerprint(stamps)
+    """Return the folder without its bad images; update `known`, by split, and the report."""
+    split, stamps = folder.root.name, verify_report.stamps(folder)
+    # Taken before decoding, so that a file that changes meanwhile is noticed.
+    fingerprint = verify_report.fingerprint(stamps)
     if split in known and known[split].fingerprint == fingerprint:
         print(f"{folder.root}: has not changed since {report} was written")
     else:
         _check_writable(report)  # before it takes hours
         bad = _decode(folder, stamps, options.workers)
-        known[split] = Verified(fingerprint, len(stamps), bad)
-        verified.write(report, known)
+        known[split] = SplitReport(fingerprint, len(stamps), bad)
+        verify_report.write(report, known)
     bad = known[split].bad
     for name, reason in bad.items():
         print(f"{folder.root}/{name}: {reason}")
@@ -72,12 +117,13 @@ def _verify_split(
     if bad and options.move_to:
         _move(folder, bad, options.move_to / split)
         stamps = {name: stamp for name, stamp in stamps.items() if name not in bad}
-        known[split] = Verified(verified.fingerprint(stamps), len(stamps), {})
-        verified.write(report, known)
-    return verified.without(folder, bad)
+        known[split] = SplitReport(verify_report.fingerprint(stamps), len(stamps), {})
+        verify_report.write(report, known)
+    return verify_report.without(folder, bad)
 
 
 def _check_writable(report: Path) -> None:
+    """Raise UsageError if the report cannot be written."""
     try:
         if report.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -90,13 +136,13 @@ def _check_writable(report: Path) -> None:
 
 
 def _decode(folder: ImageFolder, stamps: dict[str, Stamp], workers: int) -> dict[str, str]:
-    """What is wrong with each of the bad images, by the path below the folder's root."""
+    """Return what is wrong with each bad image, by its path below the folder's root."""
     bad: dict[str, str] = {}
     size, started = 0, time.perf_counter()
     reasons = contextlib.closing(_reasons(folder.paths, workers))
     title = folder.root.name
     with (
-        _without_decoders_messages(),
+        _decoder_messages_dropped(),
         reasons as found,
         ProgressBar(title, len(stamps)) as progress,
     ):
@@ -111,7 +157,7 @@ def _decode(folder: ImageFolder, stamps: dict[str, Stamp], workers: int) -> dict
 
 
 def _reasons(paths: list[str], workers: int) -> Generator[str | None]:
-    """For each of the images what is wrong with it, None if nothing is."""
+    """Yield for each of the images what is wrong with it, None if nothing is."""
     local = threading.local()
 
     def check(batch: list[str]) -> list[str | None]:
@@ -126,7 +172,7 @@ def _reasons(paths: list[str], workers: int) -> Generator[str | None]:
 
 
 def _move(folder: ImageFolder, names: Container[str], target: Path) -> None:
-    """Move the images of these names. Raises UsageError, before any is moved, if one is there already."""
+    """Move the images of these names. Raises UsageError, before any is moved, if a target exists."""
     moves = [(folder.root / name, target / name) for name in folder.names if name in names]
     for _, to in moves:
         if os.path.lexists(to):
@@ -140,61 +186,18 @@ def _move(folder: ImageFolder, names: Container[str], target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _without_decoders_messages() -> Iterator[None]:
+def _decoder_messages_dropped() -> Iterator[None]:
     """Drop what libjpeg, libpng and DALI write to file descriptor 2: it does not name the image.
 
-    Python's own stderr goes on, through a copy of the descriptor.
+    Python's own stderr still works, through a copy of the descriptor.
     """
     with contextlib.ExitStack() as stack:
         own = os.dup(2)
         stack.callback(os.close, own)
-        if sys.stderr is sys.__stderr__:  # else it is somebody else's, who knows where it leads
+        if sys.stderr is sys.__stderr__:  # else it is redirected already
             stderr = stack.enter_context(os.fdopen(own, "w", buffering=1, closefd=False))
             stack.enter_context(contextlib.redirect_stderr(stderr))
         with open(os.devnull, "wb") as null:  # noqa: PTH123
             os.dup2(null.fileno(), 2)
         stack.callback(os.dup2, own, 2)
         yield
-
-
-class Decoder:
-    """Tries whether DALI's decoder of the CPU takes files as a whole. For one thread at a time.
-
-    In 3000 damaged files, training's crop of a file never failed where the whole of it had decoded; PIL,
-    asked instead, had let 8 bad ones pass, and had turned away 170 that DALI reads.
-    """
-
-    def __init__(self, batch_size: int = 1) -> None:
-        self._batch_size = batch_size
-        self._pipeline: Any = None
-
-    def reasons(self, paths: list[str]) -> list[str | None]:
-        """For each of these, at most `batch_size`, what is wrong with it; None if nothing is."""
-        # DALI would wait for ever for a pipe.
-        if all(map(os.path.isfile, paths)) and self._failure(paths) is None:
-            return [None] * len(paths)
-        return [self.reason(path) for path in paths]
-
-    def reason(self, path: str) -> str | None:
-        """What is wrong with the file; None if nothing is."""
-        if not os.path.isfile(path):  # noqa: PTH113 - pathlib is slow on a million files
-            return decode_error(path) or "it was no file a moment ago"
-        error = self._failure([path])
-        if error is None:
-            return None
-        # PIL says what is wrong in words, DALI by numbers.
-        return (
-            decode_error(path)
-            or f"PIL decodes it, but DALI does not ({dali_error_line(error)}); save it anew"
-        )
-
-    def _failure(self, paths: list[str]) -> Exception | None:
-        """What DALI says if it cannot decode them all."""
-        if self._pipeline is None:  # none is valid after an error; a new one takes 5 ms
-            self._pipeline = build_decoder(self._batch_size)
-        try:
-            self._pipeline.run(paths=path_batch(paths))
-        except (RuntimeError, MemoryError) as error:
-            self._pipeline = None
-            return error
-        return None

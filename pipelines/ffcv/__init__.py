@@ -1,6 +1,6 @@
-"""train.beton and val.beton by FFCV's file format, and the conversion that makes them.
+"""Training and evaluation from .beton files, FFCV's format, and the converter that makes them.
 
-FFCV itself need not be installed for the options and for the line that says that it is missing.
+The options can be imported without FFCV; what needs it says in one line that it is missing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ __all__ = ["ConvertOptions", "FfcvOptions", "convert_or_verify", "make_loaders"]
 
 
 def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Loaders over `spec.data`/train.beton and /val.beton.
+    """Return loaders over `spec.data`/train.beton and /val.beton.
 
-    Raises UsageError if FFCV or a file is missing or augmentation is asked for, DataError if a file is
-    broken.
+    Raises UsageError if FFCV or a file is missing or if augmentation is asked for, DataError if a file
+    is broken.
     """
     if with_train and spec.auto_augment is not None:
         raise UsageError(
@@ -31,9 +31,9 @@ def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True
 
 
 def convert_or_verify(options: ConvertOptions) -> int:
-    """Convert an image folder, or verify a .beton file; returns the exit code.
+    """Convert an image folder, or verify a .beton file; return the exit code.
 
-    Raises UsageError or DataError, in one line.
+    Raises UsageError for a mistake in the options or a missing FFCV, DataError for broken data.
     """
     try:
         from pipelines.ffcv.convert import convert

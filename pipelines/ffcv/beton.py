@@ -1,11 +1,11 @@
-"""FFCV's file format, version 2: opened only if it is whole, written in order.
+"""FFCV's file format, version 2, and the sidecar FILE.beton.json that describes such a file.
 
-FFCV's reader opens half-written and truncated files without complaint, and its writer hangs for ever on
-one bad sample. The layout (header, field descriptors, samples, pages of data, allocation table) is described
-by the dtypes in `ffcv.types`, which both use.
-
-
-What stands beside FILE.beton in FILE.beton.json: where it is from, and how to tell that it is whole."""
+A .beton file is opened only if it is complete, and written in order by one thread: FFCV's own reader opens
+half-written and truncated files without complaint, and its writer hangs forever on one bad sample. The
+layout (header, field descriptors, samples, pages of data, allocation table) is described by the dtypes in
+`ffcv.types`, which the reader and the writer here share. The sidecar says what the file was made from, and
+its size and SHA-256.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ FIELDS = {"image": RGBImageField(), "label": IntField()}
 # FFCV's own choice. It reads whole pages, so a sample never crosses a page; pages grow for a larger sample.
 PAGE_SIZE = 1 << 23
 MAX_CLASSES = 1 << 20
+SIDECAR_VERSION = 1
 
 
 class Samples(NamedTuple):
-    """Where the N samples of a file lie, as arrays of N; compiled code reads them, too."""
+    """Where the N samples of a file are, as arrays of N; compiled code reads them, too."""
 
     pointer: NDArray[np.uint64]
     size: NDArray[np.uint64]
@@ -55,11 +56,14 @@ class Samples(NamedTuple):
     mode: NDArray[np.uint8]  # RAW or JPG
 
     def take(self, indices: NDArray[np.int64]) -> Samples:
+        """Return the samples of these indices, in this order."""
         return Samples(*(column[indices] for column in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Beton:
+    """The table of contents of a .beton file."""
+
     path: Path
     samples: Samples
     labels: NDArray[np.int64]  # (N,)
@@ -70,14 +74,14 @@ class Beton:
 
     @property
     def pages(self) -> NDArray[np.int64]:
-        """(N,) the page that each sample lies in."""
+        """(N,) index of the page that each sample is in."""
         return (self.samples.pointer // np.uint64(self.page_size)).astype(np.int64)
 
 
 def open_beton(path: Path) -> Beton:
-    """The table of contents of an image-and-label file, by this project's converter or by FFCV's writer.
+    """Read the table of contents of an image-and-label file, by this converter or by FFCV's writer.
 
-    Raises UsageError if there is no such file, DataError if it is not whole or of another kind.
+    Raises UsageError if there is no such file, DataError if it is incomplete or of another kind.
     """
     if not path.is_file():
         raise UsageError(f"there is no file {path}; python -m pipelines.beton makes it")
@@ -86,14 +90,16 @@ def open_beton(path: Path) -> Beton:
         reader = Reader(str(path))
         kinds = {name: type(field) for name, field in reader.handlers.items()}
     except Exception as error:  # FFCV checks nothing: whatever numpy says of the bytes
-        raise _broken(path, f"its header is damaged ({error!r})") from None
+        raise _broken_file(path, f"its header is damaged ({error!r})") from None
     if kinds != {name: type(field) for name, field in FIELDS.items()}:
-        raise _broken(path, f"its fields are {', '.join(kinds)} instead of an image and a label")
+        raise _broken_file(
+            path, f"its fields are {', '.join(kinds)} instead of an image and a label"
+        )
     columns = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))
     image, labels = (reader.metadata[columns[name]] for name in FIELDS)
     samples = Samples(
         image["data_ptr"].copy(),
-        _sizes(path, image["data_ptr"], reader.alloc_table),
+        _stored_sizes(path, image["data_ptr"], reader.alloc_table),
         image["height"].astype(np.int64),
         image["width"].astype(np.int64),
         image["mode"].copy(),
@@ -103,41 +109,12 @@ def open_beton(path: Path) -> Beton:
     wrong |= (samples.mode != RAW) & (samples.mode != JPG)
     wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():
-        raise _broken(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
+        raise _broken_file(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
     return Beton(path, samples, labels.astype(np.int64), int(reader.page_size))
 
 
-def _check_header(path: Path) -> None:
-    """Before FFCV reads it: of a half-written file it would take all for the allocation table."""
-    size = path.stat().st_size
-    if size < HeaderType.itemsize:
-        raise _broken(path, f"it has {size} bytes only")
-    header = np.fromfile(path, HeaderType, count=1)[0]
-    table, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
-    if header["version"] != CURRENT_VERSION or not 1 <= header["num_fields"] <= 64:
-        raise _broken(path, f"it is no FFCV file of version {CURRENT_VERSION}")
-    if table == 0:
-        raise _broken(path, "it was not written to its end")
-    if table + samples * ALLOC_TABLE_TYPE.itemsize != size or not samples:
-        raise _broken(path, f"it is cut off, or longer than it should be ({size} bytes)")
-
-
-def _sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:
-    """The number of bytes at each pointer, from the allocation table."""
-    order = np.argsort(table["ptr"])
-    rows = order[np.searchsorted(table["ptr"], pointers, sorter=order).clip(0, len(table) - 1)]
-    sizes: NDArray[np.uint64] = table["size"][rows]
-    ends = pointers + sizes
-    if (table["ptr"][rows] != pointers).any() or ends.max() > path.stat().st_size:
-        raise _broken(path, "its samples and its allocation table do not agree")
-    return sizes
-
-
-def _broken(path: Path, reason: str) -> DataError:
-    return DataError(f"{path}: {reason}; convert it anew with python -m pipelines.beton")
-
-
 def broken_sample(beton: Beton, index: int, name: str, reason: str) -> DataError:
+    """Return the error that names a broken sample; `name`: its class."""
     return DataError(
         f"{beton.path}: sample {index} (class {name}) is broken: {reason}; "
         f"python -m pipelines.beton --verify {beton.path} lists all that are"
@@ -145,7 +122,7 @@ def broken_sample(beton: Beton, index: int, name: str, reason: str) -> DataError
 
 
 class Stored(NamedTuple):
-    """A sample as it lies in a file: a JPEG's bytes, or (height, width, 3) raw pixels, flat."""
+    """A sample as it is stored in a file: a JPEG's bytes, or (height, width, 3) raw pixels, flat."""
 
     mode: int
     height: int
@@ -154,28 +131,29 @@ class Stored(NamedTuple):
 
 
 class BetonWriter:
-    """Writes samples one after the other into an empty file with room for `capacity` of them.
+    """Writes samples one after the other into an empty file with space for `capacity` of them.
 
-    Raises OSError as the file does. Nothing reads as FFCV's format before `finish`.
+    Raises OSError as the file does. The file is no valid .beton file before `finish`.
     """
 
     def __init__(self, file: BinaryIO, capacity: int) -> None:
         self._file = file
         self._samples = np.zeros(capacity, get_metadata_type(list(FIELDS.values())))
         self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
-        self._fields = _descriptors()
+        self._fields = _field_descriptors()
         self._page = PAGE_SIZE
         self._count = 0
         tables = HeaderType.itemsize + self._fields.nbytes + self._samples.nbytes
-        self._end = _up(int(tables), self._page)
+        self._end = _round_up(int(tables), self._page)
 
     def add(self, sample: Stored, label: int) -> None:
+        """Append a sample."""
         size = sample.data.size
-        while size > self._page:  # pages of the old size lie within pages of twice the size
+        while size > self._page:  # two pages of the old size make one of the new
             self._page *= 2
         start = self._end
         if start // self._page != (start + size - 1) // self._page:
-            start = _up(start, self._page)
+            start = _round_up(start, self._page)
         self._file.seek(start)
         self._file.write(sample.data.data)
         row = (sample.mode, sample.width, sample.height, start)
@@ -185,6 +163,7 @@ class BetonWriter:
 
     @property
     def bytes_written(self) -> int:
+        """The position behind the last sample."""
         return self._end
 
     def finish(self) -> None:
@@ -203,24 +182,10 @@ class BetonWriter:
         self._file.flush()
 
 
-def _descriptors() -> NDArray[Any]:
-    type_ids = {handler: type_id for type_id, handler in TYPE_ID_HANDLER.items()}
-    descriptors = np.zeros(len(FIELDS), FieldDescType)
-    for descriptor, (name, field) in zip(descriptors, FIELDS.items(), strict=True):
-        descriptor["type_id"] = type_ids[type(field)]
-        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    return descriptors
-
-
-def _up(position: int, page: int) -> int:
-    return -(-position // page) * page
-
-
-VERSION = 1
-
-
 @dataclass(frozen=True)
 class Sidecar:
+    """The content of FILE.beton.json."""
+
     samples: int
     classes: list[str]
     settings: dict[str, Any]
@@ -229,36 +194,38 @@ class Sidecar:
     bytes: int
     sha256: str
     source: dict[str, Any]
-    """Images of the source folder, and the SHA-256 of their names and sizes."""
+    """Number of images in the source folder, and the SHA-256 of their names and sizes."""
 
     stored: dict[str, int]
-    """Samples by the way they were stored."""
+    """Number of samples by the way they were stored: copied, encoded, raw."""
 
     skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     """Images that were left out, with the reason."""
 
-    version: int = VERSION
+    version: int = SIDECAR_VERSION
 
 
 def sidecar_path(beton: Path) -> Path:
+    """Return the path of a .beton file's sidecar."""
     return beton.with_name(beton.name + ".json")
 
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:
+    """Write the sidecar atomically. Raises OSError."""
     atomic_write_json(path, dataclasses.asdict(sidecar))
 
 
 def read_sidecar(beton: Path) -> Sidecar | None:
-    """The sidecar of `beton`, None if there is none. Raises DataError if it is of no use."""
+    """Return the sidecar of a .beton file, None if there is none. Raises DataError if it is damaged."""
     path = sidecar_path(beton)
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text())
-        if content["version"] != VERSION:
+        if content["version"] != SIDECAR_VERSION:
             raise DataError(
                 f"{path}: written by version {content['version']} of the converter, this is version "
-                f"{VERSION}; convert the data anew with python -m pipelines.beton"
+                f"{SIDECAR_VERSION}; convert the data anew with python -m pipelines.beton"
             )
         found = Sidecar(**content)
         _check_types(found)
@@ -268,15 +235,6 @@ def read_sidecar(beton: Path) -> Sidecar | None:
             f"{path} is damaged ({type(error).__name__}: {error}); remove it to have {beton.name} "
             "checked sample by sample instead"
         ) from None
-
-
-def _check_types(sidecar: Sidecar) -> None:
-    for field in dataclasses.fields(sidecar):
-        kind = str(field.type).partition("[")[0]
-        if type(getattr(sidecar, field.name)).__name__ != kind:
-            raise TypeError(f"{field.name} is no {kind}")
-    if not all(isinstance(name, str) for name in sidecar.classes):
-        raise TypeError("classes are no strings")
 
 
 def check_sidecar(sidecar: Sidecar, beton: Path, samples: int) -> None:
@@ -290,23 +248,75 @@ def check_sidecar(sidecar: Sidecar, beton: Path, samples: int) -> None:
 
 
 def source_fingerprint(root: Path, paths: Sequence[str]) -> tuple[str, int]:
-    """SHA-256 of the names below `root` and sizes of the files, and the sum of the sizes."""
+    """Return the SHA-256 of the files' names below `root` and sizes, and the sum of the sizes."""
     digest, total = hashlib.sha256(), 0
     for path in paths:
-        size = size_of(path)
+        size = file_size(path)
         digest.update(f"{os.path.relpath(path, root)}\0{size}\n".encode(errors="surrogateescape"))
         total += size
     return digest.hexdigest(), total
 
 
-def size_of(path: str) -> int:
-    """Bytes of a file; 0 if it cannot be found, as a dangling link: its reader will say so."""
+def file_size(path: str) -> int:
+    """Return the bytes of a file, 0 if it is missing (as a dangling link): reading it will say so."""
     try:
         return os.stat(path).st_size  # noqa: PTH116 - pathlib is slow on a million files
     except OSError:
         return 0
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_header(path: Path) -> None:
+    """Raise DataError if the file is incomplete, before FFCV reads it.
+
+    FFCV would take all of a half-written file for the allocation table.
+    """
+    size = path.stat().st_size
+    if size < HeaderType.itemsize:
+        raise _broken_file(path, f"it has {size} bytes only")
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    table, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
+    if header["version"] != CURRENT_VERSION or not 1 <= header["num_fields"] <= 64:
+        raise _broken_file(path, f"it is no FFCV file of version {CURRENT_VERSION}")
+    if table == 0:
+        raise _broken_file(path, "it was not written to its end")
+    if table + samples * ALLOC_TABLE_TYPE.itemsize != size or not samples:
+        raise _broken_file(path, f"it is cut off, or longer than it should be ({size} bytes)")
+
+
+def _stored_sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:
+    """Return the number of bytes at each pointer, from the allocation table."""
+    order = np.argsort(table["ptr"])
+    rows = order[np.searchsorted(table["ptr"], pointers, sorter=order).clip(0, len(table) - 1)]
+    sizes: NDArray[np.uint64] = table["size"][rows]
+    ends = pointers + sizes
+    if (table["ptr"][rows] != pointers).any() or ends.max() > path.stat().st_size:
+        raise _broken_file(path, "its samples and its allocation table do not agree")
+    return sizes
+
+
+def _broken_file(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: {reason}; convert it anew with python -m pipelines.beton")
+
+
+def _field_descriptors() -> NDArray[Any]:
+    type_ids = {handler: type_id for type_id, handler in TYPE_ID_HANDLER.items()}
+    descriptors = np.zeros(len(FIELDS), FieldDescType)
+    for descriptor, (name, field) in zip(descriptors, FIELDS.items(), strict=True):
+        descriptor["type_id"] = type_ids[type(field)]
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    return descriptors
+
+
+def _round_up(position: int, page: int) -> int:
+    """Return the first multiple of `page` from `position` on."""
+    return -(-position // page) * page
+
+
+def _check_types(sidecar: Sidecar) -> None:
+    """Raise TypeError unless each field is of its type."""
+    for field in dataclasses.fields(sidecar):
+        kind = str(field.type).partition("[")[0]
+        if type(getattr(sidecar, field.name)).__name__ != kind:
+            raise TypeError(f"{field.name} is no {kind}")
+    if not all(isinstance(name, str) for name in sidecar.classes):
+        raise TypeError("classes are no strings")

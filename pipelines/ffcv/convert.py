@@ -1,17 +1,15 @@
-"""Writing .beton files: whole and checked, or not at all.
+"""Convert an image folder to .beton files, each complete and checked, or not written at all.
 
-Samples lie in the order of the folder, so that the same (seed, epoch) shows the same images and crops as
-the other pipelines. The same images and options give the same bytes, whatever the number of threads.
-Threads encode and this one writes: there is no process that could die unnoticed, and no shared memory.
-
-
-One image file to what is stored of it: its own bytes wherever the loader's decoder takes them."""
+Samples are stored in the order of the folder, so that the same (seed, epoch) gives the same images and crops
+as the other pipelines. An image's own bytes are stored wherever the loader's decoder takes them, else it is
+encoded anew. The same images and options give the same bytes, whatever the number of threads: threads
+encode, this one writes, and there is no worker process that could die unnoticed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import os
 import shutil
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from pipelines.ffcv.beton import (
@@ -35,11 +34,10 @@ from pipelines.ffcv.beton import (
     Sidecar,
     Stored,
     check_sidecar,
+    file_size,
     open_beton,
     read_sidecar,
-    sha256_of,
     sidecar_path,
-    size_of,
     source_fingerprint,
     write_sidecar,
 )
@@ -49,16 +47,120 @@ from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
 from pipelines.image_io import open_image
 from pipelines.sampler import Indices, uniforms
+from pipelines.utils.atomic_io import fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
 
 PROBES = 64  # images that are encoded for the estimate, and compared after writing
+MAX_SIDE = 65500  # libjpeg's limit; FFCV's table has 16 bits for it
+LOCK = ".lock"  # in the output folder while a conversion writes into it
+
+
+def convert(options: ConvertOptions, data: Path, output: Path) -> None:
+    """Write `output`/SPLIT.beton for each of the splits, unless the same file is there already.
+
+    Raises UsageError for a malformed folder, a lack of space or another file in the way, DataError for
+    a broken image without --skip-bad or a file that cannot be written.
+    """
+    settings = Settings(
+        options.write_mode,
+        options.max_resolution,
+        options.jpeg_quality,
+        options.compress_probability,
+    )
+    sources = _scan_sources(options, data)  # before anything is created
+    for split in ("train", "val"):
+        if output.resolve().is_relative_to((data / split).resolve()):
+            raise UsageError(f"--output: {output} lies among the images of {data / split}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
+    with _locked(output):
+        sources = [source for source in sources if not _is_there(output, source, settings)]
+        encoder = Encoder(settings)
+        _check_space(output, sources, encoder, options.workers)
+        for source in sources:
+            _convert_split(output, source, settings, encoder, options)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that the stored bytes depend on."""
+
+    write_mode: WriteMode
+    max_resolution: int | None
+    jpeg_quality: int
+    compress_probability: float
+
+
+class Encoded(NamedTuple):
+    """A sample, and how it was made: "copied", "encoded" or "raw"."""
+
+    stored: Stored
+    how: str
+
+
+class Encoder:
+    """Turns image files into samples; may be called from several threads at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._local = threading.local()
+
+    def __call__(self, path: str, index: int) -> Encoded | DataError:
+        """Return what is stored of image `index`, the same in every run, or what is wrong with it."""
+        try:
+            jpeg, pixels = self._read(path)
+            return self._encode(jpeg, pixels, index)
+        except DataError as error:
+            return error
+        except MemoryError:
+            return DataError("it does not fit into the memory")
+
+    def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
+        """Return the file's bytes, None unless the loader's decoder takes them, and its pixels."""
+        if not hasattr(self._local, "decoder"):
+            self._local.decoder = JpegDecoder()
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would block
+                raise DataError("it is no regular file")
+            data = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from None
+        if data.size == 0:
+            raise DataError("the file is empty")
+        try:
+            return data, self._local.decoder.decode(data)
+        except DataError:  # no JPEG, CMYK, or with faults that PIL tolerates
+            return None, _pixels_by_pil(path)
+
+    def _encode(self, jpeg: Bytes | None, pixels: Bytes, index: int) -> Encoded:
+        settings = self._settings
+        height, width = pixels.shape[:2]
+        longest = max(height, width)
+        if settings.max_resolution is not None and longest > settings.max_resolution:
+            jpeg, pixels = None, _shrunk(pixels, settings.max_resolution)
+            height, width = pixels.shape[:2]
+        if max(height, width) > MAX_SIDE:
+            raise DataError(f"{height} x {width} pixels are too many a side; use --max-resolution")
+        if settings.write_mode == "raw" or (
+            settings.write_mode == "proportion"
+            and uniforms(0, 0, np.array([index]), 1)[0, 0] >= settings.compress_probability
+        ):
+            return Encoded(Stored(RAW, height, width, pixels.reshape(-1)), "raw")
+        if jpeg is not None:
+            return Encoded(Stored(JPG, height, width, jpeg), "copied")
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=settings.jpeg_quality)
+        encoded = np.frombuffer(file.getvalue(), np.uint8)
+        return Encoded(Stored(JPG, height, width, encoded), "encoded")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The images of one split that are to be stored, and what tells them from others."""
+    """The images of one split that are to be stored."""
 
     split: str
     folder: ImageFolder
@@ -68,42 +170,34 @@ class _Source:
 
     @property
     def probes(self) -> Indices:
+        """A few of the images, spread over the classes."""
         return _spread(self.chosen, PROBES)
 
     def path(self, index: int) -> str:
         return self.folder.paths[index]
 
 
-def convert(options: ConvertOptions, data: Path, output: Path) -> None:
-    """Write each of the splits, unless the same is there already.
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the lock of the output folder, which the kernel releases however this process ends.
 
-    Raises UsageError (a malformed folder, a lack of space, another file in the way) and DataError (a
-    broken image without --skip-bad, a file that cannot be written).
+    Raises UsageError if another conversion holds it.
     """
-    settings = Settings(
-        options.write_mode,
-        options.max_resolution,
-        options.jpeg_quality,
-        options.compress_probability,
-    )
-    sources = _sources(options, data)  # before anything is made
-    for split in ("train", "val"):
-        if output.resolve().is_relative_to((data / split).resolve()):
-            raise UsageError(f"--output: {output} lies among the images of {data / split}")
+    lock = FileLock(output / LOCK, blocking=False)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
-    with _alone(output):
-        sources = [source for source in sources if not _is_there(output, source, settings)]
-        encoder = Encoder(settings)
-        _check_space(output, sources, encoder, options.workers)
-        for source in sources:
-            _convert(output, source, settings, encoder, options)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"--output: another conversion is writing into {output}") from None
+    try:
+        yield
+    finally:
+        # Before the release: whoever has opened the removed file is told by filelock to open it anew.
+        (output / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
-def _sources(options: ConvertOptions, data: Path) -> list[_Source]:
-    """The splits' images. Raises UsageError if a folder is malformed or the classes differ."""
+def _scan_sources(options: ConvertOptions, data: Path) -> list[_Source]:
+    """Return the splits' images. Raises UsageError if a folder is malformed or the classes differ."""
     if set(options.splits) == {"train", "val"}:
         train, val = scan_train_val(data)
         assert train is not None
@@ -122,13 +216,16 @@ def _sources(options: ConvertOptions, data: Path) -> list[_Source]:
 
 
 def _spread(indices: Indices, count: int) -> Indices:
-    """`count` of the indices, evenly spaced: folders are sorted by class, so all classes have a share."""
+    """Return `count` of the indices, evenly spaced: as folders are sorted by class, over all classes."""
     count = min(count, len(indices))
     return indices[np.arange(count) * len(indices) // count]
 
 
 def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
-    """Whether the file exists already, made from the same images in the same way."""
+    """Return whether the file exists already, made from the same images with the same options.
+
+    Raises UsageError if it was made differently, DataError if it is broken.
+    """
     path = output / f"{source.split}.beton"
     if not path.exists():
         return False
@@ -151,16 +248,16 @@ def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
 
 
 def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers: int) -> None:
-    """Raise UsageError if the files will not fit, by the growth of a few images spread over the data."""
+    """Raise UsageError if the files will not fit on the disk, estimated from a few encoded images."""
     total = 0.0
     for source in sources:
         probes = source.probes
         before, after = 0, 0
         for index, encoded in zip(probes, _encode(source, probes, encoder, workers), strict=True):
             if isinstance(encoded, Encoded):
-                before += size_of(source.path(index))
+                before += file_size(source.path(index))
                 after += encoded.stored.data.size
-        # A page is for the tables; pages are not filled to their ends.
+        # One page for the tables; 5 % because pages are not filled to their ends.
         size = PAGE_SIZE + 1.05 * source.bytes * after / max(before, 1)
         print(f"{source.split}: {len(source.chosen)} images of {format_bytes(source.bytes)}, "
               f"about {format_bytes(size)} to write")  # fmt: skip
@@ -172,9 +269,10 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
         )
 
 
-def _convert(
+def _convert_split(
     output: Path, source: _Source, settings: Settings, encoder: Encoder, options: ConvertOptions
 ) -> None:
+    """Write one split under a temporary name, check it, and rename it. Raises DataError."""
     final = output / f"{source.split}.beton"
     partial = final.with_name(final.name + ".partial")
     started = time.perf_counter()
@@ -186,7 +284,7 @@ def _convert(
             classes=source.folder.classes,
             settings=dataclasses.asdict(settings),
             bytes=partial.stat().st_size,
-            sha256=sha256_of(partial),
+            sha256=sha256_file(partial),
             source={"images": len(source.chosen), "fingerprint": source.fingerprint},
             stored=stored,
             skipped=[
@@ -194,10 +292,10 @@ def _convert(
                 for index, reason in skipped.items()
             ],
         )
-        # In this order: a .beton never stands without its sidecar.
+        # In this order, so that there is never a .beton file without its sidecar.
         write_sidecar(sidecar_path(final), content)
         partial.rename(final)
-        _sync(output)
+        fsync_directory(output)
     except OSError as error:
         raise DataError(
             f"cannot write {error.filename or partial}: {error.strerror or error}"
@@ -213,17 +311,10 @@ def _convert(
         print(f"{final}: {len(skipped)} broken images were left out; its sidecar lists them")
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def _write(
     partial: Path, source: _Source, encoder: Encoder, options: ConvertOptions
 ) -> tuple[dict[int, str], dict[str, int]]:
-    """Write the file; returns what is wrong with the images left out, and how the others are stored."""
+    """Write the file; return what is wrong with each image left out, and counts by way of storage."""
     skipped: dict[int, str] = {}
     stored: Counter[str] = Counter()
     encoding = contextlib.closing(_encode(source, source.chosen, encoder, options.workers))
@@ -252,7 +343,7 @@ def _write(
 def _read_back(
     partial: Path, source: _Source, skipped: dict[int, str], encoder: Encoder, workers: int
 ) -> None:
-    """Raise DataError unless a few samples of the written file are what their images give again."""
+    """Encode a few images again; raise DataError unless the written file has the same samples."""
     beton = open_beton(partial)
     written = np.array([i for i in source.chosen.tolist() if i not in skipped])
     positions = _spread(np.arange(len(written)), PROBES)
@@ -280,96 +371,6 @@ def _encode(
     return ordered_map(lambda i: encoder(source.path(i), i), indices.tolist(), workers)
 
 
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel gives back however this process ends."""
-    handle = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--output: another conversion is writing into {output}") from None
-        yield
-    finally:
-        os.close(handle)
-
-
-MAX_SIDE = 65500  # libjpeg's limit; FFCV's table has 16 bits for it
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the stored bytes depend on besides the images."""
-
-    write_mode: WriteMode
-    max_resolution: int | None
-    jpeg_quality: int
-    compress_probability: float
-
-
-class Encoded(NamedTuple):
-    """`how`: "copied", "encoded" or "raw"."""
-
-    stored: Stored
-    how: str
-
-
-class Encoder:
-    """Callable from several threads at once."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._local = threading.local()
-
-    def __call__(self, path: str, index: int) -> Encoded | DataError:
-        """What is stored of image `index`, the same in every run; or what is wrong with it."""
-        try:
-            jpeg, pixels = self._read(path)
-            return self._encode(jpeg, pixels, index)
-        except DataError as error:
-            return error
-        except MemoryError:
-            return DataError("it does not fit into the memory")
-
-    def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
-        """(its bytes, if the loader's decoder takes them without complaint; its pixels)."""
-        if not hasattr(self._local, "decoder"):
-            self._local.decoder = JpegDecoder()
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would wait for ever
-                raise DataError("it is no regular file")
-            data = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise DataError(error.strerror or str(error)) from None
-        if data.size == 0:
-            raise DataError("the file is empty")
-        try:
-            return data, self._local.decoder.decode(data)
-        except DataError:  # no JPEG, or CMYK, or with faults that PIL may forgive
-            return None, _pixels_by_pil(path)
-
-    def _encode(self, jpeg: Bytes | None, pixels: Bytes, index: int) -> Encoded:
-        settings = self._settings
-        height, width = pixels.shape[:2]
-        longest = max(height, width)
-        if settings.max_resolution is not None and longest > settings.max_resolution:
-            jpeg, pixels = None, _shrunk(pixels, settings.max_resolution)
-            height, width = pixels.shape[:2]
-        if max(height, width) > MAX_SIDE:
-            raise DataError(f"{height} x {width} pixels are too many a side; use --max-resolution")
-        if settings.write_mode == "raw" or (
-            settings.write_mode == "proportion"
-            and uniforms(0, 0, np.array([index]), 1)[0, 0] >= settings.compress_probability
-        ):
-            return Encoded(Stored(RAW, height, width, pixels.reshape(-1)), "raw")
-        if jpeg is not None:
-            return Encoded(Stored(JPG, height, width, jpeg), "copied")
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=settings.jpeg_quality)
-        encoded = np.frombuffer(file.getvalue(), np.uint8)
-        return Encoded(Stored(JPG, height, width, encoded), "encoded")
-
-
 def _pixels_by_pil(path: str) -> Bytes:
     try:
         with open_image(path) as image:
@@ -379,7 +380,7 @@ def _pixels_by_pil(path: str) -> Bytes:
 
 
 def _shrunk(pixels: Bytes, longest: int) -> Bytes:
-    """With a longest side of `longest`, by the filter that keeps the most detail for the crops."""
+    """Resize to a longest side of `longest`, by the filter that keeps the most detail for the crops."""
     height, width = pixels.shape[:2]
     scale = longest / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,9 +1,9 @@
-"""One read and one decode of a sample, one crop rectangle, every size: compiled, without Python's lock."""
+"""Decode samples once and crop and resize them to every size: compiled by numba, without the GIL."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -19,10 +19,20 @@ from pipelines.transforms import CropParams, Rectangle, View
 with kept_threads():
     from ffcv.libffcv import read
 
-# What `training_views` and `eval_views` have in common, but for the draws.
+# `training_views` or `eval_views`.
 Views = Callable[..., None]
 
 FINE, CUT_OFF, UNDECODABLE = 0, 1, 2
+
+
+class Job(NamedTuple):
+    """The N samples of a batch, and where their views are written."""
+
+    samples: Samples
+    table: Table  # as in `resize`
+    outs: tuple[NDArray[Any], ...]  # one (N, s, 3 * s) per size
+    status: Bytes  # (N,) FINE where the views were written
+
 
 _read = njit(nogil=True)(read)
 _decompress = turbojpeg.decompress
@@ -33,63 +43,47 @@ _eval_view = njit(nogil=True)(transforms.eval_view)
 
 @njit(nogil=True)
 def training_views(
-    file: int,
-    decoder: int,
-    samples: Samples,
-    draws: CropParams,
-    first: int,
-    last: int,
-    table: Table,
-    outs: tuple[NDArray[Any], ...],
-    status: Bytes,
+    file: int, decoder: int, job: Job, first: int, last: int, crop_params: CropParams
 ) -> None:
-    """Samples `first` to `last` - 1 of a batch of N, cropped and flipped as `draws` says.
+    """Write samples `first` to `last` - 1 of a batch, cropped and flipped by `crop_params`.
 
-    file: descriptor; decoder: TurboJPEG handle; table: as in `resize`. outs: one array per size,
-    (N, s, 3 * s). status: (N,), FINE where they were filled.
+    file: descriptor of the .beton file; decoder: TurboJPEG handle.
     """
+    samples, status = job.samples, job.status
     for i in range(first, last):
         status[i], pixels = decode(file, decoder, samples, i)
         if status[i] == FINE:
-            box = _random_resized_crop(samples.height[i], samples.width[i], draws, i)
-            for k in range(len(outs)):
-                out = outs[k][i]
+            box = _random_resized_crop(samples.height[i], samples.width[i], crop_params, i)
+            for k in range(len(job.outs)):
+                out = job.outs[k][i]
                 view = View(len(out), len(out), 0, 0)
-                resize(pixels, box, view, draws.flip[i, k], table, out)
+                resize(pixels, box, view, crop_params.flip[i, k], job.table, out)
 
 
 @njit(nogil=True)
-def eval_views(
-    file: int,
-    decoder: int,
-    samples: Samples,
-    first: int,
-    last: int,
-    table: Table,
-    outs: tuple[NDArray[Any], ...],
-    status: Bytes,
-) -> None:
-    """As `training_views`, but each size is the centre of the image at the evaluation's scale."""
+def eval_views(file: int, decoder: int, job: Job, first: int, last: int) -> None:
+    """Write samples as `training_views` does, but as evaluation's centre crop of each size."""
+    samples, status = job.samples, job.status
     for i in range(first, last):
         status[i], pixels = decode(file, decoder, samples, i)
         if status[i] == FINE:
             height, width = samples.height[i], samples.width[i]
             box = Rectangle(0, 0, height, width)
-            for k in range(len(outs)):
-                out = outs[k][i]
-                resize(pixels, box, _eval_view(height, width, len(out)), False, table, out)
+            for k in range(len(job.outs)):
+                out = job.outs[k][i]
+                resize(pixels, box, _eval_view(height, width, len(out)), False, job.table, out)
 
 
 @njit(nogil=True)
 def decode(file: int, decoder: int, samples: Samples, i: int) -> Any:
-    """The status and, if it is FINE, the pixels as (height, 3 * width)."""
+    """Return the status of sample `i` and, if it is FINE, its pixels as (height, 3 * width)."""
     height, width = samples.height[i], samples.width[i]
     stored = np.empty(samples.size[i], np.uint8)
     if _read(file, stored, samples.pointer[i]) != stored.size:
         return CUT_OFF, stored.reshape(1, -1)
     if samples.mode[i] == RAW:
         return FINE, stored.reshape(height, 3 * width)
-    # The decoder takes any size that fits, and leaves what is around it as it was.
+    # The decoder takes any size that fits, and would leave the rest of the pixels uninitialised.
     header = np.empty(4, np.int32)
     at = header.ctypes.data
     code = _read_header(decoder, stored.ctypes.data, stored.size, at, at + 4, at + 8, at + 12)

@@ -1,13 +1,11 @@
-"""Batches from a .beton file: threads read, decode, crop and resize; the device normalises.
+"""Batches from .beton files: threads read, decode, crop and resize; the device normalises.
 
-FFCV's own loader is not used, for what it does in silence: a damaged JPEG leaves the pixels of an earlier
-batch, an exception in its thread makes the consumer wait for ever, its crops ignore the seed, and an epoch
-that is left early keeps its thread. Its files and its libraries are.
-
-
-train.beton and val.beton, checked before anything is trained on them.
-
-The quasi-random order: shuffled by pages of a file, then within a gigabyte of pages."""
+FFCV's own loader is not used, because it fails silently: a damaged JPEG leaves the pixels of an earlier
+batch, an exception in its thread makes the consumer wait forever, its crops ignore the seed, and an epoch
+that is left early keeps its thread. Its file format and its libraries are used. The files are checked before
+anything is trained on them. `--order quasi-random` shuffles the pages of a file, and then the samples
+within each gigabyte of pages.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ from pipelines.ffcv.beton import (
     open_beton,
     read_sidecar,
 )
-from pipelines.ffcv.decode import CUT_OFF, FINE, Views
+from pipelines.ffcv.decode import CUT_OFF, FINE, Job, Views
 from pipelines.ffcv.options import FfcvOptions
 from pipelines.ffcv.turbojpeg import JpegDecoder
 from pipelines.ffcv.verify import reasons
@@ -56,7 +54,27 @@ from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, m
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import DataError, UsageError
 
-READ_AHEAD = 8  # batches, quasi-random order
+READ_AHEAD = 8  # batches, in quasi-random order
+# 1 GiB of FFCV's pages of 8 MiB: about 10,000 ImageNet photos are mixed, from 128 places of the file.
+GROUP = 128
+
+
+def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Loaders:
+    """Return the loaders of `ffcv.make_loaders`. Raises what it does."""
+    if not spec.data.is_dir():
+        raise UsageError(f"--data: there is no folder {spec.data}")
+    check_sizes(spec)
+    paths = [
+        spec.data / f"{split}.beton" for split in (("train", "val") if with_train else ("val",))
+    ]
+    betons = [open_beton(path) for path in paths]
+    sidecars = [_checked_sidecar(options, spec, beton) for beton in betons]
+    classes = _common_classes(spec.data, betons, sidecars)
+    loaders = [
+        FfcvLoader(options, spec, beton, classes, training=beton.path.stem == "train")
+        for beton in betons
+    ]
+    return Loaders(loaders[0] if with_train else None, loaders[-1], classes)
 
 
 class FfcvLoader(ScheduledLoader):
@@ -86,8 +104,8 @@ class FfcvLoader(ScheduledLoader):
         workers = self._workers
         batches = list(self.schedule.batches(epoch, first_step))
         pages = _PageAdvice(self._options, workers, self._beton, batches)
-        works = self._started(workers, epoch, batches, pages)
-        for step, batch in enumerate(iterate_finished(works, ahead=self._options.prefetch)):
+        started = self._started(workers, epoch, batches, pages)
+        for step, batch in enumerate(iterate_finished(started, ahead=self._options.prefetch)):
             pages.after(step)
             yield batch
             if self._workers is not workers:
@@ -110,23 +128,25 @@ class FfcvLoader(ScheduledLoader):
         spec, count = self._spec, len(indices)
         buffer, blocks = self._buffers(count)
         status = np.empty(count, np.uint8)
-        samples = self._beton.samples.take(indices)
         views: Views = ffcv_decode.eval_views
-        draws: tuple[CropParams, ...] = ()
+        params: tuple[CropParams, ...] = ()
         if self.schedule.training:
             views = ffcv_decode.training_views
-            draws = (crop_params(spec.seed, epoch, indices, len(spec.sizes), spec.flip),)
+            params = (crop_params(spec.seed, epoch, indices, len(spec.sizes), spec.flip),)
         outs = tuple(as_array(block) for block in blocks)
+        job = Job(self._beton.samples.take(indices), self._table, outs, status)
 
         def fill(first: int, last: int) -> None:
-            workers.run(views, samples, *draws, first, last, self._table, outs, status)
+            workers.run(views, job, first, last, *params)
 
         finish = partial(self._finish, indices, buffer, blocks, status)
         return HostBatch(workers.pool, count, fill, finish)
 
     def _buffers(self, count: int) -> tuple[Tensor | None, list[Tensor]]:
-        """One (count, s, 3 * s) block per size: on the CPU of the compute dtype, where the threads write
-        what the network reads; for a GPU bytes, views of one pinned buffer, which goes there at once.
+        """Allocate one (count, s, 3 * s) block per size, and return the pinned buffer behind them, if any.
+
+        On the CPU the blocks have the compute dtype: the threads write what the network reads. For a
+        GPU they are bytes, views of one pinned buffer, which is copied there at once.
         """
         if self._spec.device.type == "cpu":
             return None, allocate_blocks(self._spec, count)
@@ -143,9 +163,9 @@ class FfcvLoader(ScheduledLoader):
         blocks: list[Tensor],
         status: NDArray[np.uint8],
     ) -> Batch:
-        """The batch once the threads are done; `status` says of each sample how it went."""
+        """Make the batch from what the threads wrote. Raises DataError if a sample's status is not FINE."""
         if (status != FINE).any():
-            raise self._explained(indices, status)
+            raise self._broken(indices, status)
         labels = torch.from_numpy(self._beton.labels[indices])
         if buffer is not None:
             pixels = buffer.to(self._spec.device, non_blocking=True).view(-1, 3)
@@ -154,7 +174,7 @@ class FfcvLoader(ScheduledLoader):
             labels = labels.pin_memory().to(self._spec.device, non_blocking=True)
         return Batch(as_images(blocks), labels)
 
-    def _explained(self, indices: Indices, status: NDArray[np.uint8]) -> DataError:
+    def _broken(self, indices: Indices, status: NDArray[np.uint8]) -> DataError:
         first = int(np.argmax(status != FINE))
         index = int(indices[first])
         reason = (
@@ -165,94 +185,29 @@ class FfcvLoader(ScheduledLoader):
         return broken_sample(self._beton, index, self._classes[self._beton.labels[index]], reason)
 
 
-def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bool) -> Schedule:
-    schedule = make_schedule(spec, len(beton), training)
-    if not training or options.order == "random":
-        return schedule
-    return PageSchedule(**vars(schedule), pages=beton.pages)
+@dataclass(frozen=True)
+class PageSchedule(Schedule):
+    """The quasi-random order: all samples of a page of the file come soon after each other.
+
+    It depends on (seed, epoch) alone; all ranks share it, so that a machine reads a page once.
+    """
+
+    pages: NDArray[np.int64]  # (samples,) the page of each sample
+
+    order_name = "quasi-random"
+
+    def order(self, epoch: int) -> Indices:
+        rng = np.random.default_rng((self.seed, epoch))
+        _, page = np.unique(self.pages, return_inverse=True)
+        group = rng.permutation(page.max() + 1) // GROUP
+        return np.lexsort((rng.random(self.samples), group[page]))
 
 
-class _Workers:
-    """Threads that share an open file; each task borrows a decoder."""
+def _checked_sidecar(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Sidecar | None:
+    """Return the file's sidecar; without one, decode every sample first, unless --trust is given.
 
-    def __init__(self, threads: int, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._decoders: deque[JpegDecoder] = deque()
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
-
-    def run(self, views: Views, *arguments: Any) -> None:
-        """Call it, on one of the pool's threads, with the file and a decoder."""
-        try:
-            decoder = self._decoders.pop()
-        except IndexError:  # as many tasks run as decoders were made so far
-            decoder = JpegDecoder()
-        try:
-            views(self._file.fileno(), decoder.handle, *arguments)
-        finally:
-            self._decoders.append(decoder)
-
-    def advise(self, page: int, page_size: int, advice: int) -> None:
-        """Tell the operating system what becomes of a page of the file."""
-        os.posix_fadvise(self._file.fileno(), page * page_size, page_size, advice)
-
-    def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
-        self._file.close()
-
-
-class _PageAdvice:
-    """Has the pages of a file read before they are needed, and dropped when they no longer are."""
-
-    def __init__(
-        self, options: FfcvOptions, workers: _Workers, beton: Beton, batches: list[Indices]
-    ) -> None:
-        self._workers, self._page_size = workers, beton.page_size
-        self._wanted: dict[int, list[int]] = {}  # step -> pages that it is the first to need
-        self._done: dict[int, list[int]] = {}  # step -> pages that it is the last to need
-        if options.order == "random":
-            return
-        pages = beton.pages
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        for step, indices in enumerate(batches):
-            for page in np.unique(pages[indices]).tolist():
-                first.setdefault(page, max(0, step - READ_AHEAD))
-                last[page] = step
-        for page, step in first.items():
-            self._wanted.setdefault(step, []).append(page)
-        if not options.os_cache:
-            for page, step in last.items():
-                self._done.setdefault(step, []).append(page)
-
-    def before(self, step: int) -> None:
-        for page in self._wanted.get(step, ()):
-            self._workers.advise(page, self._page_size, os.POSIX_FADV_WILLNEED)
-
-    def after(self, step: int) -> None:
-        for page in self._done.get(step, ()):
-            self._workers.advise(page, self._page_size, os.POSIX_FADV_DONTNEED)
-
-
-def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Loaders:
-    """As `ffcv.make_loaders`."""
-    if not spec.data.is_dir():
-        raise UsageError(f"--data: there is no folder {spec.data}")
-    check_sizes(spec)
-    paths = [
-        spec.data / f"{split}.beton" for split in (("train", "val") if with_train else ("val",))
-    ]
-    betons = [open_beton(path) for path in paths]
-    sidecars = [_checked(options, spec, beton) for beton in betons]
-    classes = _common_classes(spec.data, betons, sidecars)
-    loaders = [
-        FfcvLoader(options, spec, beton, classes, training=beton.path.stem == "train")
-        for beton in betons
-    ]
-    return Loaders(loaders[0] if with_train else None, loaders[-1], classes)
-
-
-def _checked(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Sidecar | None:
-    """The file's sidecar, which agrees with it; without one every sample is decoded, unless trusted."""
+    Raises DataError if the sidecar does not fit the file, or a sample is broken.
+    """
     found = read_sidecar(beton.path)
     if found is not None:
         check_sidecar(found, beton.path, len(beton))
@@ -273,7 +228,10 @@ def _checked(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Sidecar | 
 
 
 def _common_classes(data: Path, betons: list[Beton], sidecars: list[Sidecar | None]) -> list[str]:
-    """The class list that all sidecars share; numbers, if there is no sidecar."""
+    """Return the class names that all sidecars share, or numbers if there is no sidecar.
+
+    Raises UsageError if they differ, DataError if a label has no class.
+    """
     outputs = max(int(beton.labels.max()) + 1 for beton in betons)
     lists = [found.classes for found in sidecars if found is not None]
     if not lists:
@@ -289,23 +247,71 @@ def _common_classes(data: Path, betons: list[Beton], sidecars: list[Sidecar | No
     return lists[0]
 
 
-# 1 GiB of FFCV's pages of 8 MiB: about 10,000 ImageNet photos are mixed, from 128 places of the file.
-GROUP = 128
+def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bool) -> Schedule:
+    schedule = make_schedule(spec, len(beton), training)
+    if not training or options.order == "random":
+        return schedule
+    return PageSchedule(**vars(schedule), pages=beton.pages)
 
 
-@dataclass(frozen=True)
-class PageSchedule(Schedule):
-    """Reads a page of the file as a whole, and then soon all of its samples.
+class _Workers:
+    """Threads that share an open file; each task borrows a decoder."""
 
-    The order depends on (seed, epoch) alone; all ranks share it, so that a machine reads a page once.
-    """
+    def __init__(self, threads: int, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._decoders: deque[JpegDecoder] = deque()
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
 
-    pages: NDArray[np.int64]  # (samples,) where each sample lies
+    def run(self, views: Views, *arguments: Any) -> None:
+        """Call `views` with the file and a decoder, on the calling thread, which is one of the pool's."""
+        try:
+            decoder = self._decoders.pop()
+        except IndexError:  # as many tasks run as decoders were made so far
+            decoder = JpegDecoder()
+        try:
+            views(self._file.fileno(), decoder.handle, *arguments)
+        finally:
+            self._decoders.append(decoder)
 
-    order_name = "quasi-random"
+    def advise(self, page: int, page_size: int, advice: int) -> None:
+        """Tell the operating system how a page of the file will be used: a POSIX_FADV_ constant."""
+        os.posix_fadvise(self._file.fileno(), page * page_size, page_size, advice)
 
-    def order(self, epoch: int) -> Indices:
-        rng = np.random.default_rng((self.seed, epoch))
-        _, page = np.unique(self.pages, return_inverse=True)
-        group = rng.permutation(page.max() + 1) // GROUP
-        return np.lexsort((rng.random(self.samples), group[page]))
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        self._file.close()
+
+
+class _PageAdvice:
+    """Reads the pages of a file ahead of their use, and drops them from the page cache after it."""
+
+    def __init__(
+        self, options: FfcvOptions, workers: _Workers, beton: Beton, batches: list[Indices]
+    ) -> None:
+        self._workers, self._page_size = workers, beton.page_size
+        self._wanted: dict[int, list[int]] = {}  # step -> pages to ask for
+        self._done: dict[int, list[int]] = {}  # step -> pages that it is the last to need
+        if options.order == "random":
+            return
+        pages = beton.pages
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for step, indices in enumerate(batches):
+            for page in np.unique(pages[indices]).tolist():
+                first.setdefault(page, max(0, step - READ_AHEAD))
+                last[page] = step
+        for page, step in first.items():
+            self._wanted.setdefault(step, []).append(page)
+        if not options.os_cache:
+            for page, step in last.items():
+                self._done.setdefault(step, []).append(page)
+
+    def before(self, step: int) -> None:
+        """Ask for the pages that step `step` + READ_AHEAD is the first to need."""
+        for page in self._wanted.get(step, ()):
+            self._workers.advise(page, self._page_size, os.POSIX_FADV_WILLNEED)
+
+    def after(self, step: int) -> None:
+        """Drop the pages that no later step needs."""
+        for page in self._done.get(step, ()):
+            self._workers.advise(page, self._page_size, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Options of reading and of writing .beton files. Importing them needs no FFCV."""
+"""Options of reading and writing .beton files. Importing them needs no FFCV."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class FfcvOptions:
     """Batches that are prepared ahead."""
 
     os_cache: bool = True
-    """Leave what was read in the operating system's cache; --no-os-cache drops the pages of the file that
-    an epoch is done with, for data larger than memory."""
+    """Keep what was read in the operating system's page cache; --no-os-cache drops the pages of the file
+    that an epoch has finished with, for data larger than memory."""
 
     order: Order = "random"
     """random: all samples are shuffled. quasi-random: a gigabyte at a time, read in pages of 8 MB, for
@@ -48,7 +48,7 @@ class FfcvOptions:
 
 
 def not_installed(error: ImportError) -> UsageError:
-    """The line for a machine on which FFCV could not be built."""
+    """Return the error for a machine on which FFCV is not installed."""
     return UsageError(
         f"FFCV cannot be imported ({error}); install it with ./install.sh, "
         "or use train_dali.py, which needs no FFCV"

@@ -1,4 +1,4 @@
-"""JPEG decoding by the libturbojpeg that FFCV is linked with, but exact, and with its errors.
+"""Exact JPEG decoding by the libturbojpeg that FFCV is linked with; errors are reported.
 
 FFCV's own `imdecode` asks for the fast inverse transform, which is off by 1.2 of 255 on average (500
 ImageNet photos) and no faster than the exact one on a CPU with vector instructions; and its decoders
@@ -22,7 +22,7 @@ from pipelines.utils.errors import DataError
 
 @contextlib.contextmanager
 def kept_threads() -> Iterator[None]:
-    """Importing FFCV sets PyTorch to one thread."""
+    """Keep PyTorch's number of threads, which importing FFCV sets to one."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -35,7 +35,7 @@ Bytes = NDArray[np.uint8]
 
 RGB = 0  # TJPF_RGB
 ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
-MAX_PIXELS = 2 * 1024**3 // 4 // 3  # PIL's limit, above which it takes a file for an attack
+MAX_PIXELS = 2 * 1024**3 // 4 // 3  # PIL's limit, above which it suspects a decompression bomb
 
 _handle, _address, _int = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 
@@ -63,21 +63,21 @@ _error = _function("tjGetErrorStr2", ctypes.c_char_p, _handle)
 
 
 class JpegDecoder:
-    """One decoder's state: for one thread at a time. Raises DataError with libjpeg's own words."""
+    """A TurboJPEG handle, for one thread at a time. Raises DataError with libjpeg's message."""
 
     def __init__(self) -> None:
         self.handle: int = _open()
         weakref.finalize(self, _close, self.handle)
 
     def shape(self, jpeg: Bytes) -> tuple[int, int]:
-        """(height, width) from the file's header."""
+        """Return (height, width) from the file's header."""
         numbers = np.empty(4, np.int32)
         places = [numbers[i:].ctypes.data for i in range(4)]
         self._check(read_header(self.handle, jpeg.ctypes.data, jpeg.size, *places))
         return int(numbers[1]), int(numbers[0])
 
     def decode(self, jpeg: Bytes) -> Bytes:
-        """(height, width, 3) of a whole, faultless JPEG; CMYK is not supported."""
+        """Return (height, width, 3) of a complete JPEG without faults; CMYK is not supported."""
         height, width = self.shape(jpeg)
         if height * width > MAX_PIXELS:
             raise DataError(f"its header says {height} x {width} pixels, which is too large")

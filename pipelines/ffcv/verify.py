@@ -1,4 +1,4 @@
-"""Reading and decoding the samples of a .beton file one by one, to find those that are broken."""
+"""`python -m pipelines convert --verify FILE`: read and decode a .beton file sample by sample."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.ffcv.beton import RAW, Beton, check_sidecar, open_beton, read_sidecar, sha256_of
+from pipelines.ffcv.beton import RAW, Beton, check_sidecar, open_beton, read_sidecar
 from pipelines.ffcv.turbojpeg import Bytes, JpegDecoder
 from pipelines.sampler import Indices
+from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError
 from pipelines.utils.progress import ProgressBar
 from pipelines.utils.thread_map import ordered_map
 
 
 def verify(path: Path, workers: int) -> int:
-    """Print the broken samples of a file; returns 1 if there are any, 0 if all is well.
+    """Print the broken samples of a file; return 1 if there are any, else 0.
 
-    Raises UsageError or DataError if the file as a whole is of no use.
+    Raises UsageError if there is no such file, DataError if it or its sidecar as a whole is damaged.
     """
     beton = open_beton(path)
     found = read_sidecar(path)
@@ -34,7 +35,7 @@ def verify(path: Path, workers: int) -> int:
                 print(f"{path}: sample {index} (label {beton.labels[index]}) is broken: {reason}")
             size += int(beton.samples.size[index])
             progress.update(index + 1, size, bad)
-    changed = found is not None and sha256_of(path) != found.sha256
+    changed = found is not None and sha256_file(path) != found.sha256
     if changed:
         print(f"{path}: its SHA-256 is not its sidecar's: it was changed after it was written")
     what = "no sidecar" if found is None else "another SHA-256" if changed else "SHA-256 as written"
@@ -43,7 +44,7 @@ def verify(path: Path, workers: int) -> int:
 
 
 def reasons(beton: Beton, indices: Indices, workers: int) -> Generator[str | None]:
-    """For each of the samples what is wrong with it, None if nothing is. Reads and decodes all."""
+    """Read and decode each of the samples; yield what is wrong with it, None if nothing is."""
     local = threading.local()
     with beton.path.open("rb", buffering=0) as file:
 
@@ -60,7 +61,7 @@ def reasons(beton: Beton, indices: Indices, workers: int) -> Generator[str | Non
 
 
 def pixels(beton: Beton, file: int, decoder: JpegDecoder, index: int) -> Bytes:
-    """(height, width, 3) of one sample of the open file. Raises DataError if it is broken."""
+    """Return (height, width, 3) of one sample of the open file. Raises DataError if it is broken."""
     shape = int(beton.samples.height[index]), int(beton.samples.width[index])
     data = stored_bytes(beton, file, index)
     if beton.samples.mode[index] == RAW:
@@ -74,7 +75,7 @@ def pixels(beton: Beton, file: int, decoder: JpegDecoder, index: int) -> Bytes:
 
 
 def stored_bytes(beton: Beton, file: int, index: int) -> Bytes:
-    """A sample of the open file, as it lies there. Raises DataError if the file ends before it does."""
+    """Return the stored bytes of a sample. Raises DataError if the file ends before the sample does."""
     size = int(beton.samples.size[index])
     data = np.frombuffer(os.pread(file, size, int(beton.samples.pointer[index])), np.uint8)
     if data.size != size:

@@ -1,8 +1,9 @@
-"""Files and folders that are never half written."""
+"""Files and folders that are written completely or not at all, and their SHA-256."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -12,9 +13,9 @@ from typing import Any
 
 
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write under another name and rename: a crash leaves the old file or the new one.
+    """Write under a temporary name, then rename: a crash leaves the old file or the new one.
 
-    Raises OSError; what was there stays.
+    Raises OSError and leaves what was at `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -30,21 +31,16 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
     fsync_directory(path.parent)
 
 
-def _open_no_link(name: str, flags: int) -> int:
-    """A folder that others made may have a link under the temporary name, to a file of the user's."""
-    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
-
-
 def atomic_write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`atomic_write` of an object."""
+    """Write an object as indented JSON by `atomic_write`."""
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends, or vanishes when it raises.
+    """Yield a temporary folder that is renamed to `path` when the block ends, or removed if it raises.
 
-    Raises OSError, also if there is a file or a folder with something in it at `path`, which stays.
+    Raises OSError, also if `path` is a file or a folder that is not empty; it is left as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -59,9 +55,23 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def fsync_directory(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk."""
+    """Wait until the names of a folder's files are on the disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_no_link(name: str, flags: int) -> int:
+    """Open without following a link.
+
+    In a folder that others made, the temporary name may be a link to one of the user's files.
+    """
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)

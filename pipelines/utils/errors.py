@@ -1,4 +1,4 @@
-"""The two ways in which a run ends with one line instead of a traceback."""
+"""The errors that end a command with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ class UsageError(ValueError):
 
 
 class DataError(RuntimeError):
-    """Data or a run that turned out to be broken on the way. Exit code 1."""
+    """Data that turned out to be broken while it was read or written. Exit code 1."""
+
+    exit_code = 1
+
+
+class RunError(RuntimeError):
+    """A run that failed: a loss that is not finite, a rank that was lost. Exit code 1."""
 
     exit_code = 1
 
 
 @contextmanager
 def error_context(what: str) -> Iterator[None]:
-    """Name the option or file that an error of the block is about, in front of its message."""
+    """Put the option or file that an error of the block is about in front of its message."""
     try:
         yield
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, RunError) as error:
         raise type(error)(f"{what}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as one line; its type if it says nothing."""
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

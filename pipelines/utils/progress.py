@@ -1,4 +1,4 @@
-"""Progress of a long conversion: a bar on a terminal, elsewhere a plain line now and then. On stderr."""
+"""Progress of a pass over many images, on stderr: a bar on a terminal, else a plain line every 10 s."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 LINE_EVERY = 10.0  # seconds
 
 
 class ProgressBar:
-    """Images done of `total`, with images/s, time left, bytes and bad images."""
+    """Images done of `total`, with images/s, time left, bytes and number of bad images."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total = title, total
+        self._started = self._last_line = 0.0  # seconds, set on entry
+        self._task = TaskID(0)
         console = Console(file=sys.stderr)
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -42,6 +44,7 @@ class ProgressBar:
             self._bar.stop()
 
     def update(self, done: int, size: int, bad: int) -> None:
+        """Show that `done` images of `size` bytes together are finished, `bad` of them broken."""
         now = time.perf_counter()
         speed = done / max(now - self._started, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((self._total - done) / max(speed, 1e-9)))
@@ -54,7 +57,7 @@ class ProgressBar:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as 1.2 GB."""
+    """Return a number of bytes as text, such as "1.2 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

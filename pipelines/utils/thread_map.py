@@ -1,4 +1,4 @@
-"""A map over threads that keeps the order and never runs far ahead."""
+"""A map over threads that keeps the order and takes a bounded number of items ahead."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 4  # items a thread: enough that none waits, few enough to bound the memory
+AHEAD = 4  # items per thread: enough to keep all busy, few enough to bound the memory
 
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Generator[Result]:
-    """`function` of each of the items, in their order; what it raises is raised here.
+    """Yield `function(item)` for each of the items, in their order. Raises what `function` raises.
 
-    Threads do it, because decoding, encoding and reading leave Python's lock; they cannot die alone, as
-    processes can. Leaving the iteration early cancels what has not begun.
+    Threads suffice, because decoding, encoding and reading release the GIL; unlike processes they
+    cannot be killed one by one. Leaving the iteration early cancels what has not started.
     """
     pool = ThreadPoolExecutor(threads)
     started: deque[Future[Result]] = deque()

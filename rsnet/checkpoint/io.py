@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipelines.utils.atomic_io import atomic_write
+from pipelines.utils.atomic_io import atomic_write, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context
 from rsnet.checkpoint import authors_pytorch as original
 from rsnet.config.model_config import FULL, MODEL_DEFAULTS, WEIGHT_FIELDS
@@ -71,7 +71,7 @@ def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None
         raise UsageError(f"there is no checkpoint {path}")
     hash_file = _hash_file(path)
     # Before and after, because a run that goes on may put another file there in between.
-    known, found = _noted_hashes(path), _sha256(path)
+    known, found = _noted_hashes(path), sha256_file(path)
     known += _noted_hashes(path)
     if known and found not in known:
         raise DataError(f"{path} is damaged: its SHA-256 is not in {hash_file.name}")
@@ -172,13 +172,8 @@ def sha256(path: Path) -> str:
     stat = path.stat()
     identity = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns  # the same of a hard link
     if identity not in _HASHED:
-        _HASHED[identity] = _sha256(path)
+        _HASHED[identity] = sha256_file(path)
     return _HASHED[identity]
 
 
 _HASHED: dict[tuple[int, ...], str] = {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
-from pipelines.transforms import EVAL_CROP_RATIO
+from pipelines.transforms import EVAL_CROP_RATIO, RESIZE_FILTER
 
 # resnet: the network as its library has it; preact: `rsnet.models.preact_resnet`, with shortcut B or A.
 Mode = Literal["resnet", "preact", "preact_typeA"]
@@ -47,7 +47,7 @@ class ModelConfig:
 
     normalize: NormalizeName = "imagenet"
     eval_crop_ratio: float = EVAL_CROP_RATIO
-    interpolation: str = "triangle, antialiased (PIL's BILINEAR)"
+    interpolation: str = RESIZE_FILTER
     calibrated: Mapping[str, str] = field(default_factory=dict)
     """Sizes that were added after the training, and how their BatchNorm was made."""
 

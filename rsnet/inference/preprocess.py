@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.image_io import eval_picture, open_image
+from pipelines.image_io import eval_image, open_image
 from pipelines.transforms import eval_view
 from pipelines.utils.errors import DataError, UsageError, first_line
 
@@ -41,7 +41,7 @@ def decode(picture: Picture, name: str, size: int) -> Image.Image:
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
     """What an evaluation looks at of an RGB image: (size, size, 3) uint8."""
-    return torch.from_numpy(np.array(eval_picture(image, size)))
+    return torch.from_numpy(np.array(eval_image(image, size)))
 
 
 def _rgb(image: Image.Image, size: int) -> Image.Image:

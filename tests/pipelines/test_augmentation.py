@@ -41,7 +41,7 @@ TOLERANCE = {"cpu": 2, "cuda": 6}
 
 kinds = pytest.mark.parametrize("kind", ["trivial", "rand"])
 # How the numbers are drawn does not depend on the kind.
-draws_of = pytest.mark.parametrize(
+random_cases = pytest.mark.parametrize(
     ("backend", "kind"), [("reference", "rand"), ("dali", "trivial")]
 )
 backends = pytest.mark.parametrize("backend", ["reference", "dali"])
@@ -60,7 +60,7 @@ def _loaders(backend: str, spec: LoaderSpec):
 
 
 def _by_sample(loader: Loader, epoch: int) -> dict[int, torch.Tensor]:
-    """The largest picture of each sample."""
+    """The largest image of each sample."""
     loader.set_epoch(epoch)
     batches = zip(loader.schedule.batches(epoch), loader, strict=True)
     return {int(i): x for indices, b in batches for i, x in zip(indices, b.images[0], strict=True)}
@@ -68,17 +68,17 @@ def _by_sample(loader: Loader, epoch: int) -> dict[int, torch.Tensor]:
 
 @kinds
 def test_the_reference_gives_torchvisions_augmentation_of_the_crop(spec, kind):
-    pictures = _by_sample(_loaders("reference", replace(spec, auto_augment=kind)).train, 1)
-    assert len(pictures) == 20
-    for index, picture in pictures.items():
+    images = _by_sample(_loaders("reference", replace(spec, auto_augment=kind)).train, 1)
+    assert len(images) == 20
+    for index, image in images.items():
         alone = np.array([index])
-        draws = crop_params(spec.seed, 1, alone, len(SIZES), "shared")
-        with Image.open(scan_train_val(spec.data, True)[0].paths[index]) as image:
-            crop = F.crop(image, *random_resized_crop(image.height, image.width, draws, 0))
+        params = crop_params(spec.seed, 1, alone, len(SIZES), "shared")
+        with Image.open(scan_train_val(spec.data, True)[0].paths[index]) as whole:
+            crop = F.crop(whole, *random_resized_crop(whole.height, whole.width, params, 0))
         torch.manual_seed(int(uniforms(spec.seed, 1, alone, 1, AUGMENTATION_LANE).item() * 2**53))
         view = F.resize(TORCHVISION[kind]()(crop), [64, 64])
-        expected = F.hflip(view) if draws.flip[0, 0] else view
-        assert torch.equal((255 * picture).round(), F.pil_to_tensor(expected).float())
+        expected = F.hflip(view) if params.flip[0, 0] else view
+        assert torch.equal((255 * image).round(), F.pil_to_tensor(expected).float())
 
 
 def test_the_reference_leaves_pytorchs_generator_alone(spec):
@@ -160,7 +160,7 @@ def test_validation_is_not_augmented(spec, backend, kind):
         assert torch.equal(a.images[0], b.images[0])
 
 
-@draws_of
+@random_cases
 def test_a_samples_augmentation_does_not_depend_on_its_batch(spec, backend, kind):
     spec = replace(spec, auto_augment=kind)
     fours = _by_sample(_loaders(backend, spec).train, 3)
@@ -171,7 +171,7 @@ def test_a_samples_augmentation_does_not_depend_on_its_batch(spec, backend, kind
     assert all(torch.equal(fours[i], fives[i]) for i in fives)
 
 
-@draws_of
+@random_cases
 def test_a_loader_continues_with_the_same_augmentations(spec, backend, kind):
     spec = replace(spec, auto_augment=kind)
     train = _loaders(backend, spec).train
@@ -184,7 +184,7 @@ def test_a_loader_continues_with_the_same_augmentations(spec, backend, kind):
 
 
 @pytest.mark.parametrize("other", [{"epoch": 1}, {"seed": 1}])
-@draws_of
+@random_cases
 def test_epoch_and_seed_draw_another_augmentation(spec, backend, kind, other, monkeypatch):
     module = {"dali": dali, "reference": reference}[backend]
     # The same crops and flips throughout: what differs is the augmentation.

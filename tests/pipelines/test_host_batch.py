@@ -1,4 +1,4 @@
-"""Batches that threads finish: order, bounds and errors."""
+"""Batches that threads make: order, bounds and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_sample_is_filled_exactly_once(pool, count):
     assert sorted(filled) == list(range(count))
 
 
-def test_batches_come_in_order_with_a_bounded_number_in_the_works(pool):
+def test_batches_come_in_order_with_a_bounded_number_in_progress(pool):
     begun = 0
 
     def works():
@@ -84,7 +84,7 @@ def test_what_is_written_into_a_block_is_in_the_channels_last_image(dtype):
     blocks, table = host.allocate_blocks(spec, 3), host.pixel_table(spec)
     for block in blocks:
         host.as_array(block)[:] = table[0, 255]
-        host.as_array(block)[2, 1, 3 * 2 + 1] = table[1, 0]  # picture 2, row 1, column 2, green
+        host.as_array(block)[2, 1, 3 * 2 + 1] = table[1, 0]  # image 2, row 1, column 2, green
     for size, image in zip(spec.sizes, host.as_images(blocks), strict=True):
         expected = torch.ones(3, 3, size, size, dtype=dtype)
         expected[2, 1, 1, 2] = 0

@@ -1,4 +1,4 @@
-"""Malformed data folders, each with one line that says what is wrong."""
+"""Image folders: torchvision's order, and one line for each malformed folder or image."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_evaluation_needs_no_training_folder(data):
     assert len(val.paths) == 3
 
 
-def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+def test_an_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):
     path = tmp_path / "photo.jpg"
     Image.new("RGB", (8, 8)).save(path, "EPS")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
@@ -103,7 +103,7 @@ def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"])
-def test_a_picture_of_a_usual_format_is_one_by_any_name(tmp_path, kind):
+def test_a_usual_format_is_read_under_any_name(tmp_path, kind):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg", kind)
     assert decode_error(str(tmp_path / "photo.jpg")) is None
 

@@ -59,7 +59,7 @@ def test_a_view_is_cut_from_pils_resized_image(photo, shape, size):
     assert difference.max() <= 2
 
 
-def test_a_mirrored_picture_is_the_picture_mirrored(photo):
+def test_a_mirrored_image_is_the_image_mirrored(photo):
     box, view = Rectangle(5, 7, 120, 111), View(50, 50, 0, 0)
     straight = _resized(photo, box, view, 50)
     np.testing.assert_array_equal(_resized(photo, box, view, 50, mirror=True), straight[:, ::-1])

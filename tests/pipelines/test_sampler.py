@@ -6,11 +6,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from torchvision.transforms import RandomResizedCrop
 
 from pipelines.sampler import Schedule, crop_params, uniforms
-from pipelines.transforms import CropParams, eval_short_side, random_resized_crop
 
 
 def test_a_samples_numbers_do_not_depend_on_its_batch():
@@ -46,31 +43,6 @@ def test_numbers_are_uniform_and_uncorrelated():
     assert max(np.abs(between_lanes).max(), abs(between_neighbours)) < 5 / math.sqrt(20000)
 
 
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 100), (40, 41)])
-def test_crops_are_distributed_as_torchvisions(height, width):
-    n = 4000
-    draws = crop_params(0, 0, np.arange(n), 5, "independent")
-    ours = np.array([random_resized_crop(height, width, draws, i) for i in range(n)])
-    image = np.empty((3, height, width), dtype=np.uint8)
-
-    blank = torch.from_numpy(image)
-    crop = RandomResizedCrop(224)
-    theirs = np.array([crop.get_params(blank, crop.scale, crop.ratio) for _ in range(n)])
-    error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / n) + 1e-9
-    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 5 * error).all()
-    spread = np.abs(ours.std(axis=0) - theirs.std(axis=0))
-    assert (spread < 5 * error + 0.5).all()
-
-
-def test_an_image_that_no_try_fits_gets_the_centre():
-    """torchvision's fallback: the largest centred crop within the ratios."""
-    never = CropParams(
-        np.ones((1, 10)), np.full((1, 10), 4 / 3), np.zeros((1, 2)), np.zeros((1, 5)) > 0
-    )
-    assert random_resized_crop(400, 100, never, 0) == (133, 0, 133, 100)
-    assert random_resized_crop(100, 400, never, 0) == (0, 133, 100, 133)
-
-
 def test_half_of_the_flips_are_flips():
     flips = crop_params(0, 0, np.arange(4000), 5, "independent").flip
     assert np.abs(flips.mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(4000)
@@ -92,8 +64,3 @@ def test_the_rest_that_is_left_out_differs_by_epoch():
     schedule = Schedule(10, 4, 0, 1, seed=0, training=True)
     left_out = [set(range(10)) - set(np.concatenate(list(schedule.batches(e)))) for e in range(5)]
     assert len({frozenset(s) for s in left_out}) > 1
-
-
-@pytest.mark.parametrize(("size", "short"), [(224, 256), (192, 219), (160, 182), (96, 109)])
-def test_the_short_side_is_cut_to_a_whole_number(size, short):
-    assert eval_short_side(size) == short

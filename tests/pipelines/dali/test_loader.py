@@ -1,7 +1,10 @@
-"""DALI's pictures against PIL's, on the same rectangle."""
+"""DALI's loader: its images against PIL's of the same rectangle, broken images, the resizing threads."""
 
 from __future__ import annotations
 
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,15 @@ from torchvision.transforms import functional as F
 
 from pipelines import dali, reference
 from pipelines.batch import Loaders, LoaderSpec
+from pipelines.dali import loader as dali_loader
 from pipelines.demo import ODD_KINDS, render
 from pipelines.utils.errors import DataError, UsageError
-from tests.conftest import write_photo
-from tests.helpers.pictures import differences
+from tests.conftest import beton_of, needs_ffcv, write_photo
+from tests.helpers import betons
+from tests.helpers.images import differences
 
 SIZES = (64, 48, 32)
+WORKERS = 2
 # Mean absolute difference of an image in 1/255. Seen for the worst of 500 ImageNet photos: on the CPU 0.26,
 # with the GPU's graph on the CPU 0.36.
 TOLERANCE = {"cpu": 0.4, "cpu, the graph of a GPU": 0.5, "cuda": 2.0}
@@ -43,7 +49,7 @@ def _spec(data: Path, device: str = "cpu", **more) -> LoaderSpec:
 
 
 def _loaders(spec: LoaderSpec):
-    return dali.make_loaders(dali.DaliOptions(workers=2), spec)
+    return dali.make_loaders(dali.DaliOptions(workers=WORKERS), spec)
 
 
 def with_the_graph_of_a_gpu(loaders: Loaders) -> Loaders:
@@ -63,13 +69,13 @@ def _gpu_graphs_differences(spec: LoaderSpec, split: str) -> torch.Tensor:
 
 @devices
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_every_size_is_pils_picture_of_the_same_rectangle(photos, split, device):
+def test_every_size_is_pils_image_of_the_same_rectangle(photos, split, device):
     worst = _differences(_spec(photos, device), split).max(dim=1).values
     assert (worst < TOLERANCE[device]).all(), worst
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_graph_of_a_gpu_gives_pils_pictures_on_the_cpu_too(photos, split):
+def test_the_graph_of_a_gpu_gives_pils_images_on_the_cpu_too(photos, split):
     worst = _gpu_graphs_differences(_spec(photos), split).max()
     assert worst < TOLERANCE["cpu, the graph of a GPU"]
 
@@ -83,7 +89,7 @@ def test_the_tolerance_would_notice_a_crop_that_is_one_pixel_off(photos):
 
 
 @devices
-def test_odd_files_decode_to_the_same_picture(tmp_path, device):
+def test_odd_files_decode_to_the_same_image(tmp_path, device):
     """CMYK, PNG named .JPEG, grayscale, EXIF-rotated (which is not applied), progressive."""
     for split in ("train", "val"):
         for i, save in enumerate(ODD_KINDS):
@@ -150,3 +156,87 @@ def test_a_broken_image_is_named(tmp_path, backend, damage, split):
 def test_options_out_of_range_are_refused(flag, options):
     with pytest.raises(UsageError, match=flag):
         dali.DaliOptions(**options)
+
+
+@pytest.fixture
+def spec(photos: Path) -> LoaderSpec:
+    return _spec(photos, batch_size=4, normalize="imagenet")
+
+
+def _assert_same(ours, theirs) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+
+
+@needs_ffcv
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dali_and_ffcv_give_the_same_bits(spec, split, dtype):
+    spec = replace(spec, dtype=dtype)
+    theirs = betons.make(replace(spec, data=beton_of(spec.data)))
+    _assert_same(getattr(_loaders(spec), split), getattr(theirs, split))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_consumers_thread_resizes_nothing(spec, split, monkeypatch):
+    threads = set()
+
+    def resize(*_):
+        threads.add(threading.current_thread())
+
+    monkeypatch.setattr(dali_loader, "resize", resize)
+    list(getattr(_loaders(spec), split))
+    assert 1 <= len(threads) <= WORKERS
+    assert threading.current_thread() not in threads
+
+
+def test_a_batch_is_resized_while_the_one_before_it_is_used(spec, monkeypatch):
+    resized = []
+    monkeypatch.setattr(dali_loader, "resize", lambda *_: resized.append(None))
+    batches = iter(_loaders(spec).train)
+    next(batches)
+    for _ in range(100):
+        if len(resized) == 2 * spec.batch_size * len(SIZES):
+            break
+        time.sleep(0.05)
+    assert len(resized) == 2 * spec.batch_size * len(SIZES)
+
+
+def test_dali_does_not_reuse_the_memory_of_crops_that_wait(spec, monkeypatch):
+    expected = list(_loaders(spec).train)
+    real = dali_loader.resize
+
+    def slow(*arguments):
+        time.sleep(0.01)  # DALI is far ahead when the crop is read
+        real(*arguments)
+
+    monkeypatch.setattr(dali_loader, "resize", slow)
+    _assert_same(_loaders(spec).train, expected)
+
+
+def test_a_broken_image_ends_the_threads(tmp_path):
+    for split in ("train", "val"):
+        for i in range(6):
+            write_photo(tmp_path / split / "a" / f"{i}.JPEG", 60, 60, seed=i)
+    (tmp_path / "val" / "a" / "4.JPEG").write_bytes(b"")
+    val = _loaders(LoaderSpec(tmp_path, SIZES, 2, torch.device("cpu"))).val
+    with pytest.raises(DataError, match=r"4\.JPEG"):
+        list(val)
+    assert not [t for t in threading.enumerate() if t.name.startswith("dali-resize")]
+
+
+def test_what_a_thread_raises_reaches_the_reader(spec, monkeypatch):
+    def fail(*_):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(dali_loader, "resize", fail)
+    loader = _loaders(spec).train
+    with pytest.raises(MemoryError, match="out of memory"):
+        list(loader)
+    loader.close()
+
+
+def test_sizes_that_the_resize_cannot_make_are_refused(spec):
+    with pytest.raises(UsageError, match="--sizes 2: at least 4 pixels"):
+        _loaders(replace(spec, sizes=(64, 2)))

@@ -1,9 +1,8 @@
-"""`python -m pipelines.folder verify`: what it finds, remembers and moves; and --skip-bad, which reads it."""
+"""`python -m pipelines.folder verify`: what it finds and moves, and what a training says of bad images."""
 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shlex
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pipelines import dali, reference
 from pipelines.__main__ import VERBS
@@ -24,99 +22,23 @@ from pipelines.batch import LoaderSpec
 from pipelines.dali import verify
 from pipelines.demo import ODD_KINDS, render
 from pipelines.utils.cli import verb_command
-from pipelines.utils.errors import DataError, UsageError
-from rsnet.train import main
-from tests.conftest import write_folder, write_photo
+from pipelines.utils.errors import DataError
+from tests.conftest import write_photo
+from tests.helpers.bad_images import (
+    DAMAGES,
+    damage_all,
+    decode_with_pil,
+    loaders_of,
+    truncate,
+    write_html,
+    write_png_without_its_end,
+)
 
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """Good images; what a test damages is only read by itself."""
-    for split, seed in (("train", 1), ("val", 2)):
-        write_folder(tmp_path / "data" / split, {"ant": 20, "bee": 5}, seed)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def run(capsys):
-    """Run `python -m pipelines.folder verify` in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        words = ["verify", *map(str, arguments)]
-        code = verb_command("pipelines.folder", VERBS, words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-def _loaders(data: Path, rank: int = 0, with_train: bool = True, **options):
-    spec = LoaderSpec(data, (32, 24), 4, torch.device("cpu"), rank=rank, world_size=rank + 1)
-    return dali.make_loaders(dali.DaliOptions(workers=2, **options), spec, with_train)
-
-
 def _bad(report: Path) -> dict[str, dict[str, str]]:
     return {split: s["bad"] for split, s in json.loads(report.read_text())["splits"].items()}
-
-
-def _pil(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def _html(path: Path) -> None:
-    path.write_text("<html>404</html>")
-
-
-def _png_without_its_end(path: Path) -> None:
-    file = io.BytesIO()
-    _pil(path).save(file, "PNG")
-    path.write_bytes(file.getvalue()[:-12])
-    _pil(path)
-
-
-def _gif(path: Path) -> None:
-    _pil(path).save(path, "GIF")
-    _pil(path)
-
-
-def _dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def _pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-DAMAGES = {
-    _empty: "the file is empty",
-    _truncated: "image file is truncated",
-    _html: "cannot identify image file",
-    _png_without_its_end: "PIL decodes it, but DALI does not",
-    _gif: "PIL decodes it, but DALI does not",
-    _dangling: "No such file or directory",
-    _pipe: "it is no regular file",
-}
-
-
-def _damage_all(data: Path) -> dict[str, str]:
-    """One image of each damage in train; returns their paths below train, and the reasons."""
-    names = [f"ant/{i:03}.JPEG" for i in range(0, 2 * len(DAMAGES), 2)]
-    for name, damage in zip(names, DAMAGES, strict=True):
-        damage(data / "train" / name)
-    return dict(zip(names, DAMAGES.values(), strict=True))
 
 
 def _changed_marker(path: Path) -> None:
@@ -126,12 +48,12 @@ def _changed_marker(path: Path) -> None:
     content[at : at + 2] = b"\xff\x13"
     path.write_bytes(content)
     with pytest.raises(OSError, match="broken data stream"):
-        _pil(path)
+        decode_with_pil(path)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_exactly_what_dali_does_not_decode_is_listed(data, run, workers):
-    expected = _damage_all(data)
+    expected = damage_all(data)
     code, out, err = run(data, "--workers", workers)
     assert (code, err) == (1, "")
     found = _bad(data / "verified.json")
@@ -162,7 +84,7 @@ def test_odd_images_that_dali_decodes_are_not_listed(data, run):
     code, out, _ = run(data)
     assert code == 0
     assert f"{data}/val: 0 of 31 images are bad" in out
-    assert all(len(list(getattr(_loaders(data), split))) > 0 for split in ("train", "val"))
+    assert all(len(list(getattr(loaders_of(data), split))) > 0 for split in ("train", "val"))
 
 
 @pytest.mark.parametrize(
@@ -172,22 +94,22 @@ def test_any_name_will_do(data, run, name):
     good = data / "train" / "ant" / name
     shutil.copy(data / "train" / "ant" / "000.JPEG", good)
     assert run(data)[0] == 0
-    _truncated(good)
+    truncate(good)
     assert run(data)[0] == 1
     assert list(_bad(data / "verified.json")["train"]) == [f"ant/{name}"]
     assert run(data)[0] == 1
-    assert _loaders(data, skip_bad=True).train.schedule.samples == 25
+    assert loaders_of(data, skip_bad=True).train.schedule.samples == 25
 
 
 def test_a_val_folder_alone_is_verified(data, run):
     shutil.rmtree(data / "train")
-    _truncated(data / "val" / "ant" / "000.JPEG")
+    truncate(data / "val" / "ant" / "000.JPEG")
     assert run(data)[0] == 1
     assert list(_bad(data / "verified.json")) == ["val"]
 
 
 def test_an_unchanged_folder_is_not_decoded_again(data, run, monkeypatch):
-    _truncated(data / "train" / "ant" / "003.JPEG")
+    truncate(data / "train" / "ant" / "003.JPEG")
     _, first, _ = run(data)
     monkeypatch.setattr(verify, "Decoder", None)
     code, out, _ = run(data)
@@ -196,49 +118,8 @@ def test_an_unchanged_folder_is_not_decoded_again(data, run, monkeypatch):
     assert out.splitlines()[1:3] == first.splitlines()[1:3]  # the image, and how many are bad
 
 
-def _touch(path: Path) -> None:
-    state = path.stat()
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-
-
-def _grow(path: Path) -> None:
-    state = path.stat()
-    path.write_bytes(path.read_bytes() + b"x")
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-
-
-CHANGES = {
-    "touched": _touch,
-    "grown, with its old time": _grow,
-    "renamed": lambda path: path.rename(path.with_name("007x.JPEG")),  # at the same place
-    "removed": Path.unlink,
-    "copied": lambda path: shutil.copy2(path, path.with_name("other.JPEG")),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_changed_folder_is_noticed(data, run, change):
-    run(data)
-    before = json.loads((data / "verified.json").read_text())["splits"]
-    change(data / "train" / "ant" / "007.JPEG")
-    with pytest.raises(UsageError) as refusal:
-        _loaders(data, skip_bad=True)
-    assert str(refusal.value) == (
-        f"--skip-bad: {data}/verified.json is of another state of {data}/train; "
-        f"python -m pipelines.folder verify {data} writes it anew"
-    )
-    code, out, _ = run(data)
-    assert code == 0
-    assert f"{data}/train: has not changed" not in out
-    assert f"{data}/val: has not changed" in out
-    after = json.loads((data / "verified.json").read_text())["splits"]
-    assert after["val"] == before["val"]
-    assert after["train"]["fingerprint"] != before["train"]["fingerprint"]
-    _loaders(data, skip_bad=True)
-
-
 def test_bad_images_are_moved_with_their_paths(data, run, tmp_path, monkeypatch):
-    names = _damage_all(data)
+    names = damage_all(data)
     content = (data / "train" / "ant" / "004.JPEG").read_bytes()
     left = {
         p
@@ -257,11 +138,11 @@ def test_bad_images_are_moved_with_their_paths(data, run, tmp_path, monkeypatch)
     assert code == 0
     assert f"{data}/train: has not changed" in out
     assert f"{data}/train: 0 of {25 - len(names)} images are bad" in out
-    assert len(list(_loaders(data, skip_bad=True).train)) == (25 - len(names)) // 4
+    assert len(list(loaders_of(data, skip_bad=True).train)) == (25 - len(names)) // 4
 
 
 def test_what_is_known_to_be_bad_is_moved_without_decoding_again(data, run, tmp_path, monkeypatch):
-    _truncated(data / "train" / "ant" / "003.JPEG")
+    truncate(data / "train" / "ant" / "003.JPEG")
     run(data)
     monkeypatch.setattr(verify, "Decoder", None)
     assert run(data, "--move-to", tmp_path / "bad")[0] == 0
@@ -271,7 +152,7 @@ def test_what_is_known_to_be_bad_is_moved_without_decoding_again(data, run, tmp_
 @pytest.mark.parametrize("dangling", [False, True])
 def test_moving_overwrites_nothing(data, run, tmp_path, dangling):
     for name in ("003.JPEG", "004.JPEG"):
-        _truncated(data / "train" / "ant" / name)
+        truncate(data / "train" / "ant" / name)
     there = tmp_path / "bad" / "train" / "ant" / "004.JPEG"
     there.parent.mkdir(parents=True)
     if dangling:
@@ -289,7 +170,7 @@ def test_moving_overwrites_nothing(data, run, tmp_path, dangling):
 
 @pytest.mark.parametrize("place", ["train", "val/ant/bad"])
 def test_moving_among_the_images_is_refused(data, run, place):
-    _truncated(data / "train" / "ant" / "003.JPEG")
+    truncate(data / "train" / "ant" / "003.JPEG")
     code, _, err = run(data, "--move-to", data / place)
     assert code == 2
     assert f"--move-to: {data}/{place} lies among the images of {data}/{place[:3]}" in err
@@ -299,7 +180,7 @@ def test_moving_among_the_images_is_refused(data, run, place):
 @pytest.mark.parametrize("move", [False, True])
 def test_a_class_of_bad_images_alone_is_named(data, run, tmp_path, move):
     for path in (data / "train" / "bee").iterdir():
-        _html(path)
+        write_html(path)
     code, out, err = run(data, *(["--move-to", tmp_path / "bad"] if move else []))
     assert code == 1
     assert f"all images of {data}/train/bee are bad" in err
@@ -307,7 +188,7 @@ def test_a_class_of_bad_images_alone_is_named(data, run, tmp_path, move):
     assert f"{data}/val: 0 of 25 images are bad" in out  # which was not given up
     if not move:
         with pytest.raises(DataError, match=f"all images of {data}/train/bee are bad"):
-            _loaders(data, skip_bad=True)
+            loaders_of(data, skip_bad=True)
 
 
 def test_a_report_that_cannot_be_written_is_said_before_decoding(data, run, monkeypatch):
@@ -325,120 +206,27 @@ def test_a_report_that_cannot_be_written_is_said_before_decoding(data, run, monk
     assert f"cannot write {data}/nowhere/x.json: No such file or directory" in err
 
 
-def test_a_report_elsewhere_is_read_where_it_is(data, run, tmp_path):
-    _truncated(data / "train" / "ant" / "003.JPEG")
-    assert run(data, "--report", tmp_path / "my report.json")[0] == 1
-    assert not (data / "verified.json").exists()
-    loaders = _loaders(data, skip_bad=True, skip_bad_report=tmp_path / "my report.json")
-    assert loaders.train.schedule.samples == 24
-    _touch(data / "train" / "ant" / "000.JPEG")
-    with pytest.raises(UsageError) as refusal:
-        _loaders(data, skip_bad=True, skip_bad_report=tmp_path / "my report.json")
-    advice = f"verify {data} --report '{tmp_path}/my report.json' writes it anew"
-    assert str(refusal.value).endswith(advice)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", '{"version": 2, "splits": {}}', '{"version": 1, "splits": {"train": {"fingerprint": "x"}}}',
-     '{"version": 1, "splits": {"train": {"fingerprint": "x", "images": 1, "bad": ["x"]}}}',
-     '{"samples": 3}', "\xff"],
-)  # fmt: skip
-def test_another_file_is_not_overwritten(data, run, tmp_path, content):
-    other = tmp_path / "other.json"
-    other.write_text(content, encoding="latin-1")
-    code, _, err = run(data, "--report", other)
-    assert code == 2
-    assert f"{other} is no report of a verification" in err
-    assert err.count("\n") == 1
-    assert other.read_text(encoding="latin-1") == content
-
-
-def test_a_report_is_written_as_a_whole_or_not_at_all(data, run, monkeypatch):
-    run(data)
-    before = (data / "verified.json").read_text()
-    _touch(data / "train" / "ant" / "000.JPEG")
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "verified.json")
-
-    monkeypatch.setattr(os, "fsync", full)
-    code, _, err = run(data)
-    assert code == 1
-    assert "No space left on device" in err
-    assert (data / "verified.json").read_text() == before
-    assert sorted(os.listdir(data)) == ["train", "val", "verified.json"]
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_skip_bad_gives_the_batches_of_a_folder_without_the_bad_images(data, run, tmp_path, split):
-    bad = [data / "train" / name for name in _damage_all(data)]
-    bad.append(data / "val" / "bee" / "001.JPEG")
-    _empty(bad[-1])
-    without = tmp_path / "without"
-    shutil.copytree(
-        data, without, ignore=lambda folder, _: [p.name for p in bad if str(p.parent) == folder]
-    )
-    assert run(data)[0] == 1
-    ours, plain = (getattr(_loaders(d, skip_bad=d == data), split) for d in (data, without))
-    for epoch in (0, 1):
-        ours.set_epoch(epoch)
-        plain.set_epoch(epoch)
-        for a, b in zip(ours, plain, strict=True):
-            assert torch.equal(a.labels, b.labels)
-            assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
-
-
-def test_skip_bad_says_once_how_many_were_left_out(data, run, capsys):
-    _damage_all(data)
-    run(data)
-    _loaders(data, skip_bad=True)
-    assert capsys.readouterr().out == (
-        f"--skip-bad: left out {len(DAMAGES)} of 25 images of train and 0 of 25 images of val, "
-        f"which {data}/verified.json lists\n"
-    )
-    _loaders(data, rank=1, skip_bad=True)
-    assert capsys.readouterr().out == ""
-
-
-def test_skip_bad_needs_a_report(data):
-    with pytest.raises(UsageError) as refusal:
-        _loaders(data, skip_bad=True)
-    assert str(refusal.value) == (
-        f"--skip-bad: there is no report {data}/verified.json; "
-        f"python -m pipelines.folder verify {data} writes it"
-    )
-    with pytest.raises(UsageError, match="--skip-bad-report: add --skip-bad"):
-        dali.DaliOptions(skip_bad_report=data / "x.json")
-
-
-def test_an_evaluation_with_skip_bad_needs_val_alone(data, run):
-    run(data)
-    _touch(data / "train" / "ant" / "000.JPEG")
-    assert len(list(_loaders(data, with_train=False, skip_bad=True).val)) == 7
-
-
 def _read_epochs(loader, epochs: int) -> None:
     for epoch in range(epochs):
         loader.set_epoch(epoch)
         list(loader)
 
 
-def test_training_blames_what_dali_does_not_decode(data):
-    """PIL decodes the culprit, and does not decode an innocent image of the same batch."""
+def test_training_names_the_image_that_dali_does_not_decode(data):
+    """PIL decodes that image, and does not decode another one of the same batch, which DALI does."""
     _changed_marker(data / "val" / "ant" / "000.JPEG")
-    _png_without_its_end(data / "val" / "ant" / "001.JPEG")
+    write_png_without_its_end(data / "val" / "ant" / "001.JPEG")
     with pytest.raises(
         DataError, match=f"broken image {data}/val/ant/001.JPEG: PIL decodes it, but"
     ):
-        list(_loaders(data).val)
+        list(loaders_of(data).val)
 
 
 @pytest.mark.parametrize("backend", ["dali", "reference"])
 def test_a_broken_image_met_in_training_names_the_verification(data, backend):
     data = data.rename(data.with_name("my data"))
     bad = data / "train" / "ant" / "003.JPEG"
-    _truncated(bad)
+    truncate(bad)
     spec = LoaderSpec(data, (32,), 4, torch.device("cpu"))
     loaders = {
         "dali": lambda: dali.make_loaders(dali.DaliOptions(workers=1), spec),
@@ -460,7 +248,7 @@ def _python(*words: object) -> subprocess.CompletedProcess[str]:
 
 def test_stderr_has_the_progress_and_nothing_of_the_decoders(data):
     """libjpeg and DALI have lines for these, without the image's name."""
-    _truncated(data / "train" / "ant" / "003.JPEG")
+    truncate(data / "train" / "ant" / "003.JPEG")
     write_photo(data / "val" / "bee" / "marker.JPEG", 200, 200, seed=1)
     _changed_marker(data / "val" / "bee" / "marker.JPEG")
     script = (
@@ -494,31 +282,3 @@ def test_a_mistake_is_one_line(capsys, words, line):
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1
-
-
-def test_a_run_that_a_broken_image_ended_goes_on_without_it(
-    data, run, tmp_path, monkeypatch, capsys
-):
-    def train(*options: object) -> tuple[int, str, str]:
-        words = f"--data {data} --arch parallel_resnet18 --sizes 32 24 -b 8 --workers 1 --wandb disabled"
-        words = ["train_dali.py", *words.split(), "--output", tmp_path / "run", *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        code = main("train_dali.py", dali.DaliOptions, dali.make_loaders)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    assert train("--epochs", 1)[0] == 0
-    _html(data / "train" / "ant" / "003.JPEG")
-    code, _, err = train("--epochs", 2, "--resume", "auto", "--skip-bad")
-    assert code == 2
-    assert "--skip-bad: there is no report" in err
-    assert err.count("\n") == 1
-    assert run(data)[0] == 1
-    words = ("--epochs", 2, "--resume", "auto", "--skip-bad")
-    code, _, err = train(*words)
-    assert code == 2
-    assert "samples 25 -> 24" in err  # other images come next: that has to be allowed
-    code, out, _ = train(*words, "--allow-change", "data")
-    assert code == 0
-    assert "--skip-bad: left out 1 of 25 images of train" in out
-    assert "after epoch 1" in out

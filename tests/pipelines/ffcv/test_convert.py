@@ -1,4 +1,4 @@
-"""The converter: what it stores, what it refuses, and that it leaves nothing half-done."""
+"""The converter to .beton files: what it stores, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What goes wrong while converting: bad images, full disks, signals. Nothing is left half-done."""
+"""A conversion that fails (bad images, full disks, signals) leaves no half-written file."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import shutil
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from tests.conftest import needs_ffcv, write_folder, write_photo
@@ -145,12 +145,12 @@ def test_too_little_space_is_said_before_writing(demo, tmp_path, convert, monkey
 
 def test_a_second_conversion_into_the_same_folder_is_refused(demo, tmp_path, convert):
     (tmp_path / "b").mkdir()
-    handle = os.open(tmp_path / "b", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    code, _, err = convert("--data", demo, "--output", tmp_path / "b")
-    os.close(handle)
+    with FileLock(tmp_path / "b" / ".lock"):
+        code, _, err = convert("--data", demo, "--output", tmp_path / "b")
     assert code == 2
-    assert "another conversion is writing into" in err
+    assert f"--output: another conversion is writing into {tmp_path}/b" in err
+    assert convert("--data", demo, "--output", tmp_path / "b", "--splits", "val")[0] == 0
+    assert sorted(os.listdir(tmp_path / "b")) == ["val.beton", "val.beton.json"]
 
 
 def test_a_sample_that_reads_back_differently_is_noticed(demo, tmp_path, convert, monkeypatch):
@@ -209,7 +209,7 @@ def test_after_kill_9_a_second_run_works(many, tmp_path, convert):
     _wait_for(tmp_path / "b" / "train.beton.partial", process)
     process.kill()
     process.communicate()
-    assert sorted(os.listdir(tmp_path / "b")) == ["train.beton.partial"]
+    assert sorted(os.listdir(tmp_path / "b")) == [".lock", "train.beton.partial"]
     assert set(os.listdir("/dev/shm")) <= shared
     few = write_folder(tmp_path / "few" / "train", {"x": 3}).parent
     shutil.copytree(few / "train", few / "val")

@@ -1,4 +1,4 @@
-"""The FFCV pipeline: PIL's pictures, files that are not whole, threads that fail or are left."""
+"""FFCV's loader: its images against PIL's, broken samples, its threads, and the quasi-random order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipelines.ffcv import FfcvOptions
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import beton_of, needs_ffcv, write_folder, write_photo
 from tests.helpers.betons import convert_to, damage_sample, loaders_of, make, spec_of, table_of
-from tests.helpers.pictures import differences
+from tests.helpers.images import differences
 
 pytestmark = needs_ffcv
 ROOT = Path(__file__).parents[3]
@@ -33,7 +33,7 @@ TOLERANCE = 0.5
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("write_mode", ["jpg", "raw"])
-def test_every_size_is_pils_picture_of_the_same_rectangle(photos, tmp_path, split, write_mode):
+def test_every_size_is_pils_image_of_the_same_rectangle(photos, tmp_path, split, write_mode):
     beton = convert_to(photos, tmp_path / "beton", write_mode=write_mode)
     worst = differences(loaders_of(beton), spec_of(photos), split).max(dim=1).values
     assert (worst < TOLERANCE).all(), worst
@@ -55,7 +55,7 @@ def test_a_gpu_gets_the_same_batches_as_the_cpu(photos, split, dtype):
             torch.testing.assert_close(x, y.cpu(), rtol=1e-2, atol=1e-2)
 
 
-def test_odd_files_decode_to_the_same_picture(tmp_path):
+def test_odd_files_decode_to_the_same_image(tmp_path):
     """Grayscale, progressive, EXIF-rotated and PNG exactly; CMYK is encoded anew, once."""
     for split in ("train", "val"):
         for i, save in enumerate(ODD_KINDS):
@@ -88,7 +88,7 @@ def test_a_sample_that_does_not_decode_is_named(beton, index):
 @pytest.mark.parametrize("side", ["height", "width"])
 @pytest.mark.parametrize("by", [-8, 3, 100])
 def test_a_jpeg_of_another_size_than_the_table_says_is_broken(beton, side, by):
-    """libjpeg would fill a part of the picture and leave old memory in the rest."""
+    """libjpeg would fill a part of the image and leave old memory in the rest."""
     column = table_of(beton / "val.beton")["f0"][side]
     column[5] = int(column[5]) + by
     with pytest.raises(DataError, match=r"sample 5 \(class \w+\) is broken"):
@@ -162,7 +162,7 @@ def test_leaving_an_epoch_cancels_what_has_not_begun(beton, monkeypatch):
     def slow(*arguments):
         calls.append(arguments)
         time.sleep(0.05)
-        arguments[-1][:] = ffcv_decode.FINE
+        arguments[2].status[:] = ffcv_decode.FINE
 
     monkeypatch.setattr(ffcv_decode, "training_views", slow)
     batches = iter(loaders_of(beton, prefetch=6).train)  # two threads, seven tasks
@@ -201,7 +201,7 @@ os._exit(0)
 
 def test_a_file_by_ffcvs_own_writer_is_read(photos, tmp_path):
     """What users have from elsewhere; FFCV encodes it anew, hence the tolerance."""
-    # In a process group that is ended: FFCV's workers, which are forked, may wait for ever at their exit.
+    # In a process group that is ended: FFCV's workers, which are forked, may never exit.
     process = subprocess.Popen(
         [sys.executable, "-c", _FFCVS_WRITER, photos, tmp_path],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -281,3 +281,77 @@ def test_a_machine_without_ffcv_is_told_so_in_one_line(tmp_path, command):
 def test_options_out_of_range_are_refused(flag, options):
     with pytest.raises(UsageError, match=flag):
         FfcvOptions(**options)
+
+
+def test_without_a_sidecar_every_sample_is_checked(beton, capsys):
+    (beton / "val.beton.json").unlink()
+    assert loaders_of(beton).classes == ["ant", "bee", "cat"]
+    assert "val.beton has no sidecar: checking all 17 samples" in capsys.readouterr().err
+    damage_sample(beton, 5)
+    with pytest.raises(DataError, match=r"sample 5 \(class 1\) is broken"):
+        loaders_of(beton)
+
+
+def test_each_rank_checks_its_share(beton):
+    (beton / "val.beton.json").unlink()
+    damage_sample(beton, 5)
+    spec = replace(spec_of(beton), world_size=2)
+    make(replace(spec, rank=0))
+    with pytest.raises(DataError, match="sample 5"):
+        make(replace(spec, rank=1))
+
+
+def test_trust_leaves_the_check_out(beton):
+    for split in ("train", "val"):
+        (beton / f"{split}.beton.json").unlink()
+    damage_sample(beton, 5)
+    assert loaders_of(beton, trust=True).classes == ["0", "1", "2"]
+
+
+def test_sizes_too_small_for_the_resize_are_refused(beton):
+    with pytest.raises(UsageError, match="--sizes 3: at least 4 pixels"):
+        make(replace(spec_of(beton), sizes=(32, 3)))
+
+
+PAGES = np.repeat(np.arange(7, 37), 10)  # 30 pages of 10 samples; the first pages hold none
+
+
+@pytest.fixture
+def page_order(monkeypatch):
+    """The quasi-random order of `PAGES` in groups of four pages, by epoch and seed."""
+    from pipelines.ffcv import loader as ffcv_loader
+
+    monkeypatch.setattr(ffcv_loader, "GROUP", 4)
+
+    def order(epoch: int = 0, seed: int = 0) -> np.ndarray:
+        return ffcv_loader.PageSchedule(300, 10, 0, 1, seed, training=True, pages=PAGES).order(
+            epoch
+        )
+
+    return order
+
+
+def test_each_sample_comes_once(page_order):
+    np.testing.assert_array_equal(np.sort(page_order()), np.arange(300))
+
+
+def test_a_group_of_pages_is_finished_before_the_next_begins(page_order):
+    groups = np.split(PAGES[page_order()], range(40, 300, 40))
+    seen = [set(group.tolist()) for group in groups]
+    assert [len(s) for s in seen] == [4] * 7 + [2]
+    assert len(set.union(*seen)) == 30
+
+
+def test_samples_are_shuffled_within_a_group(page_order):
+    pages = PAGES[page_order()][:40]
+    assert (np.diff(pages) != 0).sum() > 20
+    assert not np.array_equal(np.sort(page_order()[:40]), page_order()[:40])
+
+
+def test_pages_come_in_an_order_of_their_own_each_epoch_and_seed(page_order):
+    first = {
+        (e, s): set(PAGES[page_order(e, s)][:40].tolist()) for e, s in [(0, 0), (1, 0), (0, 1)]
+    }
+    assert first[0, 0] != first[1, 0]
+    assert first[0, 0] != first[0, 1]
+    np.testing.assert_array_equal(page_order(3), page_order(3))

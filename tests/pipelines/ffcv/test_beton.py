@@ -1,18 +1,16 @@
-"""Files that are not whole, or do not belong together: said in one line before training starts."""
+"""Incomplete .beton files, and those that do not fit their sidecars, are refused before training starts."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipelines.ffcv.beton import sidecar_path
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import needs_ffcv
-from tests.helpers.betons import damage_sample, loaders_of, make, spec_of, table_of
+from tests.helpers.betons import loaders_of, table_of
 
 pytestmark = needs_ffcv
 
@@ -130,39 +128,9 @@ def test_what_is_wrong_with_a_file_is_said_before_training(beton, damage):
         loaders_of(beton)
 
 
-def test_without_a_sidecar_every_sample_is_checked(beton, capsys):
-    sidecar_path(beton / "val.beton").unlink()
-    assert loaders_of(beton).classes == ["ant", "bee", "cat"]
-    assert "val.beton has no sidecar: checking all 17 samples" in capsys.readouterr().err
-    damage_sample(beton, 5)
-    with pytest.raises(DataError, match=r"sample 5 \(class 1\) is broken"):
-        loaders_of(beton)
-
-
-def test_each_rank_checks_its_share(beton):
-    sidecar_path(beton / "val.beton").unlink()
-    damage_sample(beton, 5)
-    spec = replace(spec_of(beton), world_size=2)
-    make(replace(spec, rank=0))
-    with pytest.raises(DataError, match="sample 5"):
-        make(replace(spec, rank=1))
-
-
-def test_trust_leaves_the_check_out(beton):
-    for split in ("train", "val"):
-        sidecar_path(beton / f"{split}.beton").unlink()
-    damage_sample(beton, 5)
-    assert loaders_of(beton, trust=True).classes == ["0", "1", "2"]
-
-
 def test_a_label_that_no_data_set_has_is_refused(beton):
     for split in ("train", "val"):
-        sidecar_path(beton / f"{split}.beton").unlink()
+        (beton / f"{split}.beton.json").unlink()
     table_of(beton / "val.beton")["f1"][5] = 1 << 40
     with pytest.raises(DataError, match="sample 5 has an impossible shape or label"):
         loaders_of(beton, trust=True)
-
-
-def test_sizes_too_small_for_the_resize_are_refused(beton):
-    with pytest.raises(UsageError, match="--sizes 3: at least 4 pixels"):
-        make(replace(spec_of(beton), sizes=(32, 3)))

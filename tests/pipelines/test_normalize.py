@@ -1,4 +1,4 @@
-"""The rules that all pipelines share, against torchvision."""
+"""Normalisation against torchvision's."""
 
 from __future__ import annotations
 
@@ -7,20 +7,6 @@ import torch
 from torchvision.transforms import functional as F
 
 from pipelines.normalize import MEAN_STD, PixelNormalizer, byte_table
-from pipelines.transforms import eval_view
-
-SHAPES = [(500, 375), (375, 500), (333, 500), (64, 64), (51, 77), (17, 300), (299, 16), (1, 9)]
-
-
-@pytest.mark.parametrize(("height", "width"), SHAPES)
-@pytest.mark.parametrize("size", [224, 193, 160, 33, 32])
-def test_the_evaluations_view_is_torchvisions(height, width, size):
-    # A picture of its own coordinates: what is cut out says where it was cut.
-    resized = F.resize(torch.zeros(1, height, width), [int(size / 0.875)])
-    rows, columns = (torch.arange(n) for n in resized.shape[1:])
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
-    top, left = F.center_crop(grid, [size])[:, 0, 0].tolist()
-    assert eval_view(height, width, size) == (*resized.shape[1:], top, left)
 
 
 @pytest.mark.parametrize("normalize", ["imagenet", "unit"])

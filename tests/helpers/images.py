@@ -1,4 +1,4 @@
-"""How far a pipeline's pictures are from the reference's, PIL's."""
+"""Differences between a pipeline's images and those of the reference, PIL's."""
 
 from __future__ import annotations
 
