@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,34 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def _exit_code(request: dict[str, Any], fds: list[int]) -> int:
+    """Run the command: its exit code; what it raises is printed."""
+    try:
+        _become(request, fds)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):  # ends Python as the signal would
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1
+    return 0
+
+
+def _end(code: int) -> None:
+    """End as Python does, but for clearing away all modules, which takes more than a second."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
 if __name__ == "__main__":
     for name in PRELOADED:
         importlib.import_module(name)
@@ -192,5 +221,5 @@ if __name__ == "__main__":
     gc.freeze()
     job = _serve(socket.socket(fileno=int(sys.argv[1])))
     if job is None:
-        os._exit(0)  # without a word of what libraries find at their end
-    _become(*job)
+        os._exit(0)
+    _end(_exit_code(*job))
