@@ -105,8 +105,7 @@ def test_a_killed_rank_without_restarts_ends_all(photos, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_in_time_and_is_named(photos, tmp_path):
     run = tmp_path / "run"
-    launcher = ("--shutdown-timeout", "1")  # which torchrun waits for one that has been stopped
-    process = start(_pair(photos, run, "--timeout", "8", launcher=launcher))
+    process = start(_pair(photos, run, "--timeout", "8"))
     wait_for(reached(run, 7), process)
     stopped = _ranks(process)[1]
     os.kill(stopped, signal.SIGSTOP)
