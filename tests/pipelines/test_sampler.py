@@ -94,6 +94,14 @@ def test_the_rest_that_is_left_out_differs_by_epoch():
     assert len({frozenset(s) for s in left_out}) > 1
 
 
+def test_each_seed_and_each_epoch_has_an_order_of_its_own():
+    orders = [
+        Schedule(103, 4, 0, 1, seed, training=True).order(epoch)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert len({tuple(order) for order in orders}) == 3
+
+
 @pytest.mark.parametrize(("size", "short"), [(224, 256), (192, 219), (160, 182), (96, 109)])
 def test_the_short_side_is_cut_to_a_whole_number(size, short):
     assert eval_short_side(size) == short
