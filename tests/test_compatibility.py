@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import written
+from tests.helpers import written
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
@@ -167,6 +167,7 @@ def test_an_onnx_file_gives_the_same_logits():
         torch.testing.assert_close(found, torch.tensor(expected), atol=ROUNDING, rtol=ROUNDING)
 
 
+@pytest.mark.slow  # a third of this file's time; .ci/run has it
 def test_a_release_is_exported_to_the_same_onnx_file():
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

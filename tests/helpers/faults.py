@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import processes
+
+ROOT = processes.ROOT
 LIMIT_S = 120  # of one process; a hang is a failure
 
 # 23 photos: 5 updates an epoch, with everything that has a state of its own.
@@ -32,19 +34,16 @@ def command(data: Path, run: Path, *more: str | Path, script: str = "train_dali.
     return [*map(str, words), "--checkpoint-every", "1", *map(str, more)]
 
 
-def torchrun(processes: int, words: Sequence[str], *more: str) -> list[str]:
-    """`words`, a command that starts Python, by so many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(ranks: int, words: Sequence[str], *more: str) -> list[str]:
+    """`words`, a command that starts Python, by so many processes, which torchrun forks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher += ["--run-path", "--start-method", "fork"]
     return [words[0], *launcher, *more, *words[1:]]
 
 
 def start(words: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """In a session of its own, so that all its processes can be killed. `more`: of the environment."""
-    environ = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | dict(more or {})
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
-        start_new_session=True,
-    )  # fmt: skip
+    return processes.start(words, {"PYTHONUNBUFFERED": "1"} | dict(more or {}))
 
 
 def finish(words: Sequence[str], code: int | None = 0) -> tuple[str, str]:

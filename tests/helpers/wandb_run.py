@@ -12,8 +12,9 @@ from typing import Any
 
 from rsnet.loggers import wandb_logger as wandb_log
 from rsnet.loggers.wandb_logger import WandbLogger
+from tests.helpers import processes
 
-ROOT = Path(__file__).parents[2]
+ROOT = processes.ROOT
 LIMIT_S = 120
 
 
@@ -25,7 +26,7 @@ def interrupted(kind: str, directory: Path, break_it: Callable[[int], None]) -> 
     said = directory.with_name("said.txt")
     with said.open("w") as file:  # a pipe would stay open for as long as a service that was stopped
         command = [sys.executable, "-m", "tests.helpers.wandb_run", kind, str(directory)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        process = processes.start(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + LIMIT_S
         while not (directory / "paused").exists():

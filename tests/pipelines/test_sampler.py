@@ -64,3 +64,11 @@ def test_the_rest_that_is_left_out_differs_by_epoch():
     schedule = Schedule(10, 4, 0, 1, seed=0, training=True)
     left_out = [set(range(10)) - set(np.concatenate(list(schedule.batches(e)))) for e in range(5)]
     assert len({frozenset(s) for s in left_out}) > 1
+
+
+def test_each_seed_and_each_epoch_has_an_order_of_its_own():
+    orders = [
+        Schedule(103, 4, 0, 1, seed, training=True).order(epoch)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert len({tuple(order) for order in orders}) == 3

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from torchvision.models.resnet import BasicBlock
 
 from pipelines.dali import DaliOptions, make_loaders
 from rsnet.checkpoint import io as checkpoint
@@ -80,9 +81,9 @@ def _stops_before(epoch, stop):
 
 
 def test_a_run_can_start_from_an_ordinary_networks_weights(train, photos, tmp_path):
-    plain = torchvision.models.resnet18(num_classes=1000)
+    plain = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=1000)
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    words = ["--data", photos, "-a", "parallel_resnet18", "--sizes", 32, 16, "-b", 8, "--epochs", 1]
+    words = ["--data", photos, "-a", "parallel_resnet10", "--sizes", 32, 16, "-b", 8, "--epochs", 1]
     words += ["--lr", 1e-9, "--wd", 0, "--amp", "off", "--wandb", "disabled", "--workers", 1]
     code, _, err = train(*words, "--pretrained", tmp_path / "plain.pth", "-c", tmp_path / "run")
     assert code == 0, err

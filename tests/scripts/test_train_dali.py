@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,9 +20,21 @@ from rsnet.loggers.run_dir import RunDir
 from rsnet.train import main
 from rsnet.training import loop as session
 from tests.conftest import write_folder
+from tests.helpers import processes
 
 ROOT = Path(__file__).parents[2]
-RUN = ["--arch", "parallel_resnet18", "--sizes", "32", "24", "--batch-size", "8", "--workers", "1"]
+RUN = [
+    "--arch",
+    "parallel_resnet18",
+    "--width-mult",
+    "0.125",
+    "--sizes",
+    "32",
+    "24",
+    "--workers",
+    "1",
+]
+RUN += ["--batch-size", "8"]
 
 
 @pytest.fixture
@@ -49,10 +60,7 @@ def trained(photos, tmp_path_factory) -> Path:
     """A run of two epochs, by the real script in a process of its own."""
     run = tmp_path_factory.mktemp("trained") / "run"
     command = [sys.executable, ROOT / "train_dali.py", "--data", photos, *RUN, "--output", run]
-    done = subprocess.run(
-        [*map(str, command), "--epochs", "2", "--wandb", "disabled", "--log-interval", "1"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = processes.run([*command, "--epochs", "2", "--wandb", "disabled", "--log-interval", "1"])
     assert done.returncode == 0, done.stderr
     (run / "stdout.txt").write_text(done.stdout)
     return run
@@ -305,10 +313,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_it_can_go_on(photos, tmp_path):
         sys.executable, ROOT / "train_dali.py", "--data", photos, *RUN, "--output", tmp_path / "run",
         "--epochs", "500", "--wandb", "offline",
     ]  # fmt: skip
-    environ = os.environ | {"WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
-    ) as process:
+    environ = {"WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
+    with processes.start(command, environ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("epoch 2/500"):

@@ -17,8 +17,8 @@ from tests.conftest import beton_of, needs_ffcv
 
 pytestmark = needs_ffcv
 RUN = [
-    "--arch", "parallel_resnet18", "--sizes", "32", "24", "--batch-size", "8", "--workers", "1",
-    "--epochs", "1", "--log-interval", "1", "--wandb", "disabled",
+    "--arch", "parallel_resnet18", "--width-mult", "0.125", "--sizes", "32", "24", "--workers", "1",
+    "--batch-size", "8", "--epochs", "1", "--log-interval", "1", "--wandb", "disabled",
 ]  # fmt: skip
 
 

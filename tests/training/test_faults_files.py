@@ -16,7 +16,7 @@ import torch
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
-from tests.helpers.faults import ROOT
+from tests.helpers import processes
 
 pytestmark = pytest.mark.faults
 
@@ -149,9 +149,9 @@ def test_a_file_system_without_links_is_served_by_copies(tmp_path, monkeypatch):
 SAVER = """
 import sys, torch
 from pathlib import Path
-from rsnet.checkpoint.manager import Store
+from rsnet.checkpoint.manager import CheckpointManager
 from tests.training.test_faults_files import _content
-store, first = Store(Path(sys.argv[1])), int(sys.argv[2])
+store, first = CheckpointManager(Path(sys.argv[1])), int(sys.argv[2])
 for step in range(first, first + 100000):
     store.save(_content(step), is_best=step % 3 == 0)
     print(step, flush=True)
@@ -165,7 +165,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
     done = 0
     for _ in range(12):
         words = [sys.executable, "-c", SAVER, str(tmp_path), str(done + 1)]
-        with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        with processes.start(words) as process:
             assert process.stdout is not None
             process.stdout.readline()
             time.sleep(draws.uniform(0, 0.05))

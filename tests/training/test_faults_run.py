@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -109,6 +107,15 @@ def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(photos, whol
     assert_same_end(run, whole)
 
 
+# `LIMIT COMMAND`: run a script that cannot write files of more than LIMIT bytes.
+LIMITED = """
+import resource, runpy, sys
+_, limit, *sys.argv = sys.argv
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("reaction", ["stop", pytest.param("continue", marks=SLOW)])
 def test_a_full_disk_leaves_the_checkpoint_before_it(photos, whole, tmp_path, reaction):
     """A limit on the size of files, of half a checkpoint, stands for the disk."""
@@ -117,21 +124,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(photos, whole, tmp_path, re
     before = (run / "checkpoints" / "last.pt").read_bytes()
     limit = len(before) // 2
     words = command(photos, run, "--resume", "auto", "--epochs", "5", "--on-save-error", reaction)
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=120, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    out, err = finish([words[0], "-c", LIMITED, str(limit), *words[1:]], int(reaction == "stop"))
     assert (run / "checkpoints" / "last.pt").read_bytes() == before
     assert checkpoint.load(run / "checkpoints" / "last.pt")["step"] == UPDATES
     assert not list((run / "checkpoints").glob("*.tmp"))
     if reaction == "stop":
-        assert done.returncode == 1
-        assert done.stderr.count("\n") == 1
-        assert "cannot save to" in done.stderr
-        assert "File too large; the checkpoint before it is whole" in done.stderr
+        assert err.count("\n") == 1
+        assert "cannot save to" in err
+        assert "File too large; the checkpoint before it is whole" in err
     else:
-        assert done.returncode == 0
-        assert "File too large; the checkpoint before it stays, the training goes on" in done.stdout
+        assert "File too large; the checkpoint before it stays, the training goes on" in out
         assert metrics(run)[-1]["epoch"] == 5
 
 

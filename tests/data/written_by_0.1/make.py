@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
-from tests import written  # noqa: E402
+from tests.helpers import written  # noqa: E402
 
 QUANTIZED = {
     "weights": ["--qw", "2"],

@@ -18,7 +18,7 @@ import numba
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "data" / "written_by_0.1"
+FOLDER = Path(__file__).parents[1] / "data" / "written_by_0.1"
 
 # 18 images, 6 updates an epoch, of a network with all that has a state of its own: averaged weights, mixed
 # images, sizes drawn at each step. Paths are relative, so that files hold none of a machine.
