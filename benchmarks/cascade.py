@@ -18,11 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from rsnet.inference import cascade_search as thresholds
-from rsnet.inference import scores
+from rsnet.inference import cascade_search
+from rsnet.inference.calibration import LabelledLogits, collect_logits, find_labelled_images
 from rsnet.inference.cascade_search import Answers
 from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.inference.scores import LabelledLogits
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ def compare(found: LabelledLogits, ms: Mapping[int, float], splits: int) -> Iter
     """Size, mix and cascade are chosen on one half, and reported on the other."""
     as_they_are = dict.fromkeys(ms, 1.0)
     for seed in range(splits):
-        fitted, other = (thresholds.answers(h, as_they_are) for h in found.halves(seed))
-        frontier = thresholds.search(fitted, ms)
+        fitted, other = (cascade_search.answers(h, as_they_are) for h in found.halves(seed))
+        frontier = cascade_search.search(fitted, ms)
         for limit in limits(ms):
-            size = thresholds.best_size(fitted, ms, limit)
+            size = cascade_search.best_size(fitted, ms, limit)
             assert size is not None  # the fastest itself
             chosen = [outcome for outcome in frontier if outcome.ms <= limit][-1]
-            reported = thresholds.simulate(other, chosen.ladder, ms)
+            reported = cascade_search.simulate(other, chosen.cascade, ms)
             size_top1 = 100 * float(other.right[size].mean())
             mixed = mix(fitted, other, ms, limit)
             yield Row(limit, size, size_top1, mixed, reported.top1, reported.ms)
@@ -90,8 +89,8 @@ def mix(fitted: Answers, other: Answers, ms: Mapping[int, float], limit: float) 
 
 def main(o: Options) -> None:
     classifier = SwitchableClassifier.load(o.release, batch_size=o.batch_size)
-    folder = scores.find(o.data, classifier.config["network"])
-    found = scores.collect(classifier, folder)
+    folder = find_labelled_images(o.data, classifier.config["network"])
+    found = collect_logits(classifier, folder)
     ms = classifier.ms_per_image()
     rows = list(compare(found, ms, o.splits))
     print(classifier.conditions)

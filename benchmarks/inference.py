@@ -106,7 +106,7 @@ def _offered(
     model: ResolutionSwitchable, size: int, dtype: torch.dtype | None = None, fold: bool = False
 ) -> Way:
     """As `SwitchableClassifier.load` computes with these options."""
-    forward = ModelRunner(model, torch.device("cpu"), dtype, 1, fold, cuda_graphs=False)
+    forward = ModelRunner(model, torch.device("cpu"), dtype, 1, fold=fold, cuda_graphs=False)
     return lambda x: forward(x if dtype is None else x.to(dtype), size)
 
 

@@ -9,18 +9,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from pipelines.batch import LoaderSpec
 from pipelines.utils.errors import UsageError, error_context
-from rsnet.checkpoint import io as checkpoint
-from rsnet.cli.loaders import make_loaders
-from rsnet.distributed import process_group as distributed
-from rsnet.evaluation.evaluate import evaluate
-from rsnet.models.state_dict import select_sizes
-from rsnet.training.add_resolution import build_network, candidates
+from rsnet.cli.tables import text_table
+
+if TYPE_CHECKING:
+    import torch
+
+    from rsnet.training.add_resolution import State
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,9 @@ class Options:
     data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
     """Folder with train/ and val/, or train.beton and val.beton."""
 
-    how: Literal["interpolate", "estimate", "distil"] = "distil"
+    how: Annotated[Literal["interpolate", "estimate", "distil"], arg(aliases=("--method",))] = (
+        "distil"
+    )
     """The BatchNorm to save: the neighbours' interpolated; that, with statistics estimated from training
     images; or that, trained to give the ensemble's outputs."""
 
@@ -67,13 +68,42 @@ class Options:
 
 
 def run(options: Options) -> int:
+    from rsnet.checkpoint import io as checkpoint
+    from rsnet.distributed import process_group
+
     content = checkpoint.load(options.checkpoint)
     network = content["network"]
     output = options.output or options.checkpoint.with_name(
         f"{options.checkpoint.stem}-{options.size}.pt"
     )
-    _require_sense(options, network, output)
-    device = distributed.setup("auto")
+    _require_addable(options, network, output)
+    states, results = _compute(options, content, process_group.setup("auto"))
+    rows = [
+        [name, *(f"{r[key]:.{digits}f}" for key, digits in (("top1", 2), ("top5", 2), ("loss", 4))),
+         "saved" if name == options.how else ""]
+        for name, r in results.items()
+    ]  # fmt: skip
+    head = [f"size {options.size}", "top-1 %", "top-5 %", "loss", ""]
+    print(text_table(head, rows, left=(0, 4)))
+    sizes = sorted([*network["sizes"], options.size], reverse=True)
+    calibrated = {**network.get("calibrated", {}), str(options.size): options.how}
+    described = {**network, "sizes": sizes, "calibrated": calibrated}
+    checkpoint.save(output, {"network": described, "model": states[options.how]})
+    print(f"{output}: sizes {' '.join(map(str, sizes))}")
+    return 0
+
+
+def _compute(
+    options: Options, content: Mapping[str, Any], device: torch.device
+) -> tuple[dict[str, State], dict[str, dict[str, float]]]:
+    """Return the network's state by each method, and its evaluation at the new size."""
+    from pipelines.batch import LoaderSpec
+    from rsnet.cli.loaders import make_loaders
+    from rsnet.evaluation.evaluate import evaluate
+    from rsnet.models.state_dict import select_sizes
+    from rsnet.training.add_resolution import build_network, candidates
+
+    network = content["network"]
     sizes = sorted([*network["sizes"], options.size], reverse=True)
     spec = LoaderSpec(
         options.data, tuple(sizes), options.batch_size, device,
@@ -81,6 +111,7 @@ def run(options: Options) -> int:
     )  # fmt: skip
     with error_context(f"--size {options.size}"):
         build_network(network, sizes, device)
+    results = {}
     with ExitStack() as stack:
         loaders = make_loaders(spec, True)
         assert loaders.train is not None
@@ -90,23 +121,15 @@ def run(options: Options) -> int:
         val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
         stack.enter_context(closing(val))
         states = candidates(content, options.size, loaders.train, device, options.steps, options.lr)
-        results = {}
         for name, state in states.items():
             single = build_network(network, [options.size], device)
             single.load_state_dict(select_sizes(state, sizes, [options.size]))
             results[name] = evaluate(single, val, device)[str(options.size)]
-    print(f"size {options.size}      top-1 %  top-5 %     loss")
-    for name, r in results.items():
-        chosen = "  saved" if name == options.how else ""
-        print(f"{name:12}  {r['top1']:7.2f}  {r['top5']:7.2f}  {r['loss']:7.4f}{chosen}")
-    calibrated = {**network.get("calibrated", {}), str(options.size): options.how}
-    described = {**network, "sizes": sizes, "calibrated": calibrated}
-    checkpoint.save(output, {"network": described, "model": states[options.how]})
-    print(f"{output}: sizes {' '.join(map(str, sizes))}")
-    return 0
+    return states, results
 
 
-def _require_sense(options: Options, network: Mapping[str, Any], output: Path) -> None:
+def _require_addable(options: Options, network: Mapping[str, Any], output: Path) -> None:
+    """Raise UsageError if the size cannot be added, or the file not be written."""
     if options.size in network["sizes"]:
         raise UsageError(f"--size {options.size}: {options.checkpoint} has it already")
     if network.get("norm", "private") == "shared":
@@ -120,6 +143,6 @@ def _require_sense(options: Options, network: Mapping[str, Any], output: Path) -
 
 
 def _require_classes(options: Options, network: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Raise UsageError if the data is not what the network tells apart; an original names no classes."""
+    """Raise UsageError if the data has other classes; a checkpoint of the original code names none."""
     if (network["classes"] or classes) != classes or len(classes) > network["num_classes"]:
         raise UsageError(f"--data {options.data} has other classes than the checkpoint")

@@ -1,50 +1,33 @@
-"""`python -m rsnet bench`: what a release's sizes and cascades are worth on this device."""
+"""`rsnet bench`: measure a release's sizes and cascades on this device."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from pipelines.utils.atomic_io import atomic_write, atomic_write_json
-from pipelines.utils.errors import DataError, UsageError, error_context
-from rsnet.inference import benchmark_report as bench_report
-from rsnet.inference import scores
-from rsnet.inference.benchmark import Figures, measure
-from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.loggers.wandb_logger import WandbLogger
-from rsnet.release import model_card as release_card
-from rsnet.release import package as release
+from pipelines.utils.errors import UsageError
+from rsnet.cli.classifier import ClassifierOptions, load_classifier
+from rsnet.cli.tables import text_table
+
+if TYPE_CHECKING:
+    from rsnet.inference.benchmark import Figures, SizeFigures, Times
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ClassifierOptions):
     """Measure accuracy, speed and memory of each size, and of cascades, on labelled images.
 
     Cascades are reported on the half of the images that `python -m rsnet tune` does not fit to.
     """
 
-    release: Positional[Annotated[Path, arg(metavar="DIR")]]
-    """Folder that `python -m rsnet release` wrote."""
-
     data: Annotated[Path, arg(aliases=("-d",), metavar="VAL")]
     """Folder with one folder of images per class, or one whose val/ is that."""
-
-    device: str | None = None
-    """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
-
-    batch_size: int = 32
-    """Images that are computed at once; a batch of one is measured besides."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in."""
 
     json: bool = False
     """JSON on stdout in place of the tables."""
@@ -72,46 +55,78 @@ class Options:
 
 
 def run(options: Options) -> int:
+    from pipelines.utils.progress import ProgressBar
+    from rsnet.inference.benchmark import measure
+    from rsnet.inference.benchmark_report import section, write_results
+    from rsnet.inference.calibration import collect_logits, find_labelled_images
+    from rsnet.release.model_card import update_bench
+
     output = options.output
     if output is not None and (output.exists() or output.is_symlink()):
         raise UsageError(f"--output: {output} exists; give another name")
-    classifier = SwitchableClassifier.load(
-        options.release,
-        options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
-        batch_size=options.batch_size,
-    )
-    folder = scores.find(options.data, classifier.config["network"])
-    card = options.release / release.CARD
+    classifier = load_classifier(options.release, options.device, options.batch_size, options.dtype)
+    folder = find_labelled_images(options.data, classifier.config["network"])
     if options.card:
-        _refreshed(card, "")  # says what is wrong before minutes have passed
-    figures = measure(classifier, scores.collect(classifier, folder))
-    content = dataclasses.asdict(figures)
-    print(json.dumps(content) if options.json else bench_report.tables(figures))
+        update_bench(options.release, None)  # reports what is wrong before minutes have passed
+    with ProgressBar("evaluate", len(folder.paths)) as bar:
+        scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
+    figures = measure(classifier, scores)
+    print(json.dumps(dataclasses.asdict(figures)) if options.json else _tables(figures))
     if output is not None:
-        output.mkdir(parents=True)
-        atomic_write_json(output / "bench.json", content)
-        plot = output / "accuracy_latency.png"
-        bench_report.plot(plot, classifier.config["network"]["arch"], figures)
+        plot = write_results(output, classifier.config["network"]["arch"], figures)
         if options.wandb != "disabled":
             _log_to_wandb(options, output, figures, plot)
     if options.card:
-        atomic_write(card, _refreshed(card, bench_report.section(figures)).encode())
+        update_bench(options.release, section(figures))
     return 0
 
 
-def _refreshed(card: Path, section: str) -> str:
-    """Raises UsageError if there is no card, or it cannot be written; DataError if it is damaged."""
-    if not card.is_file() or not os.access(card.parent, os.W_OK):
-        raise UsageError(f"--card: there is no {card} that can be written")
-    try:
-        with error_context(str(card)):
-            return release_card.with_bench(card.read_bytes().decode(), section)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{card} is no UTF-8") from error
+def _tables(figures: Figures) -> str:
+    """Return tables of the sizes, of how their answers differ, and of cascades."""
+    from rsnet.inference.benchmark_report import conditions_line, named_cascades
+
+    batch = figures.conditions["batch_size"]
+    sizes = text_table(
+        ["size", "GFLOPs", "top-1 %", "top-5 %", "ECE %", "tuned", "ms of 1: p50, p95, p99",
+         f"ms of {batch}: p50, p95, p99", "images/s", "peak MB"],
+        map(_size_row, figures.sizes),
+    )  # fmt: skip
+    churn = text_table(
+        ["", *map(str, figures.churn)],
+        ([str(a), *(f"{v:.2f}" for v in row.values())] for a, row in figures.churn.items()),
+    )
+    cascades = text_table(
+        ["cascade", "top-1 %", "ms an image", "% that each size decides"],
+        (
+            [name, f"{c.top1:.2f}", f"{c.ms:.4f}",
+             ", ".join(f"{size}: {share:.1f}" for size, share in c.shares.items())]
+            for name, c in named_cascades(figures)
+        ),
+        left=(0, 3),
+    )  # fmt: skip
+    return (
+        f"{conditions_line(figures)}\n{sizes}\n\n"
+        f"% of the images whose answers differ between two sizes\n{churn}\n\n"
+        f"{figures.held_out} images, which tune does not fit to\n{cascades}"
+    )
+
+
+def _size_row(s: SizeFigures) -> list[str]:
+    tuned = "" if s.tuned_ece is None else f"{s.tuned_ece:.2f}"
+    return [
+        str(s.size), f"{s.gflops:.3f}", f"{s.top1:.2f}", f"{s.top5:.2f}", f"{s.ece:.2f}", tuned,
+        _times(s.ms_one), _times(s.ms_batch), f"{s.images_per_s:.0f}", f"{s.peak_mb:.1f}",
+    ]  # fmt: skip
+
+
+def _times(times: Times) -> str:
+    return " ".join(f"{value:8.2f}" for value in times.values())
 
 
 def _log_to_wandb(options: Options, output: Path, figures: Figures, plot: Path) -> None:
+    from rsnet.inference import benchmark_report
+    from rsnet.loggers.wandb_logger import WandbLogger
+
     log = WandbLogger(
         options.wandb,
         output,
@@ -122,5 +137,5 @@ def _log_to_wandb(options: Options, output: Path, figures: Figures, plot: Path) 
         lambda line: print(line, file=sys.stderr),
         remedy=f"all of it is in {output}",
     )
-    log.log_results(bench_report.COLUMNS, bench_report.rows(figures), plot)
+    log.log_results(benchmark_report.COLUMNS, benchmark_report.rows(figures), plot)
     log.finish()

@@ -9,9 +9,6 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
-from rsnet.checkpoint import io as checkpoint
-from rsnet.checkpoint.authors_pytorch import to_original
-from rsnet.export.writer import export_release
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,25 @@ class Options:
     """original: a file for the original code. onnx, torch.export: a file for each size."""
 
     sizes: Annotated[tuple[int, ...] | None, arg(metavar="INT [INT ...]")] = None
-    """Of onnx and torch.export: which ones. Unset: all."""
+    """Sizes for onnx and torch.export. Unset: all."""
 
     one_file: bool = False
-    """Of onnx: one file for all sizes, the weights in it once, with a second input `size`."""
+    """For onnx: one file for all sizes, the weights in it once, with a second input `size`."""
 
 
 def run(options: Options) -> int:
     if options.output.exists() or options.output.is_symlink():
         raise UsageError(f"--output: {options.output} exists; give another name")
     if options.format == "original":
-        return _for_the_original(options)
+        return _export_original(options)
+    from rsnet.export.writer import export_release
+
     files = export_release(
-        options.source, options.output, options.format, options.sizes, options.one_file
+        options.source,
+        options.output,
+        options.format,
+        sizes=options.sizes,
+        one_file=options.one_file,
     )
     for file in files:
         off = max(value for errors in file["max_abs_error"].values() for value in errors.values())
@@ -55,24 +58,18 @@ def run(options: Options) -> int:
     return 0
 
 
-def _for_the_original(options: Options) -> int:
+def _export_original(options: Options) -> int:
     if options.source.is_dir():
         raise UsageError(
             f"{options.source} is a folder; --format original takes RUN/checkpoints/best.pt"
         )
     if options.sizes is not None or options.one_file:
         raise UsageError("--sizes and --one-file are of --format onnx and torch.export")
-    return export_original(options.source, options.output)
+    from rsnet.export.original import export_original
 
-
-def export_original(path: Path, output: Path) -> int:
-    """Write the checkpoint at `path` to the file `output`, for the original code. Returns the exit code."""
-    content = checkpoint.load(path)
-    exported = to_original(content)
-    checkpoint.write(output, exported)
-    network = content["network"]
+    network = export_original(options.source, options.output)
     sizes = " ".join(map(str, network["sizes"]))
-    print(f"{output}: for the original code with --arch {network['arch']} --sizes {sizes}")
+    print(f"{options.output}: for the original code with --arch {network['arch']} --sizes {sizes}")
     if network["normalize"] != "unit":
         print(
             f"note: it was trained with --normalize {network['normalize']}; the original code feeds [0, 1]"

@@ -1,4 +1,4 @@
-"""`python -m rsnet import`, `import-tf`, `export`: from and to the original implementation's checkpoints."""
+"""`rsnet import`: a checkpoint of the authors' training code as a run directory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
-from rsnet.checkpoint import io as checkpoint
-from rsnet.config.train_config import DEFAULT_SIZES
-from rsnet.loggers.run_dir import write_imported_run
 
 
 @dataclass(frozen=True)
@@ -25,13 +22,17 @@ class Options:
     """Run directory to write."""
 
     arch: Annotated[str | None, arg(metavar="NAME")] = None
-    """Which network it holds, if the file does not say."""
+    """Network that it holds, if the file does not say."""
 
     sizes: Annotated[tuple[int, ...] | None, arg(metavar="INT [INT ...]")] = None
     """--sizes as the original was given them, in that order. Unset: 224 192 160 128 96."""
 
 
 def run(options: Options) -> int:
+    from rsnet.checkpoint import io as checkpoint
+    from rsnet.config.train_config import DEFAULT_SIZES
+    from rsnet.loggers.run_dir import write_imported_run
+
     content = checkpoint.load(options.original, options.arch, options.sizes)
     if "format" in content:
         raise UsageError(f"{options.original}: this is a checkpoint of this trainer already")

@@ -9,10 +9,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import error_context
-from rsnet.checkpoint import io as checkpoint
-from rsnet.checkpoint import tf_checkpoint as tensorflow_file
-from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
-from rsnet.loggers.run_dir import write_imported_run
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,12 @@ class Options:
 
 
 def run(options: Options) -> int:
-    variables = tensorflow_file.read(options.original, is_of_model)
+    from rsnet.checkpoint import io as checkpoint
+    from rsnet.checkpoint import tf_checkpoint
+    from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
+    from rsnet.loggers.run_dir import write_imported_run
+
+    variables = tf_checkpoint.read(options.original, is_of_model)
     with error_context(str(options.original)):
         content = checkpoint.NEW_RUN | from_tensorflow(variables)
     best = write_imported_run(options.output, options.original, content)
@@ -37,7 +38,7 @@ def run(options: Options) -> int:
         f"{network['num_classes']} classes, sizes {' '.join(map(str, network['sizes']))}, "
         "--normalize imagenet, its first layer for RGB; evaluate it with\n"
         f"python train_dali.py --data DATA --evaluate --resume {best}\n"
-        "note: the original makes the largest picture by cubic interpolation and all others of that one, by "
+        "note: the original makes the largest image by cubic interpolation and all others of that one, by "
         "nearest neighbour; here they are resized as in all runs, and accuracy may differ"
     )
     return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pipelines.batch import Loaders, LoaderSpec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.batch import Loaders, LoaderSpec
 
 
 def make_loaders(spec: LoaderSpec, with_train: bool) -> Loaders:
-    """Loaders of .beton files by FFCV if `spec.data` has them, else of an image folder by DALI.
+    """Open .beton files by FFCV if `spec.data` has them, else an image folder by DALI.
 
     Raises what the pipelines' own `make_loaders` do.
     """

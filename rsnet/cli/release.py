@@ -1,24 +1,12 @@
-"""`python -m rsnet release`: a run's network as a folder to publish and to load from."""
+"""`rsnet release`: write a run's network as a folder to publish and to load from."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
-
-from pipelines.utils.errors import error_context
-from rsnet.checkpoint import io as checkpoint
-from rsnet.config.model_config import FULL, ModelConfig
-from rsnet.evaluation import report
-from rsnet.models.factory import create_model, gflops
-from rsnet.release import package as release
-from rsnet.release.config import result_names
-
-Accuracy = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -33,63 +21,20 @@ class Options:
 
 
 def run(options: Options) -> int:
-    path = options.run / "checkpoints" / "best.pt" if options.run.is_dir() else options.run
-    content = checkpoint.load(path)
-    config = ModelConfig.from_dict(content["network"])
-    network = config.to_dict()
-    averaged = "ema" in content
-    with error_context(str(path)):
-        model = create_model(config)
-        checkpoint.load_weights(model, content, "ema" if averaged else "model")
-    run_dir = _run_dir(path)
-    accuracy = _accuracy(run_dir, content, network) if run_dir else None
-    written = release.write(
-        options.output,
-        network,
-        model,
-        gflops=report.cost(model.sizes, [gflops(model, size) for size in model.sizes]),
-        accuracy=accuracy,
-        averaged=averaged,
-        source={
-            "run": run_dir.name if run_dir else None,
-            "checkpoint": path.name,
-            "epoch": content["epoch"],
-        },
-    )
-    weights = "averaged weights" if averaged else "weights"
-    print(f"{path}: {weights} after epoch {content['epoch']}")
-    if accuracy is None:
+    from rsnet.config.model_config import FULL
+    from rsnet.release.from_run import checkpoint_of, release_run
+
+    release = release_run(options.run, options.output)
+    network, weights = release.config["network"], release.config["weights"]
+    kind = "averaged weights" if weights["averaged"] else "weights"
+    print(f"{checkpoint_of(options.run)}: {kind} after epoch {release.config['source']['epoch']}")
+    if release.config["accuracy"] is None:
         print(
             "note: their accuracies are not known, as there is no evaluation of them in a run directory"
         )
-    megabytes = written.config["weights"]["bytes"] / 1e6
-    sizes = " ".join(map(str, model.sizes))
-    full = sum(v.nbytes for v in written.state.values() if v.is_floating_point()) / 1e6
+    sizes = " ".join(map(str, network["sizes"]))
+    full = sum(v.nbytes for v in release.state.values() if v.is_floating_point()) / 1e6
     unpacked = "" if network["qw"] == FULL else f" ({full:.1f} MB in float32)"
+    megabytes = weights["bytes"] / 1e6
     print(f"{options.output}: {network['arch']}, sizes {sizes}, {megabytes:.1f} MB{unpacked}")
     return 0
-
-
-def _run_dir(path: Path) -> Path | None:
-    folder = path.resolve().parent
-    return folder.parent if folder.name == "checkpoints" else None
-
-
-def _accuracy(
-    run_dir: Path, content: Mapping[str, Any], network: Mapping[str, Any]
-) -> Accuracy | None:
-    """What the run's evaluation of just these weights found; None if there was none."""
-    metrics = run_dir / "metrics.jsonl"
-    if content["done"] or not metrics.is_file():
-        return None
-    for line in reversed(metrics.read_text().splitlines()):
-        try:
-            logged = json.loads(line)
-            if logged["epoch"] == content["epoch"]:
-                return {
-                    name: {what: logged[f"val/{what}@{name}"] for what in ("top1", "top5")}
-                    for name in result_names(network)
-                }
-        except (ValueError, KeyError):  # cut short by a crash, or no evaluation
-            continue
-    return None

@@ -9,7 +9,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
-from rsnet.evaluation.compare import plot, read_run, tables
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class Options:
 
 
 def run(options: Options) -> int:
+    from rsnet.evaluation.compare import plot, read_run, tables
+
     if not options.runs:
         raise UsageError("name one or more run directories")
     groups = {str(path): [read_run(path)] for path in options.runs}

@@ -10,20 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
-from PIL import Image
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
-from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.serving.server import (
-    ServerConfig,
-    bind,
-    is_loopback,
-    make_app,
-    make_service,
-    serve_forever,
-)
+from rsnet.cli.classifier import load_classifier
+from rsnet.serving.config import ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,31 +41,38 @@ class Options(ServerConfig):
 
 
 def run(options: Options) -> int:
-    _check(options)
     _require_packages()
-    with bind(options.host, options.port) as listener:
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        classifier = SwitchableClassifier.load(
-            options.release, device, batch_size=options.batch_size, top=options.top
+    from PIL import Image
+
+    from rsnet.serving import server
+
+    _require_valid(options, int(Image.MAX_IMAGE_PIXELS or 0) / 1e6)
+    with server.bind(options.host, options.port) as listener:
+        classifier = load_classifier(
+            options.release, options.device, options.batch_size, top=options.top
         )
-        app = make_app(make_service(classifier, options), options, is_loopback(listener))
+        service = server.make_service(classifier, options)
+        app = server.make_app(service, options, server.is_loopback(listener))
         # As an error it is caught, and answered; as a warning it would end up in the server's output.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        serve_forever(
-            app, listener, f"{options.release}, sizes {' '.join(map(str, classifier.sizes))}"
-        )
+        sizes = " ".join(map(str, classifier.sizes))
+        url = server.url_of(listener)
+        print(f"{options.release}, sizes {sizes}: {url} (Ctrl-C ends)", flush=True)
+        server.serve_forever(app, listener)
     return 0
 
 
-def _check(options: Options) -> None:
+def _require_valid(options: Options, most_megapixels: float) -> None:
+    """Raise UsageError for an option out of range. most_megapixels: the largest image that PIL opens."""
     for name in ("timeout", "max_megabytes", "max_megapixels", "deadline_ms", "batch_wait_ms"):
         value = getattr(options, name)
         lowest = 0 if name == "batch_wait_ms" else 1e-3
         if value is not None and not (lowest <= value and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
-    most = int(Image.MAX_IMAGE_PIXELS or 0) / 1e6
-    if options.max_megapixels > most:
-        raise UsageError(f"--max-megapixels {options.max_megapixels}: PIL takes {most:.0f} at most")
+    if options.max_megapixels > most_megapixels:
+        raise UsageError(
+            f"--max-megapixels {options.max_megapixels}: PIL takes {most_megapixels:.0f} at most"
+        )
     for name in options.allow_host:
         if not re.fullmatch(r"\*|(\*\.)?[\w.-]+", name):
             raise UsageError(

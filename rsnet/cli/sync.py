@@ -16,7 +16,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError, error_context
-from rsnet.loggers.wandb_sync import send_run
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class Options:
 
 
 def run(options: Options) -> int:
+    from rsnet.loggers.wandb_sync import send_run
+
     if not options.runs:
         raise UsageError("name one or more run directories")
     for path in options.runs:

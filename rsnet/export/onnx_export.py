@@ -1,10 +1,10 @@
-"""Networks as ONNX: a file for each size, or one for all, whose weights are in it once."""
+"""Networks as ONNX: a file for each size, or one for all, with the weights in it once."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ FORMAT, SUFFIX = "onnx", ".onnx"
 
 
 def require() -> None:
-    """Raise UsageError if a library is not installed that ONNX needs."""
+    """Raise UsageError if a library that ONNX needs is not installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -33,12 +33,12 @@ def require() -> None:
 
 
 def write(path: Path, network: nn.Module, size: int, about: Mapping[str, Any]) -> None:
-    """One size: `images`, float32 (N, 3, size, size), to `logits`, (N, classes). about: its metadata."""
+    """Write one size: `images`, float32 (N, 3, size, size), to `logits`, (N, classes). about: metadata."""
     _save(path, _traced(network, size), about)
 
 
 def write_all(path: Path, networks: Mapping[int, nn.Module], about: Mapping[str, Any]) -> None:
-    """All sizes: `images`, float32 (N, 3, s, s), and `size`, an int64 scalar, which is s, to `logits`.
+    """Write all sizes: `images`, float32 (N, 3, s, s), and `size`, an int64 scalar, which is s, to `logits`.
 
     Values that several networks have are in the file once. Another size is an error when it is run.
     """
@@ -46,21 +46,25 @@ def write_all(path: Path, networks: Mapping[int, nn.Module], about: Mapping[str,
     _save(path, _switched(models), about)
 
 
-def logits(path: Path, images: Tensor, size: int) -> Tensor:
-    """What ONNX Runtime computes on the CPU."""
+def load(path: Path) -> Callable[[Tensor, int], Tensor]:
+    """Return a function, (images, size) -> logits, that runs a file by ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs: dict[str, NDArray[Any]] = {"images": images.numpy(), "size": np.array(size)}
     names = {value.name for value in session.get_inputs()}
-    (result,) = session.run(None, {k: v for k, v in inputs.items() if k in names})
-    return torch.from_numpy(result)
+
+    def run(images: Tensor, size: int) -> Tensor:
+        inputs: dict[str, NDArray[Any]] = {"images": images.numpy(), "size": np.array(size)}
+        (result,) = session.run(None, {k: v for k, v in inputs.items() if k in names})
+        return torch.from_numpy(result)
+
+    return run
 
 
 def _traced(network: nn.Module, size: int) -> Any:
-    """The onnx.ModelProto of a network, without what it was traced from: paths and names of files."""
+    """Return the onnx.ModelProto of a network, without the paths of files that it was traced from."""
     import onnxscript.optimizer
 
     with warnings.catch_warnings():
@@ -83,7 +87,7 @@ def _traced(network: nn.Module, size: int) -> Any:
 
 
 def _switched(models: Mapping[int, Any]) -> Any:
-    """One model of several, {size: model}: a chain of If over `size`."""
+    """Merge models, {size: model}, into one: a chain of If over `size`."""
     from onnx import TensorProto, compose, helper
 
     sizes = list(models)
@@ -110,7 +114,7 @@ def _switched(models: Mapping[int, Any]) -> Any:
 
 
 def _with_inputs(graph: Any, sizes: list[int], values: Iterable[Any], like: Any) -> Any:
-    """The model of `graph`, which reads `images`, the shared values, and which size it is: `is 0`, ..."""
+    """Return the model of `graph`, which reads `images`, the shared values, and booleans `is 0`, ..."""
     from onnx import TensorProto, helper
 
     numbers = range(len(sizes))
@@ -122,7 +126,7 @@ def _with_inputs(graph: Any, sizes: list[int], values: Iterable[Any], like: Any)
     nodes = [
         helper.make_node("Equal", ["sizes", "size"], ["is there"]),
         helper.make_node("NonZero", ["is there"], ["where"]),
-        # Nothing has no shape of a scalar: this is what refuses a size that is not there.
+        # An empty tensor cannot become a scalar: this node fails for a size that is not there.
         helper.make_node("Reshape", ["where", "of a scalar"], ["number"]),
         *(helper.make_node("Equal", ["number", f"number {i}"], [f"is {i}"]) for i in numbers),
         *graph.node,

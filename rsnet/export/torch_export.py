@@ -1,6 +1,11 @@
-"""Networks as exporters take them: one size, without what only this trainer's layers can compute."""
+"""Networks of one size as exporters take them, and as torch.export's programs, loaded by torch alone."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +15,11 @@ from rsnet.models.quantization.encode import level_table
 from rsnet.models.quantization.lq_nets import ActivationQuantizer
 from rsnet.models.switchable import ResolutionSwitchable
 
+FORMAT, SUFFIX = "torch.export", ".pt2"
+
 
 class Levels(nn.Module):
-    """What an `ActivationQuantizer` gives, by a binary search: a comparison and a look-up for each bit."""
+    """`ActivationQuantizer` as a binary search: a comparison and a look-up for each bit."""
 
     thresholds: Tensor
     levels: Tensor
@@ -32,12 +39,12 @@ class Levels(nn.Module):
 
 
 def has_levels(model: nn.Module) -> bool:
-    """Whether its activations are quantized, which folding would not leave as they are."""
+    """Return whether activations are quantized, so that folding would change some of them."""
     return any(isinstance(m, ActivationQuantizer) for m in model.modules())
 
 
 def traceable(model: ResolutionSwitchable, size: int, fold: bool) -> nn.Module:
-    """The network of one size, (N, 3, size, size) -> (N, classes), of ordinary operations.
+    """Return the network of one size, (N, 3, size, size) -> (N, classes), of ordinary operations.
 
     fold: BatchNorm goes into the convolutions. Raises what `rsnet.models.fold` does.
     """
@@ -46,3 +53,25 @@ def traceable(model: ResolutionSwitchable, size: int, fold: bool) -> nn.Module:
         if isinstance(module, ActivationQuantizer):
             network.set_submodule(name, Levels(module))
     return network.requires_grad_(False)
+
+
+def write(path: Path, network: nn.Module, size: int, about: Mapping[str, Any]) -> None:
+    """Write a program of one size: float32 (N, 3, size, size) to (N, classes). about: JSON stored in it."""
+    images = torch.zeros(2, 3, size, size)
+    batch = ({0: torch.export.Dim("N")},)
+    with torch.no_grad():
+        program = torch.export.export(network, (images,), dynamic_shapes=batch)
+    for node in program.graph.nodes:  # paths on this machine
+        node.meta.pop("stack_trace", None)
+    torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
+
+
+def load(path: Path) -> Callable[[Tensor, int], Tensor]:
+    """Return a function, (images, size) -> logits, that runs the program in a file on the CPU."""
+    module = torch.export.load(path).module()
+
+    def run(images: Tensor, size: int) -> Tensor:  # noqa: ARG001
+        with torch.no_grad():
+            return module(images)  # type: ignore[no-any-return]
+
+    return run

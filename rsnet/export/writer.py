@@ -1,19 +1,19 @@
-"""A released network as files for other programs, each compared with the network before it appears."""
+"""Export a released network for other programs; each file is compared with the network before it appears."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from pipelines.utils.atomic_io import atomic_directory, atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, first_line
-from rsnet.export import onnx_export as onnx_file
-from rsnet.export import program_file
+from rsnet.export import onnx_export, torch_export
 from rsnet.export.torch_export import has_levels, traceable
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package as release
@@ -22,8 +22,8 @@ Format = Literal["onnx", "torch.export"]
 
 REPORT = "export.json"
 
-# Of the largest logit: how far one may be off. Rounding makes up to 1e-5 of it, as BatchNorm is folded and
-# other kernels add up in another order; what a wrong layer makes is of the size of the logits.
+# Largest error of a logit, as a part of the largest logit. Rounding makes up to 1e-5, as BatchNorm is folded
+# and other kernels sum in another order; a wrong layer makes errors as large as the logits.
 BOUND = 1e-3
 # Where activations are quantized, rounding moves some of them by a level, and those after them (ONNX Runtime,
 # ResNet-18 with activations of 2, 4 and 8 bits, untrained, 224 pixels: up to 7e-2).
@@ -35,6 +35,7 @@ def export_release(
     source: str | Path,
     output: str | Path,
     file_format: Format,
+    *,
     sizes: Sequence[int] | None = None,
     one_file: bool = False,
 ) -> list[dict[str, Any]]:
@@ -42,7 +43,7 @@ def export_release(
 
     sizes: which ones; None for all. one_file: ONNX alone, all sizes in one file, the weights once.
 
-    Returns what export.json says of each file. Raises UsageError for what cannot be asked for, DataError
+    Returns the entries of export.json, one a file. Raises UsageError for what cannot be asked for, DataError
     if a network cannot be exported or a file computes something else; then there is no folder.
     """
     source, output = Path(source), Path(output)
@@ -52,14 +53,14 @@ def export_release(
             f"`python -m rsnet release {source} --output DIR`"
         )
     if file_format == "onnx":
-        onnx_file.require()
+        onnx_export.require()
     elif one_file:
         raise UsageError("--one-file is of --format onnx")
     content = release.read(source)
     chosen = _chosen_sizes(sizes, content.config["network"]["sizes"], one_file)
-    model = release.built(content, chosen)
+    model = release.build(content, chosen)
     about = _about(content.config)
-    writer = onnx_file if file_format == "onnx" else program_file
+    writer = onnx_export if file_format == "onnx" else torch_export
     with atomic_directory(output) as folder:
         files = [
             _write(writer, folder, model, part, about)
@@ -71,7 +72,7 @@ def export_release(
 
 
 def _chosen_sizes(sizes: Sequence[int] | None, known: Sequence[int], one_file: bool) -> list[int]:
-    """Which sizes are exported, the largest first."""
+    """Return the sizes to export, the largest first."""
     wanted = known if sizes is None else sizes
     if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(known):
         there, here = (" ".join(map(str, s)) for s in (known, wanted))
@@ -88,25 +89,26 @@ def _write(
     sizes: list[int],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write one file, compare it with the network, and return what the report says of it.
+    """Write one file, compare it with the network, and return its entry in the report.
 
     Raises DataError if PyTorch cannot export the network, or the file computes something else.
     """
     one_file = len(sizes) > 1
     named = "" if one_file else f"-{sizes[0]}"
     path = folder / f"model{named}{writer.SUFFIX}"
-    # One file for all has the weights that all share.
+    # In one file for all sizes, they share the weights.
     fold = not one_file and not has_levels(model)
     try:
         networks = {size: traceable(model, size, fold) for size in sizes}
         if one_file:
-            onnx_file.write_all(path, networks, {"sizes": sizes, **about})
+            onnx_export.write_all(path, networks, {"sizes": sizes, **about})
         else:
             writer.write(path, networks[sizes[0]], sizes[0], {"size": sizes[0], **about})
-        errors = {str(size): _errors(model, writer, path, size) for size in sizes}
+        exported = writer.load(path)
+        errors = {str(size): _errors(model, exported, path, size) for size in sizes}
     except (DataError, OSError):
         raise
-    except Exception as error:  # whatever a library's exporter or runtime says to a layer
+    except Exception as error:  # exporters and runtimes raise all kinds
         reason = first_line(_first_cause(error))
         raise DataError(
             f"--format {writer.FORMAT}: {about['arch']} cannot be exported ({reason})"
@@ -124,9 +126,12 @@ def _write(
 
 @torch.no_grad()
 def _errors(
-    model: ResolutionSwitchable, writer: ModuleType, path: Path, size: int
+    model: ResolutionSwitchable,
+    exported: Callable[[Tensor, int], Tensor],
+    path: Path,
+    size: int,
 ) -> dict[str, float]:
-    """{images in a batch: the largest difference of a logit from the network's}.
+    """Return {images in a batch: the largest difference of a logit from the network's}.
 
     Raises DataError if that is more than the bound.
     """
@@ -134,7 +139,7 @@ def _errors(
     for count in BATCHES:
         images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
         expected = model(images, size)
-        off = (writer.logits(path, images, size) - expected).abs().max().item()
+        off = (exported(images, size) - expected).abs().max().item()
         largest = expected.abs().max().item()
         if not off <= bound * largest:
             raise DataError(
@@ -150,14 +155,14 @@ def _bound(model: ResolutionSwitchable) -> float:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """What the exporter met; what it says of that is a page on how to report it."""
+    """Return what the exporter met; its own message is a page on how to report that."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _about(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a program has to know that runs a file."""
+    """Return what a program that runs a file has to know."""
     network = config["network"]
     return {
         "arch": network["arch"],

@@ -1,22 +1,25 @@
-"""What bench measures: each size's accuracy, calibration, speed and memory, and cascades of the sizes."""
+"""Benchmark of a release: each size's accuracy, calibration, speed and memory, and cascades of the sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from pipelines.utils.errors import UsageError
-from rsnet.inference import cascade_search as thresholds
-from rsnet.inference import latency, memory
-from rsnet.inference.calibration import expected_calibration_error
-from rsnet.inference.cascade import Cascade, CascadeStage
+from rsnet.inference import cascade_search, latency
+from rsnet.inference.calibration import LabelledLogits, expected_calibration_error
+from rsnet.inference.cascade import Cascade, CascadeStage, Tuned
 from rsnet.inference.cascade_search import Answers
 from rsnet.inference.classifier import SwitchableClassifier
-from rsnet.inference.scores import LabelledLogits
-from rsnet.inference.tuned import Tuned
 
 # p99 of 40 would be the slowest alone.
 REPEATS = {"one": 200, "batch": 100}
@@ -31,7 +34,7 @@ Times = dict[str, float]
 
 @dataclass(frozen=True)
 class SizeFigures:
-    """A size on this device.
+    """Figures of a size on this device.
 
     gflops: an image's. top1, top5, ece (calibration error): in %.
     tuned_ece: ece with the temperature in tuned.json, of the images that it was not fitted to; or None.
@@ -53,14 +56,14 @@ class SizeFigures:
 
 @dataclass(frozen=True)
 class CascadeFigures:
-    """how: "size", "confidence" (the same for all sizes), "searched" or "tuned".
+    """Figures of a cascade on held-out images.
 
-    ladder: sizes and thresholds. top1: in %. ms: an image on average, in full batches. shares: by size, % of
-    the images that it decides.
+    how: "size", "confidence" (the same for all sizes), "searched" or "tuned". top1: in %. ms: an image on
+    average, in full batches. shares: by size, % of the images that it decides.
     """
 
     how: str
-    ladder: Cascade
+    cascade: Cascade
     top1: float
     ms: float
     shares: dict[int, float]
@@ -68,8 +71,9 @@ class CascadeFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """conditions: device, batch size and so on. churn[a][b]: % of the images whose answers differ.
+    """All figures of a release on this device.
 
+    conditions: device, batch size and so on. churn[a][b]: % of the images whose answers differ.
     cascades: on `held_out` of the `images`.
     """
 
@@ -82,7 +86,7 @@ class Figures:
 
 
 def measure(classifier: SwitchableClassifier, scores: LabelledLogits) -> Figures:
-    """Times and memory are measured anew. Raises DataError for a damaged tuned.json."""
+    """Measure a release, times and memory included. Raises DataError for a damaged tuned.json."""
     tuned = _tuned(classifier)
     times = {
         kind: latency.sample(classifier.blank_forward(images), classifier.sizes, REPEATS[kind])
@@ -106,7 +110,7 @@ def measure(classifier: SwitchableClassifier, scores: LabelledLogits) -> Figures
 
 
 def churn(scores: LabelledLogits) -> dict[int, dict[int, float]]:
-    """% of the images whose most likely classes at two sizes are not the same."""
+    """Return the % of the images whose most likely classes at two sizes are not the same."""
     answers = {size: logits.argmax(dim=1) for size, logits in scores.logits.items()}
     return {
         a: {b: 100 * (one != other).double().mean().item() for b, other in answers.items()}
@@ -117,27 +121,29 @@ def churn(scores: LabelledLogits) -> dict[int, dict[int, float]]:
 def cascades(
     fitted: LabelledLogits, other: LabelledLogits, ms: Mapping[int, float], tuned: Tuned | None
 ) -> list[CascadeFigures]:
-    """Figures of `other`. What is searched are cascades that no other beats on `fitted`."""
+    """Return figures on `other`; the search is for cascades that no other beats on `fitted`."""
     as_they_are = dict.fromkeys(ms, 1.0)
-    held_out = thresholds.answers(other, as_they_are)
+    held_out = cascade_search.answers(other, as_they_are)
     ascending = sorted(ms)
-    found = [_cascade("size", held_out, (CascadeStage(size),), ms) for size in ascending]
+    found = [_cascade_figures("size", held_out, (CascadeStage(size),), ms) for size in ascending]
     for confidence in CONFIDENCES:
-        ladder = tuple(CascadeStage(size, confidence) for size in ascending)
-        found.append(_cascade("confidence", held_out, ladder, ms))
-    for outcome in thresholds.search(thresholds.answers(fitted, as_they_are), ms):
-        found.append(_cascade("searched", held_out, outcome.ladder, ms))
+        cascade = tuple(CascadeStage(size, confidence) for size in ascending)
+        found.append(_cascade_figures("confidence", held_out, cascade, ms))
+    for outcome in cascade_search.search(cascade_search.answers(fitted, as_they_are), ms):
+        found.append(_cascade_figures("searched", held_out, outcome.cascade, ms))
     if tuned is not None:
-        calibrated = thresholds.answers(other, tuned.temperatures)
-        found.append(_cascade("tuned", calibrated, tuned.ladder, ms))
+        calibrated = cascade_search.answers(other, tuned.temperatures)
+        found.append(_cascade_figures("tuned", calibrated, tuned.cascade, ms))
     return found
 
 
-def _cascade(
-    how: str, answers: Answers, ladder: Cascade, ms: Mapping[int, float]
+def _cascade_figures(
+    how: str, answers: Answers, cascade: Cascade, ms: Mapping[int, float]
 ) -> CascadeFigures:
-    outcome = thresholds.simulate(answers, ladder, ms)
-    return CascadeFigures(how, ladder, outcome.top1, outcome.ms, thresholds.shares(answers, ladder))
+    outcome = cascade_search.simulate(answers, cascade, ms)
+    return CascadeFigures(
+        how, cascade, outcome.top1, outcome.ms, cascade_search.shares(answers, cascade)
+    )
 
 
 def _tuned(classifier: SwitchableClassifier) -> Tuned | None:
@@ -169,7 +175,7 @@ def _size(
         ms_one=one,
         ms_batch=batch,
         images_per_s=1000 * classifier.batch_size / batch["p50"],
-        peak_mb=memory.peak_bytes(lambda: forward(size), classifier.device) / 1e6,
+        peak_mb=peak_bytes(lambda: forward(size), classifier.device) / 1e6,
     )
 
 
@@ -178,6 +184,29 @@ def _ece(scores: LabelledLogits, size: int, temperature: float = 1.0) -> float:
 
 
 def _accuracy(logits: Tensor, labels: Tensor, top: int) -> float:
-    """% of the images whose label is among the `top` most likely classes."""
+    """Return the % of the images whose label is among the `top` most likely classes."""
     best = logits.topk(min(top, logits.shape[1]), dim=1).indices
     return 100 * (best == labels[:, None]).any(dim=1).double().mean().item()
+
+
+def peak_bytes(computation: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes of tensors allocated at once while `computation` runs, beyond those before.
+
+    Libraries' own memory is left out. On a GPU other threads' tensors count, too.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        computation()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # Without it, Kineto logs its start, its stop, and that there is no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        computation()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_bytes())["traceEvents"]
+    return int(max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]"))

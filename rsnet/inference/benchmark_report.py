@@ -1,14 +1,14 @@
-"""What bench measured: tables, a section of the model card, and a plot of accuracy over latency."""
+"""Reports of a benchmark: rows for W&B, a section of the model card, a plot of accuracy over latency."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from rsnet.inference.benchmark import CascadeFigures, Figures, SizeFigures, Times
+from pipelines.utils.atomic_io import atomic_write_json
+from rsnet.inference.benchmark import CascadeFigures, Figures
 
 COLUMNS: list[str | int] = [
     "size", "GFLOPs", "top1", "top5", "ece", "tuned_ece", "ms_one_p50", "ms_one_p95", "ms_one_p99",
@@ -17,7 +17,7 @@ COLUMNS: list[str | int] = [
 
 
 def rows(figures: Figures) -> list[list[Any]]:
-    """One row of `COLUMNS` per size, the largest first."""
+    """Return one row of `COLUMNS` per size, the largest first."""
     return [
         [
             str(s.size), s.gflops, s.top1, s.top5, s.ece, s.tuned_ece, *s.ms_one.values(),
@@ -27,37 +27,13 @@ def rows(figures: Figures) -> list[list[Any]]:
     ]  # fmt: skip
 
 
-def tables(figures: Figures) -> str:
-    """The sizes, how their answers differ, and cascades, for a terminal."""
-    batch = figures.conditions["batch_size"]
-    head = ["size", "GFLOPs", "top-1 %", "top-5 %", "ECE %", "tuned", "ms of 1: p50, p95, p99",
-            f"ms of {batch}: p50, p95, p99", "images/s", "peak MB"]  # fmt: skip
-    sizes = [head, *(_row(s) for s in figures.sizes)]
-    names = [str(a) for a in figures.churn]
-    churn = [
-        ["", *names],
-        *([str(a), *(f"{v:.2f}" for v in line.values())] for a, line in figures.churn.items()),
-    ]
-    cascades = [
-        ["cascade", "top-1 %", "ms an image", "% that each size decides"],
-        *([name, f"{c.top1:.2f}", f"{c.ms:.4f}", _decided(c)] for name, c in _named(figures)),
-    ]
-    return "\n\n".join(
-        [
-            f"{_conditions(figures)}\n{_aligned(sizes)}",
-            f"% of the images whose answers differ between two sizes\n{_aligned(churn)}",
-            f"{figures.held_out} images, which tune does not fit to\n{_aligned(cascades, left=(0, 3))}",
-        ]
-    )
-
-
 def section(figures: Figures) -> str:
-    """The figures of one device for a model card, in Markdown."""
+    """Return the figures of one device for a model card, in Markdown."""
     batch = figures.conditions["batch_size"]
     lines = [
         f"## On {figures.conditions['device']}",
         "",
-        f"{_conditions(figures)}. Times are of batches, from pixels on the host to probabilities there;",
+        f"{conditions_line(figures)}. Times are of batches, from pixels on the host to probabilities there;",
         "ms an image: the median batch's over its images. ECE: expected calibration error.",
         "",
         f"| size | top-1 % | top-5 % | ECE % | images/s, batch {batch} | ms an image | ms, batch 1 | p99 |",
@@ -76,8 +52,20 @@ def section(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, title: str, figures: Figures) -> None:
-    """Top-1 over milliseconds an image: the sizes, and cascades of them; a PNG at `path`."""
+def write_results(folder: str | Path, title: str, figures: Figures) -> Path:
+    """Write bench.json and accuracy_latency.png into a new folder; return the path of the plot."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    atomic_write_json(folder / "bench.json", dataclasses.asdict(figures))
+    path = folder / "accuracy_latency.png"
+    plot(path, title, figures)
+    return path
+
+
+def plot(path: str | Path, title: str, figures: Figures) -> None:
+    """Draw top-1 over milliseconds an image, of the sizes and of cascades of them; a PNG at `path`."""
+    from matplotlib.figure import Figure  # not installed where releases are only used
+
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for how, style, marker_size, label in (
@@ -94,7 +82,7 @@ def plot(path: Path, title: str, figures: Figures) -> None:
             for c in some:
                 at = (c.ms, c.top1)
                 axes.annotate(
-                    str(c.ladder[0].size), at, textcoords="offset points", xytext=(4, -12)
+                    str(c.cascade[0].size), at, textcoords="offset points", xytext=(4, -12)
                 )
     conditions = figures.conditions
     axes.set(
@@ -107,51 +95,25 @@ def plot(path: Path, title: str, figures: Figures) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _conditions(figures: Figures) -> str:
+def conditions_line(figures: Figures) -> str:
+    """Return images, device, threads, dtype and version of torch as one line."""
     c = figures.conditions
     dtype = c["dtype"].removeprefix("torch.")
     threads = f"{c['threads']} thread{'s' * (c['threads'] > 1)}"
     return f"{figures.images} images; {c['device']}, {threads}, {dtype}, torch {c['torch']}"
 
 
-def _row(s: SizeFigures) -> list[str]:
-    tuned = "" if s.tuned_ece is None else f"{s.tuned_ece:.2f}"
-    return [
-        str(s.size), f"{s.gflops:.3f}", f"{s.top1:.2f}", f"{s.top5:.2f}", f"{s.ece:.2f}", tuned,
-        _times(s.ms_one), _times(s.ms_batch), f"{s.images_per_s:.0f}", f"{s.peak_mb:.1f}",
-    ]  # fmt: skip
-
-
-def _times(times: Times) -> str:
-    return " ".join(f"{value:8.2f}" for value in times.values())
-
-
-def _named(figures: Figures) -> Iterator[tuple[str, CascadeFigures]]:
-    """Each size, followed by the best that was searched and is as fast; the other cascades."""
+def named_cascades(figures: Figures) -> Iterator[tuple[str, CascadeFigures]]:
+    """Yield each size, followed by the best that was searched and is as fast; then the other cascades."""
     searched = [c for c in figures.cascades if c.how == "searched"]
     for c in figures.cascades:
         if c.how == "size":
-            yield f"size {c.ladder[0].size}", c
+            yield f"size {c.cascade[0].size}", c
             yield (
                 "  cascade as fast",
                 max((s for s in searched if s.ms <= c.ms), key=lambda s: s.ms),
             )
         elif c.how == "confidence":
-            yield f"confidence {c.ladder[0].threshold:g}", c
+            yield f"confidence {c.cascade[0].threshold:g}", c
         elif c.how == "tuned":
             yield "tuned.json", c
-
-
-def _decided(c: CascadeFigures) -> str:
-    return ", ".join(f"{size}: {share:.1f}" for size, share in c.shares.items())
-
-
-def _aligned(lines: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

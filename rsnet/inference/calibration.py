@@ -1,21 +1,123 @@
-"""Probabilities that mean what they say: one temperature a size, and how far off confidences are."""
+"""Calibration on labelled images: their logits at each size, temperatures, and the calibration error."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipelines.image_folder import ImageFolder, scan_folder
+from pipelines.utils.errors import DataError, UsageError, error_context
+from pipelines.utils.thread_map import ordered_map
+from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.inference.preprocess import eval_pixels
+
 # A network that is never wrong would have temperature 0, one worse than chance an infinite one.
-LIMIT = 20.0
+MAX_TEMPERATURE = 20.0
 
 BINS = 15  # of Guo et al. 2017
 
+# Images done, and the bytes of their files.
+OnProgress = Callable[[int, int], None]
 
-def fit(logits: Tensor, labels: Tensor) -> float:
-    """The temperature, from 1 / LIMIT to LIMIT, by which to divide logits for the least cross-entropy.
+
+@dataclass(frozen=True)
+class LabelledLogits:
+    """labels: (N,) int64. logits: by size, the largest first, (N, classes) float32; all on the CPU."""
+
+    labels: Tensor
+    logits: dict[int, Tensor]
+
+    def halves(self, seed: int = 0) -> tuple[LabelledLogits, LabelledLogits]:
+        """Split the images at random into two halves, the same for as many images and the same seed.
+
+        Raises UsageError for less than two images.
+        """
+        if len(self.labels) < 2:
+            raise UsageError("--data: at least 2 images are needed, as half of them are fitted to")
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self.labels)))
+        middle = len(order) // 2
+        return self._rows(order[:middle]), self._rows(order[middle:])
+
+    def _rows(self, rows: Tensor) -> LabelledLogits:
+        return LabelledLogits(self.labels[rows], {s: z[rows] for s, z in self.logits.items()})
+
+
+def find_labelled_images(data: str | Path, network: Mapping[str, Any]) -> ImageFolder:
+    """Find the labelled images in `data`, or in its `val`; labels are indices of the network's outputs.
+
+    network: "network" of a release's config.json.
+
+    Raises UsageError if there are none, or the class folders are not the network's classes.
+    """
+    names: list[str] = network["classes"]
+    data = Path(data)
+    nested = data / "val"
+    with error_context("--data"):
+        folder = scan_folder(nested if nested.is_dir() and "val" not in names else data)
+    if not names and len(folder.classes) == network["num_classes"]:
+        return folder  # in the order of the folders' names, as it was trained
+    unknown, missing = set(folder.classes) - set(names), set(names) - set(folder.classes)
+    for what, some in (("has a class", unknown), ("lacks the class", missing)):
+        if some:
+            raise UsageError(
+                f"--data: {folder.root} {what} {min(some)!r}, other than the release"
+                f" ({len(folder.classes)} classes there, {len(names)} here)"
+            )
+    output_of = {name: i for i, name in enumerate(names)}
+    outputs = np.array([output_of[name] for name in folder.classes])
+    return ImageFolder(folder.root, folder.classes, folder.paths, outputs[folder.labels])
+
+
+def collect_logits(
+    classifier: SwitchableClassifier, folder: ImageFolder, on_progress: OnProgress | None = None
+) -> LabelledLogits:
+    """Compute the logits of all images at all sizes; each image is decoded once.
+
+    They take 4 bytes x images x classes x sizes.
+
+    Raises DataError, which names the image, for one that cannot be decoded, and for outputs that are
+    not finite.
+    """
+    parts: dict[int, list[Tensor]] = {size: [] for size in classifier.sizes}
+    images, done, read = _pixels(classifier, folder), 0, 0
+    while batch := list(islice(images, classifier.batch_size)):
+        for size, pixels in zip(classifier.sizes, zip(*batch, strict=True), strict=True):
+            parts[size].append(classifier.logits(torch.stack(pixels), size).cpu())
+        read += sum(map(os.path.getsize, folder.paths[done : done + len(batch)]))
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, read)
+    logits = {size: torch.cat(some) for size, some in parts.items()}
+    for size, values in logits.items():
+        bad = (~values.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            path = folder.paths[int(bad[0])]
+            raise DataError(f"{path}: the network's outputs at size {size} are not finite")
+    return LabelledLogits(torch.from_numpy(folder.labels), logits)
+
+
+def _pixels(classifier: SwitchableClassifier, folder: ImageFolder) -> Iterator[list[Tensor]]:
+    """Yield each image's pixels at all sizes."""
+
+    def prepare(path: str) -> list[Tensor]:
+        image = classifier.decode(path)
+        return [eval_pixels(image, size) for size in classifier.sizes]
+
+    return ordered_map(prepare, folder.paths, threads=len(os.sched_getaffinity(0)))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature in [1/20, 20] by which to divide logits for the least cross-entropy.
 
     logits: (N, classes) float32. labels: (N,) int64. (Guo et al. 2017: On Calibration of Modern Neural
     Networks, section 4.2.)
@@ -33,15 +135,15 @@ def fit(logits: Tensor, labels: Tensor) -> float:
 
 
 def _temperature(position: Tensor) -> Tensor:
-    """Within the limits for any position; 1 at 0."""
-    return (math.log(LIMIT) * position.tanh()).exp()
+    """Map any position into the limits; 0 to 1."""
+    return (math.log(MAX_TEMPERATURE) * position.tanh()).exp()
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
-    """How far the share of right answers is from their probability, in points of %.
+    """Return how far accuracy is from confidence, in percentage points, averaged over the images.
 
-    Averaged over the images; both are of the images whose most likely class has a probability within one
-    of 15 bins of [0, 1]. logits: (N, classes); labels: (N,).
+    Both are of the images whose most likely class has a probability within one of 15 bins of [0, 1].
+    logits: (N, classes); labels: (N,).
     """
     confidence, answers = (logits / temperature).softmax(dim=1).max(dim=1)
     gap = confidence.double() - (answers == labels).double()

@@ -1,4 +1,4 @@
-"""Which cascade to take: those that no other beats in both accuracy and time, on labelled images.
+"""Search for cascades that no other beats in both accuracy and time, on labelled images; `rsnet tune`.
 
 An image's way through a cascade follows from its confidence at each size, so that cascades are simulated
 exactly, without the network.
@@ -15,15 +15,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rsnet.inference.cascade import Cascade, CascadeStage
-from rsnet.inference.scores import LabelledLogits
+from pipelines.utils.errors import DataError
+from rsnet.inference.calibration import (
+    LabelledLogits,
+    expected_calibration_error,
+    fit_temperature,
+)
+from rsnet.inference.cascade import Cascade, CascadeStage, Tuned, write_tuned
+from rsnet.inference.classifier import SwitchableClassifier
 
 # Thresholds that are tried at a size: the confidences that 1/128, 2/128, ... of the images are below.
 GRID = 128
-# What a millisecond is to be worth, in points of accuracy for the time of the slowest size.
+# Exchange rates of time and accuracy that are tried, in points of accuracy for the slowest size's time.
 PRICES = np.geomspace(0.1, 100, 24)
-# All that five or six sizes make; of more sizes, the shorter ones.
-MOST_LADDERS = 100
+# Choices of sizes: all that five or six make; of more sizes, the shorter ones.
+MAX_CASCADES = 100
 SWEEPS = 10
 
 Floats = NDArray[np.float64]
@@ -31,9 +37,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Answers:
-    """Of N images at each size, the smallest first.
+    """Answers to N images at each size, the smallest first.
 
-    confidence: by size, (N,) probabilities of the most likely class. right: (N,), whether it is the label.
+    confidence: by size, (N,) probabilities of the most likely class. right: (N,), 1 where it is the label.
     """
 
     confidence: dict[int, Floats]
@@ -41,15 +47,15 @@ class Answers:
 
 
 class Outcome(NamedTuple):
-    """A cascade's accuracy in %, and its milliseconds an image, on average."""
+    """A cascade's top-1 accuracy in %, and its milliseconds an image, on average."""
 
-    ladder: Cascade
+    cascade: Cascade
     top1: float
     ms: float
 
 
 def answers(scores: LabelledLogits, temperatures: Mapping[int, float]) -> Answers:
-    """What the cascade sees of the logits, divided by the temperatures."""
+    """Return what a cascade sees of the logits, divided by the temperatures."""
     confidence, right = {}, {}
     for size, logits in sorted(scores.logits.items()):
         best, classes = (logits / temperatures[size]).softmax(dim=1).max(dim=1)
@@ -58,39 +64,39 @@ def answers(scores: LabelledLogits, temperatures: Mapping[int, float]) -> Answer
     return Answers(confidence, right)
 
 
-def simulate(found: Answers, ladder: Cascade, ms: Mapping[int, float]) -> Outcome:
-    """ms: by size, what a forward takes, in milliseconds an image."""
-    *smaller, last = ladder
+def simulate(found: Answers, cascade: Cascade, ms: Mapping[int, float]) -> Outcome:
+    """Return a cascade's accuracy and time. ms: by size, milliseconds an image of a forward."""
+    *smaller, last = cascade
     right, time = found.right[last.size], np.full_like(found.right[last.size], ms[last.size])
     for size, threshold in reversed(smaller):
         is_unsure = found.confidence[size] < threshold
         right = np.where(is_unsure, right, found.right[size])
         time = ms[size] + np.where(is_unsure, time, 0.0)
-    return Outcome(ladder, 100 * float(right.mean()), float(time.mean()))
+    return Outcome(cascade, 100 * float(right.mean()), float(time.mean()))
 
 
-def shares(found: Answers, ladder: Cascade) -> dict[int, float]:
-    """By size, the share of the images that it decides, in %."""
-    left = np.ones_like(found.right[ladder[0].size], dtype=bool)
+def shares(found: Answers, cascade: Cascade) -> dict[int, float]:
+    """Return, by size, the share of the images that it decides, in %."""
+    left = np.ones_like(found.right[cascade[0].size], dtype=bool)
     decided = {}
-    for size, threshold in ladder[:-1]:
+    for size, threshold in cascade[:-1]:
         goes_on = left & (found.confidence[size] < threshold)
         decided[size] = 100 * float((left & ~goes_on).mean())
         left = goes_on
-    return decided | {ladder[-1].size: 100 * float(left.mean())}
+    return decided | {cascade[-1].size: 100 * float(left.mean())}
 
 
 def best_size(found: Answers, ms: Mapping[int, float], limit: float) -> int | None:
-    """The most accurate size that takes `limit` milliseconds an image at most; None if none does."""
+    """Return the most accurate size that takes at most `limit` ms an image; None if none does."""
     fitting = [size for size in ms if ms[size] <= limit]
     return max(fitting, key=lambda size: found.right[size].mean(), default=None)
 
 
 def search(found: Answers, ms: Mapping[int, float]) -> list[Outcome]:
-    """The cascades that no other one found beats, from the fastest to the most accurate.
+    """Return the cascades that no other one found beats, from the fastest to the most accurate.
 
-    Single sizes are among them, and cascades that leave out some sizes. For each choice of sizes, and
-    each worth of a millisecond, one threshold after the other takes the best of its grid until none moves;
+    Single sizes are among them, and cascades that leave out some sizes. Coordinate descent: for each choice
+    of sizes and each of PRICES, one threshold after the other takes the best of its grid until none moves;
     all that was tried on the way counts.
     """
     frontier: list[Outcome] = []
@@ -103,12 +109,12 @@ def _choices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
     count = 0
     for length in range(1, len(sizes) + 1):
         count += math.comb(len(sizes), length)
-        if length <= 2 or count <= MOST_LADDERS:
+        if length <= 2 or count <= MAX_CASCADES:
             yield from itertools.combinations(sizes, length)
 
 
 class _Search:
-    """Thresholds for one choice of sizes."""
+    """Coordinate descent on the thresholds of one choice of sizes."""
 
     def __init__(self, found: Answers, ms: Mapping[int, float], sizes: tuple[int, ...]) -> None:
         self._sizes = sizes
@@ -125,56 +131,56 @@ class _Search:
         self._price = 1 / max(ms.values())
 
     def run(self) -> Iterator[Outcome]:
-        levels = range(len(self._sizes) - 1)
-        thresholds = [float(self._grid[k][len(self._grid[k]) // 2]) for k in levels]
-        if not levels:
+        stages = range(len(self._sizes) - 1)
+        thresholds = [float(self._grid[k][len(self._grid[k]) // 2]) for k in stages]
+        if not stages:
             yield Outcome(
                 (CascadeStage(self._sizes[0]),), 100 * float(self._right[0].mean()), self._ms[0]
             )
         for price in PRICES * self._price:
             for _ in range(SWEEPS):
                 before = list(thresholds)
-                for k in levels:
+                for k in stages:
                     top1, ms = self._line(k, thresholds)
                     yield from self._outcomes(k, thresholds, top1, ms)
                     thresholds[k] = float(self._grid[k][np.argmax(top1 - price * ms)])
                 if thresholds == before:
                     break
 
-    def _line(self, level: int, thresholds: Sequence[float]) -> tuple[Floats, Floats]:
-        """Accuracy in % and ms an image for each threshold of a level's grid, the others as they are."""
+    def _line(self, stage: int, thresholds: Sequence[float]) -> tuple[Floats, Floats]:
+        """Return accuracy in % and ms an image for each threshold of a stage's grid, the others fixed."""
         reached = np.ones(len(self._right[0]), dtype=bool)
         right, ms = 0.0, self._ms[0] * len(reached)
-        for k in range(level):
+        for k in range(stage):
             stops = reached & (self._confidence[k] >= thresholds[k])
             right += self._right[k][stops].sum()
             reached &= ~stops
             ms += self._ms[k + 1] * reached.sum()
-        right += self._right[level][reached].sum()
-        # What is won, and what it takes, if an image goes on.
+        right += self._right[stage][reached].sum()
+        # Accuracy gained and time spent if an image goes on.
         later_right, later_ms = self._right[-1], np.full(len(reached), self._ms[-1])
-        for k in range(len(self._sizes) - 2, level, -1):
+        for k in range(len(self._sizes) - 2, stage, -1):
             goes_on = self._confidence[k] < thresholds[k]
             later_right = np.where(goes_on, later_right, self._right[k])
             later_ms = self._ms[k] + np.where(goes_on, later_ms, 0.0)
-        order, below = self._order[level], self._below[level]
-        won = np.cumsum(np.append(0.0, (reached * (later_right - self._right[level]))[order]))
+        order, below = self._order[stage], self._below[stage]
+        won = np.cumsum(np.append(0.0, (reached * (later_right - self._right[stage]))[order]))
         spent = np.cumsum(np.append(0.0, (reached * later_ms)[order]))
         return 100 * (right + won[below]) / len(reached), (ms + spent[below]) / len(reached)
 
     def _outcomes(
-        self, level: int, thresholds: Sequence[float], top1: Floats, ms: Floats
+        self, stage: int, thresholds: Sequence[float], top1: Floats, ms: Floats
     ) -> Iterator[Outcome]:
-        """Those of a line that no other of it beats."""
+        """Yield the outcomes of a line that no other of it beats."""
         for i in _unbeaten_rows(top1, ms):
             tried = [
-                *thresholds[:level],
-                float(self._grid[level][i]),
-                *thresholds[level + 1 :],
+                *thresholds[:stage],
+                float(self._grid[stage][i]),
+                *thresholds[stage + 1 :],
                 0.0,
             ]
-            ladder = tuple(CascadeStage(s, t) for s, t in zip(self._sizes, tried, strict=True))
-            yield Outcome(ladder, float(top1[i]), float(ms[i]))
+            cascade = tuple(CascadeStage(s, t) for s, t in zip(self._sizes, tried, strict=True))
+            yield Outcome(cascade, float(top1[i]), float(ms[i]))
 
 
 def _unbeaten(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -183,8 +189,118 @@ def _unbeaten(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def _unbeaten_rows(top1: Floats, ms: Floats) -> NDArray[np.int64]:
-    """Rows, the fastest first, that are more accurate than all faster ones."""
+    """Return the rows, the fastest first, that are more accurate than all faster ones."""
     order = np.lexsort((-top1, ms))
     ranked = top1[order]
     best_before = np.maximum.accumulate(np.append(-np.inf, ranked[:-1]))
     return order[ranked > best_before + 1e-9]
+
+
+@dataclass(frozen=True)
+class TunedSize:
+    """A size on held-out images. top1, ece (expected calibration error), tuned_ece: in %; ms an image."""
+
+    size: int
+    top1: float
+    ms: float
+    temperature: float
+    ece: float
+    tuned_ece: float
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Result of `tune_release`.
+
+    fitted, held_out: the cascade on the half of the images that it was fitted to, and on the other one.
+    shares: by size, % of the held-out images that it decides. best_size: the most accurate single size that
+    is as fast; None if there is none.
+    """
+
+    tuned: Tuned
+    fitted: Outcome
+    held_out: Outcome
+    fitted_images: int
+    held_out_images: int
+    sizes: list[TunedSize]
+    shares: dict[int, float]
+    best_size: TunedSize | None
+
+
+def tune_release(
+    classifier: SwitchableClassifier,
+    scores: LabelledLogits,
+    target_top1: float | None = None,
+    target_ms: float | None = None,
+) -> TuneResult:
+    """Fit one temperature a size and a cascade to half of the images, and write the release's tuned.json.
+
+    target_top1: accuracy in %, for the fastest cascade that has it. target_ms: else milliseconds an image,
+    in full batches, for the most accurate cascade that takes no more.
+
+    Raises DataError, which says what can be had, if no cascade meets the target; OSError if the file cannot
+    be written.
+    """
+    fitted, other = scores.halves()
+    temperatures = {s: fit_temperature(z, fitted.labels) for s, z in fitted.logits.items()}
+    ms = classifier.ms_per_image()
+    chosen = choose(search(answers(fitted, temperatures), ms), target_top1, target_ms)
+    held_out = answers(other, temperatures)
+    reported = simulate(held_out, chosen.cascade, ms)
+    sizes = [
+        TunedSize(
+            size=size,
+            top1=100 * float(held_out.right[size].mean()),
+            ms=ms[size],
+            temperature=t,
+            ece=expected_calibration_error(other.logits[size], other.labels),
+            tuned_ece=expected_calibration_error(other.logits[size], other.labels, t),
+        )
+        for size, t in temperatures.items()
+    ]
+    best = best_size(held_out, ms, reported.ms)
+    result = TuneResult(
+        tuned=Tuned(temperatures, chosen.cascade),
+        fitted=chosen,
+        held_out=reported,
+        fitted_images=len(fitted.labels),
+        held_out_images=len(other.labels),
+        sizes=sizes,
+        shares=shares(held_out, chosen.cascade),
+        best_size=next((s for s in sizes if s.size == best), None),
+    )
+    conditions = classifier.conditions
+    notes = {
+        "target": {"top1": target_top1, "ms": target_ms},
+        "fitted": {"images": result.fitted_images, "top1": chosen.top1, "ms": chosen.ms},
+        "held_out": {"images": result.held_out_images, "top1": reported.top1, "ms": reported.ms},
+        "conditions": conditions,
+    }
+    write_tuned(classifier.folder, conditions["sha256"], result.tuned, notes)
+    return result
+
+
+def choose(
+    frontier: Sequence[Outcome], target_top1: float | None, target_ms: float | None
+) -> Outcome:
+    """Return the outcome of a search, sorted by time, that meets the target; see `tune_release`.
+
+    Raises DataError, which says what can be had, if none does.
+    """
+    fastest, best = frontier[0], frontier[-1]
+    if target_top1 is not None:
+        accurate = [outcome for outcome in frontier if outcome.top1 >= target_top1]
+        if not accurate:
+            raise DataError(
+                f"no cascade has a top-1 of {target_top1:g} %: the best has {best.top1:.2f} %,"
+                f" at {best.ms:.4g} ms an image"
+            )
+        return accurate[0]
+    assert target_ms is not None
+    within = [outcome for outcome in frontier if outcome.ms <= target_ms]
+    if not within:
+        raise DataError(
+            f"no cascade takes {target_ms:g} ms an image: the fastest takes {fastest.ms:.4g},"
+            f" with a top-1 of {fastest.top1:.2f} %"
+        )
+    return within[-1]

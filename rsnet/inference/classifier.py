@@ -1,4 +1,4 @@
-"""A released network at work: pictures in, class names out, at the size that a call asks for.
+"""Classification with a released network: images in, class names out, at the size that a call asks for.
 
 Needs torch, torchvision, safetensors, numpy and pillow alone.
 """
@@ -18,13 +18,17 @@ from torch import Tensor
 
 from pipelines.normalize import PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError, first_line
-from rsnet.inference import cascade, latency
-from rsnet.inference import preprocess as pictures
-from rsnet.inference import tuned as tuned_file
-from rsnet.inference.cascade import Cascade, CascadeStage, Prediction
-from rsnet.inference.preprocess import Picture
+from rsnet.inference import latency, preprocess
+from rsnet.inference.cascade import (
+    Cascade,
+    CascadeStage,
+    Prediction,
+    Tuned,
+    read_tuned,
+    run_cascade,
+)
+from rsnet.inference.preprocess import ImageInput
 from rsnet.inference.runner import ModelRunner
-from rsnet.inference.tuned import Tuned
 from rsnet.release import package as release
 
 __all__ = ["Prediction", "SwitchableClassifier"]
@@ -32,41 +36,44 @@ __all__ = ["Prediction", "SwitchableClassifier"]
 Key = TypeVar("Key")
 
 # Images of a forward. More are no faster on any device, and their pixels alone fill 10 GB.
-MOST_BATCH = 65536
+MAX_BATCH = 65536
 
 UNCALIBRATED: Mapping[int, float] = {}  # temperatures
 
 
 class SwitchableClassifier:
-    """A release's network, whose size each call chooses: one set of weights, nothing is loaded anew.
+    """A release's network; each call chooses the size, with one set of weights and nothing loaded anew.
 
-    One thread at a time may use it, as the size is a state of the network.
+    Use it from one thread at a time, as the size is a state of the network.
     """
 
     def __init__(
         self,
         folder: Path,
-        read: release.Release,
+        content: release.Release,
         device: torch.device,
         dtype: torch.dtype | None,
+        *,
         batch_size: int,
         top: int,
         fold: bool,
         cuda_graphs: bool,
     ) -> None:
-        """What `load` says; read: the release that lies in `folder`."""
-        network = read.config["network"]
-        model = release.built(read, network["sizes"])
+        """Build the network of `content`, the release in `folder`; the rest are `load`'s arguments."""
+        network = content.config["network"]
+        model = release.build(content, network["sizes"])
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.sizes = model.sizes
         self.num_classes: int = network["num_classes"]
-        self.accuracy: dict[str, dict[str, float]] | None = read.config["accuracy"]
-        self._forward = ModelRunner(self.model, device, dtype, batch_size, fold, cuda_graphs)
+        self.accuracy: dict[str, dict[str, float]] | None = content.config["accuracy"]
+        self._forward = ModelRunner(
+            self.model, device, dtype, batch_size, fold=fold, cuda_graphs=cuda_graphs
+        )
         self._names = network["classes"]
         self.device = device
         self.batch_size, self._top = batch_size, min(top, self.num_classes)
-        self.config = read.config  # the content of config.json
-        self._folder, self._sha256 = folder, read.config["weights"]["sha256"]
+        self.config = content.config  # of config.json
+        self.folder, self._sha256 = folder, content.config["weights"]["sha256"]
         self._latencies: latency.Table | None = None
         self._normalize = PixelNormalizer(device, dtype or torch.float32, network["normalize"])
 
@@ -78,13 +85,14 @@ class SwitchableClassifier:
         dtype: torch.dtype | None = None,
         batch_size: int = 32,
         top: int = 5,
+        *,
         fold: bool = False,
         cuda_graphs: bool = False,
     ) -> SwitchableClassifier:
-        """The network of the release in `folder`.
+        """Load the release in `folder`.
 
-        dtype: torch.bfloat16 computes under autocast; None in float32. batch_size: images a forward, at
-        most. top: how many classes a prediction names. fold: BatchNorm becomes part of the convolutions;
+        dtype: torch.bfloat16 computes under autocast; None in float32. batch_size: most images of a
+        forward. top: how many classes a prediction names. fold: BatchNorm becomes part of the convolutions;
         faster, with a copy of the weights for each size that is used. cuda_graphs: fewer calls from the
         host, on a GPU alone (not measured yet).
 
@@ -93,25 +101,33 @@ class SwitchableClassifier:
         """
         if dtype not in (None, torch.bfloat16):
             raise UsageError(f"dtype {dtype}: give torch.bfloat16 or None")
-        if not 1 <= batch_size <= MOST_BATCH:
-            raise UsageError(f"batch_size {batch_size}: must be from 1 to {MOST_BATCH}")
+        if not 1 <= batch_size <= MAX_BATCH:
+            raise UsageError(f"batch_size {batch_size}: must be from 1 to {MAX_BATCH}")
         if top < 1:
             raise UsageError(f"top {top}: at least 1 is needed")
         place = _require_device(device)
-        read = release.read(Path(folder))
-        return cls(Path(folder), read, place, dtype, batch_size, top, fold, cuda_graphs)
+        return cls(
+            Path(folder),
+            release.read(folder),
+            place,
+            dtype,
+            batch_size=batch_size,
+            top=top,
+            fold=fold,
+            cuda_graphs=cuda_graphs,
+        )
 
     def classify(
         self,
-        images: Picture | Sequence[Picture],
+        images: ImageInput | Sequence[ImageInput],
         size: int | None = None,
         confidence: float | None = None,
         budget_ms: float | None = None,
         tuned: bool = False,
     ) -> list[Prediction]:
-        """One prediction per image, in their order, of one picture or a list or tuple of such.
+        """Classify one image, or a list or tuple of images; one prediction each, in their order.
 
-        Pictures are prepared as in an evaluation: all of PIL's modes to RGB, EXIF's rotation left out.
+        Images are prepared as in an evaluation: all of PIL's modes to RGB, EXIF's rotation left out.
         size: one of `sizes`; the largest if not given.
         confidence: in its place, a probability in (0, 1]: the smallest size comes first, and an image goes
         on to the next larger one as long as its most likely class is below that.
@@ -123,23 +139,23 @@ class SwitchableClassifier:
         what was tuned changes nothing.
 
         Raises UsageError, a ValueError, for another size, a wrong confidence, a budget that no size fits
-        into, more than one of the three, no images, what is no picture, or a release that is not tuned;
+        into, more than one of the three, no images, what is no image, or a release that is not tuned;
         DataError for an image, which it names, that cannot be decoded or is too large, and for a
         damaged tuned.json.
         """
-        many = images if isinstance(images, list | tuple) else [cast(Picture, images)]
+        many = images if isinstance(images, list | tuple) else [cast(ImageInput, images)]
         if not many:
             raise UsageError("there are no images")
-        decoded = ((i, self.decode(picture, f"image {i}")) for i, picture in enumerate(many))
+        decoded = ((i, self.decode(image, f"image {i}")) for i, image in enumerate(many))
         found = dict(self.stream(decoded, size, confidence, budget_ms, tuned))
         return [found[i] for i in range(len(many))]
 
-    def decode(self, picture: Picture, name: str = "the image") -> Image.Image:
-        """The RGB image of a picture. In an error it goes by its path, or else by `name`.
+    def decode(self, source: ImageInput, name: str = "the image") -> Image.Image:
+        """Decode an image to RGB. An error names its path, or else `name`.
 
-        Raises UsageError for what is no picture, DataError for one that cannot be decoded or is too large.
+        Raises UsageError for what is no image, DataError for one that cannot be decoded or is too large.
         """
-        return pictures.decode(picture, name, self.sizes[0])
+        return preprocess.decode(source, name, self.sizes[0])
 
     def stream(
         self,
@@ -149,18 +165,18 @@ class SwitchableClassifier:
         budget_ms: float | None = None,
         tuned: bool = False,
     ) -> Iterator[tuple[Key, Prediction]]:
-        """Predictions of decoded images, under the keys these came with; for more than memory holds.
+        """Yield predictions of decoded images, under the keys these came with; for more than memory holds.
 
-        They come when they are decided: in the order of the images, but for a cascade, in which up to two
+        They come as they are decided: in the order of the images, except with a cascade, in which up to two
         batches of decoded images wait at each size but the largest.
 
         Raises what `classify` does.
         """
         found = self.tuned() if tuned else None
         is_free = [size, confidence, budget_ms] == [None, None, None]
-        ladder = found.ladder if found and is_free else self.ladder(size, confidence, budget_ms)
+        cascade = found.cascade if found and is_free else self.cascade(size, confidence, budget_ms)
         predict = partial(self.predict, temperatures=found.temperatures if found else UNCALIBRATED)
-        return cascade.run_cascade(images, ladder, predict, self.batch_size)
+        return run_cascade(images, cascade, predict, self.batch_size)
 
     def calibrate_latency(self) -> latency.Table:
         """Measure a whole batch at each size, from pixels on the host to probabilities there.
@@ -173,7 +189,7 @@ class SwitchableClassifier:
         return self._latencies
 
     def latencies(self) -> latency.Table:
-        """Milliseconds of a whole batch: the table beside the release if it holds, else a new one.
+        """Return milliseconds of a whole batch: from the table beside the release if it holds, else measured.
 
         Raises DataError for a file that is no such table.
         """
@@ -182,17 +198,17 @@ class SwitchableClassifier:
         return self._latencies or self.calibrate_latency()
 
     def ms_per_image(self) -> dict[int, float]:
-        """By size, the median batch's milliseconds over the images in it."""
+        """Return, by size, the median batch's milliseconds over the images in it."""
         return {s: ms["median"] / self.batch_size for s, ms in self.latencies().items()}
 
     def blank_forward(self, batch_size: int) -> Callable[[int], object]:
-        """What computes a batch of black images at a size, from the host and back: to be timed."""
+        """Return a function that computes a batch of black images at a size, from the host and back."""
         pixels = {s: [torch.zeros(s, s, 3, dtype=torch.uint8)] * batch_size for s in self.sizes}
         return lambda size: self.predict(pixels[size], size)
 
     @torch.inference_mode()
     def logits(self, pixels: Tensor, size: int) -> Tensor:
-        """(N, size, size, 3) uint8, as `pictures.eval_pixels` has them -> (N, classes) float32.
+        """Compute (N, size, size, 3) uint8, from `preprocess.eval_pixels`, to (N, classes) float32.
 
         Raises DataError if the batch does not fit into memory.
         """
@@ -201,20 +217,17 @@ class SwitchableClassifier:
             return self._forward(images, size).float()
         except RuntimeError as error:
             # The CPU's allocator has no type of its own.
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
-                error
-            ):
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not is_memory:
                 raise
-            what = (
-                f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}"
-            )
             raise DataError(
-                f"{what}; give a smaller --batch-size than {self.batch_size}"
+                f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}; "
+                f"give a smaller --batch-size than {self.batch_size}"
             ) from error
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What a table of latencies holds for."""
+        """Conditions that a table of latencies holds for."""
         return {
             "device": latency.device_name(self.device),
             "threads": torch.get_num_threads(),
@@ -226,19 +239,19 @@ class SwitchableClassifier:
 
     @property
     def _latency_file(self) -> Path:
-        return latency.path_of(self._folder, self.conditions["device"])
+        return latency.path_of(self.folder, self.conditions["device"])
 
     def tuned(self) -> Tuned:
-        """What `python -m rsnet tune` found. Raises what `tuned.read` does."""
-        return tuned_file.read(self._folder, self._sha256, self.sizes)
+        """Return what `python -m rsnet tune` found. Raises what `read_tuned` does."""
+        return read_tuned(self.folder, self._sha256, self.sizes)
 
-    def ladder(
+    def cascade(
         self,
         size: int | None = None,
         confidence: float | None = None,
         budget_ms: float | None = None,
     ) -> Cascade:
-        """The sizes that an image goes through. The arguments, and what is raised, are `classify`'s."""
+        """Return the sizes that an image goes through. Arguments and errors are those of `classify`."""
         if [size, confidence, budget_ms].count(None) < 2:
             raise UsageError("give one of size, confidence and budget_ms")
         if confidence is not None:
@@ -256,7 +269,7 @@ class SwitchableClassifier:
     def predict(
         self, pixels: list[Tensor], size: int, temperatures: Mapping[int, float] = UNCALIBRATED
     ) -> list[Prediction]:
-        """Predictions of one batch: (size, size, 3) uint8 each, as `pictures.eval_pixels` gives them.
+        """Classify one batch: (size, size, 3) uint8 each, from `preprocess.eval_pixels`.
 
         temperatures: by size, what logits are divided by; 1 if not given.
         """

@@ -1,4 +1,4 @@
-"""How long each size takes on a device, measured there and kept beside the release's files."""
+"""Latency of each size on a device, measured there and kept beside the release's files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ Table = dict[int, dict[str, float]]
 
 WARM_UP, REPEATS = 5, 40
 
+# py-cpuinfo starts processes, and took 1.9 s to say the same.
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def device_name(device: torch.device) -> str:
-    """As `NVIDIA H100` or `cpu AMD EPYC 9654`."""
+    """Return a name such as `NVIDIA H100` or `cpu AMD EPYC 9654`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with suppress(OSError):
@@ -35,9 +36,9 @@ def device_name(device: torch.device) -> str:
 
 
 def measure(forward: Callable[[int], object], sizes: tuple[int, ...]) -> Table:
-    """The times of `forward(size)`, which returns when its result is on the host.
+    """Time `forward(size)`, which returns when its result is on the host.
 
-    By size: {"median": ms, "p95": ms}.
+    Returns, by size, {"median": ms, "p95": ms}.
     """
     return {
         size: {"median": percentile(t, 50), "p95": percentile(t, 95)}
@@ -48,7 +49,7 @@ def measure(forward: Callable[[int], object], sizes: tuple[int, ...]) -> Table:
 def sample(
     forward: Callable[[int], object], sizes: tuple[int, ...], repeats: int
 ) -> dict[int, list[float]]:
-    """Milliseconds of each of the `repeats` forwards that follow the warm-up, by size.
+    """Return, by size, milliseconds of each of the `repeats` forwards that follow the warm-up.
 
     The sizes take turns, so that what else the machine does meanwhile falls on all of them.
     """
@@ -63,26 +64,28 @@ def sample(
 
 
 def percentile(times: list[float], percent: int) -> float:
+    """Return a percentile, from 1 to 99, by linear interpolation."""
     return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
 
 
-def path_of(folder: Path, device: str) -> Path:
-    """device: its name."""
-    return folder / f"latency-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
+def path_of(folder: str | Path, device: str) -> Path:
+    """Return where a release's table for a device lies. device: its name."""
+    return Path(folder) / f"latency-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
 
 
-def save(path: Path, conditions: Mapping[str, Any], table: Table) -> None:
-    """conditions: what a table holds for, such as the batch size. Raises OSError."""
+def save(path: str | Path, conditions: Mapping[str, Any], table: Table) -> None:
+    """Write a table. conditions: those it was measured in, such as the batch size. Raises OSError."""
     atomic_write_json(
-        path, {"conditions": dict(conditions), "ms": {str(s): t for s, t in table.items()}}
+        Path(path), {"conditions": dict(conditions), "ms": {str(s): t for s, t in table.items()}}
     )
 
 
-def load(path: Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]) -> Table | None:
-    """The table in a file; None if there is none, or it is of other conditions.
+def load(path: str | Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]) -> Table | None:
+    """Read a table; return None if there is none, or it was measured in other conditions.
 
     Raises DataError, in one line, for a file that is no such table.
     """
+    path = Path(path)
     if not path.is_file():
         return None
     try:
@@ -100,7 +103,7 @@ def load(path: Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]) -> T
 def best_size(
     table: Table, budget_ms: float, accuracy: Mapping[str, Mapping[str, float]] | None
 ) -> int:
-    """The most accurate size, or the largest if accuracies are not known, whose p95 fits.
+    """Return the most accurate size, or the largest if accuracies are not known, whose p95 fits.
 
     Raises UsageError, which says what the fastest takes, if none does.
     """
@@ -117,7 +120,7 @@ def best_size(
 def choices(
     table: Table, accuracy: Mapping[str, Mapping[str, float]] | None
 ) -> list[tuple[int, float]]:
-    """The sizes that some budget buys, the most accurate first, each with the least such budget in ms."""
+    """Return the sizes that some budget buys, the most accurate first, each with its least budget in ms."""
     budgets = sorted((ms["p95"] for ms in table.values()), reverse=True)
     least = {best_size(table, budget, accuracy): budget for budget in budgets}
     return list(least.items())

@@ -1,8 +1,6 @@
-"""How a released network computes a size: with the weights of all sizes, folded ones, or as a CUDA graph.
+"""Forwards of a network at a size: with the weights of all sizes, with folded ones, or as a CUDA graph.
 
-A network's forwards as CUDA graphs: what the host would launch kernel by kernel, in one call.
-
-Written by the documentation, and not measured on a GPU.
+CUDA graphs replace the launches of single kernels by one call; they were not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +17,7 @@ from rsnet.models.switchable import ResolutionSwitchable
 
 
 class ModelRunner:
-    """(N, 3, s, s) float32 or dtype, s -> (N, classes), on a device; for inference alone.
-
-    fold: see `rsnet.models.fold`; each size gets weights of its own when it is first computed.
-    """
+    """Callable (N, 3, s, s) float32 or dtype, s -> (N, classes), on a device; for inference alone."""
 
     def __init__(
         self,
@@ -30,10 +25,16 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype | None,
         batch_size: int,
+        *,
         fold: bool,
         cuda_graphs: bool,
     ) -> None:
-        """What `SwitchableClassifier.load` says. Raises UsageError for what cannot be."""
+        """Set up forwards; the arguments are those of `SwitchableClassifier.load`.
+
+        fold: see `rsnet.models.fold`; each size gets weights of its own when it is first computed.
+
+        Raises UsageError for CUDA graphs on a CPU, and a network that cannot be folded.
+        """
         if fold:
             require_foldable(model)
         elif dtype is not None:
@@ -46,7 +47,7 @@ class ModelRunner:
 
     @property
     def conditions(self) -> dict[str, str | bool]:
-        """What the time of a forward depends on, besides the device and the network."""
+        """Conditions, besides the device and the network, that the time of a forward depends on."""
         return {
             "dtype": str(self._dtype or torch.float32),
             "fold": self._fold,
@@ -75,7 +76,7 @@ class ModelRunner:
 
 
 def _store_weights_in(dtype: torch.dtype, network: nn.Module) -> None:
-    """What autocast would make of the weights in each forward, once: the same bits in half the memory.
+    """Cast once the weights that autocast would cast in each forward: the same bits in half the memory.
 
     At batch 1 a ResNet-18 spends a tenth of its time on that.
     """
@@ -86,15 +87,16 @@ def _store_weights_in(dtype: torch.dtype, network: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(value.to(dtype), requires_grad=False))
 
 
-# Forwards before the capture, as torch.cuda.make_graphed_callables has them: what libraries choose and
-# allocate at their first call must not be captured.
+# Forwards before the capture, as many as torch.cuda.make_graphed_callables does: what libraries choose and
+# allocate at their first call must not be captured. (That function captures one shape a callable; buckets,
+# padding and the choice among graphs would still be ours.)
 WARM_UP = 3
 
 ForwardFn = Callable[[Tensor, int], Tensor]
 
 
 class _Captured(NamedTuple):
-    """replay: computes `logits`, (B, classes), from `inputs`, (B, 3, s, s); both stay where they are."""
+    """A graph. replay: computes `logits`, (B, classes), from `inputs`, (B, 3, s, s), in place."""
 
     inputs: Tensor
     logits: Tensor
@@ -104,12 +106,15 @@ class _Captured(NamedTuple):
 class CudaGraphRunner:
     """`forward`, captured once for each size and each bucket of batch sizes: 1, 2, 4, ... and the largest.
 
-    The graphs read the one set of weights, and share the memory of what is between layers, as one of them
-    runs at a time. Their own are inputs and logits.
+    The graphs read one set of weights, and share the memory of activations, as one of them runs at a time.
+    Inputs and logits are their own.
     """
 
     def __init__(self, forward: ForwardFn, largest: int) -> None:
-        """forward: (N, 3, s, s) on a GPU, s -> (N, classes), without waiting for it. largest: N at most."""
+        """Set up; capture nothing.
+
+        forward: (N, 3, s, s) on a GPU, s -> (N, classes), without synchronizing. largest: maximum of N.
+        """
         self._forward, self._largest = forward, largest
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -117,15 +122,13 @@ class CudaGraphRunner:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, size: int) -> Tensor:
-        """What `forward` gives, in memory of its own. The first call of a size and bucket captures."""
+        """Return what `forward` gives, in new memory. The first call of a size and bucket captures."""
         count = len(images)
         key = size, bucket(count, self._largest)
         if key not in self._captured:
             self._captured[key] = self._capture(images, *key)
         captured = self._captured[key]
-        captured.inputs[:count].copy_(
-            images
-        )  # the rest is of earlier calls, and left out of the answer
+        captured.inputs[:count].copy_(images)  # the rest is of earlier calls, and not returned
         captured.replay()
         return captured.logits[:count].clone()
 
@@ -148,5 +151,5 @@ class CudaGraphRunner:
 
 
 def bucket(count: int, largest: int) -> int:
-    """The batch size that `count` images are padded to: the next power of two, but `largest` at most."""
+    """Return the batch size that `count` images are padded to: the next power of two, or `largest`."""
     return min(1 << (count - 1).bit_length(), largest)

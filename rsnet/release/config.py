@@ -1,4 +1,4 @@
-"""A release's config.json: what it says, and the bounds within which it is believed."""
+"""A release's config.json: its fields, and the bounds that they are checked against."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from rsnet.losses import ENSEMBLE
 
 FORMAT = 1
 
-# ImageNet-21k's names take 1 MB; what JSON can make of so many bytes fits into any memory.
-MOST_BYTES = 4 * 2**20
+# ImageNet-21k's names take 1 MB; parsed JSON of this many bytes fits into any memory.
+MAX_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class _Rule:
+    """A check of one field; `what` completes "must be"."""
+
     what: str
     holds: Callable[[Any], bool]
 
@@ -32,7 +34,7 @@ def _integer(low: int, high: int) -> _Rule:
 
 
 def _number(low: float, high: float) -> _Rule:
-    """NaN is in no range."""
+    """Return a rule for a range of numbers; NaN is in no range."""
     return _Rule(
         f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= v <= high
     )
@@ -103,12 +105,12 @@ _ACCURACY = {"top1": _number(0, 100), "top5": _number(0, 100)}
 
 
 def result_names(network: Mapping[str, Any]) -> list[str]:
-    """What there are results of: every size, the largest first, and the ensemble."""
+    """Return the names of results: every size, the largest first, and the ensemble."""
     return [*map(str, network["sizes"]), ENSEMBLE]
 
 
 def preprocessing(network: Mapping[str, Any]) -> dict[str, Any]:
-    """How an evaluation makes the input of an image; mean and std are of RGB in [0, 1]."""
+    """Return how an evaluation prepares an image; mean and std are of RGB in [0, 1]."""
     mean, std = ([round(v / 255, 6) for v in values] for values in MEAN_STD[network["normalize"]])
     return {
         "short_side": "int(size / crop_ratio)",
@@ -121,7 +123,7 @@ def preprocessing(network: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The content of a config.json. Raises DataError, in one line, for what is not to be believed."""
+    """Parse and check a config.json. Raises DataError, in one line, for invalid fields."""
     try:
         config = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

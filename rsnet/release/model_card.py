@@ -1,22 +1,30 @@
-"""A release's README.md: what the network is, what it is worth, how to use it; with the Hub's metadata."""
+"""A release's README.md: what the network is, its accuracies, how to use it; with Hugging Face's metadata."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pipelines.utils.errors import DataError
+from pipelines.utils.atomic_io import atomic_write
+from pipelines.utils.errors import DataError, UsageError, error_context
+
+NAME = "README.md"
 
 _CARD = """\
 ---
+license: mit  # of the trainer; change it if your data or weights ask for another
 library_name: rsnet
 pipeline_tag: image-classification
 tags:
 - image-classification
+- pytorch
 - resolution-switchable
 metrics:
 - accuracy
----
+{model_index}---
 
 # {arch} for {sizes} pixels
 
@@ -28,18 +36,17 @@ resolutions, chosen at run time. They share {shared:,} parameters; {private:,} a
 
 {note}
 
-## Loading
+## Usage
 
-With the RS-Net trainer:
+```sh
+pip install rsnet-trainer
+```
 
 ```python
-from pathlib import Path
-
+import rsnet
 import torch
 
-from rsnet import release
-
-model = release.load(Path("."))  # this folder
+model = rsnet.load(".")  # this folder
 images = torch.zeros(1, 3, {smallest}, {smallest})  # (N, 3, s, s), s any of {sizes}
 with torch.inference_mode():
     logits = model(images)  # (N, {num_classes})
@@ -59,14 +66,17 @@ Wang, Sun, Li and Yao: Resolution Switchable Networks for Runtime Efficient Imag
 [arXiv:2007.09558](https://arxiv.org/abs/2007.09558)
 """
 
-# Around what bench writes.
+_DATASET = "validation images of the training run"
+
+# Around the section that bench writes.
 _BEGIN, _END = "<!-- bench -->", "<!-- end of bench -->"
 
 
 def text(config: Mapping[str, Any]) -> str:
-    """The card of the release whose config.json has this content."""
+    """Return the card of a release. config: the content of its config.json."""
     network, preprocessing = config["network"], config["preprocessing"]
     return _CARD.format(
+        model_index=_model_index(config),
         arch=network["arch"],
         sizes=", ".join(map(str, network["sizes"])),
         smallest=network["sizes"][-1],
@@ -84,7 +94,7 @@ def text(config: Mapping[str, Any]) -> str:
 
 
 def with_bench(card: str, section: str) -> str:
-    """A card with this section, in place of that of an earlier bench, or at its end; the rest as it is.
+    """Return a card with this section, in place of that of an earlier bench or at the end.
 
     Raises DataError if the markers around the section are not one pair.
     """
@@ -95,6 +105,49 @@ def with_bench(card: str, section: str) -> str:
     if not begin:
         before, after = card.rstrip("\n") + "\n\n", "\n"
     return f"{before}{_BEGIN}\n{section}\n{_END}{after}"
+
+
+def _model_index(config: Mapping[str, Any]) -> str:
+    """Return the accuracies, in %, as Hugging Face's `model-index`; nothing if they are not known."""
+    if config["accuracy"] is None:
+        return ""
+    lines = [
+        "model-index:",
+        f"- name: {json.dumps(config['network']['arch'])}",  # a string of JSON is one of YAML
+        "  results:",
+        "  - task:",
+        "      type: image-classification",
+        "    dataset:",
+        f"      name: {_DATASET}",
+        "      type: imagefolder",
+        "    metrics:",
+    ]
+    for name, result in config["accuracy"].items():
+        where = f"at {name} pixels" if name.isdigit() else f"of the {name}"
+        for key, label in (("top1", "top-1"), ("top5", "top-5")):
+            lines += [
+                "    - type: accuracy",
+                f"      name: {label} % {where}",
+                f"      value: {result[key]:.2f}",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def update_bench(folder: str | Path, section: str | None) -> None:
+    """Put a section of figures into the card of the release in `folder`; None only checks that it can.
+
+    Raises UsageError if there is no card, or it cannot be written; DataError if it is damaged.
+    """
+    card = Path(folder) / NAME
+    if not card.is_file() or not os.access(card.parent, os.W_OK):
+        raise UsageError(f"--card: there is no {card} that can be written")
+    try:
+        with error_context(str(card)):
+            text = with_bench(card.read_bytes().decode(), section or "")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{card} is no UTF-8") from error
+    if section is not None:
+        atomic_write(card, text.encode())
 
 
 def _what_is_private(norm: str) -> str:
@@ -113,5 +166,5 @@ def _table(config: Mapping[str, Any]) -> str:
 
 def _note(is_evaluated: bool) -> str:
     cost = "GFLOPs (2 x multiply-accumulate) are an image's; the ensemble needs all sizes."
-    how = "Accuracies are of the validation images of its training run, one centre crop each."
+    how = f"Accuracies are of the {_DATASET}, one centre crop each."
     return f"{how} {cost}" if is_evaluated else f"Its accuracies are not known. {cost}"

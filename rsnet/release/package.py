@@ -1,4 +1,4 @@
-"""A trained network as a folder to publish and to load from: safetensors, config.json, a model card.
+"""Write and read releases: folders with safetensors, config.json and a model card, to publish and load.
 
 Reading needs torch, torchvision and safetensors alone, executes nothing of the folder, and takes no more
 memory than the weights that lie there.
@@ -30,17 +30,17 @@ from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import config as release_config
 from rsnet.release import model_card as release_card
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
-# The header of a file with 100,000 tensors.
-MOST_HEADER = 16 * 2**20
+# Bytes of the safetensors header of 100,000 tensors.
+MAX_HEADER = 16 * 2**20
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Release:
-    """What was read from a folder.
+    """Content of a release's folder.
 
     config: the content of config.json, whose "network" describes the network as a checkpoint does.
     state: the network's state dict, on the CPU, with quantized weights as they are applied.
@@ -51,7 +51,7 @@ class Release:
 
 
 def write(
-    folder: Path,
+    folder: str | Path,
     network: Mapping[str, Any],
     model: ResolutionSwitchable,
     *,
@@ -60,17 +60,18 @@ def write(
     averaged: bool,
     source: Mapping[str, Any],
 ) -> Release:
-    """Write the release `folder`, whole or not at all, and return what it reads as.
+    """Write the release `folder`, whole or not at all, and return what is read back from it.
 
-    network: what a checkpoint says of `model`. gflops, accuracy ("top1" and "top5" in %): of each size
-    and of the ensemble, by name. averaged: whether the weights are an average over training steps.
-    source: where they come from.
+    network: the description of `model`, as checkpoints have it. gflops, accuracy ("top1" and "top5" in %):
+    of each size and of the ensemble, by name. averaged: whether the weights are an average over training
+    steps. source: where they come from.
 
     Raises UsageError if there is something at `folder`, OSError if it cannot be written.
     """
+    folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"--output: {folder} exists; give another name")
-    data = safetensors.torch.save(_stored(model))
+    data = safetensors.torch.save(_stored_tensors(model))
     shared, private = model.count_parameters()
     config = {
         "format": release_config.FORMAT,
@@ -94,29 +95,30 @@ def write(
     with atomic_directory(folder) as temporary:
         atomic_write(temporary / WEIGHTS, data)
         atomic_write_json(temporary / CONFIG, config)
-        atomic_write(temporary / CARD, release_card.text(config).encode())
+        atomic_write(temporary / release_card.NAME, release_card.text(config).encode())
         return read(temporary)
 
 
-def read(folder: Path) -> Release:
-    """The release in `folder`, checked as a whole.
+def read(folder: str | Path) -> Release:
+    """Read the release in `folder`, checked as a whole.
 
     Raises UsageError if there is no such folder, or the network needs a library that is not installed;
     DataError, in one line, if a file is missing, damaged, manipulated or of another version.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
     with error_context(str(folder / CONFIG)):
-        config = release_config.parse(_read(folder, CONFIG, release_config.MOST_BYTES))
-        expected = _stored(_without_memory(ModelConfig.from_dict(config["network"])))
-        state = _without_memory(_unpacked(config["network"])).state_dict()
+        config = release_config.parse(_read(folder, CONFIG, release_config.MAX_BYTES))
+        expected = _stored_tensors(_on_meta(ModelConfig.from_dict(config["network"])))
+        state = _on_meta(_unpacked_config(config["network"])).state_dict()
     with error_context(str(folder / WEIGHTS)):
         tensors = _read_weights(folder, config["weights"], expected)
     return Release(config, unpack_state_dict(tensors, state))
 
 
-def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
-    """The network of the release in `folder`, at all of its sizes or some, on the CPU, in eval mode.
+def load(folder: str | Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
+    """Load the network of the release in `folder`, at all of its sizes or some, on the CPU, in eval mode.
 
     Raises what `read` does, and UsageError for sizes that it does not have.
     """
@@ -126,21 +128,21 @@ def load(folder: Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchab
     if not set(wanted) <= set(known):
         there, here = (" ".join(map(str, s)) for s in (known, wanted))
         raise UsageError(f"--sizes is {there} in {folder} and {here} here")
-    return built(release, wanted)
+    return build(release, wanted)
 
 
-def built(release: Release, sizes: Sequence[int]) -> ResolutionSwitchable:
-    """The network of a release at some of its sizes, on the CPU, in eval mode."""
+def build(release: Release, sizes: Sequence[int]) -> ResolutionSwitchable:
+    """Build the network of a release at some of its sizes, on the CPU, in eval mode."""
     network = release.config["network"]
-    model = create_model(_unpacked(network).with_sizes(sizes))
+    model = create_model(_unpacked_config(network).with_sizes(sizes))
     model.load_state_dict(
         select_sizes(release.state, network["sizes"], sizes, model.shared_norm), strict=True
     )
     return model.eval()
 
 
-def _stored(model: ResolutionSwitchable) -> State:
-    """The tensors that are stored of a network: contiguous, without what only training counts."""
+def _stored_tensors(model: ResolutionSwitchable) -> State:
+    """Return the tensors that are stored of a network: contiguous, without counters of training."""
     return {
         name: value.clone(memory_format=torch.contiguous_format)
         for name, value in pack_state_dict(model).items()
@@ -148,15 +150,15 @@ def _stored(model: ResolutionSwitchable) -> State:
     }
 
 
-def _unpacked(network: Mapping[str, Any]) -> ModelConfig:
-    """Return the network that a release is read as: its weights are the levels themselves."""
+def _unpacked_config(network: Mapping[str, Any]) -> ModelConfig:
+    """Return the network that a release is read as: quantized weights are stored as their values."""
     return dataclasses.replace(ModelConfig.from_dict(network), qw=FULL)
 
 
 class _WeightsOnMeta(TorchFunctionMode):
-    """Layers make their weights by torch.empty, here on the meta device.
+    """Makes torch.empty, by which layers make their weights, allocate on the meta device.
 
-    `with torch.device("meta")` would put there, too, what builders compute with, as RegNet's does.
+    `with torch.device("meta")` would also move what builders compute with, as RegNet's does.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -164,8 +166,8 @@ class _WeightsOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | on_meta)
 
 
-def _without_memory(config: ModelConfig) -> ResolutionSwitchable:
-    """The network of a description, for the names, shapes and types of its state."""
+def _on_meta(config: ModelConfig) -> ResolutionSwitchable:
+    """Build a network without memory, for the names, shapes and types of its state."""
     try:
         with _WeightsOnMeta():
             return create_model(config)
@@ -176,20 +178,26 @@ def _without_memory(config: ModelConfig) -> ResolutionSwitchable:
 
 
 def _read_weights(folder: Path, noted: Mapping[str, Any], expected: State) -> State:
-    """The tensors of model.safetensors, if the file is the noted one, and they are the expected."""
+    """Read model.safetensors, which must be the noted file and hold the expected tensors."""
     size = sum(value.nbytes for value in expected.values())
-    data = _read(folder, WEIGHTS, 8 + MOST_HEADER + size)
+    data = _read(folder, WEIGHTS, 8 + MAX_HEADER + size)
     if len(data) != noted["bytes"]:
         raise DataError(f"has {len(data)} bytes, {CONFIG} says {noted['bytes']}")
     if hashlib.sha256(data).hexdigest() != noted["sha256"]:
         raise DataError(f"is damaged: its SHA-256 is not that in {CONFIG}")
     header = int.from_bytes(data[:8], "little")
-    if header > min(MOST_HEADER, len(data) - 8):
+    if header > min(MAX_HEADER, len(data) - 8):
         raise DataError(f"is no safetensors file: a header of {header} bytes")
     try:
         tensors = safetensors.torch.load(data)
-    except Exception as error:  # whatever another file makes of the parser
-        raise DataError(f"is no safetensors file ({_shown(str(error))})") from error
+    except Exception as error:  # the parser raises all kinds of errors for other files
+        raise DataError(f"is no safetensors file ({_escaped(str(error))})") from error
+    _require_tensors(tensors, expected)
+    return tensors
+
+
+def _require_tensors(tensors: State, expected: State) -> None:
+    """Raise DataError unless names, shapes and types are the expected ones, and all numbers finite."""
     problems = describe_mismatch({name: tuple(v.shape) for name, v in expected.items()}, tensors)
     problems = problems or "; ".join(
         f"{name} is {tensors[name].dtype}, not {value.dtype}"
@@ -197,20 +205,19 @@ def _read_weights(folder: Path, noted: Mapping[str, Any], expected: State) -> St
         if tensors[name].dtype != value.dtype
     )
     if problems:
-        raise DataError(f"does not fit the network in {CONFIG}: {_shown(problems)}")
+        raise DataError(f"does not fit the network in {CONFIG}: {_escaped(problems)}")
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:  # all probabilities would be NaN
-        raise DataError(f"has numbers that are not finite: {_shown(', '.join(broken))}")
-    return tensors
+        raise DataError(f"has numbers that are not finite: {_escaped(', '.join(broken))}")
 
 
-def _shown(text: str) -> str:
-    """A message with names of the file's, which may be long and hold line breaks."""
+def _escaped(text: str) -> str:
+    """Shorten and escape text from a file, which may be long and hold line breaks."""
     return text[:1000].encode("unicode_escape").decode()
 
 
 def _read(folder: Path, name: str, most: int) -> bytes:
-    """A file of at most `most` bytes that lies in `folder` itself."""
+    """Read a file of at most `most` bytes that lies in `folder` itself."""
     path = folder / name
     if not path.is_file():
         raise DataError("there is no such file; is the folder a release?")

@@ -1,9 +1,10 @@
-"""The routes of the server, and what browsers are told about them."""
+"""The server's routes and security headers."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from rsnet.serving.service import Service
 
 PAGE = Path(__file__).with_name("page")
 
-# Nothing but our own files, and the visitor's picture, which is a blob; in no other site's frame.
+# Nothing but our own files, and the visitor's image, which is a blob; in no other site's frame.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -32,7 +33,7 @@ HEADERS = {
 
 
 class Choice(BaseModel):
-    """The query of /classify: one at most."""
+    """Query of /classify: one at most."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,7 +43,7 @@ class Choice(BaseModel):
 
 
 def make_app(service: Service, info: dict[str, Any], hosts: Sequence[str] | None) -> FastAPI:
-    """info: what GET /info says. hosts: the names by which the server may be called; None for any."""
+    """Make the application. info: the answer of GET /info. hosts: accepted Host headers; None for any."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,7 +82,7 @@ def make_app(service: Service, info: dict[str, Any], hosts: Sequence[str] | None
 
 
 class _Headers:
-    """Adds HEADERS to every answer. Not Starlette's own middleware, in which no client ever leaves."""
+    """Adds HEADERS to every answer. Starlette's BaseHTTPMiddleware would hide that a client disconnects."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -96,7 +97,7 @@ class _Headers:
 
 
 def _refuse_other_sites(request: Request) -> None:
-    """Browsers say which site a request comes from. Others could make visitors' computers work."""
+    """Refuse requests from other sites' pages, which could make visitors' computers work for them."""
     if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise HTTPException(403, "pages of other sites may not send images")
 
@@ -108,8 +109,6 @@ async def _in_one_line(_: Request, error: Exception) -> JSONResponse:
 
 
 def _json(prediction: Prediction) -> dict[str, Any]:
-    """As `python -m rsnet predict --json` prints it. Names may hold what UTF-8 has no code for."""
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in prediction.classes]
-    pairs = zip(names, prediction.probabilities, strict=True)
-    top = [{"class": name, "probability": value} for name, value in pairs]
-    return {"size": prediction.size, "ms": prediction.ms, "top": top}
+    """Return what `python -m rsnet predict --json` prints. Names may hold what UTF-8 has no code for."""
+    names = (name.encode("utf-8", "backslashreplace").decode() for name in prediction.classes)
+    return replace(prediction, classes=tuple(names)).to_dict()

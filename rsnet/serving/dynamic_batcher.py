@@ -1,4 +1,4 @@
-"""Batches of what many requests want computed, by one thread that alone uses the network."""
+"""Dynamic batching of many requests' images, by one thread that alone uses the network."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ OnBatch = Callable[[int, int, float], None]
 
 @dataclass(eq=False)
 class _Job:
-    """An image on its way up a ladder.
+    """An image on its way through a cascade.
 
     pixels: by size, (s, s, 3) uint8. future: of its predictions, one for each size that it went through.
     """
 
     pixels: Mapping[int, Tensor]
-    ladder: Cascade
+    cascade: Cascade
     since: float
     future: Future[list[Prediction]] = field(default_factory=Future)
     found: list[Prediction] = field(default_factory=list)
 
     @property
     def size(self) -> int:
-        return self.ladder[len(self.found)].size
+        return self.cascade[len(self.found)].size
 
 
 class DynamicBatcher:
@@ -42,7 +42,7 @@ class DynamicBatcher:
     def __init__(
         self, predict: Predict, batch_size: int, wait_s: float, on_batch: OnBatch | None = None
     ) -> None:
-        """wait_s: how long an image waits for others, if its batch is not full."""
+        """Set up. wait_s: seconds that an image waits for others, if its batch is not full."""
         self._predict, self._batch_size, self._wait = predict, batch_size, wait_s
         self._on_batch = on_batch or (lambda *_: None)
         self._jobs: list[_Job] = []  # the oldest first
@@ -64,13 +64,13 @@ class DynamicBatcher:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, pixels: Mapping[int, Tensor], ladder: Cascade) -> Future[list[Prediction]]:
-        """Predictions of an image at the sizes that it goes through, the last of which decides.
+    def submit(self, pixels: Mapping[int, Tensor], cascade: Cascade) -> Future[list[Prediction]]:
+        """Queue an image; return its future predictions, one a size that it goes through, the last decides.
 
-        pixels: (s, s, 3) uint8 at each size s of the ladder. A future that is cancelled is not computed
-        any more; one of a batch that fails has its exception.
+        pixels: (s, s, 3) uint8 at each size s of the cascade. A future that is cancelled is not computed
+        any more; if the batch fails, it has the exception.
         """
-        job = _Job(pixels, ladder, time.monotonic())
+        job = _Job(pixels, cascade, time.monotonic())
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
@@ -96,7 +96,7 @@ class DynamicBatcher:
             job.future.cancel()
 
     def _next_batch(self) -> list[_Job]:
-        """Waits for it; empty if there is none any more."""
+        """Wait for a batch; return an empty one when stopping."""
         with self._changed:
             while not self._stopping:
                 self._jobs = [job for job in self._jobs if not job.future.cancelled()]
@@ -114,10 +114,10 @@ class DynamicBatcher:
 
 
 def _goes_on(job: _Job, prediction: Prediction) -> bool:
-    """Whether the image goes on to the next size; if not, its future has the answer."""
-    threshold = job.ladder[len(job.found)].threshold
+    """Return whether the image goes on to the next size; if not, resolve its future."""
+    threshold = job.cascade[len(job.found)].threshold
     job.found.append(prediction)
-    if len(job.found) < len(job.ladder) and prediction.probabilities[0] < threshold:
+    if len(job.found) < len(job.cascade) and prediction.probabilities[0] < threshold:
         return True
     if job.future.set_running_or_notify_cancel():
         job.future.set_result(job.found)

@@ -1,67 +1,41 @@
-"""A release behind a web page and a JSON interface: what is served, where, and how it ends."""
+"""The server of a release, with a web page and a JSON interface: how it is put together, where it listens,
+and how it and its connections end.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import signal
 import socket
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.inference import latency
 from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.serving import app as routes
+from rsnet.serving.config import ServerConfig
+from rsnet.serving.service import Service, Settings
 from rsnet.serving.size_controller import Cost, SizeController
-
-if TYPE_CHECKING:
-    import uvicorn
-    from fastapi import FastAPI
-
-    from rsnet.serving.service import Service
+from rsnet.serving.upload import Limits
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """How requests are admitted, batched and answered."""
-
-    allow_host: tuple[str, ...] = ()
-    """Further names by which a server that listens to this machine alone may be called, as by a proxy."""
-
-    deadline_ms: float | None = None
-    """Milliseconds that 99 of 100 answers may take, from when the image is there. Under load, requests that
-    name neither size, confidence nor budget get a smaller size, and the last resort is 503."""
-
-    batch_size: int = 8
-    """Images that are computed at once, at most."""
-
-    batch_wait_ms: float = 2.0
-    """How long an image waits for others to share a batch with."""
-
-    queue: int = 64
-    """Requests under way at once. More are refused with 503."""
-
-    timeout: float = 10.0
-    """Seconds until an image has to be there, and as many until it has to be answered."""
-
-    max_megabytes: float = 10.0
-    """Largest body of a request."""
-
-    max_megapixels: float = 50.0
-    """Largest image; decoding takes 3 MB of memory for each."""
+# Seconds for the head of a request to be there, from the connection or the answer before.
+IDLE_S = 10.0
 
 
 def make_service(classifier: SwitchableClassifier, config: ServerConfig) -> Service:
-    """Measures latencies if none are known, or a deadline needs those of single images.
+    """Make the service; measure latencies if none are known, or a deadline needs those of single images.
 
     Raises DataError for a damaged table of latencies.
     """
-    from rsnet.serving.service import Service, Settings
-    from rsnet.serving.upload import Limits
-
     table = classifier.latencies()
     most_bytes, most_pixels = (
         int(1e6 * most) for most in (config.max_megabytes, config.max_megapixels)
@@ -76,15 +50,13 @@ def make_service(classifier: SwitchableClassifier, config: ServerConfig) -> Serv
     controller = None
     if config.deadline_ms is not None:
         costs = _costs(classifier, table)
-        ladder = [size for size, _ in latency.choices(table, classifier.accuracy)]
-        controller = SizeController(config.deadline_ms, costs, ladder, config.batch_size)
+        sizes = [size for size, _ in latency.choices(table, classifier.accuracy)]
+        controller = SizeController(config.deadline_ms, costs, sizes, config.batch_size)
     return Service(classifier, settings, controller)
 
 
 def make_app(service: Service, config: ServerConfig, is_loopback: bool) -> FastAPI:
-    """is_loopback: whether other machines cannot reach it."""
-    from rsnet.serving.app import make_app
-
+    """Make the application. is_loopback: whether other machines cannot reach it."""
     classifier, table = service.classifier, service.classifier.latencies()
     info = {
         "sizes": classifier.sizes,
@@ -98,14 +70,31 @@ def make_app(service: Service, config: ServerConfig, is_loopback: bool) -> FastA
         "deadline_ms": config.deadline_ms,
         "max_bytes": int(1e6 * config.max_megabytes),
     }
-    return make_app(service, info, (*LOOPBACK, *config.allow_host) if is_loopback else None)
+    return routes.make_app(service, info, (*LOOPBACK, *config.allow_host) if is_loopback else None)
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for a request's head, and reads on after an early answer."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_request()
+
+    def _expect_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # else a pipelined one has begun
+            self.loop.call_later(IDLE_S, self._close_if_idle, self.cycle)
+
+    def _close_if_idle(self, answered: Any) -> None:
+        if self.cycle is answered:
+            self.transport.close()
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
-    import uvicorn
-
-    from rsnet.serving.protocol import Protocol
-
+    """Make uvicorn's server, with idle connections closed and nothing logged."""
     return uvicorn.Server(
         uvicorn.Config(
             app, http=Protocol, ws="none", log_config=None, access_log=False, server_header=False,
@@ -114,7 +103,8 @@ def make_server(app: FastAPI) -> uvicorn.Server:
     )  # fmt: skip
 
 
-def serve_forever(app: FastAPI, listener: socket.socket, what: str) -> None:
+def serve_forever(app: FastAPI, listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM."""
     server = make_server(app)
 
     def stop(*_: Any) -> None:
@@ -122,16 +112,19 @@ def serve_forever(app: FastAPI, listener: socket.socket, what: str) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it caught anew in the end
         signal.signal(number, stop)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"{what}: http://{shown}:{port}/ (Ctrl-C ends)", flush=True)
     server.run([listener])
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, to which nobody can connect before it listens.
+def url_of(listener: socket.socket) -> str:
+    """Return the address that a browser takes."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
-    Raises UsageError if there is no such address, DataError if it cannot be had.
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket to the address; nobody can connect before it listens.
+
+    Raises UsageError if there is no such address, DataError if it is taken or not permitted.
     """
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -151,11 +144,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(listener: socket.socket) -> bool:
+    """Return whether only this machine can connect."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def _costs(classifier: SwitchableClassifier, table: latency.Table) -> dict[int, Cost]:
-    """Medians: of a batch of one image, measured now, and of a full batch."""
+    """Return medians: of a batch of one image, measured now, and of a full batch."""
     pixels = {s: [torch.zeros(s, s, 3, dtype=torch.uint8)] for s in classifier.sizes}
     single = latency.measure(lambda s: classifier.predict(pixels[s], s), classifier.sizes)
     return {s: Cost(single[s]["median"], table[s]["median"]) for s in classifier.sizes}

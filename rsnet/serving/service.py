@@ -1,4 +1,4 @@
-"""Answers to images: how many at once, at which sizes, for how long."""
+"""Classification of uploaded images: admission, decoding, batching, deadlines, cancellation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ DECODERS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Settings:
-    """queue: requests that may be under way at once. timeout_s: seconds for an answer, from when the
-    image is there. batch_wait_s: how long an image waits for others."""
+    """Limits of a service.
+
+    queue: requests that may be under way at once. timeout_s: seconds for an answer, from when the
+    image is there. batch_wait_s: seconds that an image waits for others.
+    """
 
     limits: upload.Limits
     batch_size: int
@@ -45,7 +48,7 @@ class Service:
         settings: Settings,
         controller: SizeController | None = None,
     ) -> None:
-        """controller: chooses the size of requests that name none; without one it is the largest."""
+        """Set up. controller: chooses the size of requests that name none; without one it is the largest."""
         self.classifier, self._settings, self._controller = classifier, settings, controller
         self.batches = DynamicBatcher(
             classifier.predict,
@@ -55,9 +58,8 @@ class Service:
         )
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._under_way = 0
-        self._unanswered: Counter[int] = (
-            Counter()
-        )  # images by size, of requests whose image is there
+        # Images by size, of requests whose image is there.
+        self._unanswered: Counter[int] = Counter()
 
     def start(self) -> None:
         self.batches.start()
@@ -73,60 +75,60 @@ class Service:
         confidence: float | None = None,
         budget_ms: float | None = None,
     ) -> list[Prediction]:
-        """Predictions of the image in a request, one for each size that it went through.
+        """Classify the image in a request; return one prediction for each size that it went through.
 
         Raises HTTPException: 422 for what `SwitchableClassifier.classify` calls a usage error, 503 if
         too many requests are under way, 504 if the answer takes too long, and what `upload` raises.
         """
         try:
-            ladder = self.classifier.ladder(size, confidence, budget_ms)
+            cascade = self.classifier.cascade(size, confidence, budget_ms)
         except UsageError as error:
             raise HTTPException(422, str(error)) from error
         is_free = size is None and confidence is None and budget_ms is None
-        return await self._answer(request, None if is_free and self._controller else ladder)
+        return await self._answer(request, None if is_free and self._controller else cascade)
 
     async def compare(self, request: Request) -> list[Prediction]:
-        """As `classify`, at every size, the largest first."""
+        """Classify the image in a request at every size, the largest first; raises what `classify` does."""
         return await self._answer(
             request, tuple(CascadeStage(s, 2.0) for s in self.classifier.sizes)
         )
 
-    async def _answer(self, request: Request, ladder: Cascade | None) -> list[Prediction]:
-        """ladder: None for the size that the controller chooses."""
+    async def _answer(self, request: Request, cascade: Cascade | None) -> list[Prediction]:
+        """Read and classify the image. cascade: None for the size that the controller chooses."""
         if self._under_way >= self._settings.queue:
             # To close a connection that still sends may take the answer from its client.
             await upload.discard(request, self._settings.limits)
             raise _busy(f"{self._under_way} requests are under way")
         with self._admitted():
             data = await upload.read(request, self._settings.limits)
-            if ladder is not None:
-                return await self._unless_left(request, data, ladder)
+            if cascade is not None:
+                return await self._until_disconnect(request, data, cascade)
             assert self._controller is not None
             start = time.monotonic()
             size = self._controller.choose(start, self._unanswered)
             if size is None:
                 raise _busy("no size is fast enough for the deadline now")
-            answer = await self._unless_left(request, data, (CascadeStage(size),))
+            answer = await self._until_disconnect(request, data, (CascadeStage(size),))
             self._controller.answered(size, 1000 * (time.monotonic() - start))
             return answer
 
-    async def _computed(self, data: bytes, ladder: Cascade) -> list[Prediction]:
-        sizes = [step.size for step in ladder]
+    async def _computed(self, data: bytes, cascade: Cascade) -> list[Prediction]:
+        sizes = [stage.size for stage in cascade]
         loop, most = asyncio.get_running_loop(), self._settings.limits.most_pixels
         pixels = await loop.run_in_executor(self._decoders, upload.decode, data, sizes, most)
         try:
-            return await asyncio.wrap_future(self.batches.submit(pixels, ladder))
+            return await asyncio.wrap_future(self.batches.submit(pixels, cascade))
         except Exception as error:  # whatever the network's library raises
             raise HTTPException(500, f"computing failed: {first_line(error)}") from error
 
-    async def _unless_left(
-        self, request: Request, data: bytes, ladder: Cascade
+    async def _until_disconnect(
+        self, request: Request, data: bytes, cascade: Cascade
     ) -> list[Prediction]:
-        """What is computed; given up if that takes too long, or the client has left."""
-        task = asyncio.ensure_future(self._computed(data, ladder))
-        left = asyncio.ensure_future(_has_left(request))
+        """Compute, until it takes too long or the client has disconnected; then cancel."""
+        task = asyncio.ensure_future(self._computed(data, cascade))
+        left = asyncio.ensure_future(_disconnected(request))
         try:
-            with self._waiting(ladder):
+            with self._waiting(cascade):
                 await asyncio.wait(
                     (task, left),
                     timeout=self._settings.timeout_s,
@@ -134,7 +136,7 @@ class Service:
                 )
             if task.done():
                 return task.result()
-            # Nobody reads this if the client has left.
+            # Not read if the client has disconnected.
             raise HTTPException(504, f"there was no answer within {self._settings.timeout_s:g} s")
         finally:
             task.cancel()
@@ -151,8 +153,8 @@ class Service:
             self._under_way -= 1
 
     @contextmanager
-    def _waiting(self, ladder: Cascade) -> Iterator[None]:
-        sizes = [step.size for step in ladder]
+    def _waiting(self, cascade: Cascade) -> Iterator[None]:
+        sizes = [stage.size for stage in cascade]
         self._unanswered.update(sizes)
         try:
             yield
@@ -164,6 +166,6 @@ def _busy(why: str) -> HTTPException:
     return HTTPException(503, f"the server is busy: {why}", {"Retry-After": "1"})
 
 
-async def _has_left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

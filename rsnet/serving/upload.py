@@ -1,4 +1,4 @@
-"""The image in a request: read within bounds of bytes, of time, and of pixels."""
+"""Reading and decoding of the image in a request, within limits of bytes, time and pixels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from pipelines.transforms import eval_view
 from pipelines.utils.errors import DataError, first_line
-from rsnet.inference import preprocess as pictures
+from rsnet.inference import preprocess
 
-# What cameras and browsers write. Each further format is a decoder for strangers' bytes.
+# Formats that cameras and browsers write. Each further one is a decoder for untrusted bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-
 
 # Seconds for a body that nobody reads: 10 MB take one at 80 Mbit/s.
 DISCARD_S = 1.0
@@ -29,7 +28,10 @@ DISCARD_S = 1.0
 
 @dataclass(frozen=True)
 class Limits:
-    """most_bytes: of a body. most_pixels: of an image. body_s: seconds until a body has to be there."""
+    """Limits of an upload.
+
+    most_bytes: of a body. most_pixels: of an image. body_s: seconds until a body has to be there.
+    """
 
     most_bytes: int
     most_pixels: int
@@ -37,7 +39,7 @@ class Limits:
 
 
 async def read(request: Request, limits: Limits) -> bytes:
-    """The image file: the body, or the one file of a multipart form.
+    """Read the image file: the body, or the one file of a multipart form.
 
     Raises HTTPException: 400 if there is none, 408 if it does not come in time, 413 if it is too large.
     """
@@ -65,7 +67,7 @@ async def discard(request: Request, limits: Limits) -> None:
 
 
 def decode(data: bytes, sizes: Sequence[int], most_pixels: int) -> dict[int, Tensor]:
-    """By size s: the (s, s, 3) uint8 pixels of an image file that an evaluation looks at.
+    """Decode an image file; return, by size s, the (s, s, 3) uint8 pixels that an evaluation sees.
 
     Raises HTTPException: 400 if it is damaged, 413 if it has too many pixels, 415 if it is none of FORMATS.
     """
@@ -85,14 +87,14 @@ def decode(data: bytes, sizes: Sequence[int], most_pixels: int) -> dict[int, Ten
         if max(image.height * image.width, view.height * view.width) > most_pixels:
             raise too_many
         try:
-            rgb = pictures.decode(image, "the image", max(sizes))
+            rgb = preprocess.decode(image, "the image", max(sizes))
         except DataError as error:
             raise HTTPException(400, str(error)) from error
-    return {size: pictures.eval_pixels(rgb, size) for size in sizes}
+    return {size: preprocess.eval_pixels(rgb, size) for size in sizes}
 
 
 def _bounded(receive: Receive, most: int) -> Receive:
-    """Counts what really comes: a length that the client names may be wrong, or missing."""
+    """Limit the bytes that arrive; Content-Length may be wrong, or missing."""
     received = 0
 
     async def bounded() -> Message:

@@ -150,4 +150,6 @@ def test_a_mistake_is_one_line(original, tmp_path, monkeypatch, capsys, words, m
 def test_help_lists_the_verbs(capsys):
     assert main([]) == main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("import", "import-tf", "export", "report", "calibrate"))
+    assert all(
+        verb in out for verb in ("import", "import-tf", "export", "report", "add-resolution")
+    )

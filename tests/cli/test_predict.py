@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rsnet.__main__ import main
-from rsnet.cli import predict
 from rsnet.inference.classifier import SwitchableClassifier
 from tests.conftest import write_photo
 from tests.helpers import releases
@@ -32,13 +31,13 @@ def classifier(release) -> SwitchableClassifier:
 def _loaded_once(monkeypatch, classifier):
     """All but the options that loading takes are the same in all tests."""
 
-    def load(_folder, device, batch_size, top, **computed):
+    def load(_folder, device, dtype, batch_size, top, **computed):
         assert device == "cpu" or torch.cuda.is_available()
-        assert computed == {"dtype": None, "fold": False, "cuda_graphs": False}
+        assert (dtype, computed) == (None, {"fold": False, "cuda_graphs": False})
         classifier.batch_size, classifier._top = batch_size, top
         return classifier
 
-    monkeypatch.setattr(predict.SwitchableClassifier, "load", load)
+    monkeypatch.setattr(SwitchableClassifier, "load", load)
 
 
 @pytest.fixture
@@ -82,11 +81,11 @@ def test_dtype_fold_and_graphs_reach_the_classifier(
 ):
     asked = []
 
-    def load(*_, **options):
-        asked.append({k: options[k] for k in ("dtype", "fold", "cuda_graphs")})
+    def load(_folder, _device, dtype, _batch_size, **options):
+        asked.append({"dtype": dtype} | {k: options[k] for k in ("fold", "cuda_graphs")})
         return classifier
 
-    monkeypatch.setattr(predict.SwitchableClassifier, "load", load)
+    monkeypatch.setattr(SwitchableClassifier, "load", load)
     _predict(capsys, release, album, "--dtype", "bfloat16")
     _predict(capsys, release, album, "--fold", "--cuda-graphs")
     assert asked == [
@@ -225,9 +224,9 @@ def test_json_is_printed_batch_by_batch(release, album, monkeypatch):
     monkeypatch.setattr("sys.stdout", out)
     decode = SwitchableClassifier.decode
 
-    def spy(self, picture):
+    def spy(self, image):
         printed.append(len(out.getvalue().splitlines()))
-        return decode(self, picture)
+        return decode(self, image)
 
     monkeypatch.setattr(SwitchableClassifier, "decode", spy)
     assert main(["predict", str(release), str(album), "--json", "--batch-size", "1"]) == 0

@@ -16,6 +16,7 @@ from PIL import Image
 
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.serving import server as serve
+from rsnet.serving.config import ServerConfig
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def serving(
     classifier: SwitchableClassifier, is_loopback: bool = True, **options: object
 ) -> Iterator[httpx.Client]:
     """As `python -m rsnet serve` with these options; the client knows the `service`."""
-    given = serve.ServerConfig(**options)
+    given = ServerConfig(**options)
     service = serve.make_service(classifier, given)
     with running(serve.make_app(service, given, is_loopback)) as client:
         client.service = service

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from rsnet.inference import cascade_search as thresholds
+from rsnet.inference.calibration import LabelledLogits
 from rsnet.inference.cascade import CascadeStage
-from rsnet.inference.cascade_search import Answers
-from rsnet.inference.scores import LabelledLogits
+from rsnet.inference.cascade_search import Answers, Outcome, choose
 
 SIZES, MS = (32, 48, 64), {64: 5.0, 48: 2.0, 32: 1.0}
+
+
 IMAGES = 60
 
 
@@ -29,20 +31,20 @@ def found() -> Answers:
     return Answers(confidence, right)
 
 
-def _by_hand(found: Answers, ladder) -> tuple[float, float, dict[int, float]]:
+def _by_hand(found: Answers, cascade) -> tuple[float, float, dict[int, float]]:
     """Accuracy in %, ms an image, and % of the images by the size that decides; image by image."""
-    right, ms, decided = 0.0, 0.0, {step.size: 0.0 for step in ladder}
+    right, ms, decided = 0.0, 0.0, {step.size: 0.0 for step in cascade}
     for i in range(IMAGES):
-        for size, threshold in ladder:
+        for size, threshold in cascade:
             ms += MS[size]
-            if size == ladder[-1].size or found.confidence[size][i] >= threshold:
+            if size == cascade[-1].size or found.confidence[size][i] >= threshold:
                 right += found.right[size][i]
                 decided[size] += 100 / IMAGES
                 break
     return 100 * right / IMAGES, ms / IMAGES, decided
 
 
-LADDERS = [
+CASCADES = [
     (CascadeStage(48),),
     (CascadeStage(32, 0.35), CascadeStage(64)),  # an image's confidence at 32
     (CascadeStage(32, 0.5), CascadeStage(64)),
@@ -52,12 +54,12 @@ LADDERS = [
 ]
 
 
-@pytest.mark.parametrize("ladder", LADDERS)
-def test_a_cascade_is_simulated_as_its_images_climb(found, ladder):
-    top1, ms, decided = _by_hand(found, ladder)
-    outcome = thresholds.simulate(found, ladder, MS)
+@pytest.mark.parametrize("cascade", CASCADES)
+def test_a_cascade_is_simulated_as_its_images_go_through_it(found, cascade):
+    top1, ms, decided = _by_hand(found, cascade)
+    outcome = thresholds.simulate(found, cascade, MS)
     assert (outcome.top1, outcome.ms) == (pytest.approx(top1), pytest.approx(ms))
-    assert thresholds.shares(found, ladder) == pytest.approx(decided)
+    assert thresholds.shares(found, cascade) == pytest.approx(decided)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def frontier(found):
 
 def test_what_the_search_says_of_a_cascade_is_what_it_does(found, frontier):
     for outcome in frontier:
-        again = thresholds.simulate(found, outcome.ladder, MS)
+        again = thresholds.simulate(found, outcome.cascade, MS)
         assert (again.top1, again.ms) == (pytest.approx(outcome.top1), pytest.approx(outcome.ms))
 
 
@@ -88,8 +90,8 @@ def test_the_search_finds_what_trying_everything_finds(found, frontier):
             for t in every[small]
         ]
     for low, middle in itertools.product(every[32], every[48]):
-        ladder = (CascadeStage(32, low), CascadeStage(48, middle), CascadeStage(64))
-        tried.append(thresholds.simulate(found, ladder, MS))
+        cascade = (CascadeStage(32, low), CascadeStage(48, middle), CascadeStage(64))
+        tried.append(thresholds.simulate(found, cascade, MS))
     for limit in np.linspace(1, 6, 40):
         best = max(outcome.top1 for outcome in tried if outcome.ms <= limit)
         assert max(o.top1 for o in frontier if o.ms <= limit + 1e-9) > best - 1.0
@@ -98,7 +100,7 @@ def test_the_search_finds_what_trying_everything_finds(found, frontier):
 def test_a_size_that_costs_more_and_knows_less_is_left_out(found):
     useless = Answers(found.confidence, found.right | {48: np.zeros(IMAGES)})
     for outcome in thresholds.search(useless, MS | {48: 9.0}):
-        assert 48 not in [step.size for step in outcome.ladder]
+        assert 48 not in [step.size for step in outcome.cascade]
 
 
 def test_of_many_sizes_the_pairs_are_tried_but_not_all_choices():
@@ -122,3 +124,32 @@ def test_answers_are_the_softmax_of_logits_divided_by_the_temperature():
 def test_the_best_size_is_the_most_accurate_that_is_as_fast(limit, size):
     right = {s: np.array([0.0, s / 64]) for s in SIZES}
     assert thresholds.best_size(Answers({}, right), MS, limit) == size
+
+
+FRONTIER = [
+    Outcome((CascadeStage(s),), top1, ms)
+    for s, top1, ms in ((32, 60, 2), (48, 70, 5), (64, 75, 10))
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "size"),
+    [
+        ({"target_top1": 60.0}, 32),
+        ({"target_top1": 61.0}, 48),
+        ({"target_ms": 9.9}, 48),
+        ({"target_ms": 10.0}, 64),
+    ],
+)
+def test_the_fastest_that_is_accurate_enough_or_the_best_that_is_fast_enough_is_taken(target, size):
+    chosen = choose(FRONTIER, **{"target_top1": None, "target_ms": None} | target)
+    assert chosen.cascade == (CascadeStage(size),)
+
+
+@pytest.mark.parametrize(
+    ("target", "ms"), [({"target_top1": 60.0}, 2.0), ({"target_ms": 2.5}, 2.0)]
+)
+def test_the_fastest_is_chosen_for_an_accuracy_and_the_most_accurate_for_a_time(target, ms):
+    frontier = [Outcome((CascadeStage(64),), 50.0 + 10 * i, 1.0 + i) for i in range(4)]
+    given = {"target_top1": None, "target_ms": None} | target
+    assert choose(frontier, **given).ms == ms

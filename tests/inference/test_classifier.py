@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -19,8 +16,6 @@ from PIL import Image
 from pipelines import reference
 from pipelines.batch import LoaderSpec
 from pipelines.utils.errors import DataError, UsageError
-from rsnet.inference import cascade
-from rsnet.inference.cascade import CascadeStage
 from rsnet.inference.classifier import Prediction, SwitchableClassifier
 from rsnet.release import package as release
 from tests.helpers import releases
@@ -97,7 +92,7 @@ def _centre(path: Path, size: int) -> Image.Image:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["rgb", "gray", "cmyk", "rgba", "exif", "palette"])
-def test_the_network_sees_the_centre_of_the_resized_picture(classifier, files, kind, size):
+def test_the_network_sees_the_centre_of_the_resized_image(classifier, files, kind, size):
     seen = _seen(classifier)
     classifier.classify(files[kind], size)
     (batch,) = seen
@@ -243,14 +238,14 @@ def test_a_stream_is_read_a_batch_at_a_time(classifier):
         ((7,), "image 0 is a int, must be a path, a PIL image, an array or a tensor"),
     ],
 )
-def test_what_is_no_picture_or_size_is_refused(classifier, arguments, message):
+def test_what_is_no_image_or_size_is_refused(classifier, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         classifier.classify(*arguments)
     assert isinstance(caught.value, UsageError)
 
 
 def png_of(width: int, height: int) -> bytes:
-    """The header of a picture of one bit a pixel, without its pixels."""
+    """The header of an image of one bit a pixel, without its pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     size, check = struct.pack(">I", len(header) - 4), struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + size + header + check + b"\0\0\0\0IDAT" + b"\0" * 8
@@ -261,7 +256,7 @@ def png_of(width: int, height: int) -> bytes:
     [
         (None, "No such file"),
         (b"", "the file is empty"),
-        (b"no picture", "cannot identify image file"),
+        (b"no image", "cannot identify image file"),
         (png_of(9_000, 10_000), "broken PNG file|truncated|broken data"),
         (png_of(10_001, 10_000), "10001 x 10000 pixels are too many"),
         (png_of(20_000, 20_000), "exceeds limit of 178956970 pixels"),
@@ -323,119 +318,3 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(folder, monkeypatch, 
     message = "1 images at size 64 do not fit into the memory of cpu; give a smaller --batch-size"
     with pytest.raises(DataError, match=message):
         classifier.classify(Image.new("RGB", (50, 50)))
-
-
-def test_it_needs_torch_torchvision_safetensors_numpy_and_pillow_alone(folder, files):
-    code = f"""
-import sys
-for name in ("numba", "tyro", "matplotlib", "wandb", "rich"):
-    sys.modules[name] = None
-import numpy, PIL.Image, safetensors, torch, torchvision
-before = {{name.split(".")[0] for name in sys.modules}}
-from rsnet.inference.classifier import SwitchableClassifier
-loaded = {{name.split(".")[0] for name in sys.modules}} - before - set(sys.stdlib_module_names)
-assert loaded <= {{"rsnet", "pipelines"}}, loaded
-SwitchableClassifier.load({str(folder)!r}).classify({str(files["rgb"])!r}, 32)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
-
-
-def _cascade_by_hand(folder: Path, photos: list[Image.Image], confidence: float) -> list[tuple]:
-    """Every image alone through one size after the other: size and best class."""
-    classifier = SwitchableClassifier.load(folder)
-    decided = []
-    for photo in photos:
-        for size in (32, 48, 64):
-            (one,) = classifier.classify(photo, size)
-            if one.probabilities[0] >= confidence:
-                break
-        decided.append((one.size, one.classes[0]))
-    return decided
-
-
-def _threshold(classifier: SwitchableClassifier, photos: list[Image.Image]) -> float:
-    """A confidence that some images reach at each size, between any two of their probabilities."""
-    found = {s: [p.probabilities[0] for p in classifier.classify(photos, s)] for s in SIZES}
-    candidates = sorted(p for values in found.values() for p in values)
-    for low, high in itertools.pairwise(candidates):
-        middle = (low + high) / 2
-        unsure = [i for i, p in enumerate(found[32]) if p < middle]
-        later = [i for i in unsure if found[48][i] < middle]
-        if high - low > 1e-5 and 4 < len(later) < len(unsure) - 1 < len(photos) - 2:
-            return middle
-    raise AssertionError("no such threshold")
-
-
-@pytest.fixture(scope="module")
-def photos_and_threshold(loaded) -> tuple[list[Image.Image], float]:
-    photos = [_photo(seed) for seed in range(19)]
-    return photos, _threshold(loaded, photos)
-
-
-def test_only_the_unsure_go_on_to_the_next_larger_size(classifier, folder, photos_and_threshold):
-    photos, threshold = photos_and_threshold
-    found = classifier.classify(photos, confidence=threshold)
-    assert [(p.size, p.classes[0]) for p in found] == _cascade_by_hand(folder, photos, threshold)
-    assert {p.size for p in found} == set(SIZES)
-
-
-def test_the_unsure_are_regrouped_into_full_batches(classifier, photos_and_threshold):
-    photos, threshold = photos_and_threshold
-    seen = _seen(classifier)
-    sizes = [p.size for p in classifier.classify(photos, confidence=threshold)]
-    computed = {size: [len(b) for b in seen if b.shape[-1] == size] for size in SIZES}
-    images = {32: 19, 48: 19 - sizes.count(32), 64: sizes.count(64)}
-    for size, count in images.items():
-        assert sum(computed[size]) == count
-        assert computed[size][:-1] == [4] * ((count - 1) // 4)
-
-
-def test_an_image_as_sure_as_the_threshold_climbs_no_further():
-    sure, unsure = 0.5, 0.25
-
-    def predict(pixels, size):
-        return [Prediction(("ant",), (sure if p.max() else unsure,), size, 1.0) for p in pixels]
-
-    images = enumerate(Image.new("RGB", (64, 64), (v, v, v)) for v in (255, 0))
-    found = dict(
-        cascade.run_cascade(images, (CascadeStage(32, sure), CascadeStage(64)), predict, 2)
-    )
-    assert [found[i].size for i in range(2)] == [32, 64]
-
-
-def test_the_cascade_computes_a_larger_size_before_it_has_read_all_images(classifier):
-    seen = _seen(classifier)
-    answers = classifier.stream(((i, _photo(i)) for i in range(10)), confidence=1.0)
-    next(answers)
-    assert [(len(b), b.shape[-1]) for b in seen] == [(4, 32), (4, 48), (4, 64)]
-    assert [key for key, _ in answers] == list(range(1, 10))
-
-
-@pytest.mark.parametrize(("confidence", "size"), [(1e-9, 32), (1.0, 64)])
-def test_the_bounds_of_the_confidence_decide_at_the_smallest_and_the_largest(
-    classifier, confidence, size
-):
-    seen = _seen(classifier)
-    assert classifier.classify(_photo(0), confidence=confidence)[0].size == size
-    assert len(seen) == (1 if size == 32 else 3)
-
-
-def test_a_cascades_milliseconds_are_those_of_all_sizes_passed(classifier, monkeypatch):
-    ticks = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr("rsnet.inference.classifier.time.perf_counter", lambda: next(ticks))
-    one, two = classifier.classify([_photo(0), _photo(1)], confidence=1.0)
-    assert one.ms == two.ms == 3500.0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"confidence": 0.0}, "confidence 0.0: must be above 0, and 1 at most"),
-        ({"confidence": 80.0}, "confidence 80.0: must be above 0"),
-        ({"confidence": float("nan")}, "confidence nan: must be above 0"),
-        ({"confidence": 0.5, "size": 64}, "give one of size, confidence and budget_ms"),
-    ],
-)
-def test_a_confidence_that_is_none_is_refused(classifier, options, message):
-    with pytest.raises(UsageError, match=message):
-        classifier.classify(_photo(0), **options)

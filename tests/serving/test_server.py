@@ -20,8 +20,8 @@ from PIL import Image
 
 from rsnet.__main__ import main
 from rsnet.inference.classifier import Prediction, SwitchableClassifier
-from rsnet.serving import protocol
 from rsnet.serving import server as serve
+from rsnet.serving.config import ServerConfig
 from rsnet.serving.service import Service
 from tests.helpers import releases
 from tests.helpers.releases import SIZES
@@ -389,14 +389,14 @@ def test_a_client_that_leaves_within_its_body_gives_its_place_back(classifier, c
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
 def test_a_connection_without_a_request_is_closed(classifier, monkeypatch, sent):
-    monkeypatch.setattr(protocol, "IDLE_S", 0.1)
+    monkeypatch.setattr(serve, "IDLE_S", 0.1)
     with serving(classifier) as client, connect(client) as idle:
         idle.sendall(sent)
         assert idle.recv(100) == b""
 
 
 def test_a_body_without_an_end_is_not_read_for_ever(classifier, monkeypatch):
-    monkeypatch.setattr(protocol, "IDLE_S", 0.1)
+    monkeypatch.setattr(serve, "IDLE_S", 0.1)
     head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serving(classifier, max_megabytes=0.1) as client, connect(client) as endless:
         endless.sendall(head)
@@ -408,7 +408,7 @@ def test_a_body_without_an_end_is_not_read_for_ever(classifier, monkeypatch):
 def test_an_answer_that_takes_longer_than_an_idle_connection_may_is_not_cut_off(
     classifier, gate, pool, monkeypatch
 ):
-    monkeypatch.setattr(protocol, "IDLE_S", 0.05)
+    monkeypatch.setattr(serve, "IDLE_S", 0.05)
     with serving(classifier) as client:
         assert client.get("/health").status_code == 200
         found = pool.submit(client.post, "/classify", content=PHOTO)
@@ -467,7 +467,7 @@ class _Controller:
 def test_the_controller_hears_of_what_waits_of_all_batches_and_of_its_answers(
     classifier, gate, pool
 ):
-    controller, options = _Controller(), serve.ServerConfig(batch_size=4)
+    controller, options = _Controller(), ServerConfig(batch_size=4)
     service = serve.make_service(classifier, options)
     service = Service(classifier, service._settings, controller)
     with running(serve.make_app(service, options, True)) as client:
@@ -505,7 +505,7 @@ def test_a_signal_ends_it_with_exit_code_0_after_the_answers_under_way(
         assert (given, batch_size, top) == (folder, 8, 5)
         return classifier
 
-    monkeypatch.setattr(serve.SwitchableClassifier, "load", load)
+    monkeypatch.setattr(SwitchableClassifier, "load", load)
     found = []
 
     def visit() -> None:

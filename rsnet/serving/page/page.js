@@ -74,12 +74,12 @@ function showChosen() {
   }
 }
 
-function showPicture(file) {
-  const picture = by("picture");
-  if (picture.src) URL.revokeObjectURL(picture.src);
-  picture.src = URL.createObjectURL(file);
-  picture.alt = `Your image ${file.name}`;
-  picture.hidden = false;
+function showImage(file) {
+  const image = by("image");
+  if (image.src) URL.revokeObjectURL(image.src);
+  image.src = URL.createObjectURL(file);
+  image.alt = `Your image ${file.name}`;
+  image.hidden = false;
 }
 
 async function classify(file) {
@@ -89,7 +89,7 @@ async function classify(file) {
     say(`The image is too large: ${info.max_bytes / 1e6} MB are allowed.`, true);
     return;
   }
-  showPicture(file);
+  showImage(file);
   say("Classifying…");
   try {
     const found = await answer(await fetch("compare", { method: "POST", body: file }));

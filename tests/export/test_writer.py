@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ import torch
 
 from pipelines.utils.errors import DataError
 from rsnet.__main__ import main
-from rsnet.export import onnx_export as onnx_file
+from rsnet.export import onnx_export
 from rsnet.export.torch_export import Levels
 from rsnet.models.quantization.lq_nets import ActivationQuantizer
 from rsnet.release import package as release
@@ -52,14 +53,26 @@ def programs(folder) -> Path:
     return _export(folder, folder.parent / "pt2", "--format", "torch.export", "--sizes", "48")
 
 
+_load = functools.cache(release.load)
+
+
 def _expected(folder: Path, images: np.ndarray, size: int) -> np.ndarray:
     with torch.no_grad():
-        return release.load(folder)(torch.from_numpy(images), size).numpy()
+        return _load(folder)(torch.from_numpy(images), size).numpy()
+
+
+@functools.cache
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def _run(path: Path, **inputs: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(["logits"], inputs)[0]
+    return _session(path).run(["logits"], inputs)[0]
+
+
+@functools.cache
+def _program(path: Path) -> torch.nn.Module:
+    return torch.export.load(path).module()
 
 
 def _noise(count: int, size: int) -> np.ndarray:
@@ -67,7 +80,7 @@ def _noise(count: int, size: int) -> np.ndarray:
     return rng.normal(size=(count, 3, size, size)).astype(np.float32)
 
 
-def test_an_onnx_file_computes_its_size_for_any_batch(files, folder):
+def test_an_onnx_export_computes_its_size_for_any_batch(files, folder):
     for count in (1, 5):
         images = _noise(count, 48)
         logits = _run(files / "model-48.onnx", images=images)
@@ -75,14 +88,14 @@ def test_an_onnx_file_computes_its_size_for_any_batch(files, folder):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_one_onnx_file_computes_the_size_that_is_named(one_file, folder, size):
+def test_one_onnx_export_computes_the_size_that_is_named(one_file, folder, size):
     for count in (1, 5):
         images = _noise(count, size)
         logits = _run(one_file / "model.onnx", images=images, size=np.array(size))
         np.testing.assert_allclose(logits, _expected(folder, images, size), atol=1e-5)
 
 
-def test_one_onnx_file_has_each_shared_weight_once(one_file, folder):
+def test_one_onnx_export_has_each_shared_weight_once(one_file, folder):
     graph = onnx.load(one_file / "model.onnx").graph
     stored = [v.raw_data for v in graph.initializer if len(v.raw_data) > 1000]
     weights = release.read(folder).state.values()
@@ -92,13 +105,13 @@ def test_one_onnx_file_has_each_shared_weight_once(one_file, folder):
     assert (one_file / "model.onnx").stat().st_size < sum(map(len, stored)) + 2 * others + 50_000
 
 
-def test_one_onnx_file_refuses_a_size_that_it_does_not_have(one_file):
+def test_one_onnx_export_refuses_a_size_that_it_does_not_have(one_file):
     with pytest.raises(Exception, match="reshape"):
         _run(one_file / "model.onnx", images=_noise(1, 40), size=np.array(40))
 
 
 def test_an_exported_program_computes_its_size_for_any_batch(programs, folder):
-    program = torch.export.load(programs / "model-48.pt2").module()
+    program = _program(programs / "model-48.pt2")
     for count in (1, 5):
         images = _noise(count, 48)
         logits = program(torch.from_numpy(images)).detach().numpy()
@@ -174,7 +187,7 @@ def test_other_networks_are_exported(tmp_path, network, words, capsys):
     elif "onnx" in words:
         logits = _run(output / "model-32.onnx", images=images)
     else:
-        program = torch.export.load(output / "model-32.pt2").module()
+        program = _program(output / "model-32.pt2")
         logits = program(torch.from_numpy(images)).detach().numpy()
     expected = _expected(source, images, 32)
     np.testing.assert_allclose(logits, expected, atol=1e-3 * np.abs(expected).max())
@@ -203,10 +216,10 @@ def _refused(words: list[str], code: int, capsys, tmp_path: Path) -> str:
 
 
 def test_a_file_that_computes_something_else_is_refused(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(onnx_file, "write", lambda path, *_: path.write_bytes(b"something"))
+    monkeypatch.setattr(onnx_export, "write", lambda path, *_: path.write_bytes(b"something"))
     found = release.load(folder)
     monkeypatch.setattr(
-        onnx_file, "logits", lambda _, x, size: found(x, size) + (0.01 if size == 48 else 0)
+        onnx_export, "load", lambda _: lambda x, size: found(x, size) + (0.01 if size == 48 else 0)
     )
     words = [str(folder), "--format", "onnx", "--output", str(tmp_path / "out")]
     err = _refused(words, 1, capsys, tmp_path)
@@ -220,7 +233,7 @@ def test_a_network_that_cannot_be_exported_is_one_line(folder, tmp_path, monkeyp
         except ValueError as error:
             raise RuntimeError("a page\nof advice") from error
 
-    monkeypatch.setattr(onnx_file, "write", fail)
+    monkeypatch.setattr(onnx_export, "write", fail)
     words = [str(folder), "--format", "onnx", "--output", str(tmp_path / "out")]
     err = _refused(words, 1, capsys, tmp_path)
     assert "parallel_resnet10 cannot be exported (no such operation in ONNX)" in err

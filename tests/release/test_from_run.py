@@ -1,0 +1,96 @@
+"""What of a run or a checkpoint is released."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rsnet.__main__ import main
+from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.release import package as release
+from tests.helpers.runs import (
+    NETWORK,
+    SIZES,
+    assert_same_logits,
+    read_config,
+    reference,
+    trained,
+    write_run,
+)
+
+
+def test_the_averaged_weights_are_released_where_there_are_some(tmp_path, capsys):
+    run = write_run(tmp_path / "run", ema=trained(NETWORK, 2))
+    best = run / "checkpoints" / "best.pt"
+    assert main(["release", str(best), "--output", str(tmp_path / "release")]) == 0
+    assert f"{best}: averaged weights after epoch 2" in capsys.readouterr().out
+    assert_same_logits(release.load(tmp_path / "release"), reference(checkpoint.load(best), "ema"))
+    assert read_config(tmp_path / "release")["weights"]["averaged"] is True
+
+
+def test_a_file_of_the_original_is_released(tmp_path, capsys):
+    sizes = [224, 192, 160, 128, 96]
+    network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": sizes}
+    content = {"network": network, "model": trained(network, 3), "epoch": 5}
+    torch.save(to_original(content), tmp_path / "model_best.pth.tar")
+    words = [str(tmp_path / "model_best.pth.tar"), "--output", str(tmp_path / "release")]
+    assert main(["release", *words]) == 0
+    assert "after epoch 5" in capsys.readouterr().out
+    config, state = dataclasses.astuple(release.read(tmp_path / "release"))
+    assert state.keys() == content["model"].keys()
+    assert all(
+        torch.equal(v, state[n]) for n, v in content["model"].items() if v.is_floating_point()
+    )
+    assert config["network"]["classes"] == []
+    assert config["preprocessing"]["std"] == [1.0, 1.0, 1.0]
+
+
+def test_what_an_early_checkpoint_does_not_say_is_filled_in(tmp_path):
+    late = ("width_mult", "stem", "norm", "blurpool")
+    network = {k: v for k, v in NETWORK.items() if k not in late}
+    run = write_run(tmp_path / "run", network)
+    assert main(["release", str(run), "--output", str(tmp_path / "release")]) == 0
+    assert read_config(tmp_path / "release")["network"] == NETWORK | {"width_mult": 1.0}
+
+
+def test_the_config_has_what_the_network_costs(run, folder):
+    config = read_config(folder)
+    model = reference(checkpoint.load(run / "checkpoints" / "best.pt"))
+    for size in SIZES:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+        assert config["gflops"][str(size)] == pytest.approx(counter.get_total_flops() / 1e9)
+    assert config["gflops"]["ensemble"] == pytest.approx(
+        sum(config["gflops"][str(s)] for s in SIZES)
+    )
+    assert sum(config["parameters"].values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_accuracies_are_those_of_the_checkpoints_epoch(folder):
+    assert read_config(folder)["accuracy"] == {
+        "64": {"top1": 20.0, "top5": 52.0},
+        "48": {"top1": 21.0, "top5": 53.0},
+        "32": {"top1": 22.0, "top5": 54.0},
+        "ensemble": {"top1": 23.0, "top5": 55.0},
+    }
+
+
+@pytest.mark.parametrize("case", ["within an epoch", "no evaluation", "no run directory"])
+def test_weights_that_were_not_evaluated_have_no_accuracies(tmp_path, capsys, case):
+    run = write_run(tmp_path / "run", done=3 if case == "within an epoch" else 0)
+    path = run / "checkpoints" / "best.pt"
+    if case == "no evaluation":
+        (run / "metrics.jsonl").write_text('{"step": 10, "epoch": 2.0, "train/total": 1.0}\n')
+    if case == "no run directory":
+        (run / "copies").mkdir()
+        path = path.rename(run / "copies" / "best.pt")
+    assert main(["release", str(path), "--output", str(tmp_path / "release")]) == 0
+    assert "note: their accuracies are not known" in capsys.readouterr().out
+    assert release.read(tmp_path / "release").config["accuracy"] is None
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "| 64 |  |  | 0." in card
+    assert "accuracies are not known" in card
