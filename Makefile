@@ -5,7 +5,7 @@ DEMO_RUN := demo/run-$(shell date +%Y%m%d-%H%M%S)
 DEMO_OPTIONS := --arch parallel_resnet18 --sizes 64 56 48 40 32 --epochs 5 --batch-size 25 --lr 0.004 \
 	--warmup 1 --workers 2 --log-interval 10 --wandb offline --output $(DEMO_RUN)
 
-.PHONY: demo demo-ffcv test test-slow test-faults lint install
+.PHONY: demo demo-ffcv test test-slow test-faults lint docs install
 
 demo: install demo/data
 	$(PYTHON) train_dali.py --data demo/data $(DEMO_OPTIONS)
@@ -22,7 +22,7 @@ test: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-slow: install
-	$(PYTHON) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow -n 2 --dist loadfile
 
 test-faults: install
 	$(PYTHON) -m pytest -m faults
@@ -31,6 +31,11 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	$(MAKE) docs
+
+# A link to a page or heading that is not there is an error; nothing is loaded from elsewhere.
+docs: install
+	.venv/bin/zensical build --strict --clean
 
 install: $(INSTALLED)
 

@@ -62,7 +62,7 @@ if ! has_ffcv_libraries && can_apt; then
 fi
 
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
-set -- sync --locked --quiet --extra timm --extra onnx --extra serve
+set -- sync --locked --quiet --extra train --extra timm --extra onnx --extra serve
 if has_ffcv_libraries; then
     "$UV" "$@" --extra ffcv
 else
