@@ -31,6 +31,7 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 	$(MAKE) docs
 
 # A link to a page or heading that is not there is an error; nothing is loaded from elsewhere.
