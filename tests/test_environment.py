@@ -92,5 +92,17 @@ def test_ffcvs_build_tools_are_in_condas_file():
     }
 
 
+def test_the_container_copies_what_there_is_and_compiles_ffcv_with_the_same_packages():
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.startswith("COPY "):
+            assert all((ROOT / name).exists() for name in line.split()[1:-1])
+    (packages,) = re.findall(r'APT_PACKAGES="(.*)"', (ROOT / "install.sh").read_text())
+    (installed,) = re.findall(r"--no-install-recommends(.*?)&&", text)
+    assert set(installed.split()) == set(packages.split())
+    (extras,) = re.findall(r"/opt/rsnet\[(.*)\]", text)
+    assert set(extras.split(",")) <= set(EXTRAS)
+
+
 def test_the_shell_script_parses():
     assert subprocess.run(["sh", "-n", ROOT / "install.sh"], check=False).returncode == 0
