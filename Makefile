@@ -34,7 +34,7 @@ lint: install
 	.venv/bin/lint-imports --no-logo
 	$(MAKE) docs
 
-# A link to a page or heading that is not there is an error; nothing is loaded from elsewhere.
+# A page or anchor that a link names and that is not there is an error.
 docs: install
 	.venv/bin/zensical build --strict --clean
 
