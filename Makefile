@@ -32,10 +32,11 @@ lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
-	$(MAKE) docs
+	.venv/bin/zensical build --strict --clean
 
 # A page or anchor that a link names and that is not there is an error.
 docs: install
+	$(PYTHON) scripts/options_page.py
 	.venv/bin/zensical build --strict --clean
 
 install: $(INSTALLED)
