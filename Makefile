@@ -22,7 +22,7 @@ test: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 test-slow: install
-	$(PYTHON) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow -n 2 --dist loadfile
 
 test-faults: install
 	$(PYTHON) -m pytest -m faults
@@ -31,9 +31,12 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/zensical build --strict --clean
 
 # A page or anchor that a link names and that is not there is an error.
 docs: install
+	$(PYTHON) scripts/options_page.py
 	.venv/bin/zensical build --strict --clean
 
 install: $(INSTALLED)

@@ -61,8 +61,9 @@ if ! has_ffcv_libraries && can_apt; then
     apt_install $APT_PACKAGES || say "apt-get failed"
 fi
 
+# The project itself is installed as a link to this folder, so that the command `rsnet` runs what is here.
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
-set -- sync --locked --quiet --extra timm --extra onnx --extra serve
+set -- sync --locked --quiet --extra train --extra timm --extra onnx --extra serve
 if has_ffcv_libraries; then
     "$UV" "$@" --extra ffcv
 else

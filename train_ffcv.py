@@ -3,8 +3,11 @@
 
 import sys
 
-from pipelines.ffcv import FfcvOptions, make_loaders
-from rsnet.train import main
+from pipelines.utils.cli import exit_if_not_installed
+
+with exit_if_not_installed("train_ffcv.py", extra="train"):
+    from pipelines.ffcv import FfcvOptions, make_loaders
+    from rsnet.train import main
 
 if __name__ == "__main__":
     sys.exit(main("train_ffcv.py", FfcvOptions, make_loaders))

@@ -1,4 +1,4 @@
-"""`python -m pipelines VERB`: verify image folders, convert them to .beton files, render a demo."""
+"""`python -m pipelines VERB`: image folders verified, converted to .beton files, and made for a demo."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ VERBS = {
         "find the images that would end a training",
         "VerifyOptions",
         "verify",
+        extra="train",
     ),
     "convert": Verb(
-        "pipelines.ffcv", "an image folder to .beton files", "ConvertOptions", "convert_or_verify"
+        "pipelines.ffcv",
+        "an image folder to .beton files",
+        "ConvertOptions",
+        "convert_or_verify",
+        extra="ffcv",
     ),
     "demo": Verb("pipelines.demo", "a small rendered data set", "DemoOptions", "write_demo"),
 }
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the verb that `words` begin with; return the exit code."""
+    """Run the command line and return its exit code."""
     return verb_command("pipelines", VERBS, words)
 
 

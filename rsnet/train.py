@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,11 +40,20 @@ Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
 
 
-def main(script: str, options_type: type[Options], make_loaders: MakeLoaders[Options]) -> int:
-    """Run `script`'s command line; returns the exit code. A user's mistake is one line on stderr."""
+def main(
+    script: str,
+    options_type: type[Options],
+    make_loaders: MakeLoaders[Options],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run the command line of `script`, by default this process's, and return the exit code.
+
+    script: the command as users type it: train_dali.py, or `rsnet train`. A user's mistake is one line on
+    stderr.
+    """
 
     def action() -> int:
-        config, options = parse(options_type)
+        config, options = parse(options_type, argv)
         try:
             run(script, config, options, make_loaders)
         except RuntimeError as error:

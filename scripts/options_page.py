@@ -22,6 +22,9 @@ HEADER = """# Options
 Generated from the code by `make docs`; a test keeps it in step. The commands print the same with `--help`.
 A switch `--name` is turned off by `--no-name`.
 """
+PROGRAMS = """`rsnet train`, `train_dali.py`, `train_ffcv.py`. `rsnet train` alone has `--pipeline dali` and
+`--pipeline ffcv`; unset, FFCV reads a `--data` that holds .beton files, and DALI any other.
+"""
 
 
 def page() -> str:
@@ -32,7 +35,7 @@ def page() -> str:
     from rsnet.__main__ import VERBS
     from rsnet.config.train_config import TrainConfig
 
-    parts = [HEADER, "## Training\n", "`rsnet train`, `train_dali.py`, `train_ffcv.py`.\n"]
+    parts = [HEADER, "## Training\n", PROGRAMS]
     for title, rows in _groups(TrainConfig):
         parts += [f"### {title}\n", _table(rows)]
     parts += ["### Reading image folders with DALI\n", _table(_rows(DaliOptions))]

@@ -79,24 +79,18 @@ def _words(command: str) -> tuple[str, list[str]]:
     if words[:2] == ["python", "-m"]:
         words = words[2:] if words[2] == "rsnet" else [" ".join(words[:3]), *words[3:]]
     if words[0] == "rsnet":
-        return _as_before(" ".join(words[:2]), words[2:])
+        return _by_verb(" ".join(words[:2]), words[2:])
     return words[0], words[1:]
 
 
-def _as_before(program: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """A verb of `rsnet` by the name under which `rsnet.__main__` has it, if it does not have it as it is."""
+def _by_verb(program: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """A verb of `rsnet` by its present name; `rsnet train` as the script whose options it has."""
     verb = program.removeprefix("rsnet ")
-    if verb in ALIASES:
-        return f"rsnet {ALIASES[verb]}", arguments
-    if verb in VERBS:
-        return program, ["--how" if w == "--method" else w for w in arguments]
-    if program == "rsnet train":
+    if verb == "train":
         data = arguments[1 + next(i for i, w in enumerate(arguments) if w in ("--data", "-d"))]
         return ("train_ffcv.py" if "beton" in data else "train_dali.py"), arguments
-    modules = {"rsnet convert": "python -m pipelines.beton"}
-    if program == "rsnet verify":
-        return "python -m pipelines.folder", ["verify", *arguments]
-    return modules.get(program, program), arguments
+    arguments = ["--how" if w == "--method" else w for w in arguments]
+    return f"rsnet {ALIASES.get(verb, verb)}", arguments
 
 
 @pytest.mark.parametrize("command", COMMANDS)

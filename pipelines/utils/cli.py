@@ -9,11 +9,9 @@ import importlib
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
-
-import tyro
 
 from pipelines.utils.errors import DataError, UsageError
 
@@ -21,24 +19,76 @@ Options = TypeVar("Options")
 
 
 class Verb(NamedTuple):
-    """A subcommand: the module of its options, a dataclass, and of what runs it and returns the exit code."""
+    """A subcommand.
+
+    module: where its options, a dataclass, and `run` are, which takes them and returns the exit code.
+    options: None where `run` takes the words of the command line and parses them itself.
+    extra: of pyproject.toml; it installs all that the verb always needs.
+    """
 
     module: str
     summary: str
-    options: str = "Options"
+    options: str | None = "Options"
     run: str = "run"
+    extra: str = "cli"
 
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+# The extra of pyproject.toml that installs a library.
+EXTRAS = {
+    "fastapi": "serve",
+    "ffcv": "ffcv",
+    "filelock": "train",
+    "matplotlib": "cli",
+    "numba": "train",
+    "nvidia": "train",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "python_multipart": "serve",
+    "rich": "cli",
+    "tensorflow": "tensorflow",
+    "timm": "timm",
+    "tyro": "cli",
+    "uvicorn": "serve",
+    "wandb": "train",
+}
+
+
+def _not_installed(error: ModuleNotFoundError, extra: str) -> UsageError | None:
+    """Return the message for a library that an extra installs; None for any other module.
+
+    extra: what to install for a library of every command line.
+    """
+    library = (error.name or "").split(".")[0]
+    if library not in EXTRAS:
+        return None
+    wanted = extra if EXTRAS[library] == "cli" else EXTRAS[library]
+    return UsageError(f'{library} is not installed: pip install "rsnet-trainer[{wanted}]"')
+
+
+@contextlib.contextmanager
+def exit_if_not_installed(name: str, extra: str) -> Iterator[None]:
+    """End the script `name`, which needs `extra`, with one line if a library that it imports is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (message := _not_installed(error, extra)) is None:
+            raise
+        print(f"{name}: error: {message}", file=sys.stderr)
+        sys.exit(message.exit_code)
 
 
 def parse_options(
     options_type: type[Options], groups: Sequence[Any], argv: Sequence[str] | None = None
 ) -> Options:
-    """The command line as an instance; `groups`: the dataclasses whose fields are the options.
+    """Return the command line as an instance; `groups`: the dataclasses whose fields are the options.
 
     Raises UsageError, in one line, for what is mistyped; prints the help and exits for --help.
     """
+    import tyro  # most verbs are found and listed without it; it takes 0.2 s
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     complaint = io.StringIO()
     options: Any
@@ -60,39 +110,50 @@ def command(
     run: Callable[[Options], int],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run a command line; returns the exit code. A user's mistake is one line on stderr."""
+    """Run a command line and return the exit code. A user's mistake is one line on stderr."""
     return exit_code(name, lambda: run(parse_options(options_type, [options_type], argv)))
 
 
 def verb_command(
-    module: str,
+    program: str,
     verbs: Mapping[str, Verb],
     words: Sequence[str],
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
-    """Run `python -m MODULE VERB ...`; returns the exit code. `words`: from the verb on."""
+    """Run a verb of `program` and return the exit code. words: from the verb on."""
     verb, *rest = words or ["--help"]
     verb = aliases.get(verb, verb)
     if verb in verbs:
-        chosen = verbs[verb]
-        found = importlib.import_module(chosen.module)
-        options, run = getattr(found, chosen.options), getattr(found, chosen.run)
-        return command(f"{module} {verb}", options, run, rest)
+        return run_verb(f"{program} {verb}", verbs[verb], rest)
     if verb in ("--help", "-h"):
-        print(f"python -m {module} VERB --help")
+        print(f"{program if program == 'rsnet' else f'python -m {program}'} VERB --help")
         width = max(map(len, verbs))
         for name, listed in verbs.items():
             print(f"  {name:{width}}  {listed.summary}")
         return 0
     known = " ".join(verbs)
-    print(f"{module}: error: {verb}: there is no such verb; one of {known}", file=sys.stderr)
+    print(f"{program}: error: {verb}: there is no such verb; one of {known}", file=sys.stderr)
     return UsageError.exit_code
 
 
-def exit_code(name: str, action: Callable[[], int], advice: str = "") -> int:
-    """What `action` returns, or, after one line on stderr, the code of the error that ended it.
+def run_verb(name: str, verb: Verb, words: Sequence[str]) -> int:
+    """Run a verb with its arguments and return the exit code. name: what begins its messages."""
 
-    `advice` follows the line that says that the action was interrupted.
+    def action() -> int:
+        module = importlib.import_module(verb.module)
+        run: Callable[[Any], int] = getattr(module, verb.run)
+        if verb.options is None:
+            return run(words)
+        options_type = getattr(module, verb.options)
+        return run(parse_options(options_type, [options_type], words))
+
+    return exit_code(name, action, extra=verb.extra)
+
+
+def exit_code(name: str, action: Callable[[], int], advice: str = "", *, extra: str = "cli") -> int:
+    """Return what `action` returns, or, after one line on stderr, the code of the error that ended it.
+
+    advice: follows the line that says that the action was interrupted. extra: as of a `Verb`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -101,6 +162,11 @@ def exit_code(name: str, action: Callable[[], int], advice: str = "") -> int:
     except (UsageError, DataError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (message := _not_installed(error, extra)) is None:
+            raise
+        print(f"{name}: error: {message}", file=sys.stderr)
+        return message.exit_code
     except OSError as error:  # a disk or folder that does not let us; the message names the path
         print(f"{name}: error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -124,7 +190,7 @@ def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:
 
 
 def _message(box: str) -> str:
-    """The message in the box that tyro draws around an error, as one line.
+    """Return the message in the box that tyro draws around an error, as one line.
 
     The box is of lines where stdout can show them, else of dashes, with one under its title, too.
     """

@@ -34,7 +34,7 @@ def parse(
 
 def as_command(script: str, *options: Any, without: Container[str] = ()) -> str:
     """The command line that sets every field of the `options` dataclasses but those of these names."""
-    words = ["python", script]
+    words = ["python", script] if script.endswith(".py") else script.split()
     for group in options:
         for field in dataclasses.fields(group):
             if field.name in without:

@@ -1,0 +1,54 @@
+"""`rsnet train`: train by the pipeline that reads the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines import dali, ffcv
+from rsnet.train import main
+
+Pipeline = Literal["dali", "ffcv"]
+
+
+@dataclass(frozen=True)
+class DaliTrainOptions(dali.DaliOptions):
+    """Reading with DALI."""
+
+    pipeline: Pipeline = "dali"
+    """What reads --data: dali an image folder, ffcv .beton files. Unset: ffcv if there are such files.
+    Each has options of its own: add --pipeline ffcv to --help for the other's."""
+
+
+@dataclass(frozen=True)
+class FfcvTrainOptions(ffcv.FfcvOptions):
+    """Reading with FFCV."""
+
+    pipeline: Pipeline = "ffcv"
+    """What reads --data: dali an image folder, ffcv .beton files. Unset: ffcv if there are such files.
+    Each has options of its own: add --pipeline dali to --help for the other's."""
+
+
+def run(words: Sequence[str]) -> int:
+    """Run `rsnet train` with these arguments and return the exit code."""
+    data = _last_value(words, "--data", "-d")
+    pipeline = _last_value(words, "--pipeline")
+    if pipeline is None and data is not None and any(Path(data).glob("*.beton")):
+        pipeline = "ffcv"
+    if pipeline == "ffcv":
+        return main("rsnet train", FfcvTrainOptions, ffcv.make_loaders, words)
+    return main("rsnet train", DaliTrainOptions, dali.make_loaders, words)
+
+
+def _last_value(words: Sequence[str], *flags: str) -> str | None:
+    """Return the value of an option as the parser will see it: the last one wins; None without it."""
+    value = None
+    for i, word in enumerate(words):
+        name, equals, attached = word.partition("=")
+        if name in flags and equals:
+            value = attached
+        elif name in flags and i + 1 < len(words):
+            value = words[i + 1]
+    return value
