@@ -5,7 +5,10 @@ DEMO_RUN := demo/run-$(shell date +%Y%m%d-%H%M%S)
 DEMO_OPTIONS := --arch parallel_resnet18 --sizes 64 56 48 40 32 --epochs 5 --batch-size 25 --lr 0.004 \
 	--warmup 1 --workers 2 --log-interval 10 --wandb offline --output $(DEMO_RUN)
 
-.PHONY: demo demo-ffcv test test-slow test-faults lint docs install
+# Tests start a hundred processes, each of which would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo demo-ffcv test test-slow test-faults lint docs mutations install
 
 demo: install demo/data
 	$(PYTHON) train_dali.py --data demo/data $(DEMO_OPTIONS)
@@ -38,6 +41,10 @@ lint: install
 docs: install
 	$(PYTHON) scripts/options_page.py
 	.venv/bin/zensical build --strict --clean
+
+# Breaks the code in sixteen places, one at a time, and looks whether the tests notice.
+mutations: install
+	$(PYTHON) tests/mutations.py
 
 install: $(INSTALLED)
 

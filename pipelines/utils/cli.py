@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
 
 Options = TypeVar("Options")
 
@@ -159,7 +159,7 @@ def exit_code(name: str, action: Callable[[], int], advice: str = "", *, extra: 
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return action()
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, RunError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:

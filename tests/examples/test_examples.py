@@ -15,13 +15,13 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from rsnet.inference.tuned import Tuned
 from torch import nn
 
 from rsnet.__main__ import main as verbs
 from rsnet.inference import tuned
 from rsnet.inference.cascade import CascadeStage
 from rsnet.inference.preprocess import decode, eval_pixels
-from rsnet.inference.tuned import Tuned
 from rsnet.models.resnet import scaled_resnet
 from rsnet.release import package as release
 from tests.helpers import releases
