@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
 
 Options = TypeVar("Options")
 
@@ -98,7 +98,7 @@ def exit_code(name: str, action: Callable[[], int], advice: str = "") -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return action()
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, RunError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a disk or folder that does not let us; the message names the path

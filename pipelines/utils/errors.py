@@ -1,4 +1,4 @@
-"""The two ways in which a run ends with one line instead of a traceback."""
+"""The ways in which a run ends with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ class UsageError(ValueError):
 
 
 class DataError(RuntimeError):
-    """Data or a run that turned out to be broken on the way. Exit code 1."""
+    """Data that turned out to be broken on the way. Exit code 1."""
+
+    exit_code = 1
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: a loss that is not finite, a lost process, no memory. Exit code 1."""
 
     exit_code = 1
 
@@ -23,7 +29,7 @@ def error_context(what: str) -> Iterator[None]:
     """Name the option or file that an error of the block is about, in front of its message."""
     try:
         yield
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, RunError) as error:
         raise type(error)(f"{what}: {error}") from error
 
 

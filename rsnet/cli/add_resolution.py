@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from pipelines.batch import LoaderSpec
 from pipelines.utils.errors import UsageError, error_context
-from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.cli.loaders import make_loaders
+from rsnet.config.model_config import ModelConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models.state_dict import select_sizes
@@ -67,17 +69,17 @@ class Options:
 
 
 def run(options: Options) -> int:
-    content = checkpoint.load(options.checkpoint)
-    network = content["network"]
+    checkpoint = io.load(options.checkpoint)
+    network = checkpoint.network
     output = options.output or options.checkpoint.with_name(
         f"{options.checkpoint.stem}-{options.size}.pt"
     )
     _require_sense(options, network, output)
     device = distributed.setup("auto")
-    sizes = sorted([*network["sizes"], options.size], reverse=True)
+    sizes = sorted([*network.sizes, options.size], reverse=True)
     spec = LoaderSpec(
         options.data, tuple(sizes), options.batch_size, device,
-        normalize=network["normalize"], seed=options.seed,
+        normalize=network.normalize, seed=options.seed,
     )  # fmt: skip
     with error_context(f"--size {options.size}"):
         build_network(network, sizes, device)
@@ -89,7 +91,9 @@ def run(options: Options) -> int:
         _require_classes(options, network, loaders.classes)
         val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
         stack.enter_context(closing(val))
-        states = candidates(content, options.size, loaders.train, device, options.steps, options.lr)
+        states = candidates(
+            checkpoint, options.size, loaders.train, device, options.steps, options.lr
+        )
         results = {}
         for name, state in states.items():
             single = build_network(network, [options.size], device)
@@ -99,17 +103,17 @@ def run(options: Options) -> int:
     for name, r in results.items():
         chosen = "  saved" if name == options.how else ""
         print(f"{name:12}  {r['top1']:7.2f}  {r['top5']:7.2f}  {r['loss']:7.4f}{chosen}")
-    calibrated = {**network.get("calibrated", {}), str(options.size): options.how}
-    described = {**network, "sizes": sizes, "calibrated": calibrated}
-    checkpoint.save(output, {"network": described, "model": states[options.how]})
+    calibrated = {**network.calibrated, str(options.size): options.how}
+    described = dataclasses.replace(network, sizes=tuple(sizes), calibrated=calibrated)
+    io.save(output, Checkpoint(described, states[options.how]))
     print(f"{output}: sizes {' '.join(map(str, sizes))}")
     return 0
 
 
-def _require_sense(options: Options, network: Mapping[str, Any], output: Path) -> None:
-    if options.size in network["sizes"]:
+def _require_sense(options: Options, network: ModelConfig, output: Path) -> None:
+    if options.size in network.sizes:
         raise UsageError(f"--size {options.size}: {options.checkpoint} has it already")
-    if network.get("norm", "private") == "shared":
+    if network.norm == "shared":
         raise UsageError(
             f"{options.checkpoint}: one BatchNorm serves all sizes; there is none to add"
         )
@@ -119,7 +123,7 @@ def _require_sense(options: Options, network: Mapping[str, Any], output: Path) -
         raise UsageError(f"--output: cannot write into {output.parent}")
 
 
-def _require_classes(options: Options, network: Mapping[str, Any], classes: Sequence[str]) -> None:
+def _require_classes(options: Options, network: ModelConfig, classes: Sequence[str]) -> None:
     """Raise UsageError if the data is not what the network tells apart; an original names no classes."""
-    if (network["classes"] or classes) != classes or len(classes) > network["num_classes"]:
+    if (list(network.classes) or classes) != classes or len(classes) > network.num_classes:
         raise UsageError(f"--data {options.data} has other classes than the checkpoint")

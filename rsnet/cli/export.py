@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
-from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint import io
 from rsnet.checkpoint.authors_pytorch import to_original
 from rsnet.export.writer import export_release
 
@@ -67,14 +67,13 @@ def _for_the_original(options: Options) -> int:
 
 def export_original(path: Path, output: Path) -> int:
     """Write the checkpoint at `path` to the file `output`, for the original code. Returns the exit code."""
-    content = checkpoint.load(path)
-    exported = to_original(content)
-    checkpoint.write(output, exported)
-    network = content["network"]
-    sizes = " ".join(map(str, network["sizes"]))
-    print(f"{output}: for the original code with --arch {network['arch']} --sizes {sizes}")
-    if network["normalize"] != "unit":
+    checkpoint = io.load(path)
+    io.write(output, to_original(checkpoint))
+    network = checkpoint.network
+    sizes = " ".join(map(str, network.sizes))
+    print(f"{output}: for the original code with --arch {network.arch} --sizes {sizes}")
+    if network.normalize != "unit":
         print(
-            f"note: it was trained with --normalize {network['normalize']}; the original code feeds [0, 1]"
+            f"note: it was trained with --normalize {network.normalize}; the original code feeds [0, 1]"
         )
     return 0

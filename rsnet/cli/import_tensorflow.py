@@ -9,7 +9,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import error_context
-from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint import tf_checkpoint as tensorflow_file
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
 from rsnet.loggers.run_dir import write_imported_run
@@ -29,12 +28,12 @@ class Options:
 def run(options: Options) -> int:
     variables = tensorflow_file.read(options.original, is_of_model)
     with error_context(str(options.original)):
-        content = checkpoint.NEW_RUN | from_tensorflow(variables)
-    best = write_imported_run(options.output, options.original, content)
-    network = content["network"]
+        checkpoint = from_tensorflow(variables)
+    best = write_imported_run(options.output, options.original, checkpoint)
+    network = checkpoint.network
     print(
-        f"{network['arch']} --mode {network['mode']} --qw {network['qw']} --qa {network['qa']}, "
-        f"{network['num_classes']} classes, sizes {' '.join(map(str, network['sizes']))}, "
+        f"{network.arch} --mode {network.mode} --qw {network.qw} --qa {network.qa}, "
+        f"{network.num_classes} classes, sizes {' '.join(map(str, network.sizes))}, "
         "--normalize imagenet, its first layer for RGB; evaluate it with\n"
         f"python train_dali.py --data DATA --evaluate --resume {best}\n"
         "note: the original makes the largest picture by cubic interpolation and all others of that one, by "

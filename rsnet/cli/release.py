@@ -11,8 +11,10 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import error_context
-from rsnet.checkpoint import io as checkpoint
-from rsnet.config.model_config import FULL, ModelConfig
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.weights import load_weights
+from rsnet.config.model_config import FULL
 from rsnet.evaluation import report
 from rsnet.models.factory import create_model, gflops
 from rsnet.release import package as release
@@ -34,15 +36,15 @@ class Options:
 
 def run(options: Options) -> int:
     path = options.run / "checkpoints" / "best.pt" if options.run.is_dir() else options.run
-    content = checkpoint.load(path)
-    config = ModelConfig.from_dict(content["network"])
+    checkpoint = io.load(path)
+    config = checkpoint.network
     network = config.to_dict()
-    averaged = "ema" in content
+    averaged = checkpoint.ema is not None
     with error_context(str(path)):
         model = create_model(config)
-        checkpoint.load_weights(model, content, "ema" if averaged else "model")
+        load_weights(model, checkpoint.eval_weights, config.sizes)
     run_dir = _run_dir(path)
-    accuracy = _accuracy(run_dir, content, network) if run_dir else None
+    accuracy = _accuracy(run_dir, checkpoint, network) if run_dir else None
     written = release.write(
         options.output,
         network,
@@ -53,11 +55,11 @@ def run(options: Options) -> int:
         source={
             "run": run_dir.name if run_dir else None,
             "checkpoint": path.name,
-            "epoch": content["epoch"],
+            "epoch": checkpoint.epoch,
         },
     )
     weights = "averaged weights" if averaged else "weights"
-    print(f"{path}: {weights} after epoch {content['epoch']}")
+    print(f"{path}: {weights} after epoch {checkpoint.epoch}")
     if accuracy is None:
         print(
             "note: their accuracies are not known, as there is no evaluation of them in a run directory"
@@ -75,17 +77,15 @@ def _run_dir(path: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" else None
 
 
-def _accuracy(
-    run_dir: Path, content: Mapping[str, Any], network: Mapping[str, Any]
-) -> Accuracy | None:
+def _accuracy(run_dir: Path, checkpoint: Checkpoint, network: Mapping[str, Any]) -> Accuracy | None:
     """What the run's evaluation of just these weights found; None if there was none."""
     metrics = run_dir / "metrics.jsonl"
-    if content["done"] or not metrics.is_file():
+    if checkpoint.done or not metrics.is_file():
         return None
     for line in reversed(metrics.read_text().splitlines()):
         try:
             logged = json.loads(line)
-            if logged["epoch"] == content["epoch"]:
+            if logged["epoch"] == checkpoint.epoch:
                 return {
                     name: {what: logged[f"val/{what}@{name}"] for what in ("top1", "top5")}
                     for name in result_names(network)

@@ -29,6 +29,7 @@ from rsnet import __version__
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.release import config as release_config
@@ -71,9 +72,9 @@ def _trained(network: dict, seed: int) -> dict[str, torch.Tensor]:
 
 def _write_run(path: Path, network: dict = NETWORK, **content: object) -> Path:
     """A run directory whose best checkpoint is of epoch 2; three epochs were evaluated."""
-    checkpoint.save(
+    checkpoint.write(
         path / "checkpoints" / "best.pt",
-        {"network": network, "model": _trained(network, 1), "epoch": 2, **content},
+        {"format": 1, "network": network, "model": _trained(network, 1), "epoch": 2, **content},
     )
     lines = [{"step": 5, "epoch": 2.0, "train/total": 1.0}]
     for epoch in (1, 2, 3):
@@ -134,9 +135,9 @@ def _refusal(folder: Path, capsys) -> tuple[int, str]:
     return code, err
 
 
-def _reference(content: dict, key: str = "model") -> nn.Module:
-    model = create_model(ModelConfig.from_dict(content["network"]))
-    model.load_state_dict(content[key], strict=True)
+def _reference(saved: Checkpoint, key: str = "model") -> nn.Module:
+    model = create_model(saved.network)
+    model.load_state_dict(getattr(saved, key), strict=True)
     return model.eval()
 
 
@@ -182,7 +183,7 @@ def test_a_file_of_the_original_is_released(tmp_path, capsys):
     sizes = [224, 192, 160, 128, 96]
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": sizes}
     content = {"network": network, "model": _trained(network, 3), "epoch": 5}
-    torch.save(to_original(content), tmp_path / "model_best.pth.tar")
+    torch.save(to_original(Checkpoint.from_dict(content)), tmp_path / "model_best.pth.tar")
     words = [str(tmp_path / "model_best.pth.tar"), "--output", str(tmp_path / "release")]
     assert main(["release", *words]) == 0
     assert "after epoch 5" in capsys.readouterr().out
@@ -204,7 +205,7 @@ def test_what_an_early_checkpoint_does_not_say_is_filled_in(tmp_path):
 
 
 def test_every_weight_lies_once_in_the_safetensors_file(run, folder):
-    state = checkpoint.load(run / "checkpoints" / "best.pt")["model"]
+    state = checkpoint.load(run / "checkpoints" / "best.pt").model
     wanted = {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(wanted)
@@ -230,7 +231,7 @@ def test_sizes_that_it_does_not_have_are_refused(folder):
 
 
 def test_the_state_that_is_read_is_the_checkpoints_without_counts(run, folder):
-    state = checkpoint.load(run / "checkpoints" / "best.pt")["model"]
+    state = checkpoint.load(run / "checkpoints" / "best.pt").model
     found = release.read(folder).state
     assert found.keys() == state.keys()
     for name, value in state.items():
@@ -444,9 +445,10 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, code, messa
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("junk.pt").write_bytes(b"junk")
-    checkpoint.save(Path("small.pt"), {"network": NETWORK, "model": {"alpha": torch.ones(3)}})
+    small = {"format": 1, "network": NETWORK, "model": {"alpha": torch.ones(3)}}
+    checkpoint.write(Path("small.pt"), small)
     odd = NETWORK | {"classes": ["ant"] * 4}
-    checkpoint.save(Path("odd.pt"), {"network": odd, "model": _trained(odd, 1)})
+    checkpoint.write(Path("odd.pt"), {"format": 1, "network": odd, "model": _trained(odd, 1)})
     assert main(["release", *words]) == code
     err = capsys.readouterr().err
     assert message in err
