@@ -5,7 +5,7 @@ DEMO_RUN := demo/run-$(shell date +%Y%m%d-%H%M%S)
 DEMO_OPTIONS := --arch parallel_resnet18 --sizes 64 56 48 40 32 --epochs 5 --batch-size 25 --lr 0.004 \
 	--warmup 1 --workers 2 --log-interval 10 --wandb offline --output $(DEMO_RUN)
 
-.PHONY: demo demo-ffcv test test-slow test-faults lint install
+.PHONY: demo demo-ffcv test test-slow test-faults lint docs install
 
 demo: install demo/data
 	$(PYTHON) train_dali.py --data demo/data $(DEMO_OPTIONS)
@@ -31,6 +31,10 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# A page or anchor that a link names and that is not there is an error.
+docs: install
+	.venv/bin/zensical build --strict --clean
 
 install: $(INSTALLED)
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import device_in_use, make_batches, make_ours
 from pipelines.batch import Batch
-from rsnet.models.autocast import autocast, shared_weight_casts
+from rsnet.models.autocast import autocast, cast_weights_once
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import step_profiler as profile
 from rsnet.training.trainer import Trainer
@@ -177,7 +177,7 @@ def graph_with_streams(trainer: Trainer, model: ResolutionSwitchable, batch: Bat
         main = torch.cuda.current_stream()
         for stream in streams:
             stream.wait_stream(main)
-        with shared_weight_casts(model._layers, len(sizes)) as begin:
+        with cast_weights_once(model._layers, len(sizes)) as begin:
             begin(0)
             logits = [model(images[0], sizes[0])]
             for number, (stream, x) in enumerate(zip(streams, images[1:], strict=True), start=1):

@@ -11,35 +11,34 @@ from torch.nn import functional as F
 
 ENSEMBLE = "ensemble"
 
-
 KdType = Literal["ens_topdown", "ens"]
 
 
 def ensemble_logits(logits: Sequence[Tensor] | Tensor, alpha: Tensor) -> Tensor:
-    """S x (N, C), (S,) -> (N, C): the logits' mean, weighted by softmax(alpha).
+    """Return the mean of the logits, S x (N, C) -> (N, C), weighted by the softmax of alpha, (S,).
 
     The logits are detached, so that only alpha learns from it (section 3.3, eq. 6).
     """
     weights = alpha.float().softmax(dim=0)
-    return torch.einsum("s,snc->nc", weights, _together(logits).detach())
+    return torch.einsum("s,snc->nc", weights, _stacked(logits).detach())
 
 
 def distillation(logits: Sequence[Tensor] | Tensor, ensemble: Tensor, kd_type: KdType) -> Tensor:
-    """The sum of KL(teacher || student) over teacher-student pairs, each averaged over the batch.
+    """Return the sum of KL(teacher || student) over teacher-student pairs, each averaged over the batch.
 
     logits: S x (N, C), the largest size first. ensemble: (N, C). Teachers are detached, temperature 1.
     "ens": the ensemble teaches every size. "ens_topdown": every larger size teaches, too, and the sum
     over the S (S + 1) / 2 pairs is scaled by 2 / (S + 1), back to S terms.
     """
-    students = F.log_softmax(_together(logits), dim=2)
-    of_ensemble = F.log_softmax(ensemble.detach().float(), dim=1)
-    teachers = torch.cat([of_ensemble[None], students.detach()])
+    students = F.log_softmax(_stacked(logits), dim=2)
+    ensemble_teacher = F.log_softmax(ensemble.detach().float(), dim=1)
+    teachers = torch.cat([ensemble_teacher[None], students.detach()])
     probabilities = teachers.exp()
     sums = []
     for j, student in enumerate(students.unbind()):
-        # All of a student's teachers at once: a pair by itself is eleven small kernels of a GPU.
-        those = slice(0, j + 1) if kd_type == "ens_topdown" else slice(0, 1)
-        sums.append((probabilities[those] * (teachers[those] - student)).sum())
+        # All of a student's teachers at once: a pair by itself would be eleven small GPU kernels.
+        of_student = slice(0, j + 1) if kd_type == "ens_topdown" else slice(0, 1)
+        sums.append((probabilities[of_student] * (teachers[of_student] - student)).sum())
     scale = 2 / (len(sums) + 1) if kd_type == "ens_topdown" else 1.0
     return scale / len(ensemble) * torch.stack(sums).sum()
 
@@ -52,31 +51,31 @@ def loss_terms(
     kd_type: KdType | None,
     label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
-    """The named terms of the loss in float32, and "total", their sum.
+    """Return the named terms of the loss in float32, and "total", their sum.
 
     logits: S x (N, C), in the order of `sizes`, the largest first. alpha: (S,).
     labels: (N,) classes, or (N, C) shares of the classes.
     kd_type None leaves the distillation out; the ensemble's cross-entropy stays, for alpha's sake.
     """
-    together = _together(logits)
-    ensemble = ensemble_logits(together, alpha)
-    outputs = torch.cat([together, ensemble[None]])
-    of_samples = F.cross_entropy(
+    stacked = _stacked(logits)
+    ensemble = ensemble_logits(stacked, alpha)
+    outputs = torch.cat([stacked, ensemble[None]])
+    losses = F.cross_entropy(
         outputs.flatten(0, 1),
         labels.expand(len(outputs), *labels.shape).flatten(0, 1),
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    means = of_samples.view(len(outputs), -1).mean(dim=1)
+    means = losses.view(len(outputs), -1).mean(dim=1)
     names = [*(f"ce/{size}" for size in sizes), "ce/ensemble"]
     terms = dict(zip(names, means.unbind(), strict=True))
     total = means.sum()
     if kd_type is not None:
-        terms["kd"] = distillation(together, ensemble, kd_type)
+        terms["kd"] = distillation(stacked, ensemble, kd_type)
         total = total + terms["kd"]
     return terms | {"total": total}
 
 
-def _together(logits: Sequence[Tensor] | Tensor) -> Tensor:
-    """(S, N, C), float32."""
+def _stacked(logits: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return the logits as one tensor, (S, N, C) float32."""
     return (logits if isinstance(logits, Tensor) else torch.stack(list(logits))).float()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -26,6 +29,15 @@ TOLERANCES = {
 }
 
 
+@functools.cache
+def _built(arch):
+    return parity.network(arch)
+
+
+def _network(arch):
+    return copy.deepcopy(_built(arch))
+
+
 def _largest_relative_error(model, arch, expected):
     logits = model.forward_all(parity.images(arch))
     errors = []
@@ -37,7 +49,7 @@ def _largest_relative_error(model, arch, expected):
 
 @pytest.mark.parametrize("arch", TOLERANCES)
 def test_eval_logits_are_the_originals(arch):
-    model = parity.network(arch).eval()
+    model = _network(arch).eval()
     with torch.no_grad():
         assert _largest_relative_error(model, arch, parity.numbers(arch)["eval_logits"]) < 2e-6
 
@@ -45,7 +57,7 @@ def test_eval_logits_are_the_originals(arch):
 @pytest.mark.parametrize("arch", TOLERANCES)
 def test_training_logits_and_losses_are_the_originals(arch):
     logits_tolerance, loss_tolerance, _ = TOLERANCES[arch]
-    model = parity.network(arch).train()
+    model = _network(arch).train()
     expected = parity.numbers(arch)
     with torch.no_grad():
         error = _largest_relative_error(model, arch, expected["train_logits"])
@@ -59,7 +71,7 @@ def test_training_logits_and_losses_are_the_originals(arch):
 
 @pytest.mark.parametrize("arch", TOLERANCES)
 def test_four_training_steps_are_the_originals(arch):
-    model = parity.network(arch)
+    model = _network(arch)
     expected = parity.numbers(arch)
     sgd = make_sgd(model, lr=2e-4, momentum=0.9, weight_decay=1e-4)
     constant = LrSchedule(2e-4, "schedule", steps=4, steps_per_epoch=4)
@@ -88,4 +100,4 @@ def test_number_of_parameters_is_the_originals(arch):
         for name, dims in keys.items()
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
     )
-    assert sum(p.numel() for p in parity.network(arch).parameters()) == theirs
+    assert sum(p.numel() for p in _built(arch).parameters()) == theirs

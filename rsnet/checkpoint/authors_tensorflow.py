@@ -19,7 +19,7 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import BITS, FULL, Mode, ModelConfig
 from rsnet.models.factory import PREFIX, create_model
 from rsnet.models.preact_resnet import LAYERS
-from rsnet.models.quantization.bases import DECAY
+from rsnet.models.quantization.lq_nets import DECAY
 from rsnet.models.state_dict import describe_mismatch
 
 SCOPE = "imagenet/"

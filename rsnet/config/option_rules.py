@@ -13,7 +13,7 @@ from rsnet.config.model_config import BITS, FULL
 
 def require_valid(c: Any) -> None:
     """Raise UsageError for the first option of a `TrainOptions` whose value is wrong by itself."""
-    for flag, value, fine, rule in _rules(c):
+    for flag, value, fine, rule in option_rules(c):
         if value is not None and not fine(value):
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UsageError(f"{flag} {shown}".rstrip() + f": {rule}")
@@ -29,7 +29,7 @@ def require_valid(c: Any) -> None:
         raise UsageError("--init-from: a training starts from it; --evaluate takes --resume")
 
 
-def _rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
+def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
     """Return (flag, value, predicate, rule) of all that can be checked without data or network."""
     return [
         (

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from rsnet.models.fold import fold_batchnorm, plain
-from rsnet.models.quantization.lq_nets import ActivationQuantizer, level_table
+from rsnet.models.quantization.encode import level_table
+from rsnet.models.quantization.lq_nets import ActivationQuantizer
 from rsnet.models.switchable import ResolutionSwitchable
 
 

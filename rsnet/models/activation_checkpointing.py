@@ -1,4 +1,4 @@
-"""Memory for time: what a block does not keep for its backward is computed again there (Chen et al. 2016)."""
+"""Activation checkpointing of blocks: less memory for a second forward (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
 
 def convert_to_checkpointed(network: nn.Module, what: What) -> int:
-    """Let the blocks of a switchable network compute again in the backward what they do not keep, in place.
+    """Checkpoint the activations of the blocks of a switchable network, in place.
 
     Blocks are the members of the outermost `nn.Sequential`s that have BatchNorm: a residual block, a stage.
-    norm: they keep the outputs of their convolutions; normalisation, activation and sums are computed
-    again. blocks: they keep their input alone. The numbers stay the same bits; BatchNorm's running statistics
-    are updated once. Returns the number of blocks.
+    what: "norm", they keep the outputs of their convolutions, and the backward computes normalisation,
+    activation and sums again; "blocks", they keep their input alone. The numbers stay the same bits;
+    BatchNorm's running statistics are updated once. Returns the number of blocks.
     """
     count = 0
     for module in network.children():
@@ -38,33 +38,33 @@ def convert_to_checkpointed(network: nn.Module, what: What) -> int:
             for block in module:
                 norms = [m for m in block.modules() if isinstance(m, SwitchableBatchNorm2d)]
                 if norms and not isinstance(block, SwitchableBatchNorm2d):
-                    _make_recomputed(block, norms, what)
+                    _make_checkpointed(block, norms, what)
                     count += 1
         else:
             count += convert_to_checkpointed(module, what)
     return count
 
 
-def _make_recomputed(block: nn.Module, norms: list[SwitchableBatchNorm2d], what: What) -> None:
-    """A subclass of its own class, so that names, copies and all else stay as they are."""
+def _make_checkpointed(block: nn.Module, norms: list[SwitchableBatchNorm2d], what: What) -> None:
+    """Make the block's class a subclass of its own, so that names, copies and all else stay."""
     kind = type(block)
-    block.__class__ = type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
-    recomputed: Any = block
-    recomputed.recomputed_norms = tuple(norms)
-    recomputed.recomputed_quantizers = [m for m in block.modules() if isinstance(m, Quantizer)]
-    recomputed.recomputed_layers = castable_layers(block)
-    recomputed.recomputed_what = what
-    recomputed.recomputed_draws = any(isinstance(m, _DropoutNd) for m in block.modules())
+    block.__class__ = type(f"Checkpointed{kind.__name__}", (_Checkpointed, kind), {})
+    checkpointed: Any = block
+    checkpointed.checkpointed_norms = tuple(norms)
+    checkpointed.checkpointed_quantizers = [m for m in block.modules() if isinstance(m, Quantizer)]
+    checkpointed.checkpointed_layers = castable_layers(block)
+    checkpointed.checkpointed_what = what
+    checkpointed.checkpointed_random = any(isinstance(m, _DropoutNd) for m in block.modules())
 
 
-class _Recomputed(nn.Module):
-    """Put before a block's class."""
+class _Checkpointed(nn.Module):
+    """A mixin before a block's class."""
 
-    recomputed_norms: tuple[SwitchableBatchNorm2d, ...]
-    recomputed_quantizers: list[Quantizer]
-    recomputed_layers: list[nn.Module]
-    recomputed_what: What
-    recomputed_draws: bool
+    checkpointed_norms: tuple[SwitchableBatchNorm2d, ...]
+    checkpointed_quantizers: list[Quantizer]
+    checkpointed_layers: list[nn.Module]
+    checkpointed_what: What
+    checkpointed_random: bool  # whether it has dropout
 
     def forward(self, *inputs: Any) -> Any:
         forward: Callable[..., Any] = super().forward
@@ -74,20 +74,20 @@ class _Recomputed(nn.Module):
             forward,
             *inputs,
             use_reentrant=False,
-            preserve_rng_state=self.recomputed_draws,
-            context_fn=partial(self._contexts, self.recomputed_norms[0].active),
+            preserve_rng_state=self.checkpointed_random,
+            context_fn=partial(self._contexts, self.checkpointed_norms[0].active),
         )
 
     def _contexts(self, active: int) -> Contexts:
-        """Of the forward, and of its repetition, for the resolution that is active now."""
+        """Return the contexts of the forward and of its repetition, for the resolution that is active now."""
         # What is quantized or cast once for all resolutions is not quantized or cast again.
-        held = {quantizer: quantizer.held for quantizer in self.recomputed_quantizers}
-        weights = {m: vars(m)["weight"] for m in self.recomputed_layers if "weight" in vars(m)}
-        again = _again(self.recomputed_norms, held, weights, active)
-        if self.recomputed_what == "blocks":
+        cached = {quantizer: quantizer.cached for quantizer in self.checkpointed_quantizers}
+        weights = {m: vars(m)["weight"] for m in self.checkpointed_layers if "weight" in vars(m)}
+        again = _again(self.checkpointed_norms, cached, weights, active)
+        if self.checkpointed_what == "blocks":
             return nullcontext(), again
-        first, cached = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-        return first, _both(again, cached)
+        first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+        return first, _both(again, second)
 
 
 def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
@@ -102,10 +102,10 @@ def _again(
     weights: dict[nn.Module, Tensor],
     active: int,
 ) -> Iterator[None]:
-    """The private BatchNorms of that resolution, and quantizers; what they keep of what they see stays.
+    """Repeat a forward of the resolution with index `active`, without updating statistics a second time.
 
-    quantizers: with the weights that they gave then, if not to this block alone. weights: what layers had
-    then in place of their own, see `rsnet.models.autocast.shared_weight_casts`.
+    norms: the switchable BatchNorms. quantizers: with the cached weights of the first forward. weights: the
+    copies that layers had then in place of their own, see `rsnet.models.autocast.cast_weights_once`.
     """
     before = [norm.active for norm in norms]
     layers: list[Any] = [norm.by_resolution[active] for norm in norms]
@@ -114,7 +114,7 @@ def _again(
         # Without running statistics it would keep fewer tensors than in the forward.
         norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, None
     for quantizer, value in quantizers.items():
-        quantizer.counting, quantizer.held = False, value
+        quantizer.counting, quantizer.cached = False, value
     for layer, weight in weights.items():
         vars(layer)["weight"] = weight
     try:
@@ -123,7 +123,7 @@ def _again(
         for layer in weights:
             vars(layer).pop("weight", None)
         for quantizer in quantizers:
-            quantizer.counting, quantizer.held = True, None
+            quantizer.counting, quantizer.cached = True, None
         for norm, layer, was, (momentum, count) in zip(norms, layers, before, held, strict=True):
             norm.active, layer.momentum, layer.num_batches_tracked = was, momentum, count
 

@@ -1,8 +1,7 @@
-"""What the passes of all resolutions have in common is done once: casting weights, and BatchNorm's counting.
+"""Mixed precision for several passes over the same weights: each weight is cast once, not once a pass.
 
-With autocast, five passes cast every weight five times and each of its gradients back, and add these up; and
-every BatchNorm counts its batches by an operation of its own. A GPU that gets few images a step waits for the
-host to start so many small kernels.
+By itself, autocast would cast every weight five times, cast its five gradients back, and add these up. A GPU
+with few images a step waits for the host to launch so many small kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
 # Weights that are cast, and whose gradients are summed, by the same kernels: 8 MB in float32, or one larger
 # layer. No gradient of them is ready before the last is, and DDP waits for those of a bucket, of 25 MB.
 GROUP = 2**21
@@ -22,8 +23,18 @@ GROUP = 2**21
 FIRST = 2**62
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Return torch.autocast without its weight cache, or a disabled one if `dtype` is None.
+
+    With the cache, the five gradients of a shared weight would be added in half precision, not in float32.
+    """
+    return torch.autocast(
+        device.type, dtype=dtype or torch.float32, enabled=dtype is not None, cache_enabled=False
+    )
+
+
 def castable_layers(network: nn.Module) -> list[nn.Module]:
-    """The convolutions and linear layers that hand their weight on as it is.
+    """Return the convolutions and linear layers that use their weight as it is.
 
     Those of other libraries may first compute with it, which half precision must not change.
     """
@@ -37,15 +48,13 @@ def castable_layers(network: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def shared_weight_casts(
-    layers: Sequence[nn.Module], passes: int
-) -> Iterator[Callable[[int], None]]:
-    """Under autocast, cast the weights that are trained once for all passes within.
+def cast_weights_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[int], None]]:
+    """Under autocast, cast the trained weights once for all passes within.
 
-    Yields what is to be called with the number of each pass before it. Each has tensors of its own, of the
-    same memory: so their gradients arrive one by one, and are summed in float32, in the order and to the bits
-    in which autocast without its cache does it. (Those of a layer that one pass calls twice first meet in
-    half precision.)
+    Yields a function that is to be called with the index of each pass before it. Each pass has tensors of its
+    own, of the same memory: so their gradients arrive one by one, and are summed in float32, in the order and
+    to the bits in which autocast without its cache does it. (If one pass calls a layer twice, these two
+    gradients are first added in half precision.)
     """
     trained = [m for m in layers if (p := _parameter(m)).requires_grad and p.dtype == torch.float32]
     device = _parameter(trained[0]).device.type if trained else "cpu"
@@ -75,7 +84,7 @@ def shared_weight_casts(
 
 
 class _Cast(torch.autograd.Function):
-    """Float32 weights -> theirs of each pass, in another precision; those of the first pass come first."""
+    """Casts float32 weights: returns a copy for each pass, those of the first pass first."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, passes: int, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -85,7 +94,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Of each weight, in the order of the backward, which begins with the last pass.
+        # The gradients of each weight, in the order of the backward, which begins with the last pass.
         arrived = [
             [g for g in reversed(gradients[i :: ctx.count]) if g is not None]
             for i in range(ctx.count)
@@ -103,38 +112,31 @@ class _Cast(torch.autograd.Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return copies of `tensors` in another precision, by one operation."""
     results = [torch.empty_like(t, dtype=dtype) for t in tensors]
     torch._foreach_copy_(results, list(tensors))
     return results
 
 
 def _groups(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Neighbours; filled from the last layer, so that the first ones, whose gradients are last, are few."""
+    """Group neighbouring layers, from the last to the first.
+
+    So the group that may stay small is that of the first layers, whose gradients come last.
+    """
     groups: list[list[nn.Module]] = []
-    room = 0
+    left = 0
     for layer in reversed(layers):
         size = _parameter(layer).numel()
-        if not groups or size > room:
+        if not groups or size > left:
             groups.append([])
-            room = GROUP
+            left = GROUP
         groups[-1].append(layer)
-        room -= size
+        left -= size
     return groups
 
 
 def _parameter(layer: nn.Module) -> nn.Parameter:
-    """Its weight, also within `shared_weight_casts`."""
+    """Return a layer's weight, also within `cast_weights_once`."""
     parameter = layer._parameters["weight"]
     assert parameter is not None
     return parameter
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-    """Autocast without its weight cache, which would add up the five gradients of a shared weight in
-    half precision; without it they are summed in float32."""
-    return torch.autocast(
-        device.type, dtype=dtype or torch.float32, enabled=dtype is not None, cache_enabled=False
-    )
-
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}

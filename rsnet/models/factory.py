@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipelines.utils.errors import UsageError, first_line
 from rsnet.config.model_config import FULL, Mode, ModelConfig
-from rsnet.models import preact_resnet as preact
+from rsnet.models import preact_resnet
 from rsnet.models.layers.activations import convert_activations
 from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
 from rsnet.models.layers.onednn_workarounds import (
@@ -49,7 +49,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """The names of the networks that can be made switchable, timm's aside, without building any."""
+    """Return the names of torchvision's networks that can be made switchable, without building any."""
     names = {
         n for n in list_torchvision_models(module=torchvision.models) if not _UNFIT.match(n)
     } | set(LAYERS)
@@ -68,7 +68,7 @@ def create_model(
     but not of a pre-activation one.
 
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
-    fixed_qa: see `rsnet.models.quantization`.
+    fixed_qa: see `rsnet.models.quantization.lq_nets.quantize`.
 
     Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
     """
@@ -99,7 +99,7 @@ def create_model(
 
 
 def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
-    """Let every BatchNorm take its statistics over the batches of all processes, in place.
+    """Convert every BatchNorm to SyncBatchNorm, over the batches of all processes, in place.
 
     They stay private to each size. PyTorch computes this on GPUs alone.
     """
@@ -113,7 +113,7 @@ def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
 
 
 def gflops(model: nn.Module, size: int) -> float:
-    """Forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image; counts on meta tensors."""
+    """Return the forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image."""
     on_meta = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -147,7 +147,7 @@ def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Mod
 
 
 def _library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
-    """Which library a network is of, and its name there."""
+    """Return the library of a network, and its name there."""
     if arch.startswith(TIMM_PREFIX):
         return "timm", arch.removeprefix(TIMM_PREFIX)
     name = arch.removeprefix(PREFIX)
@@ -155,21 +155,21 @@ def _library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
 
 
 def _network_class(builder: Any) -> Any:
-    """The class that a torchvision builder returns, by its annotation."""
+    """Return the class of the networks that a torchvision builder returns, by its annotation."""
     return inspect.signature(builder, eval_str=True).return_annotation
 
 
 def _build_preact(arch: str, num_classes: int, width_mult: float, mode: Mode) -> nn.Module:
     name = arch.removeprefix(PREFIX)
-    if name not in preact.LAYERS:
-        known = " ".join(PREFIX + n for n in preact.LAYERS)
+    if name not in preact_resnet.LAYERS:
+        known = " ".join(PREFIX + n for n in preact_resnet.LAYERS)
         raise UsageError(f"--mode {mode}: there is no such {arch}; there are {known}")
-    shortcut: preact.Shortcut = "A" if mode == "preact_typeA" else "B"
-    return preact.PreActResNet(name, num_classes, shortcut, width_mult)
+    shortcut: preact_resnet.Shortcut = "A" if mode == "preact_typeA" else "B"
+    return preact_resnet.PreActResNet(name, num_classes, shortcut, width_mult)
 
 
 def _zero_last_gamma(network: nn.Module) -> None:
-    """torchvision's zero_init_residual (Goyal et al. 2017, section 5.1)."""
+    """Do what torchvision's zero_init_residual does (Goyal et al. 2017, section 5.1)."""
     for block in network.modules():
         if isinstance(block, BasicBlock | Bottleneck):
             last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
@@ -192,6 +192,7 @@ def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
 
 
 def _suggest(arch: str, known: list[str]) -> str:
+    """Return the end of a message about an unknown `arch`: names of `known` that are similar."""
     near = difflib.get_close_matches(arch, known, n=3, cutoff=0.5)
     if not near and PREFIX + arch in known:
         near = [PREFIX + arch]
@@ -199,11 +200,11 @@ def _suggest(arch: str, known: list[str]) -> str:
 
 
 def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
-    """Raise UsageError if the network cannot run at one of its sizes, or sees next to nothing there."""
+    """Raise UsageError if the network cannot run at one of its sizes, or shrinks it to next to nothing."""
     on_meta = copy.deepcopy(model).to("meta").eval()
     smallest = model.sizes[-1]
     stride = _total_stride(on_meta)
-    # Under half the stride, the last two stages see one pixel: their 3x3 filters are 1x1 filters.
+    # Under half the stride, the last two stages have one pixel: their 3x3 filters act as 1x1 filters.
     if smallest < stride // 2:
         raise UsageError(
             f"--sizes: {smallest} is too small for {arch}, which shrinks its input {stride} times; "
@@ -220,7 +221,7 @@ def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
 
 
 def _total_stride(on_meta: ResolutionSwitchable, probe: int = 320) -> int:
-    """How many times smaller the last spatial feature map is than a probe image."""
+    """Return how many times smaller the last spatial feature map is than a probe image."""
     smallest = probe
 
     def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:

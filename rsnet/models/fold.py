@@ -1,4 +1,4 @@
-"""One size of a switchable network as an ordinary network, with BatchNorm folded into its convolutions."""
+"""One resolution of a switchable network as an ordinary network, with BatchNorm folded into convolutions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
 def plain(model: ResolutionSwitchable, size: int) -> nn.Module:
-    """The network of one size, (N, 3, size, size) -> (N, classes), in eval mode; its tensors are the model's.
+    """Return the network of one size, (N, 3, size, size) -> (N, classes), in eval mode, with the model's
+    own tensors.
 
     Raises ValueError if the model has no such size.
     """
@@ -37,14 +38,14 @@ def plain(model: ResolutionSwitchable, size: int) -> nn.Module:
 @torch.inference_mode(False)  # in it, a convolution is another operation
 @torch.no_grad()
 def fold_batchnorm(model: ResolutionSwitchable, size: int) -> nn.Module:
-    """`plain`, without the BatchNorms that follow a convolution: these get weights of their own instead.
+    """Return `plain` without the BatchNorms that follow a convolution, which gets new weights instead.
 
     Which ones do is seen in a forward, so that any network will do. A BatchNorm stays that follows something
     else, as DenseNet's and those of pre-activation ResNets, or a convolution whose output or weight is used
-    elsewhere, too, or whose weight is made anew in each forward.
+    elsewhere, too, or whose weight is computed in each forward.
 
-    Raises ValueError if the model has no such size, UsageError if its activations are quantized: what
-    rounding changes there is a whole level.
+    Raises ValueError if the model has no such size, UsageError if its activations are quantized, because
+    rounding errors would move some by a whole level.
     """
     require_foldable(model)
     network = plain(model, size)
@@ -60,11 +61,12 @@ def fold_batchnorm(model: ResolutionSwitchable, size: int) -> nn.Module:
 
 
 def is_foldable(model: nn.Module) -> bool:
+    """Return whether `fold_batchnorm` accepts the model."""
     return not any(isinstance(m, ActivationQuantizer) for m in model.modules())
 
 
 def require_foldable(model: nn.Module) -> None:
-    """Raise the UsageError of `fold_batchnorm`."""
+    """Raise the UsageError of `fold_batchnorm` if it does not accept the model."""
     if not is_foldable(model):
         raise UsageError(
             "fold: this network's activations are quantized, and rounding would move some by a level"
@@ -72,7 +74,7 @@ def require_foldable(model: nn.Module) -> None:
 
 
 class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What each operation of a forward reads and gives, alive, as tensors are told apart by their id."""
+    """Records the inputs and outputs of each operation, and keeps them alive, so that their ids differ."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -88,20 +90,18 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _convolution_before(network: nn.Module, size: int) -> dict[Any, nn.Conv2d]:
-    """{BatchNorm: the convolution that it can be folded into}."""
+    """Return {BatchNorm: the convolution that it can be folded into}, as a forward shows."""
     first = next(network.parameters())
     with torch.autocast(first.device.type, enabled=False), _Uses() as uses:
         network(torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device))
     count = Counter(id(t) for _, read, _ in uses.calls for t in read)
     convs = {id(m.weight): m for m in network.modules() if isinstance(m, nn.Conv2d)}
     norms = {id(m.running_mean): m for m in network.modules() if _can_be_folded(m)}
-    made: dict[int, nn.Conv2d] = {}  # by the id of what a convolution gives
+    made: dict[int, nn.Conv2d] = {}  # by the id of the output
     found = {}
     for operation, read, given in uses.calls:
         if operation is torch.ops.aten.convolution.default:
-            weight = (
-                read[1] if read[1]._base is None else read[1]._base
-            )  # some take a slice of theirs
+            weight = read[1] if read[1]._base is None else read[1]._base  # some take a slice of it
             if id(weight) in convs and count[id(weight)] == 1 == count[id(given[0])]:
                 made[id(given[0])] = convs[id(weight)]
         for norm in (norms[id(t)] for t in read if id(t) in norms):

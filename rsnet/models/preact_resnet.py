@@ -1,4 +1,4 @@
-"""Pre-activation ResNets with places to quantize activations at (RS-Nets' authors' quantized training code).
+"""Pre-activation ResNets whose activations can be quantized (RS-Nets' authors' quantized training code).
 
 They differ from He et al. 2016 ("Identity Mappings"): a block's last convolution is followed by BatchNorm,
 and the first block of a stage has no activation of its own, because every stage ends with one.
@@ -12,7 +12,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rsnet.models.quantization.lq_nets import ActivationPlace
+from rsnet.models.quantization.lq_nets import QuantStub
 
 Shortcut = Literal["A", "B"]
 Before = Literal["activation", "quantizer", "nothing"]
@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[list[int], bool]] = {
 
 
 class Activation(nn.Sequential):
-    """BatchNorm, ReLU and, unless it is the network's last, a place for a quantizer."""
+    """BatchNorm, ReLU and, unless it is the network's last, a quantizer's placeholder."""
 
     def __init__(self, channels: int, quantized: bool = True) -> None:
         parts: list[tuple[str, nn.Module]] = [
@@ -37,15 +37,15 @@ class Activation(nn.Sequential):
             ("relu", nn.ReLU(inplace=True)),
         ]
         if quantized:
-            parts.append(("quant", ActivationPlace()))
+            parts.append(("quant", QuantStub()))
         super().__init__(OrderedDict(parts))
 
 
 class Block(nn.Module):
     """A basic block, 3x3 3x3, or a bottleneck, 1x1 3x3 1x1: (N, in, h, w) -> (N, out, h/stride, w/stride).
 
-    before: what its convolutions see of the input: "activation" BatchNorm, ReLU and quantizer, "quantizer"
-    that alone, "nothing" the input, which is quantized already. The shortcut always has the input.
+    before: what is applied to the input of the convolutions: "activation" BatchNorm, ReLU and quantizer,
+    "quantizer" that alone, "nothing" if it is quantized already. The shortcut always has the input itself.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Block(nn.Module):
         if before == "activation":
             self.before = Activation(channels)
         elif before == "quantizer":
-            self.before = ActivationPlace()
+            self.before = QuantStub()
         # (output channels, kernel, stride) of each convolution
         shape = (
             [(out // 4, 1, 1), (out // 4, 3, stride), (out, 1, 1)]
@@ -79,7 +79,7 @@ class Block(nn.Module):
         parts["bn"] = nn.BatchNorm2d(out)
         self.residual = nn.Sequential(parts)
         self.shortcut: nn.Module = nn.Identity()
-        if channels != out:
+        if stride != 1 or channels != out:
             self.shortcut = (
                 nn.Sequential(_conv(channels, out, 1, stride), nn.BatchNorm2d(out))
                 if shortcut == "B"
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class PooledShortcut(nn.Module):
-    """Shortcut A: average pooling, and zeros for the channels that are new."""
+    """Shortcut A: average pooling, and zeros for the `more` additional channels."""
 
     def __init__(self, stride: int, more: int) -> None:
         super().__init__()
@@ -107,8 +107,8 @@ class PooledShortcut(nn.Module):
 class PreActResNet(nn.Module):
     """(N, 3, s, s) -> (N, classes), initialised as torchvision's ResNets.
 
-    name: of `LAYERS`. shortcut: "B", a quantized 1x1 convolution and BatchNorm, where the number of channels
-    changes; or "A". width_mult: times the channels of every layer, at least 8.
+    name: of `LAYERS`. shortcut: "B", a quantized 1x1 convolution and BatchNorm, where the shape changes; or
+    "A", see `PooledShortcut`. width_mult: times the channels of every layer, at least 8.
 
     Under "B" a stage ends with the quantizer that its successor's first block, and its shortcut, read; under
     "A" that block has a quantizer of its own, and the shortcut reads what is not quantized.
@@ -151,4 +151,5 @@ class PreActResNet(nn.Module):
 
 
 def _conv(channels: int, out: int, kernel: int, stride: int) -> nn.Conv2d:
+    """Return a convolution that pads by half its kernel and has no bias."""
     return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)

@@ -1,4 +1,4 @@
-"""Weights of ordinary networks, of one resolution, as the start of switchable ones."""
+"""Pretrained weights of ordinary networks, of one resolution, as the start of switchable ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from pipelines.utils.errors import DataError, UsageError, first_line
-from rsnet.models import safe_load as torch_file
+from rsnet.models.safe_load import safe_load
 from rsnet.models.state_dict import describe_mismatch
 
 # Where files keep their weights, the averaged ones first: timm's and torchvision's references.
@@ -46,7 +46,7 @@ def load_pretrained(
 
 
 def _other_classes(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """The parameters of the classifier, the last linear layer, if `state` has it for other classes."""
+    """Return the parameters' names of the last linear layer if `state` has another number of classes."""
     layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear)]
     if not layers:
         return []
@@ -58,8 +58,11 @@ def _other_classes(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]
 
 
 def _is_extra(key: str) -> bool:
-    """The count of torch's AveragedModel, and classifiers that are trained on the side, which torchvision
-    builds only for training (GoogLeNet, Inception)."""
+    """Return whether inference does not need a key.
+
+    These are the count of torch's AveragedModel, and auxiliary classifiers, which torchvision builds only for
+    training (GoogLeNet, Inception).
+    """
     return key == "n_averaged" or key.split(".")[0] in ("aux1", "aux2", "AuxLogits")
 
 
@@ -72,8 +75,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UsageError(f"--pretrained: there is no file {path}")
     try:
         is_safe = path.suffix == ".safetensors"
-        content: Any = load_file(path) if is_safe else torch_file.safe_load(path)
-    except Exception as error:  # the reader of safetensors raises what it likes
+        content: Any = load_file(path) if is_safe else safe_load(path)
+    except Exception as error:  # safetensors documents no common class
         raise DataError(
             f"--pretrained: {path} has no readable weights: {first_line(error)}"
         ) from error
@@ -98,5 +101,5 @@ def _download(library: str, name: str, weights: str) -> Mapping[str, Any]:
             f"--pretrained {weights}: cannot get {library}'s weights of {name} "
             f"({first_line(error)}); or give a file"
         ) from error
-    there = " ".join(known) or "none"
-    raise UsageError(f"--pretrained {weights}: torchvision's {name} has {there}; or give a file")
+    choices = " ".join(known) or "none"
+    raise UsageError(f"--pretrained {weights}: torchvision's {name} has {choices}; or give a file")

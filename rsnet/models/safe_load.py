@@ -12,7 +12,7 @@ import torch
 
 from pipelines.utils.errors import DataError, first_line
 
-# What trainers keep beside the weights, which torch does not know as harmless: their options, and
+# Classes that trainers keep beside the weights and torch refuses, though they are harmless: options, and
 # accuracies as NumPy's numbers, whose constructor is named as NumPy 1 did or as it is now.
 _MAKE_SCALAR: Any = np.float64().__reduce__()[0]
 HARMLESS: list[Any] = [
@@ -25,14 +25,16 @@ HARMLESS: list[Any] = [
 
 
 def safe_load(path: Path) -> Any:
-    """The content of `path`, on the CPU.
+    """Return the content of `path`, on the CPU.
 
     Raises DataError with one line if it cannot be read, or holds more than tensors and plain values.
     """
     try:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever another file makes of the readers of zip and pickle
+    except (
+        Exception
+    ) as error:  # a file of another kind may raise anything in the readers of zip and pickle
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         what = f"it holds code: {foreign[1]}" if foreign else first_line(error)
         raise DataError(what) from error

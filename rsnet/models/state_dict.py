@@ -1,4 +1,4 @@
-"""State dicts of switchable networks: what fits, some of the sizes, one size more."""
+"""State dicts of switchable networks: a selection of the sizes, an additional size, and what does not fit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,46 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+LISTED = 12  # names in a message
+
+# In the names of private layers: LAYER.by_resolution.INDEX.NAME, see `SwitchableBatchNorm2d`.
+_INFIX = ".by_resolution."
+
+
+def select_sizes(
+    state: dict[str, Tensor],
+    trained: Sequence[int],
+    wanted: Sequence[int],
+    shared_norm: bool = False,
+) -> dict[str, Tensor]:
+    """Return the part of a state dict of sizes `trained` (largest first) that a network of `wanted` needs.
+
+    Raises ValueError if one of `wanted` is not among `trained`.
+    """
+    missing = [s for s in wanted if s not in trained]
+    if missing:
+        raise ValueError(f"sizes {missing} are not among the trained {list(trained)}")
+    source = [list(trained).index(size) for size in sorted(wanted, reverse=True)]
+    part: dict[str, Tensor] = {}
+    for key, value in state.items():
+        layer, infix, tail = key.partition(_INFIX)
+        if not infix or shared_norm:
+            part[key] = value
+            continue
+        index, name = tail.split(".", 1)
+        if int(index) in source:
+            part[f"{layer}{infix}{source.index(int(index))}.{name}"] = value
+    part["alpha"] = state["alpha"][source]
+    if not part["alpha"].isfinite().any():  # sizes that were added, whose weight is 0 beside others
+        part["alpha"] = torch.ones_like(part["alpha"])
+    return part
+
 
 def neighbour_shares(trained: Sequence[int], size: int) -> dict[int, float]:
-    """The trained sizes on both sides of `size`, with their shares in it by distance; beyond the largest
-    or the smallest, that one alone."""
+    """Return the trained sizes next to `size` with their weights in a linear interpolation.
+
+    Beyond the largest or the smallest it is that one alone.
+    """
     below, above = [s for s in trained if s < size], [s for s in trained if s > size]
     if not below or not above:
         return {min(above) if above else max(below): 1.0}
@@ -21,43 +57,33 @@ def neighbour_shares(trained: Sequence[int], size: int) -> dict[int, float]:
 def add_size(
     state: Mapping[str, Tensor], trained: Sequence[int], size: int, shares: Mapping[int, float]
 ) -> dict[str, Tensor]:
-    """`state`, of sizes `trained` (largest first), with another one, whose BatchNorm (gamma, beta, mean,
-    variance) is the sum of those of `shares`.
+    """Return `state`, of sizes `trained` (largest first), with another size.
 
-    Everything else stays as it is. The ensemble stays one of the trained sizes: the new one's alpha is
-    -inf, its weight 0.
+    shares: {trained size: weight}. The new BatchNorms (gamma, beta, mean, variance) are the weighted sums of
+    those of these sizes. Everything else stays as it is, also the ensemble: the new alpha is -inf, its
+    weight 0.
     """
     sizes = sorted([*trained, size], reverse=True)
     new = sizes.index(size)
-    grown: dict[str, Tensor] = {}
+    extended: dict[str, Tensor] = {}
     for key, value in state.items():
-        layer, infix, tail = key.partition(".by_resolution.")
+        layer, infix, tail = key.partition(_INFIX)
         if not infix:
-            grown[key] = value
+            extended[key] = value
             continue
-        index, leaf = tail.split(".", 1)
-        grown[f"{layer}{infix}{sizes.index(trained[int(index)])}.{leaf}"] = value
+        index, name = tail.split(".", 1)
+        extended[f"{layer}{infix}{sizes.index(trained[int(index)])}.{name}"] = value
         if index == "0":
-            parts = {s: state[f"{layer}{infix}{trained.index(s)}.{leaf}"] for s in shares}
-            grown[f"{layer}{infix}{new}.{leaf}"] = _mean(parts, shares)
+            parts = {s: state[f"{layer}{infix}{trained.index(s)}.{name}"] for s in shares}
+            extended[f"{layer}{infix}{new}.{name}"] = _weighted_sum(parts, shares)
     alpha = state["alpha"]
-    grown["alpha"] = torch.cat([alpha[:new], torch.full_like(alpha[:1], -torch.inf), alpha[new:]])
-    return grown
-
-
-def _mean(parts: Mapping[int, Tensor], shares: Mapping[int, float]) -> Tensor:
-    """The weighted mean; a copy if there is one part, or if it is a count."""
-    first = next(iter(parts.values()))
-    if len(parts) == 1 or not first.is_floating_point():
-        return first.clone()
-    return torch.stack([shares[s] * part for s, part in parts.items()]).sum(0)
-
-
-LISTED = 12  # names in a message
+    added = torch.full_like(alpha[:1], -torch.inf)
+    extended["alpha"] = torch.cat([alpha[:new], added, alpha[new:]])
+    return extended
 
 
 def describe_mismatch(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> str:
-    """What is missing, unknown, or of another shape than `expected`; "" if all fits.
+    """Describe what is missing, unknown, or of another shape than `expected`; "" if all fits.
 
     A count of batches may be missing: PyTorch before 0.4.1 had none.
     """
@@ -76,30 +102,9 @@ def describe_mismatch(expected: Mapping[str, tuple[int, ...]], state: Mapping[st
     return "; ".join(problems[:LISTED]) + more
 
 
-def select_sizes(
-    state: dict[str, Tensor],
-    trained: Sequence[int],
-    wanted: Sequence[int],
-    shared_norm: bool = False,
-) -> dict[str, Tensor]:
-    """The part of a state dict of sizes `trained` (largest first) that a network of `wanted` needs.
-
-    Raises ValueError if one of `wanted` is not among `trained`.
-    """
-    missing = [s for s in wanted if s not in trained]
-    if missing:
-        raise ValueError(f"sizes {missing} are not among the trained {list(trained)}")
-    source = [list(trained).index(size) for size in sorted(wanted, reverse=True)]
-    part: dict[str, Tensor] = {}
-    for key, value in state.items():
-        head, infix, tail = key.partition(".by_resolution.")
-        if not infix or shared_norm:
-            part[key] = value
-            continue
-        index, rest = tail.split(".", 1)
-        if int(index) in source:
-            part[f"{head}.by_resolution.{source.index(int(index))}.{rest}"] = value
-    part["alpha"] = state["alpha"][source]
-    if not part["alpha"].isfinite().any():  # sizes that were added, whose weight is 0 beside others
-        part["alpha"] = torch.ones_like(part["alpha"])
-    return part
+def _weighted_sum(parts: Mapping[int, Tensor], shares: Mapping[int, float]) -> Tensor:
+    """Return the weighted sum; a copy if there is one part, or if it is a count."""
+    first = next(iter(parts.values()))
+    if len(parts) == 1 or not first.is_floating_point():
+        return first.clone()
+    return torch.stack([shares[s] * part for s, part in parts.items()]).sum(0)

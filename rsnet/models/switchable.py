@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rsnet.models.autocast import castable_layers, shared_weight_casts
-from rsnet.models.quantization.lq_nets import Quantizer, quantized_layers, quantized_once
+from rsnet.models.autocast import cast_weights_once, castable_layers
+from rsnet.models.quantization.lq_nets import (
+    Quantizer,
+    quantize_weights_once,
+    quantized_layers,
+)
 
 
 class SwitchableBatchNorm2d(nn.Module):
@@ -37,8 +41,8 @@ class SwitchableBatchNorm2d(nn.Module):
 def make_switchable(network: nn.Module, n: int) -> nn.Module:
     """Turn every BatchNorm layer of `network` into n private ones, in place.
 
-    Any subclass of PyTorch's BatchNorm counts: SyncBatchNorm, timm's BatchNormAct2d. A layer that
-    stands in several places stays one layer. Returns `network` (or its replacement, if it is a
+    Any subclass of PyTorch's BatchNorm counts: SyncBatchNorm, timm's BatchNormAct2d. A layer that is used
+    in several places stays one layer. Returns `network` (or its replacement, if it is a
     BatchNorm itself), as `nn.SyncBatchNorm.convert_sync_batchnorm` does.
 
     Raises ValueError for n < 1, for a network without BatchNorm, or one that is switchable already.
@@ -53,6 +57,7 @@ def make_switchable(network: nn.Module, n: int) -> nn.Module:
 
 
 def _replace(module: nn.Module, n: int, done: dict[int, nn.Module]) -> nn.Module:
+    """Return `module` with its BatchNorms replaced. done: by the id of the original, what replaces it."""
     if id(module) in done:
         return done[id(module)]
     done[id(module)] = module
@@ -102,17 +107,17 @@ class ResolutionSwitchable(nn.Module):
             vars(quantizer)["active"] = index
 
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
-        """(N, 3, s, s) -> (N, classes), with the BatchNorm of `size`, which is s if not given."""
+        """Return logits (N, classes) of images (N, 3, s, s), with the BatchNorm of `size`, by default s."""
         self.select(x.shape[-1] if size is None else size)
         if not self.training or torch.compiler.is_compiling():
             return cast(Tensor, self.network(x))
-        with shared_batch_counter([norm.by_resolution[norm.active] for norm in self._norms]):
+        with count_batches_together([norm.by_resolution[norm.active] for norm in self._norms]):
             return cast(Tensor, self.network(x))
 
     def forward_all(
         self, images: Sequence[Tensor], sizes: Sequence[int] | None = None
     ) -> tuple[Tensor, ...]:
-        """One (N, 3, s, s) per size, the largest first -> one (N, classes) per size.
+        """Return the logits (N, classes) of each size, of images (N, 3, s, s) of each, the largest first.
 
         sizes: those of `images`, if they are not all of the network's.
 
@@ -121,42 +126,44 @@ class ResolutionSwitchable(nn.Module):
         """
         sizes = sizes or self.sizes
         if torch.compiler.is_compiling():  # a compiler sees by itself what is cast already
-            with quantized_once(self._quantized):
+            with quantize_weights_once(self._quantized):
                 return tuple(self(x, size) for x, size in zip(images, sizes, strict=True))
         logits = []
         with (
-            quantized_once(self._quantized),
-            shared_weight_casts(self._layers, len(sizes)) as begin,
+            quantize_weights_once(self._quantized),
+            cast_weights_once(self._layers, len(sizes)) as begin,
         ):
-            for number, (x, size) in enumerate(zip(images, sizes, strict=True)):
-                begin(number)
+            for index, (x, size) in enumerate(zip(images, sizes, strict=True)):
+                begin(index)
                 logits.append(self(x, size))
         return tuple(logits)
 
     @torch.no_grad()
     def complete_alpha(self) -> None:
-        """Let sizes that were added later, whose alpha is -inf, take part in the ensemble and its training,
-        beginning with the others' mean."""
+        """Set the alphas that are -inf, of sizes that were added later, to the mean of the others.
+
+        Then these sizes take part in the ensemble and in its training.
+        """
         known = self.alpha.isfinite()
         self.alpha.copy_(torch.where(known, self.alpha, self.alpha[known].mean()))
 
     def count_parameters(self) -> tuple[int, int]:
-        """Shared by all sizes, and private to one of them (BatchNorm's, alpha)."""
+        """Return the number of shared parameters, and of those of one size each (BatchNorm's, alpha)."""
         everything = sum(p.numel() for p in self.parameters())
         private = sum(p.numel() for norm in self._norms for p in norm.parameters())
         private = 0 if self.shared_norm else private
         return everything - private - len(self.alpha), private + len(self.alpha)
 
     def ensemble_weights(self) -> Tensor:
-        """(S,), positive, sum 1."""
+        """Return softmax(alpha), (S,) float32."""
         return self.alpha.float().softmax(dim=0)
 
 
 @contextmanager
-def shared_batch_counter(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """A pass within counts the batches of these BatchNorms, all different, by one operation, not by one each.
+def count_batches_together(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Add 1 to `num_batches_tracked` of all these BatchNorms by one operation, not by one each.
 
-    (Of one that the pass calls twice it counts one batch.)
+    norms: all different, of one pass in training. (One that the pass calls twice counts one batch.)
     """
     counting: list[Any] = [norm for norm in norms if _only_counts(norm)]
     for norm in counting:
@@ -171,7 +178,7 @@ def shared_batch_counter(norms: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _only_counts(norm: Any) -> bool:
-    """Whether a pass in training counts a batch, and makes no use of the count."""
+    """Return whether a pass in training counts a batch, and makes no use of the count."""
     return (
         isinstance(norm, _BatchNorm)
         and not isinstance(norm, nn.SyncBatchNorm)  # which insists on its counter

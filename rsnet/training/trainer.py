@@ -14,7 +14,7 @@ from pipelines.utils.errors import RunError
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.models.autocast import AMP_DTYPES, autocast
-from rsnet.models.quantization.bases import BasisUpdater
+from rsnet.models.quantization.lq_nets import BasisUpdater
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
@@ -182,5 +182,5 @@ def make_trainer(
         mix=mix,
         ema=ModelEma(model, c.ema) if c.ema else None,
         most_skipped=c.most_skipped,
-        bases=BasisUpdater(model) if c.is_quantized else None,
+        bases=BasisUpdater(model, model.sizes) if c.is_quantized else None,
     )

@@ -9,8 +9,7 @@ from pipelines.utils.errors import DataError
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
 from rsnet.checkpoint.weights import load_weights
 from rsnet.models.factory import create_model
-from rsnet.models.quantization.bases import update_bases
-from rsnet.models.quantization.lq_nets import Quantizer
+from rsnet.models.quantization.lq_nets import Quantizer, update_bases
 from tests.helpers.tensorflow_graph import Graph, saved
 
 # 33 pads unevenly at other places than 64; type A is for sizes that halve without a rest.

@@ -1,4 +1,4 @@
-"""What all passes share: the same bits as autocast and BatchNorm have by themselves, in fewer operations."""
+"""Weights cast once for all passes: autocast's own bits, in fewer operations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from rsnet.config.model_config import ModelConfig
-from rsnet.models import autocast as once
-from rsnet.models import switchable
+from rsnet.models import autocast, switchable
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.factory import create_model, synchronize_batchnorm
 from rsnet.training.objective import Objective
@@ -29,26 +28,30 @@ def by_themselves(monkeypatch):
         yield lambda _number: None
 
     def use():
-        monkeypatch.setattr(switchable, "shared_weight_casts", nothing)
-        monkeypatch.setattr(switchable, "shared_batch_counter", lambda _norms: nullcontext())
+        monkeypatch.setattr(switchable, "cast_weights_once", nothing)
+        monkeypatch.setattr(switchable, "count_batches_together", lambda _norms: nullcontext())
 
     return use
 
 
 def _train(model, sizes=None, dtype=torch.bfloat16, batches=2):
-    """Some batches' gradients, and the buffers; and the operations of it."""
+    """Some batches' gradients, and the buffers."""
     generator = torch.Generator().manual_seed(1)
     objective = Objective(model.train(), "ens_topdown")
     objective.zero_grad()
+    for _ in range(batches):
+        images = [torch.randn(3, 3, s, s, generator=generator) for s in SIZES]
+        images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
+            terms = objective(images, torch.tensor([0, 1, 2]), sizes)
+        terms["total"].backward()
+    return {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+def _operations(model):
     with Operations() as operations:
-        for _ in range(batches):
-            images = [torch.randn(3, 3, s, s, generator=generator) for s in SIZES]
-            images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)
-            with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
-                terms = objective(images, torch.tensor([0, 1, 2]), sizes)
-            terms["total"].backward()
-    state = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
-    return state, operations.count
+        _train(model)
+    return operations.count
 
 
 def _same(found, expected):
@@ -85,18 +88,18 @@ def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):
         convert_to_checkpointed(ours.network, options["recompute"])
     theirs = copy.deepcopy(ours)
     run = {name: options[name] for name in ("sizes", "dtype") if name in options}
-    found, _ = _train(ours, **run)
+    found = _train(ours, **run)
     by_themselves()
-    expected, _ = _train(theirs, **run)
+    expected = _train(theirs, **run)
     _same(found, expected)
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
 def test_a_weight_is_cast_once_and_a_norm_counts_once(by_themselves):
     model = create_model(ModelConfig("parallel_resnet10", 3, SIZES, width_mult=0.125))
-    _, few = _train(model)
+    few = _operations(model)
     by_themselves()
-    _, many = _train(model)
+    many = _operations(model)
     weights, norms, batches = 13, 12, 2
     assert many["_to_copy"] - few["_to_copy"] == 2 * 3 * weights * batches  # and gradients back
     sums = 2 * weights * batches  # of three gradients
@@ -108,7 +111,7 @@ def test_a_weight_is_cast_once_and_a_norm_counts_once(by_themselves):
 def test_gradients_of_a_pass_are_summed_in_float32():
     """Of 1 and 2^-9, whose sum half precision does not hold."""
     layer = nn.Linear(1, 1, bias=False)
-    with torch.autocast("cpu", torch.bfloat16), once.shared_weight_casts([layer], 2) as begin:
+    with torch.autocast("cpu", torch.bfloat16), autocast.cast_weights_once([layer], 2) as begin:
         outputs = []
         for number, x in enumerate((1.0, 2.0**-9)):
             begin(number)
@@ -120,12 +123,12 @@ def test_gradients_of_a_pass_are_summed_in_float32():
 
 
 def test_a_weight_that_no_pass_used_has_no_gradient_and_groups_are_bounded(monkeypatch):
-    monkeypatch.setattr(once, "GROUP", 8)
+    monkeypatch.setattr(autocast, "GROUP", 8)
     layers = [nn.Linear(2, 2, bias=False) for _ in range(5)]
     x = torch.ones(1, 2, requires_grad=True)
     layers[2].weight.requires_grad_(False)
     outputs = []
-    with torch.autocast("cpu", torch.bfloat16), once.shared_weight_casts(layers, 2) as begin:
+    with torch.autocast("cpu", torch.bfloat16), autocast.cast_weights_once(layers, 2) as begin:
         for number, used in enumerate(([0, 1, 2], [1, 4])):
             begin(number)
             assert layers[2].weight.dtype == torch.float32
@@ -137,7 +140,7 @@ def test_a_weight_that_no_pass_used_has_no_gradient_and_groups_are_bounded(monke
 
 def test_gradients_of_late_layers_come_before_the_end_of_the_backward(monkeypatch):
     """DDP sends them while the rest of the backward runs."""
-    monkeypatch.setattr(once, "GROUP", 20_000)
+    monkeypatch.setattr(autocast, "GROUP", 20_000)
     model = create_model(ModelConfig("parallel_resnet10", 3, SIZES, width_mult=0.125)).train()
     arrived = []
     for name, parameter in model.named_parameters():
@@ -153,13 +156,13 @@ def test_without_a_weight_that_is_trained_nothing_is_cast():
     layer = nn.Linear(2, 2).requires_grad_(False)
     double = nn.Linear(2, 2).double()
     for layers in ([], [layer], [double]):
-        with torch.autocast("cpu", torch.bfloat16), once.shared_weight_casts(layers, 1) as begin:
+        with torch.autocast("cpu", torch.bfloat16), autocast.cast_weights_once(layers, 1) as begin:
             begin(0)
             assert not any("weight" in vars(m) for m in layers)
 
 
 def test_a_failed_pass_leaves_the_layers_as_they_were():
-    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES)).train()
+    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES, width_mult=0.125)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
         model.forward_all([torch.zeros(2, 4, s, s) for s in SIZES])
@@ -170,13 +173,13 @@ def test_a_failed_pass_leaves_the_layers_as_they_were():
 def test_layers_of_other_libraries_cast_their_own_weight():
     timm = pytest.importorskip("timm", reason="its convolutions that standardise their weight")
     network = nn.Sequential(timm.layers.ScaledStdConv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    assert once.castable_layers(network) == [network[1]]
+    assert autocast.castable_layers(network) == [network[1]]
 
 
 def test_a_synchronised_norm_counts_itself():
-    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES)).train()
+    model = create_model(ModelConfig("parallel_resnet10", 3, SIZES, width_mult=0.125)).train()
     synchronize_batchnorm(model, "parallel_resnet10")
     norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    with switchable.shared_batch_counter(norms):
+    with switchable.count_batches_together(norms):
         assert all(norm.num_batches_tracked is not None for norm in norms)
     assert {int(norm.num_batches_tracked) for norm in norms} == {0}

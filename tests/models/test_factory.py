@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -15,19 +16,24 @@ from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model, gflops, list_models, synchronize_batchnorm
 from rsnet.models.switchable import SwitchableBatchNorm2d
 
-# Forward GFLOP an image at 224, 192, 160, 128, 96, counted by hand-made tables elsewhere.
+# Forward GFLOP an image at 224 and 96 pixels, counted by hand-made tables elsewhere.
 GFLOPS = {
-    "parallel_resnet18": (3.63, 2.67, 1.85, 1.19, 0.67),
-    "parallel_resnet50": (8.18, 6.01, 4.18, 2.67, 1.51),
-    "parallel_mobilenetv2": (0.60, 0.44, 0.31, 0.20, 0.11),
+    "parallel_resnet18": (3.63, 0.67),
+    "parallel_resnet50": (8.18, 1.51),
+    "parallel_mobilenetv2": (0.60, 0.11),
 }
+
+
+@functools.cache
+def _on_meta(arch, sizes=(224, 192, 160, 128, 96)):
+    with torch.device("meta"):
+        return create_model(ModelConfig(arch, 1000, sizes))
 
 
 @pytest.mark.parametrize("arch", GFLOPS)
 def test_gflops_are_the_known_ones(arch):
-    with torch.device("meta"):
-        model = create_model(ModelConfig(arch, 1000, (224, 192, 160, 128, 96)))
-    assert [gflops(model, s) for s in model.sizes] == pytest.approx(GFLOPS[arch], abs=0.011)
+    found = [gflops(_on_meta(arch), size) for size in (224, 96)]
+    assert found == pytest.approx(GFLOPS[arch], abs=0.011)
 
 
 @pytest.mark.parametrize(
@@ -35,10 +41,7 @@ def test_gflops_are_the_known_ones(arch):
     [("parallel_resnet18", 0.3), ("parallel_resnet50", 0.8), ("parallel_mobilenetv2", 3.9)],
 )
 def test_private_batchnorm_adds_the_papers_share_of_parameters(arch, share):
-    with torch.device("meta"):
-        five, one = (
-            create_model(ModelConfig(arch, 1000, s)) for s in ((224, 192, 160, 128, 96), (224,))
-        )
+    five, one = _on_meta(arch), _on_meta(arch, (224,))
     count = [sum(p.numel() for p in m.parameters()) for m in (five, one)]
     assert 100 * (count[0] / count[1] - 1) == pytest.approx(share, abs=0.06)
 
@@ -81,14 +84,16 @@ def test_every_listed_arch_has_batchnorm_and_no_other_has():
         "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "wide_resnet50_2",
     }  # fmt: skip
     for name in small:
-        network = torchvision.models.get_model(name)
+        with torch.device("meta"):
+            network = torchvision.models.get_model(name)
         has = any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
         assert has == (f"parallel_{name}" in list_models()), name
 
 
 def test_width_multiplies_where_the_network_has_it():
-    half = create_model(ModelConfig("parallel_mobilenetv2", 10, (64,), width_mult=0.5))
-    reference = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.5)
+    with torch.device("meta"):
+        half = create_model(ModelConfig("parallel_mobilenetv2", 10, (64,), width_mult=0.5))
+        reference = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.5)
     assert half.network.classifier[1].weight.shape == reference.classifier[1].weight.shape
     with pytest.raises(UsageError, match=r"--width-mult 0\.5: parallel_densenet121 has no width"):
         create_model(ModelConfig("parallel_densenet121", 10, (64,), width_mult=0.5))
@@ -97,29 +102,51 @@ def test_width_multiplies_where_the_network_has_it():
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_a_scaled_resnet_is_torchvisions_with_fewer_channels(arch):
     """At half the width each convolution has half the channels of torchvision's, in the same order."""
-    half = create_model(ModelConfig(f"parallel_{arch}", 10, (64,), width_mult=0.5)).network
-    whole = torchvision.models.get_model(arch, num_classes=10)
+    with torch.device("meta"):
+        half, same = (
+            create_model(ModelConfig(f"parallel_{arch}", 10, (64,), width_mult=width)).network
+            for width in (0.5, 1.0)
+        )
+        whole = torchvision.models.get_model(arch, num_classes=10)
     convs = [[m for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (half, whole)]
     for ours, theirs in zip(*convs, strict=True):
         assert ours.out_channels * 2 == theirs.out_channels
         assert (ours.stride, ours.kernel_size) == (theirs.stride, theirs.kernel_size)
     assert half.fc.in_features * 2 == whole.fc.in_features
-    same = create_model(ModelConfig(f"parallel_{arch}", 10, (64,), width_mult=1.0)).network
     assert sum(p.numel() for p in same.parameters()) == sum(p.numel() for p in whole.parameters())
 
 
+@pytest.mark.parametrize("mode", ["resnet", "preact", "preact_typeA"])
+@pytest.mark.parametrize("arch", ["parallel_resnet10", "parallel_resnet50"])
+def test_networks_whose_stages_all_have_the_least_width_still_shrink_the_image(arch, mode):
+    config = ModelConfig(arch, 3, (64, 33, 16), width_mult=0.01, mode=mode)
+    model = create_model(config).eval()
+    channels = []
+    model.network.avgpool.register_forward_pre_hook(lambda _m, x: channels.append(x[0].shape[1:]))
+    for size in model.sizes:
+        assert model(torch.randn(1, 3, size, size)).shape == (1, 3)
+    width = 8 if arch == "parallel_resnet10" else 32
+    assert channels == [(width, 2, 2), (width, 2, 2), (width, 1, 1)]
+
+
 def test_resnet10_has_one_block_a_stage():
-    network = create_model(ModelConfig("parallel_resnet10", 10, (64,))).network
+    with torch.device("meta"):
+        network = create_model(ModelConfig("parallel_resnet10", 10, (64,))).network
     assert [len(getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
     assert network.fc.in_features == 512
 
 
 @pytest.mark.parametrize(
-    ("arch", "stride"),
-    [("parallel_resnet18", 8), ("parallel_mobilenetv2", 16), ("parallel_timm/resnet18", 8)],
+    ("arch", "width_mult", "stride"),
+    [
+        ("parallel_resnet10", 0.25, 8),
+        ("parallel_mobilenetv2", 0.25, 16),
+        ("parallel_timm/resnet18", 1.0, 8),
+    ],
 )
-def test_the_small_stem_shrinks_the_picture_less(arch, stride):
-    model = create_model(ModelConfig(arch, 10, (32, 16), stem="small")).eval()
+def test_the_small_stem_shrinks_the_image_less(arch, width_mult, stride):
+    config = ModelConfig(arch, 10, (32, 16), width_mult=width_mult, stem="small")
+    model = create_model(config).eval()
     shapes = []
     last = [m for m in model.modules() if isinstance(m, nn.Conv2d)][-1]
     last.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[-1]))
@@ -129,26 +156,6 @@ def test_the_small_stem_shrinks_the_picture_less(arch, stride):
     assert (first.kernel_size, first.stride) == ((3, 3), (1, 1))
     fan_out = 9 * first.out_channels
     assert first.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15)
-
-
-def test_blurpool_blurs_before_every_strided_convolution_but_the_first():
-    plain = create_model(ModelConfig("parallel_resnet18", 10, (64,))).eval()
-    blurred = create_model(ModelConfig("parallel_resnet18", 10, (64,), blurpool=True)).eval()
-    assert list(plain.state_dict()) == list(blurred.state_dict())
-    blurred.load_state_dict(plain.state_dict())
-    for name, module in blurred.named_modules():
-        if not isinstance(module, nn.Conv2d):
-            continue
-        ordinary = plain.get_submodule(name)
-        x = torch.randn(2, module.in_channels, 10, 10)
-        if module.stride == (2, 2) and name != "network.conv1":
-            line = torch.tensor([1.0, 2, 1]) / 4
-            x_blurred = nn.functional.conv2d(
-                x.flatten(0, 1)[:, None], torch.outer(line, line)[None, None], padding=1
-            ).view_as(x)
-            torch.testing.assert_close(module(x), ordinary(x_blurred), rtol=1e-4, atol=1e-5)
-        else:
-            torch.testing.assert_close(module(x), ordinary(x))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,7 @@ def test_blurpool_blurs_before_every_strided_convolution_but_the_first():
     ],
 )
 def test_an_unknown_arch_suggests_near_names(arch, message):
-    with pytest.raises(UsageError, match=message):
+    with torch.device("meta"), pytest.raises(UsageError, match=message):
         create_model(ModelConfig(arch, 10, (64,)))
 
 
@@ -176,17 +183,17 @@ def test_an_unknown_arch_suggests_near_names(arch, message):
     ],
 )
 def test_sizes_too_small_for_the_network_are_refused(arch, sizes, message):
-    with pytest.raises(UsageError, match=message):
+    with torch.device("meta"), pytest.raises(UsageError, match=message):
         create_model(ModelConfig(arch, 10, sizes))
 
 
 def test_a_deepcopy_of_a_built_network_computes_the_same():
-    model = create_model(ModelConfig("parallel_resnet18", 5, (32, 16))).eval()
+    model = create_model(ModelConfig("parallel_resnet10", 5, (32, 16), width_mult=0.25)).eval()
     x = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
 
 
-@pytest.mark.parametrize("arch", ["parallel_resnet18", "parallel_timm/resnet10t"])
+@pytest.mark.parametrize("arch", ["parallel_resnet10", "parallel_timm/resnet10t"])
 def test_synchronized_batchnorm_stays_private(arch):
     """And keeps its weights, names and, of timm's layers, activations; it is computed on GPUs alone."""
     model = create_model(ModelConfig(arch, 3, (64, 32)))
@@ -206,17 +213,17 @@ def test_synchronized_batchnorm_stays_private(arch):
 @pytest.mark.parametrize(
     ("arch", "options"),
     [
-        ("parallel_resnet18", {}),
+        ("parallel_resnet10", {}),
         ("parallel_resnet50", {}),
         ("parallel_mobilenetv2", {}),
-        ("parallel_resnet18", {"mode": "preact", "qw": 2, "qa": 2}),
+        ("parallel_resnet10", {"mode": "preact", "qw": 2, "qa": 2}),
         ("parallel_resnet50", {"mode": "preact_typeA", "qw": 2, "qa": 2}),
-        ("parallel_resnet18", {"tf_padding": True, "qw": 2}),
+        ("parallel_resnet10", {"tf_padding": True, "qw": 2}),
     ],
 )
 def test_feature_maps_and_gradients_of_convolutions_are_channels_last_everywhere(arch, options):
     model = (
-        create_model(ModelConfig(arch, 4, (64, 32), **options))
+        create_model(ModelConfig(arch, 4, (64, 32), width_mult=0.25, **options))
         .to(memory_format=torch.channels_last)
         .train()
     )

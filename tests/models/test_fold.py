@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torchvision.models import DenseNet
 
 from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import ModelConfig
@@ -27,7 +28,7 @@ NETWORKS = {
     "parallel_resnet10 quantized": ({"width_mult": 0.25, "qw": 2}, 11),
     "parallel_mobilenetv2": ({"width_mult": 0.25}, 0),
     "parallel_shufflenet_v2_x0_5": ({}, 0),
-    "parallel_densenet121": ({}, 62),
+    "a small DenseNet": ({}, 4 + 1 + 1),
     "parallel_timm/resnetv2_18": ({}, 9),
 }
 
@@ -35,8 +36,10 @@ NETWORKS = {
 def _make(name: str):
     """A network in which no two BatchNorms are alike; at the smallest size strided layers see one pixel."""
     options, _ = NETWORKS[name]
-    sizes = (64, 32) if "densenet" in name else (32, 16)
-    model = create_model(ModelConfig(name.split()[0], 5, sizes, **options)).eval()
+    if name == "a small DenseNet":  # two blocks of two layers
+        model = ResolutionSwitchable(DenseNet(8, (2, 2), 16, num_classes=5), (32, 16)).eval()
+    else:
+        model = create_model(ModelConfig(name.split()[0], 5, (32, 16), **options)).eval()
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):

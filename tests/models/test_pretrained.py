@@ -12,12 +12,22 @@ import torchvision
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
+from rsnet.models.resnet import scaled_resnet
 
 SIZES = (48, 32)
 
 
 class _Own:
     """An object that a trainer may have put beside its weights."""
+
+
+def _network(num_classes=7):
+    return scaled_resnet("resnet10", num_classes, width_mult=0.125)
+
+
+def _load(weights, num_classes=7):
+    config = ModelConfig("parallel_resnet10", num_classes, SIZES, width_mult=0.125)
+    return create_model(config, pretrained=str(weights))
 
 
 def _trained(network):
@@ -66,11 +76,9 @@ def test_every_resolution_starts_as_the_ordinary_network(tmp_path, arch, make):
     ],
 )
 def test_files_of_known_trainers_are_read(tmp_path, wrap):
-    plain = _trained(torchvision.models.resnet18(num_classes=7))
+    plain = _trained(_network())
     torch.save(wrap(plain.state_dict()), tmp_path / "plain.pth")
-    model = create_model(
-        ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "plain.pth")
-    )
+    model = _load(tmp_path / "plain.pth")
     assert torch.equal(model.network.conv1.weight, plain.conv1.weight)
 
 
@@ -91,52 +99,40 @@ def test_classifiers_on_the_side_are_left_out(tmp_path, name, options):
 def test_safetensors_are_read(tmp_path):
     from safetensors.torch import save_file
 
-    plain = _trained(torchvision.models.resnet18(num_classes=7))
+    plain = _trained(_network())
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
-    model = create_model(
-        ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "plain.safetensors")
-    )
+    model = _load(tmp_path / "plain.safetensors")
     assert torch.equal(model.network.conv1.weight, plain.conv1.weight)
 
 
 def test_a_classifier_of_other_classes_starts_anew(tmp_path):
-    plain = torchvision.models.resnet18(num_classes=7)
+    plain = _network()
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
-    model = create_model(
-        ModelConfig("parallel_resnet18", 4, SIZES), pretrained=str(tmp_path / "plain.pth")
-    )
-    assert model.network.fc.weight.shape == (4, 512)
+    model = _load(tmp_path / "plain.pth", num_classes=4)
+    assert model.network.fc.weight.shape == (4, 64)
     assert torch.equal(model.network.layer4[0].conv1.weight, plain.layer4[0].conv1.weight)
 
 
 def test_what_does_not_fit_is_listed_by_name_and_shape(tmp_path):
-    state = torchvision.models.resnet18(num_classes=7).state_dict()
-    state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+    state = _network().state_dict()
+    state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
     del state["bn1.weight"]
     torch.save(state, tmp_path / "plain.pth")
     with pytest.raises(DataError) as error:
-        create_model(
-            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "plain.pth")
-        )
-    assert "bn1.weight (64,) is missing" in str(error.value)
-    assert "conv1.weight is (64, 3, 3, 3), not (64, 3, 7, 7)" in str(error.value)
+        _load(tmp_path / "plain.pth")
+    assert "bn1.weight (8,) is missing" in str(error.value)
+    assert "conv1.weight is (8, 3, 3, 3), not (8, 3, 7, 7)" in str(error.value)
 
 
 def test_weights_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"--pretrained: there is no file .*/none\.pth"):
-        create_model(
-            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "none.pth")
-        )
+        _load(tmp_path / "none.pth")
     with pytest.raises(UsageError, match="torchvision's resnet18 has IMAGENET1K_V1"):
         create_model(ModelConfig("parallel_resnet18", 7, SIZES), pretrained="IMAGENET21K")
     (tmp_path / "page.pth").write_text("<html>404</html>")
     with pytest.raises(DataError, match=r"page\.pth has no readable weights") as error:
-        create_model(
-            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "page.pth")
-        )
+        _load(tmp_path / "page.pth")
     assert "\n" not in str(error.value)
     torch.save({"model": _Own()}, tmp_path / "own.pth")
     with pytest.raises(DataError, match=r"it holds code: \S*_Own$"):
-        create_model(
-            ModelConfig("parallel_resnet18", 7, SIZES), pretrained=str(tmp_path / "own.pth")
-        )
+        _load(tmp_path / "own.pth")

@@ -7,15 +7,17 @@ import copy
 import pytest
 import timm
 import torch
-import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.resnet import BasicBlock
 
-from rsnet.models.state_dict import select_sizes
+from rsnet.models.resnet import scaled_resnet
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d, make_switchable
 
 SIZES = (48, 40, 32)
+
+
+def _network() -> nn.Module:
+    return scaled_resnet("resnet10", num_classes=5, width_mult=0.125)
 
 
 def _norm(x, norm, training=False):
@@ -37,7 +39,7 @@ def _randomised(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def model() -> ResolutionSwitchable:
-    network = torchvision.models.resnet18(num_classes=5)
+    network = _network()
     return _randomised(ResolutionSwitchable(network, SIZES)).eval()
 
 
@@ -50,7 +52,7 @@ def test_the_selected_batchnorm_is_applied():
 
 
 def test_only_batchnorm_becomes_private():
-    plain = torchvision.models.resnet18(num_classes=5)
+    plain = _network()
     others = {
         n: p for n, p in plain.named_parameters() if "bn" not in n and "downsample.1" not in n
     }
@@ -60,12 +62,12 @@ def test_only_batchnorm_becomes_private():
     for name, parameter in others.items():
         assert model.get_parameter(name) is parameter
     layers = [m for m in model.modules() if isinstance(m, SwitchableBatchNorm2d)]
-    assert len(layers) == norms == 20
+    assert len(layers) == norms == 12
     assert all(len(layer.by_resolution) == 3 for layer in layers)
 
 
 def test_a_new_network_starts_as_the_plain_one():
-    plain = torchvision.models.resnet18(num_classes=5).eval()
+    plain = _network().eval()
     x = torch.randn(2, 3, 40, 40)
     expected = plain(x)
     model = ResolutionSwitchable(plain, SIZES).eval()
@@ -87,22 +89,20 @@ def test_each_resolution_updates_only_its_own_batchnorm(model):
 
 
 def test_a_shared_norm_is_one_for_all_sizes():
-    network = torchvision.models.resnet18(num_classes=5)
+    network = _network()
     model = ResolutionSwitchable(network, SIZES, shared_norm=True)
     layers = [m for m in model.modules() if isinstance(m, SwitchableBatchNorm2d)]
     assert {len(layer.by_resolution) for layer in layers} == {1}
-    plain = torchvision.models.resnet18(num_classes=5)
+    plain = _network()
     assert model.count_parameters() == (sum(p.numel() for p in plain.parameters()), len(SIZES))
     for i, size in enumerate(SIZES, start=1):
         model(torch.randn(2, 3, size, size))
         assert layers[0].by_resolution[0].num_batches_tracked == i
-    part = ResolutionSwitchable(torchvision.models.resnet18(num_classes=5), (40,), True)
-    part.load_state_dict(select_sizes(model.state_dict(), SIZES, (40,), shared_norm=True))
 
 
 def test_private_parameters_are_those_of_batchnorm_and_the_ensemble(model):
     shared, private = model.count_parameters()
-    plain = torchvision.models.resnet18(num_classes=5)
+    plain = _network()
     norms = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
     in_norms = sum(p.numel() for m in norms for p in m.parameters())
     assert private == 3 * in_norms + 3
@@ -110,7 +110,7 @@ def test_private_parameters_are_those_of_batchnorm_and_the_ensemble(model):
 
 
 def test_sizes_are_sorted_and_batchnorm_is_found_by_size(model):
-    network = torchvision.models.resnet18(num_classes=5)
+    network = _network()
     shuffled = ResolutionSwitchable(network, (32, 48, 40)).eval()
     shuffled.load_state_dict(model.state_dict())
     assert shuffled.sizes == SIZES
@@ -132,7 +132,7 @@ def test_an_unknown_size_is_refused(model):
 @pytest.mark.parametrize("sizes", [(), (32, 32), (0, 32), (-1,)])
 def test_malformed_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="distinct and positive"):
-        ResolutionSwitchable(torchvision.models.resnet18(), sizes)
+        ResolutionSwitchable(_network(), sizes)
 
 
 def test_a_network_without_batchnorm_is_refused():
@@ -202,7 +202,7 @@ class _All(nn.Module):
 @pytest.mark.slow  # test_compile.py has a smaller one
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_as_one_graph_it_still_switches():
-    network = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    network = _network()
     model = _randomised(ResolutionSwitchable(network, SIZES)).eval()
     images = [torch.randn(2, 3, s, s) for s in SIZES]
     compiled = torch.compile(_All(model), backend="aot_eager", fullgraph=True)
@@ -217,19 +217,3 @@ def test_exported_at_one_size_it_is_that_resolution(model):
     exported = torch.export.export(model, (x,), {"size": 32}).module()
     model.select(48)
     torch.testing.assert_close(exported(x, size=32), model(x, 32), rtol=0, atol=0)
-
-
-def test_a_subset_of_the_sizes_takes_their_batchnorm_along(model):
-    part = ResolutionSwitchable(torchvision.models.resnet18(num_classes=5), (32, 48)).eval()
-    with torch.no_grad():
-        model.alpha.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    part.load_state_dict(select_sizes(model.state_dict(), model.sizes, part.sizes))
-    x = torch.randn(1, 3, 32, 32)
-    for size in part.sizes:
-        torch.testing.assert_close(part(x, size), model(x, size))
-    assert part.alpha.tolist() == [1.0, 3.0]
-
-
-def test_a_size_that_was_not_trained_cannot_be_taken(model):
-    with pytest.raises(ValueError, match=r"\[36\] are not among the trained \[48, 40, 32\]"):
-        select_sizes(model.state_dict(), model.sizes, (48, 36))

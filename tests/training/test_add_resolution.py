@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 
@@ -44,39 +43,6 @@ def _trained():
             norm.running_mean.normal_(0, 0.2)
             norm.running_var.uniform_(0.5, 2)
     return model.eval()
-
-
-def test_neighbours_share_by_distance():
-    assert neighbour_shares((224, 192, 160), 176) == {192: 0.5, 160: 0.5}
-    assert neighbour_shares((224, 160), 176) == {224: 0.25, 160: 0.75}
-    assert neighbour_shares((224, 160), 256) == {224: 1.0}
-    assert neighbour_shares((224, 160), 96) == {160: 1.0}
-
-
-def test_the_new_batchnorm_is_the_neighbours_mean():
-    model = _trained()
-    state = add_size(model.state_dict(), SIZES, 36, neighbour_shares(SIZES, 36))
-    grown = _model((48, 40, 36, 24))
-    grown.load_state_dict(state)
-    for before, after in zip(model._norms, grown._norms, strict=True):
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            at_40, at_24 = (getattr(before.by_resolution[i], name) for i in (1, 2))
-            expected = 0.75 * at_40 + 0.25 * at_24
-            torch.testing.assert_close(getattr(after.by_resolution[2], name), expected)
-
-
-@pytest.mark.parametrize("size", [64, 44, 32, 16])
-def test_other_sizes_and_the_ensemble_stay_bit_equal(size):
-    model = _trained()
-    state = add_size(copy.deepcopy(model.state_dict()), SIZES, size, neighbour_shares(SIZES, size))
-    grown = _model((*SIZES, size)).eval()
-    grown.load_state_dict(state)
-    for s in SIZES:
-        x = torch.randn(2, 3, s, s)
-        assert torch.equal(grown(x), model(x))
-    weights = dict(zip(grown.sizes, grown.ensemble_weights().tolist(), strict=True))
-    assert weights.pop(size) == 0
-    assert list(weights.values()) == model.ensemble_weights().tolist()
 
 
 @pytest.fixture(scope="module")

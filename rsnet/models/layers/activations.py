@@ -1,4 +1,4 @@
-"""Activations in place of which autograd would keep a copy of their input.
+"""Activations that do not make autograd copy their input.
 
 Where the derivative is a function of the input, autograd copies it before an activation in place overwrites
 it: a pass over memory that an activation out of place does not need. ReLU6's is also a function of its
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 class ReLU6(nn.ReLU6):
-    """nn.ReLU6, which keeps its output for the backward, not its input: the same bits.
+    """An nn.ReLU6 that keeps its output for the backward, not its input: the same bits.
 
     As after a ReLU, nothing may overwrite that output in place; autograd says so where it happens.
     """
@@ -44,7 +44,7 @@ class _ReLU6(torch.autograd.Function):
 
 
 class _OutOfPlace(nn.Module):
-    """Put before an activation's class: in training it leaves its input as it is."""
+    """A mixin before an activation's class: in training it does not overwrite its input."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -68,16 +68,16 @@ class Mish(_OutOfPlace, nn.Mish):
     function = staticmethod(F.mish)
 
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+_CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU6: ReLU6, nn.SiLU: SiLU, nn.Hardswish: Hardswish, nn.Hardsigmoid: Hardsigmoid, nn.Mish: Mish,
 }  # fmt: skip
 
 
 def convert_activations(network: nn.Module) -> None:
-    """Make the activations of `network` of which autograd would copy the input such ones, in place."""
+    """Convert the activations of `network` whose input autograd would copy, in place."""
     for module in network.modules():
-        if ours := _OURS.get(type(module)):
-            module.__class__ = ours
+        if converted := _CONVERTED.get(type(module)):
+            module.__class__ = converted
 
 
 def _trains(x: Tensor) -> bool:

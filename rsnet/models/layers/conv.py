@@ -1,4 +1,7 @@
-"""Convolutions that see a padded or blurred input: TensorFlow's SAME padding, and blur before striding."""
+"""Convolutions and poolings whose input is blurred first, or padded as TensorFlow pads it.
+
+`convert_*` change the class of modules, so that names and parameters stay.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from torch.nn import functional as F
 
 from rsnet.models.layers.onednn_workarounds import SinglePixelConv2d
 
-# ffcv-imagenet leaves out layers of fewer channels: the first, which sees the picture.
+# ffcv-imagenet leaves out layers of fewer channels: the first, which sees the image.
 LEAST_CHANNELS = 16
 
 
 class BlurredConv2d(SinglePixelConv2d):
-    """A convolution after a 3 x 3 binomial filter (Zhang 2019, section 3.2, in the order of ffcv-imagenet:
-    blur, then the strided convolution). Its parameters have the convolution's names."""
+    """A convolution after a 3 x 3 binomial filter (Zhang 2019, section 3.2), in the order of ffcv-imagenet:
+    blur, then the strided convolution. Its parameters have the convolution's names."""
 
     blur: Tensor  # (channels, 1, 3, 3)
 
@@ -27,7 +30,7 @@ class BlurredConv2d(SinglePixelConv2d):
 
 
 def convert_to_blurpool(network: nn.Module) -> None:
-    """Blur before every strided convolution of at least 16 channels, in place."""
+    """Blur before every strided convolution of at least 16 input channels, in place."""
     for module in network.modules():
         if (
             isinstance(module, nn.Conv2d)
@@ -40,23 +43,8 @@ def convert_to_blurpool(network: nn.Module) -> None:
             module.register_buffer("blur", kernel, persistent=False)
 
 
-class _Same(nn.Module):
-    """Put before the class of a convolution or max pooling, whose own padding is then 0."""
-
-    same_value: float  # what is padded with
-
-    def forward(self, x: Tensor) -> Tensor:
-        own: Any = self
-        kernel, stride = _side(own.kernel_size), _side(own.stride)
-        sides = []
-        for length in reversed(x.shape[2:]):
-            total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
-            sides += [total // 2, total - total // 2]
-        return cast(Tensor, super().forward(F.pad(x, sides, value=self.same_value)))
-
-
 def convert_to_same_padding(network: nn.Module) -> None:
-    """Make the strided convolutions and max poolings of `network` that pad do it as TensorFlow, in place.
+    """Let the strided convolutions and max poolings of `network` that pad do it as TensorFlow, in place.
 
     3x3 with stride 2 on an even size: no pixel before, one after; 7x7: two and three. timm's own layers
     for SAME, which have a padding of 0, stay.
@@ -71,10 +59,26 @@ def convert_to_same_padding(network: nn.Module) -> None:
             is_pool = isinstance(module, nn.MaxPool2d)
             module.padding = 0 if is_pool else (0, 0)
             kind = type(module)
-            module.__class__ = type(f"Same{kind.__name__}", (_Same, kind), {})
-            same: Any = module
-            same.same_value = -torch.inf if is_pool else 0.0
+            module.__class__ = type(f"Same{kind.__name__}", (_SamePadding, kind), {})
+            padded: Any = module
+            padded.same_value = -torch.inf if is_pool else 0.0
+
+
+class _SamePadding(nn.Module):
+    """A mixin before the class of a convolution or max pooling, whose own padding is then 0."""
+
+    same_value: float  # what is padded with
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self
+        kernel, stride = _side(own.kernel_size), _side(own.stride)
+        sides = []
+        for length in reversed(x.shape[2:]):
+            total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+            sides += [total // 2, total - total // 2]
+        return cast(Tensor, super().forward(F.pad(x, sides, value=self.same_value)))
 
 
 def _side(size: int | tuple[int, ...]) -> int:
+    """Return the length of a square's side."""
     return size if isinstance(size, int) else size[0]

@@ -1,4 +1,7 @@
-"""Convolutions that oneDNN computes slowly, inexactly, or not at all."""
+"""Convolutions that oneDNN computes slowly, inexactly, or not at all on a CPU, computed in another way.
+
+`convert_*` change the class of the modules that are concerned, so that names and parameters stay.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Values in float32 at once: 4 MB stay in the caches, and are no new pages of memory each time (16 images of
+# 96 x 112 x 112 pixels: 41 ms instead of 97).
+CHUNK = 2**20
+
+# oneDNN's block of input channels in float32 with AVX-512.
+BLOCK = 16
+
 
 class SinglePixelConv2d(nn.Conv2d):
     """A padded k x k convolution that applies its centre alone to a 1 x 1 input: the same numbers.
 
     The rest of the kernel meets only padding. oneDNN's bfloat16 weight gradient of that rest reads
-    outside the picture if the stride is above 1 (seen with torch 2.15 on a CPU: gradients up to 1e33),
+    outside the image if the stride is above 1 (seen with torch 2.15 on a CPU: gradients up to 1e33),
     and the shared weight carries it to every other size.
     """
 
@@ -26,18 +36,13 @@ class SinglePixelConv2d(nn.Conv2d):
 
 
 def convert_single_pixel_convs(network: nn.Module) -> None:
-    """Make the strided convolutions of `network`, padded by half their kernel, such ones, in place."""
+    """Convert the strided convolutions of `network`, padded by half their kernel, in place."""
     for module in network.modules():
         if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
             continue
         half = tuple(k // 2 for k in module.kernel_size)
         if max(module.stride) > 1 and max(module.kernel_size) > 1 and module.padding == half:
             module.__class__ = SinglePixelConv2d
-
-
-# Values in float32 at once: 4 MB stay in the caches, and are no new pages of memory each time (16 images of
-# 96 x 112 x 112 pixels: 41 ms instead of 97).
-CHUNK = 2**20
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -49,19 +54,62 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        trains = (
-            torch.is_grad_enabled() and self.bias is None
-        )  # it gets one when BatchNorm is folded
+        # It has a bias after BatchNorm is folded.
+        trains = torch.is_grad_enabled() and self.bias is None
         if trains and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-            # Not one that `cast_once` rounded; a quantized one is no parameter.
+            # Not the copy that `cast_weights_once` rounded. A quantized weight is no parameter.
             weight = self._parameters.get("weight", self.weight)
             return cast(Tensor, _Depthwise.apply(x.to(dtype), weight, self.stride, self.padding))
         return super().forward(x)
 
 
+def convert_depthwise_convs(network: nn.Module) -> None:
+    """Convert the depthwise convolutions of `network` that are strided or wider than 3 x 3, in place.
+
+    Those that pad or blur their input themselves stay as they are.
+    """
+    for module in network.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and type(module) in (nn.Conv2d, SinglePixelConv2d)
+            and module.groups == module.in_channels == module.out_channels > 1
+            and module.bias is None
+            and module.dilation == (1, 1)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+            and (max(module.stride) > 1 or max(module.kernel_size) > 3)
+        ):
+            module.__class__ = DepthwiseConv2d
+
+
+class SubsampledConv2d(nn.Conv2d):
+    """A strided 1 x 1 convolution that subsamples its input, then strides by 1: the same numbers.
+
+    oneDNN's float32 weight gradient of a strided one writes past its workspace if a channels-last
+    input has fewer channels than a block (oneDNN issue 6035; torch 2.15 on a CPU crashes).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, right = self.stride
+        return F.conv2d(x[..., ::down, ::right], self.weight, self.bias, groups=self.groups)
+
+
+def convert_pointwise_convs(network: nn.Module) -> None:
+    """Convert the strided 1 x 1 convolutions of `network` with fewer than 16 input channels, in place."""
+    for module in network.modules():
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (1, 1)
+            and module.padding == (0, 0)
+            and max(module.stride) > 1
+            and module.in_channels < BLOCK
+        ):
+            module.__class__ = SubsampledConv2d
+
+
 class _Depthwise(torch.autograd.Function):
-    """Gradients of the weight come in the weight's own precision, float32."""
+    """The gradient of the weight has the weight's own precision, float32."""
 
     @staticmethod
     def forward(
@@ -90,51 +138,3 @@ class _Depthwise(torch.autograd.Function):
             if of_x is not None:
                 of_x[part] = part_of_x
         return of_x, of_weight, None, None
-
-
-def convert_depthwise_convs(network: nn.Module) -> None:
-    """Make the depthwise convolutions of `network` that are strided or wide such ones, in place.
-
-    Those that pad or blur their input themselves stay as they are.
-    """
-    for module in network.modules():
-        if (
-            isinstance(module, nn.Conv2d)
-            and type(module) in (nn.Conv2d, SinglePixelConv2d)
-            and module.groups == module.in_channels == module.out_channels > 1
-            and module.bias is None
-            and module.dilation == (1, 1)
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
-            and (max(module.stride) > 1 or max(module.kernel_size) > 3)
-        ):
-            module.__class__ = DepthwiseConv2d
-
-
-# oneDNN's block of input channels in float32 with AVX-512.
-BLOCK = 16
-
-
-class SkippingConv2d(nn.Conv2d):
-    """A strided 1 x 1 convolution as one of stride 1 on the pixels that it sees: the same numbers.
-
-    oneDNN's float32 weight gradient of a strided one writes past its workspace if a channels-last
-    input has fewer channels than a block (oneDNN issue 6035; torch 2.15 on a CPU crashes).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        down, right = self.stride
-        return F.conv2d(x[..., ::down, ::right], self.weight, self.bias, groups=self.groups)
-
-
-def convert_pointwise_convs(network: nn.Module) -> None:
-    """Make the strided 1 x 1 convolutions of `network` that have so few channels such ones, in place."""
-    for module in network.modules():
-        if (
-            type(module) is nn.Conv2d
-            and module.kernel_size == (1, 1)
-            and module.padding == (0, 0)
-            and max(module.stride) > 1
-            and module.in_channels < BLOCK
-        ):
-            module.__class__ = SkippingConv2d

@@ -1,4 +1,4 @@
-"""Quantized weights as K bits each: what a release stores of a quantized network, and back, bit for bit."""
+"""Quantized weights stored as K bits each, as releases do it, and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rsnet.models.quantization.lq_nets import Quantizer, WeightQuantizer, code_table, level_table
+from rsnet.models.quantization.encode import code_table, level_indices, level_table
+from rsnet.models.quantization.lq_nets import Quantizer, WeightQuantizer
 
 CODES, BASIS = ".codes", ".basis"  # behind the name of a quantized weight
 
@@ -15,11 +16,12 @@ State = dict[str, Tensor]
 
 
 def pack_state_dict(model: nn.Module) -> State:
-    """The state dict, with WEIGHT.codes and WEIGHT.basis in place of every quantized weight.
+    """Return the state dict, with WEIGHT.codes and WEIGHT.basis in place of every quantized weight.
 
     codes: uint8, (ceil(n K / 8),), K bits for each of the n weights, in the order of (C, in, h, w), the
-    lowest first, without gaps. Bit k is the sign of entry k of its channel's basis, (C, K) float32; their
-    sum is the weight. Of other quantizers the basis stays; what only training needs is left out.
+    lowest first, without gaps. Bit k is the sign of entry k of its channel's basis, (C, K) float32; the sum
+    of the signed entries is the weight. Activation quantizers keep their basis; moving averages, which only
+    training needs, are left out.
     """
     state = dict(model.state_dict())
     for name, quantizer in model.named_modules():
@@ -36,9 +38,10 @@ def pack_state_dict(model: nn.Module) -> State:
 
 
 def unpack_state_dict(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
-    """What `pack_state_dict` gave -> a state dict as `like`, of the network with unquantized weights.
+    """Return what `pack_state_dict` packed as a state dict with the names and shapes of `like`.
 
-    Quantizers of activations and counts of batches are as after no training at all.
+    like: the state dict of the network with unquantized weights. The moving averages of the activations'
+    quantizers and the counts of batches are those of a new network.
     """
     state = {}
     for name, expected in like.items():
@@ -46,14 +49,14 @@ def unpack_state_dict(stored: Mapping[str, Tensor], like: Mapping[str, Tensor]) 
             state[name] = stored[name]
         elif name + CODES in stored:
             state[name] = _weight(stored[name + CODES], stored[name + BASIS], expected.shape)
-        else:  # what only training goes on from
+        else:  # needed only to continue the training
             start = torch.ones if name.endswith(".rest") else torch.zeros
             state[name] = start(expected.shape, dtype=expected.dtype)
     return state
 
 
 def pack_bits(numbers: Tensor, bits: int) -> Tensor:
-    """n numbers below 2^bits, of any shape -> (ceil(n bits / 8),) uint8."""
+    """Pack n numbers below 2^bits, of any shape, into (ceil(n bits / 8),) uint8."""
     length = -(-numbers.numel() * bits // 8)
     if numbers.device.type == "meta":
         return torch.empty(length, dtype=torch.uint8, device="meta")
@@ -63,22 +66,23 @@ def pack_bits(numbers: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(stored: Tensor, bits: int, count: int) -> Tensor:
-    """What `pack_bits` gave -> (count,) int64."""
+    """Undo `pack_bits`: return (count,) int64."""
     digits = (stored[:, None].long() >> torch.arange(8)) & 1
     return (digits.flatten()[: count * bits].reshape(count, bits) << torch.arange(bits)).sum(1)
 
 
 def _numbers(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """The number of each weight's code, (C, n)."""
+    """Return the number of each weight's code, (C, n)."""
     if weight.device.type == "meta":
         return weight
     thresholds, _, codes = level_table(quantizer.basis, quantizer.codes)
-    rank = torch.searchsorted(thresholds[:, 1:].contiguous(), weight.flatten(1))
     powers = 2 ** torch.arange(quantizer.bits)
-    return ((codes > 0) * powers).sum(2).gather(1, rank)
+    numbers = ((codes > 0) * powers).sum(2)
+    return numbers.gather(1, level_indices(weight.flatten(1), thresholds))
 
 
 def _weight(stored: Tensor, basis: Tensor, shape: torch.Size) -> Tensor:
+    """Return the quantized weight, (C, ...), of its packed codes and its basis, (C, K)."""
     bits = basis.shape[1]
     numbers = unpack_bits(stored, bits, shape.numel()).reshape(len(basis), -1)
     levels = (basis[:, None] * code_table(bits, -1.0)).sum(2)

@@ -1,4 +1,7 @@
-"""Values as levels: which one each gets, how many get it, and what they add up to."""
+"""How LQ-Nets' quantizers round: levels, the thresholds between them, and the level of every value.
+
+Everything that depends on the thresholds is here, and as compiled code in `encode_numba`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 COMPILED = (torch.float32, torch.bfloat16)  # on a CPU
 
@@ -15,14 +19,43 @@ COMPILED = (torch.float32, torch.bfloat16)  # on a CPU
 AT_ONCE = 4
 
 
+def code_table(bits: int, lowest: float) -> Tensor:
+    """Return the codes, (2^K, K), in the order of the binary numbers: 1 where a bit is set, else `lowest`."""
+    ones = (torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1
+    return torch.where(ones > 0, 1.0, lowest)
+
+
+@torch.no_grad()
+def level_table(basis: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return thresholds and levels of bases (C, K), (C, L) each, ascending, and the levels' codes, (C, L, K).
+
+    codes: (L, K), of {-1, 1} or {0, 1}; the latter have 0 as their first level, whatever the basis. A
+    threshold lies in the middle between two levels; the first one is -inf.
+    """
+    levels, order = (basis[:, None] * codes).sum(2).sort(dim=1)
+    thresholds = F.pad((levels[:, 1:] + levels[:, :-1]) / 2, (1, 0), value=-torch.inf)
+    ranked = codes[order]
+    # The original puts what lies below the first threshold at 0 after it has sorted; with a negative entry in
+    # the basis the lowest level would be another.
+    is_signed = codes[0, 0] < 0
+    levels[:, 0] = torch.where(is_signed, levels[:, 0], 0)
+    ranked[:, 0] = torch.where(is_signed, ranked[:, 0], 0)
+    return thresholds, levels, ranked
+
+
+def level_indices(rows: Tensor, thresholds: Tensor) -> Tensor:
+    """Return the index of each value's level, (C, n), by the last of the thresholds, (C, L), below it."""
+    return torch.searchsorted(thresholds[:, 1:].contiguous(), rows.float())
+
+
 def encode(
     values: Tensor, thresholds: Tensor, levels: Tensor, counting: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Replace every value by the level of its interval.
 
     values: C rows along the first dimension, each with a table of its own, or any shape if C is 1.
-    thresholds: (C, L), ascending, levels: (C, L), both float32. The first threshold is -inf; a value gets
-    the level of the last threshold that lies below it; NaN and -inf stay, so that a loss shows them.
+    thresholds: (C, L), ascending, levels: (C, L), both float32, see `level_table`. A value gets the level of
+    the last threshold that lies below it; NaN and -inf stay, so that a loss shows them.
 
     Returns them in values' dtype and memory layout, and, if `counting`, (C, 2, L) float64: how many values
     are at each level, and their sum. Empty levels have exactly 0 of both.
@@ -37,16 +70,16 @@ def encode(
     if _is_compiled(values):
         above = _kernels().encode(rows, thresholds, levels, coded_rows)
     else:
-        numbers = torch.searchsorted(thresholds[:, 1:].contiguous(), rows.float())
-        coded_rows.copy_(levels.gather(1, numbers).where(rows > -torch.inf, rows))
+        chosen = levels.gather(1, level_indices(rows, thresholds))
+        coded_rows.copy_(chosen.where(rows > -torch.inf, rows))
         above = _above(rows, thresholds) if counting else None
     if above is None or not counting:
         return coded, None
-    return coded, above - torch.nn.functional.pad(above[..., 1:], (0, 1))
+    return coded, above - F.pad(above[..., 1:], (0, 1))
 
 
 def clipped_ste_backward(gradient: Tensor, values: Tensor, top: Tensor) -> Tensor:
-    """`gradient` where `values`, of the same shape, are at most `top`, (1,) float32; 0 elsewhere."""
+    """Return `gradient` where `values`, of the same shape, are at most `top`, (1,) float32; 0 elsewhere."""
     values = _dense(values, 1)
     if (
         _is_compiled(values)
@@ -60,7 +93,7 @@ def clipped_ste_backward(gradient: Tensor, values: Tensor, top: Tensor) -> Tenso
 
 
 def _above(rows: Tensor, thresholds: Tensor) -> Tensor:
-    """How many of each row lie above each threshold, and their sum: (C, 2, L) float64."""
+    """Return how many of each row lie above each threshold, and their sum: (C, 2, L) float64."""
     parts = []
     for some in torch.split(thresholds, AT_ONCE, dim=1):
         above = rows[:, None] > some[..., None]
@@ -82,23 +115,26 @@ def _is_compiled(values: Tensor) -> bool:
 
 @functools.cache
 def _kernels() -> Any:
-    """The compiled ones, or None without numba, which a released network is used without. Importing it takes
-    half a second."""
+    """Return `encode_numba`, or None without numba, which a released network does not need.
+
+    Importing it takes half a second.
+    """
     try:
-        from rsnet.models.quantization import encode_numba as levels_cpu
+        from rsnet.models.quantization import encode_numba
     except ImportError:
         return None
-    return levels_cpu
+    return encode_numba
 
 
 def _dense(values: Tensor, count: int) -> Tensor:
-    """The same values in a row for each of the first dimension, if there are several, without gaps."""
+    """Return the values without gaps in memory and, if `count` > 1, one row of the first dimension after
+    the other."""
     is_dense = values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)
     is_outermost = count == 1 or values.stride(0) * count == values.numel()
     return values if is_dense and is_outermost else values.contiguous()
 
 
 def _rows(values: Tensor, count: int) -> Tensor:
-    """(count, n), in the order of the memory."""
+    """Return a view, (count, n), in the order of the memory."""
     length = values.numel() // count
     return values.as_strided((count, length), (length, 1))

@@ -1,4 +1,4 @@
-"""`levels.encode` on a CPU, compiled: every value is read once, where PyTorch reads it ten times or more.
+"""`encode` compiled for a CPU: every value is read once, where PyTorch reads it ten times or more.
 
 ResNet-18's activations of 16 images at five sizes are 80 million values a step.
 """
@@ -17,7 +17,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-TASK = 2**18  # values; whatever the number of threads, so that sums are the same bits
+TASK = 2**18  # values a task; the same for any number of threads, so that sums are the same bits
 _BLOCK = 2048  # values that stay in the first cache while every threshold passes over them
 
 # Sums may be taken in any order, which vector instructions need; NaN stays NaN.
@@ -27,7 +27,7 @@ _ANY_ORDER = {"reassoc", "nsz", "contract"}
 def encode(rows: Tensor, thresholds: Tensor, levels: Tensor, coded: Tensor) -> Tensor:
     """Write the levels of `rows`, (C, n), into `coded`; thresholds, levels: (C, L).
 
-    Returns (C, 2, L) float64: of each row how many lie above each threshold, and their sum.
+    Returns (C, 2, L) float64: how many values of each row lie above each threshold, and their sum.
     """
     count, length = rows.shape
     x, out = _bits(rows), _bits(coded)
@@ -52,13 +52,13 @@ def clipped_ste_backward(gradient: Tensor, values: Tensor, top: Tensor, kept: Te
 
     def task(first: int) -> None:
         part = slice(first, first + TASK)
-        _keep_up_to(g[part], x[part], limit, out[part])
+        _clipped_ste_backward(g[part], x[part], limit, out[part])
 
     _in_threads(task, [(first,) for first in range(0, len(x), TASK)])
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:
-    """The same memory; NumPy has no bfloat16."""
+    """Return the same memory as an array, bfloat16, which NumPy lacks, as 16-bit integers."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         bits: NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16)
@@ -84,7 +84,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of the 
 
 
 def _compiled(function: Any) -> Any:
-    """Compiled, once for all processes where there is a place to keep the code."""
+    """Compile a function, once for all processes if a folder can be written in which the code is kept."""
     try:
         return njit(nogil=True, cache=True, fastmath=_ANY_ORDER)(function)
     except RuntimeError:  # neither the sources' folder nor the home can be written to
@@ -110,7 +110,7 @@ def _encode(
     coded: NDArray[Any],
     above: NDArray[np.float64],
 ) -> None:
-    """Write `coded` and add to `above`, (C, 2, L)."""
+    """Write `coded`, and add numbers and sums to `above`, (C, 2, L), see `encode`."""
     words = np.empty(_BLOCK, np.uint32)
     values = words.view(np.float32)
     for c in range(rows.shape[0]):
@@ -132,7 +132,7 @@ def _encode(
 
 
 @_compiled
-def _keep_up_to(
+def _clipped_ste_backward(
     gradient: NDArray[Any], values: NDArray[Any], top: np.float32, kept: NDArray[Any]
 ) -> None:
     words = np.empty(_BLOCK, np.uint32)

@@ -10,25 +10,29 @@ import signal
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
-from rsnet.models.quantization.bases import update_bases
-from rsnet.models.quantization.encode import encode
+from rsnet.models.quantization.encode import encode, level_table
 from rsnet.models.quantization.encode_numba import TASK
 from rsnet.models.quantization.lq_nets import (
-    ActivationPlace,
     ActivationQuantizer,
     Quantizer,
+    QuantStub,
     WeightQuantizer,
     full_precision_names,
     init_quantizers_from_weights,
-    level_table,
     quantize,
+    quantize_weights_once,
     quantized_layers,
-    quantized_once,
+    update_bases,
     weight_of,
 )
+from rsnet.models.resnet import scaled_resnet
 from tests.helpers import parity
+
+
+def _network() -> nn.Module:
+    return scaled_resnet("resnet10", num_classes=4, width_mult=0.25)
+
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -272,14 +276,14 @@ def test_a_value_that_is_not_a_number_stays_one():
 
 
 def test_all_convolutions_but_the_first_are_quantized_and_no_linear_layer():
-    network = quantize(resnet18(), 2)
+    network = quantize(_network(), 2)
     names = {n for n, m in network.named_modules() if m in set(quantized_layers(network))}
     convolutions = {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
     assert names == convolutions - {"conv1"}
     assert "layer2.0.downsample.0" in names
     headless = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3)))  # its last layer is one
     assert quantized_layers(quantize(headless, 2)) == [headless[1]]
-    kept = quantize(resnet18(), 2, skip=["layer1.0.conv1"])
+    kept = quantize(_network(), 2, skip=["layer1.0.conv1"])
     assert not hasattr(kept.layer1[0].conv1, "parametrizations")
     assert hasattr(kept.conv1, "parametrizations")
 
@@ -290,23 +294,23 @@ def test_all_convolutions_but_the_first_are_quantized_and_no_linear_layer():
 )
 def test_what_cannot_be_quantized_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        quantize(resnet18(), *arguments)
+        quantize(_network(), *arguments)
 
 
 def test_a_network_that_weights_cannot_be_quantized_of_is_refused():
     with pytest.raises(ValueError, match="Linear has no convolution to quantize"):
         quantize(nn.Linear(2, 2), 2)
     with pytest.raises(ValueError, match="no layers to skip: bn1 conv9"):
-        quantize(resnet18(), 2, skip=["conv1", "conv9", "bn1"])
-    network = resnet18()
+        quantize(_network(), 2, skip=["conv1", "conv9", "bn1"])
+    network = _network()
     nn.utils.parametrizations.weight_norm(network.layer1[0].conv1)
     with pytest.raises(ValueError, match=r"the weight of layer1\.0\.conv1 is parametrized already"):
         quantize(network, 2)
 
 
-def test_a_place_that_stands_twice_becomes_two_quantizers():
-    place = ActivationPlace()
-    network = quantize(nn.Sequential(place, nn.Conv2d(3, 3, 1), place, nn.Conv2d(3, 3, 1)), 2, 2)
+def test_a_stub_that_is_used_twice_becomes_two_quantizers():
+    stub = QuantStub()
+    network = quantize(nn.Sequential(stub, nn.Conv2d(3, 3, 1), stub, nn.Conv2d(3, 3, 1)), 2, 2)
     assert isinstance(network[0], ActivationQuantizer)
     assert isinstance(network[2], ActivationQuantizer)
     assert network[0] is not network[2]
@@ -314,13 +318,13 @@ def test_a_place_that_stands_twice_becomes_two_quantizers():
 
 def test_a_network_is_quantized_once():
     with pytest.raises(ValueError, match="quantized already"):
-        quantize(quantize(resnet18(), 2), 2)
+        quantize(quantize(_network(), 2), 2)
 
 
 def test_five_forwards_share_one_quantized_weight():
-    network = quantize(resnet18(num_classes=4), 2).eval()
+    network = quantize(_network(), 2).eval()
     layers = quantized_layers(network)
-    with quantized_once(layers):
+    with quantize_weights_once(layers):
         held = [layer.weight for layer in layers]
         assert all(layer.weight is w for layer, w in zip(layers, held, strict=True))
     for layer, value in zip(layers, held, strict=True):
@@ -329,14 +333,14 @@ def test_five_forwards_share_one_quantized_weight():
 
 
 def test_names_of_full_precision_are_those_of_the_network_before():
-    before = resnet18(num_classes=4).state_dict()
-    network = quantize(resnet18(num_classes=4), 2)
+    before = _network().state_dict()
+    network = quantize(_network(), 2)
     assert set(full_precision_names(network)) == set(before)
     assert set(full_precision_names(network).values()) <= set(network.state_dict())
 
 
 def test_bases_that_start_from_weights_fit_their_deviation():
-    network = quantize(resnet18(), 3)
+    network = quantize(_network(), 3)
     layer = network.layer1[0].conv1
     weight, quantizer = weight_of(layer)
     with torch.no_grad():

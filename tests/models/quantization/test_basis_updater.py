@@ -15,13 +15,14 @@ from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.factory import create_model
-from rsnet.models.quantization.bases import BasisUpdater, solve_basis
+from rsnet.models.quantization.encode import level_table
 from rsnet.models.quantization.lq_nets import (
     ActivationQuantizer,
+    BasisUpdater,
     Quantizer,
     WeightQuantizer,
-    level_table,
     quantized_layers,
+    solve_basis,
     weight_of,
 )
 from rsnet.training.objective import Objective
@@ -36,7 +37,7 @@ def _network(fixed_qa: bool = False):
     torch.manual_seed(0)
     return create_model(
         ModelConfig(
-            "parallel_resnet10", 4, SIZES, width_mult=0.25, stem="small", mode="preact", qw=2, qa=2
+            "parallel_resnet10", 4, SIZES, width_mult=0.125, stem="small", mode="preact", qw=2, qa=2
         ),
         fixed_qa=fixed_qa,
     ).to(memory_format=torch.channels_last)
@@ -65,7 +66,7 @@ def _trainer(model, amp=None, norms_learn=True, lr=0.05, **options) -> Trainer:
         schedule,
         DEVICE,
         amp,
-        bases=BasisUpdater(model),
+        bases=BasisUpdater(model, model.sizes),
         **options,
     )
     trainer.objective.train()
@@ -270,11 +271,13 @@ def test_a_solution_needs_no_more_than_the_codes_that_occur():
         pytest.param("parallel_densenet121", marks=pytest.mark.slow),
         pytest.param("parallel_efficientnet_b0", marks=pytest.mark.slow),
         pytest.param("parallel_regnet_y_400mf", marks=pytest.mark.slow),
-        "parallel_timm/resnet18d",
+        "parallel_timm/resnet10t",
     ],
 )
 def test_weights_of_other_networks_are_quantized_too(arch):
-    model = create_model(ModelConfig(arch, 4, SIZES, qw=3)).to(memory_format=torch.channels_last)
+    width_mult = 0.25 if arch == "parallel_mobilenetv2" else 1.0
+    config = ModelConfig(arch, 4, SIZES, width_mult=width_mult, qw=3)
+    model = create_model(config).to(memory_format=torch.channels_last)
     layers = quantized_layers(model)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(layers) == len(convolutions) - 1

@@ -1,13 +1,16 @@
-"""TensorFlow's SAME padding, against numbers of TensorFlow 2.21's tf.nn.conv2d and tf.nn.max_pool2d."""
+"""SAME padding against numbers of TensorFlow 2.21's tf.nn.conv2d and tf.nn.max_pool2d, and blur pooling."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import pytest
 import torch
 from torch import nn
 
+from rsnet.config.model_config import ModelConfig
+from rsnet.models.factory import create_model
 from rsnet.models.layers.conv import convert_to_same_padding
 
 # {(size, kernel): output}: of 0, 1, 2, ... row by row, with a filter of 0, 1, 2, ..., at stride 2.
@@ -46,7 +49,7 @@ def _one_dimensional(values: list[float], kernel: list[float]) -> list[float]:
 
 @pytest.mark.parametrize(("height", "width"), [(4, 5), (5, 4), (2, 7)])
 def test_height_and_width_are_padded_each_by_its_own_length(height, width):
-    """A picture and a filter that are outer products convolve to the outer product of rows and columns."""
+    """An image and a filter that are outer products convolve to the outer product of rows and columns."""
     column, row = torch.arange(1.0, height + 1), torch.arange(1.0, width + 1)
     down, across = torch.tensor([1.0, 2, 4]), torch.tensor([1.0, 3, 9])
     conv = nn.Conv2d(1, 1, 3, stride=2, padding=1, bias=False)
@@ -72,3 +75,24 @@ def test_what_has_no_stride_or_no_padding_stays_as_it_is():
     convert_to_same_padding(nn.Sequential(*layers, *pools))
     assert {type(layer) for layer in layers} == {nn.Conv2d}
     assert {type(pool) for pool in pools} == {nn.MaxPool2d}
+
+
+def test_blurpool_blurs_before_every_strided_convolution_but_the_first():
+    config = ModelConfig("parallel_resnet10", 10, (64,), width_mult=0.25)
+    plain = create_model(config).eval()
+    blurred = create_model(dataclasses.replace(config, blurpool=True)).eval()
+    assert list(plain.state_dict()) == list(blurred.state_dict())
+    blurred.load_state_dict(plain.state_dict())
+    for name, module in blurred.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        ordinary = plain.get_submodule(name)
+        x = torch.randn(2, module.in_channels, 10, 10)
+        if module.stride == (2, 2) and name != "network.conv1":
+            line = torch.tensor([1.0, 2, 1]) / 4
+            x_blurred = nn.functional.conv2d(
+                x.flatten(0, 1)[:, None], torch.outer(line, line)[None, None], padding=1
+            ).view_as(x)
+            torch.testing.assert_close(module(x), ordinary(x_blurred), rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(module(x), ordinary(x))
