@@ -48,7 +48,7 @@ def load_weights(model: ResolutionSwitchable, state: State, sizes: Sequence[int]
 
     Raises DataError that names the parameters which are missing, left over or of another shape.
     """
-    selected = select_sizes(state, sizes, model.sizes, model.shared_norm)
+    selected = select_sizes(dict(state), sizes, model.sizes, model.shared_norm)
     try:
         model.load_state_dict(selected, strict=True)
     except RuntimeError as error:

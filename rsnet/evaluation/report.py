@@ -37,7 +37,7 @@ def table(results: Results, gflops: Mapping[str, float]) -> str:
     return plain_table(
         ["size", "GFLOPs", "top-1 %", "top-5 %", "loss"],
         [
-            [name, f"{cost_:.3f}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"]
+            [str(name), f"{cost_:.3f}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"]
             for name, cost_, top1, top5, loss in rows(results, gflops)
         ],
     )

@@ -121,7 +121,7 @@ def test_the_help_is_grouped_by_topic(capsys):
     with pytest.raises(SystemExit):
         parse(DaliOptions, ["--help"])
     shown = capsys.readouterr().out
-    titles = re.findall(r"^[╭+][─-] (\w+) options ", shown, re.MULTILINE)
+    titles = re.findall(r"^\W+(\w+) options \W", shown, re.MULTILINE)
     assert titles == [*TOPICS, "pipeline"]
     names = [f.name for topic in TOPICS.values() for f in dataclasses.fields(topic)]
     assert sorted(names) == sorted(f.name for f in dataclasses.fields(TrainConfig))
