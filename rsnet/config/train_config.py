@@ -311,8 +311,8 @@ class TrainOptions(
     AugmentationOptions[Unset],
     ScheduleOptions[Unset],
     OptimizerOptions[Unset],
-    DataOptions[Unset],
     ModelOptions[Unset],
+    DataOptions[Unset],
     Generic[Unset],
 ):
     """All options of a training.
@@ -336,8 +336,8 @@ class TrainConfig(TrainOptions[None]):
 
 # The headings of --help.
 TOPICS: dict[str, Any] = {
-    "model": ModelOptions[None],
     "data": DataOptions[None],
+    "model": ModelOptions[None],
     "optimizer": OptimizerOptions[None],
     "schedule": ScheduleOptions[None],
     "augmentation": AugmentationOptions[None],
