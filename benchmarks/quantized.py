@@ -20,13 +20,13 @@ import torch
 import tyro
 
 from pipelines.batch import Batch
-from rsnet.config.model_config import ModelConfig
+from rsnet.config.model_config import Mode, ModelConfig
 from rsnet.config.resolve import resolve
-from rsnet.config.train_config import Mode, TrainConfig
+from rsnet.config.train_config import TrainConfig
+from rsnet.distributed.device import has_bf16
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.factory import create_model
 from rsnet.profiler import step_profiler as profile
-from rsnet.train import has_bf16
 from rsnet.training.trainer import make_trainer
 
 CLASSES = 1000

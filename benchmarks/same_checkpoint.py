@@ -45,7 +45,9 @@ def main(o: Options) -> None:
     }
     top1: dict[str, dict[str, float]] = {}
     for name, (options, make_loaders, data) in backends.items():
-        config = TrainConfig(data, evaluate=True, resume=str(o.checkpoint), batch_size=o.batch_size)
+        config = TrainConfig(
+            data=data, evaluate=True, resume=str(o.checkpoint), batch_size=o.batch_size
+        )
         for size, scores in run(name, config, options, make_loaders).items():
             top1.setdefault(str(size), {})[name] = round(scores["top1"], 2)
     differences = [max(row.values()) - min(row.values()) for row in top1.values()]

@@ -33,13 +33,13 @@ from pipelines.batch import Batch, LoaderSpec
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import TrainConfig
+from rsnet.distributed.device import has_bf16
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.factory import create_model, gflops
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import step_profiler as profile
 from rsnet.profiler.report import images_per_s
-from rsnet.train import has_bf16
 from rsnet.training.trainer import Trainer, make_trainer
 
 Amp = Literal["auto", "bf16", "off"]

@@ -75,3 +75,9 @@ class Loaders(NamedTuple):
     train: Loader | None
     val: Loader
     classes: list[str]
+
+    def close(self) -> None:
+        """Close both."""
+        for loader in (self.train, self.val):
+            if loader is not None:
+                loader.close()

@@ -109,8 +109,10 @@ def _without_annotated(hint: Any) -> Any:
 
 def _values(hint: Any, metavar: str) -> str:
     """Return what an option takes, as a user would type it."""
-    kinds = [k for k in typing.get_args(hint) if k is not type(None)]
-    is_optional = type(None) in typing.get_args(hint)
+    # `X | None`, or `X | Unset` of the training's options.
+    unset = [k for k in typing.get_args(hint) if k is type(None) or isinstance(k, typing.TypeVar)]
+    kinds = [k for k in typing.get_args(hint) if k not in unset]
+    is_optional = bool(unset)
     if is_optional and len(kinds) == 1:
         hint = kinds[0]
     if hint is bool:

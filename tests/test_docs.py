@@ -23,9 +23,10 @@ from pipelines.utils.cli import command as run_command
 from rsnet.__main__ import ALIASES, VERBS
 from rsnet.__main__ import main as verbs
 from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
-from rsnet.config.train_config import option_rules
+from rsnet.config.option_rules import option_rules
 from rsnet.models.factory import create_model, list_models
 from rsnet.train import main
 from tests.conftest import needs_ffcv
@@ -240,7 +241,7 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     config = ModelConfig("parallel_resnet18", 3, (160, 32))
     model = create_model(config)
     content = {"network": config.to_dict(), "model": model.state_dict(), "epoch": 1}
-    torch.save(to_original(content), "model_best.pth.tar")
+    torch.save(to_original(Checkpoint.from_dict(content)), "model_best.pth.tar")
     small = ["--epochs", "1", "--batch-size", "4", "--workers", "1", "--wandb", "disabled"]
     small += ["--profile-steps", "1", "--profile-limit", "1"]
     blocks = [block for wanted in RUN_PAGES for page, block in _blocks("sh") if page == wanted]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.utils.errors import DataError, UsageError
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import MODEL_DEFAULTS, WEIGHT_FIELDS, ModelConfig
 from rsnet.config.train_config import DEFAULT_SIZES
 from rsnet.models.factory import create_model
@@ -29,7 +30,7 @@ ARCHS = (
 
 
 def is_original(content: Any) -> bool:
-    """Whether a loaded file is the original's: a dict around a state dict with its names, or that alone."""
+    """Return whether a loaded file is the original's: a state dict with its names, or a dict around one."""
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     return isinstance(state, dict) and any(
         isinstance(key, str) and re.search(r"\.bn_\d+\.weight$", key) for key in state
@@ -38,8 +39,8 @@ def is_original(content: Any) -> bool:
 
 def from_original(
     content: Mapping[str, Any], arch: str | None = None, sizes: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """The content of a checkpoint of ours, made of an original's.
+) -> Checkpoint:
+    """Return a checkpoint of ours, made of the content of an original's.
 
     sizes: as they were given to the original, in that order, which its file does not tell; None for
     224 192 160 128 96. arch: None for what the file says.
@@ -79,30 +80,26 @@ def from_original(
         if theirs not in state:  # PyTorch before 0.4.1 did not count batches
             model[ours] = torch.zeros(shape, dtype=torch.int64)
     model["alpha"] = model["alpha"][_order(sizes)]
-    return {
-        "network": ModelConfig(arch, len(classifier), tuple(sizes), normalize="unit").to_dict(),
-        "model": model,
-        "epoch": _epoch(content),
-    }
+    config = ModelConfig(arch, len(classifier), tuple(sizes), normalize="unit")
+    return Checkpoint(config, model, epoch=_epoch(content), of_authors=True)
 
 
-def to_original(content: Mapping[str, Any]) -> dict[str, Any]:
-    """An original's file, made of a checkpoint of ours; its --sizes have to be given the largest first.
+def to_original(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the content of an original's file; its --sizes have to be given the largest first.
 
     Raises UsageError for a network that the original does not have.
     """
-    network = content["network"]
-    config = ModelConfig.from_dict(network)
+    config = checkpoint.network
     changed = [
         name
         for name in WEIGHT_FIELDS
         if name in MODEL_DEFAULTS and getattr(config, name) != MODEL_DEFAULTS[name]
     ]
-    if network["arch"] not in ARCHS or changed:
-        what = " with ".join([network["arch"], *changed])
+    if config.arch not in ARCHS or changed:
+        what = " with ".join([config.arch, *changed])
         raise UsageError(f"the original has no {what}; its networks are {_known()}")
-    names = _names(network["arch"], network["num_classes"], network["sizes"])
-    weights = content.get("ema", content["model"])
+    names = _names(config.arch, config.num_classes, config.sizes)
+    weights = checkpoint.eval_weights
     state = {f"module.{theirs}": weights[ours] for theirs, (ours, _) in names.items()}
     parameters = [name for name, (ours, _) in names.items() if _is_parameter(ours)]
     group = {
@@ -114,8 +111,8 @@ def to_original(content: Mapping[str, Any]) -> dict[str, Any]:
         "nesterov": False,
     }
     return {
-        "epoch": content["epoch"],
-        "arch": network["arch"],
+        "epoch": checkpoint.epoch,
+        "arch": config.arch,
         "state_dict": state,
         # Its --resume wants an optimizer: one without momentum yet. Its best are not measured as ours.
         "optimizer": {"state": {}, "param_groups": [group]},
@@ -125,7 +122,7 @@ def to_original(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights, without DataParallel's `module.`; what else lies among them is left out."""
+    """Return the weights, without DataParallel's `module.`; what else lies among them is left out."""
     state: Mapping[Any, Any] = content.get("state_dict", content)
     return {
         k.removeprefix("module."): v
@@ -135,25 +132,25 @@ def _state(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _epoch(content: Mapping[str, Any]) -> int:
-    """The epochs that are done, as far as the file tells."""
+    """Return the epochs that are done, as far as the file tells."""
     epoch = content.get("epoch")
     return epoch if isinstance(epoch, int) and epoch >= 0 else 0
 
 
 def _is_parameter(ours: str) -> bool:
-    """Whether a name of a state dict is of a parameter, not of a buffer."""
+    """Return whether a name of a state dict is of a parameter, not of a buffer."""
     return ours == "alpha" or ours.endswith((".weight", ".bias"))
 
 
 def _order(sizes: Sequence[int]) -> list[int]:
-    """The original's index of each of our sizes, the largest first."""
+    """Return the original's index of each of our sizes, the largest first."""
     return [list(sizes).index(s) for s in sorted(sizes, reverse=True)]
 
 
 def _names(
     arch: str, num_classes: int, sizes: Sequence[int]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{the original's name: (ours, shape)} of everything in a network's state dict."""
+    """Return {the original's name: (ours, shape)} of everything in a network's state dict."""
     with torch.device("meta"):
         model = create_model(ModelConfig(arch, num_classes, tuple(sizes)))
     theirs_of_ours = dict(enumerate(_order(sizes)))
@@ -174,7 +171,7 @@ def _names(
 
 
 def _mobilenet_layer(layer: str, is_norm: bool) -> str:
-    """The layer's name before torchvision nested convolution, BatchNorm and activation in one module.
+    """Return the layer's name before torchvision nested convolution, BatchNorm and activation in one module.
 
     `layer` ends with the leaf if it is no BatchNorm's.
     """

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from statistics import mode
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelines.utils.errors import DataError
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import BITS, FULL, Mode, ModelConfig
 from rsnet.models.factory import PREFIX, create_model
 from rsnet.models.preact_resnet import LAYERS
@@ -68,12 +68,12 @@ _OURS = re.compile(
 
 
 def is_of_model(name: str) -> bool:
-    """Whether a variable is the network's, not the optimizer's or a summary's."""
+    """Return whether a variable is the network's, not the optimizer's or a summary's."""
     return name == "alpha" or (name.startswith(SCOPE) and not name.endswith("/Momentum"))
 
 
-def from_tensorflow(variables: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The description of a network and its state dict, of the variables that `is_of_model` picks.
+def from_tensorflow(variables: Mapping[str, Tensor]) -> Checkpoint:
+    """Return a checkpoint, made of the variables that `is_of_model` picks.
 
     Which network it is, its bits, sizes and classes are read off their names and shapes.
 
@@ -82,10 +82,9 @@ def from_tensorflow(variables: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     variables = {_without_outer_scope(name): value for name, value in variables.items()}
     config = _describe(variables)
-    network = config.to_dict()
     with torch.device("meta"):
         state = create_model(config).state_dict()
-    names = _names(list(state), network["sizes"])
+    names = _names(list(state), config.sizes)
     expected = {theirs: _their_shape(state[ours].shape) for ours, theirs in names.items()}
     if "alpha" not in variables:  # trained without distillation
         del expected["alpha"]
@@ -93,12 +92,12 @@ def from_tensorflow(variables: Mapping[str, Tensor]) -> dict[str, Any]:
         if any(name + part in variables for part in ("/biased", "/local_step")):
             expected |= {name + "/biased": expected[name], name + "/local_step": ()}
     if problems := describe_mismatch(expected, variables):
-        raise DataError(f"the variables do not fit {network['arch']}: {problems}")
-    return {"network": network, "model": _filled(state, names, variables)}
+        raise DataError(f"the variables do not fit {config.arch}: {problems}")
+    return Checkpoint(config, _filled(state, names, variables), of_authors=True)
 
 
 def _without_outer_scope(name: str) -> str:
-    """TensorFlow puts what it keeps for a moving average under the scope twice: S/S/basis/biased."""
+    """Remove the scope that TensorFlow repeats for what a moving average keeps: S/S/basis/biased."""
     return re.sub(rf"^{SCOPE}.*/(?={SCOPE}.*/basis/(biased|local_step)$)", "", name)
 
 
@@ -146,7 +145,10 @@ def _mode(variables: Mapping[str, Tensor]) -> Mode:
 
 
 def _bits(variables: Mapping[str, Tensor], basis: str) -> int:
-    """The length of most bases (K, ...) of a kind; FULL if there are none. Raises DataError above 8."""
+    """Return the length of most bases (K, ...) of a kind, FULL if there are none.
+
+    Raises DataError above 8.
+    """
     lengths = [len(v) for name, v in variables.items() if name.endswith(basis) and v.ndim > 0]
     bits = mode(lengths) if lengths else FULL
     if bits not in BITS and lengths:
@@ -157,7 +159,7 @@ def _bits(variables: Mapping[str, Tensor], basis: str) -> int:
 
 
 def _names(ours: Sequence[str], sizes: Sequence[int]) -> dict[str, str]:
-    """{our name: theirs} of what is a variable of theirs."""
+    """Return {our name: theirs} of what is a variable of theirs."""
     last = 3 if any("conv3" in name for name in ours) else 2
     names = {"alpha": "alpha"}
     for name in ours:
@@ -178,7 +180,7 @@ def _names(ours: Sequence[str], sizes: Sequence[int]) -> dict[str, str]:
 def _filled(
     empty: Mapping[str, Tensor], names: Mapping[str, str], variables: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our state dict; what they do not have is as in a new network."""
+    """Return our state dict; what they do not have is as in a new network."""
     state = {name: torch.zeros_like(value, device="cpu") for name, value in empty.items()}
     state["alpha"] += 1
     for ours, theirs in names.items():
@@ -192,7 +194,7 @@ def _filled(
 
 
 def _average(basis: str, variables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A quantizer's `total` and `rest`, which its moving average goes on from."""
+    """Return a quantizer's `total` and `rest`, which its moving average goes on from."""
     if f"{basis}/local_step" not in variables:
         # After the many updates of a whole training, the start weighs nothing.
         return _our_layout(variables[basis]), torch.zeros(())
@@ -200,7 +202,7 @@ def _average(basis: str, variables: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
 
 
 def _our_layout(value: Tensor) -> Tensor:
-    """Convolutions (h, w, in, out) -> (out, in, h, w), matrices transposed."""
+    """Transpose convolutions (h, w, in, out) -> (out, in, h, w), and matrices."""
     return (value.permute(3, 2, 0, 1) if value.ndim == 4 else value.t()).contiguous()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pipelines.utils.atomic_io import fsync_directory
 from pipelines.utils.errors import DataError
-from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import Checkpoint
 
 
 class CheckpointManager:
@@ -26,25 +26,25 @@ class CheckpointManager:
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
 
-    def save(self, content: Mapping[str, Any], is_best: bool = False) -> None:
-        """Write `content` to last.pt, and to best.pt if `is_best`.
+    def save(self, checkpoint: Checkpoint, is_best: bool = False) -> None:
+        """Write `checkpoint` to last.pt, and to best.pt if `is_best`.
 
         Raises OSError, if the disk does not take it; what was there stays, under the same names.
         """
         pending = self.last.with_name("next.pt")
-        checkpoint.save(pending, content)
+        io.save(pending, checkpoint)
         for age in range(self.keep - 1, 0, -1):
             if self._aged(age - 1).exists():
                 _copy(self._aged(age - 1), self._aged(age))
         _copy(pending, self.last)
         if is_best:
             _copy(pending, self.best)
-        checkpoint.remove(pending)
+        io.remove(pending)
 
     def newest(
         self, say: Callable[[str], None], moves: bool = True
-    ) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, and its path; None if there is none at all.
+    ) -> tuple[Path, Checkpoint] | None:
+        """Return the newest checkpoint that is whole, after its path; None if there is none at all.
 
         moves: whether damaged ones are renamed, so that they never push out a whole one. They are said.
 
@@ -53,7 +53,7 @@ class CheckpointManager:
         damaged: list[Path] = []
         for path in (p for age in range(100) if (p := self._aged(age)).exists()):
             try:
-                content = checkpoint.load(path)
+                checkpoint = io.load(path)
             except DataError as error:
                 say(f"{error}; an older one is tried")
                 damaged.append(path)
@@ -61,7 +61,7 @@ class CheckpointManager:
             for other in damaged if moves else []:
                 other.replace(other.with_name(other.name + ".damaged"))
                 say(f"{other} is now {other.name}.damaged")
-            return path, content
+            return path, checkpoint
         if damaged or self.best.exists():
             best = f"; go on from the best by --resume {self.best}" if self.best.exists() else ""
             raise DataError(f"{self.folder} has no last checkpoint that is whole{best}")
@@ -79,7 +79,7 @@ def _copy(source: Path, target: Path) -> None:
         os.link(source, temporary)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, temporary)
-    checkpoint.note_hashes(target, [checkpoint.sha256(p) for p in (source, target) if p.exists()])
+    io.note_hashes(target, [io.sha256(p) for p in (source, target) if p.exists()])
     temporary.replace(target)
     fsync_directory(target.parent)
-    checkpoint.note_hashes(target, [checkpoint.sha256(target)])  # so that sha256sum --check agrees
+    io.note_hashes(target, [io.sha256(target)])  # so that sha256sum --check agrees

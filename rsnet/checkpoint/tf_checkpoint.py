@@ -16,7 +16,7 @@ from pipelines.utils.errors import DataError, UsageError, first_line
 
 
 def read(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """{name: float32 value} of those variables whose names `is_wanted` picks; nothing is executed.
+    """Return {name: float32 value} of those variables whose names `is_wanted` picks; nothing is executed.
 
     path: a `.npz`, a checkpoint by its prefix (model-500000), or a folder of those: its latest.
 
@@ -37,7 +37,7 @@ def read(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
 
 
 def _prefix(path: Path) -> Path:
-    """The checkpoint that is meant: PREFIX of PREFIX.index and PREFIX.data-00000-of-00001."""
+    """Return the checkpoint that is meant: PREFIX of PREFIX.index and PREFIX.data-00000-of-00001."""
     if path.is_dir():
         return _latest(path)
     prefix = path.with_name(re.sub(r"\.(index|data-\d+-of-\d+)$", "", path.name))
@@ -47,7 +47,7 @@ def _prefix(path: Path) -> Path:
 
 
 def _latest(folder: Path) -> Path:
-    """What the file `checkpoint` names, wherever the folder was at that time; else the highest step's."""
+    """Return what the file `checkpoint` names, wherever the folder was then; else the highest step's."""
     notes = folder / "checkpoint"
     text = notes.read_text(errors="replace") if notes.is_file() else ""
     named = re.search(r'^model_checkpoint_path: "(?:.*/)?(.+)"', text, re.MULTILINE)

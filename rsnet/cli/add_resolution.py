@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
@@ -19,6 +19,8 @@ from rsnet.cli.tables import text_table
 if TYPE_CHECKING:
     import torch
 
+    from rsnet.checkpoint.checkpoint import Checkpoint
+    from rsnet.config.model_config import ModelConfig
     from rsnet.training.add_resolution import State
 
 
@@ -68,16 +70,17 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from rsnet.checkpoint import io as checkpoint
+    from rsnet.checkpoint import io
+    from rsnet.checkpoint.checkpoint import Checkpoint
     from rsnet.distributed import process_group
 
-    content = checkpoint.load(options.checkpoint)
-    network = content["network"]
+    checkpoint = io.load(options.checkpoint)
+    network = checkpoint.network
     output = options.output or options.checkpoint.with_name(
         f"{options.checkpoint.stem}-{options.size}.pt"
     )
     _require_addable(options, network, output)
-    states, results = _compute(options, content, process_group.setup("auto"))
+    states, results = _compute(options, checkpoint, process_group.setup("auto"))
     rows = [
         [name, *(f"{r[key]:.{digits}f}" for key, digits in (("top1", 2), ("top5", 2), ("loss", 4))),
          "saved" if name == options.how else ""]
@@ -85,16 +88,16 @@ def run(options: Options) -> int:
     ]  # fmt: skip
     head = [f"size {options.size}", "top-1 %", "top-5 %", "loss", ""]
     print(text_table(head, rows, left=(0, 4)))
-    sizes = sorted([*network["sizes"], options.size], reverse=True)
-    calibrated = {**network.get("calibrated", {}), str(options.size): options.how}
-    described = {**network, "sizes": sizes, "calibrated": calibrated}
-    checkpoint.save(output, {"network": described, "model": states[options.how]})
+    sizes = sorted([*network.sizes, options.size], reverse=True)
+    calibrated = {**network.calibrated, str(options.size): options.how}
+    described = dataclasses.replace(network, sizes=tuple(sizes), calibrated=calibrated)
+    io.save(output, Checkpoint(described, states[options.how]))
     print(f"{output}: sizes {' '.join(map(str, sizes))}")
     return 0
 
 
 def _compute(
-    options: Options, content: Mapping[str, Any], device: torch.device
+    options: Options, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[dict[str, State], dict[str, dict[str, float]]]:
     """Return the network's state by each method, and its evaluation at the new size."""
     from pipelines.batch import LoaderSpec
@@ -103,11 +106,11 @@ def _compute(
     from rsnet.models.state_dict import select_sizes
     from rsnet.training.add_resolution import build_network, candidates
 
-    network = content["network"]
-    sizes = sorted([*network["sizes"], options.size], reverse=True)
+    network = checkpoint.network
+    sizes = sorted([*network.sizes, options.size], reverse=True)
     spec = LoaderSpec(
         options.data, tuple(sizes), options.batch_size, device,
-        normalize=network["normalize"], seed=options.seed,
+        normalize=network.normalize, seed=options.seed,
     )  # fmt: skip
     with error_context(f"--size {options.size}"):
         build_network(network, sizes, device)
@@ -120,7 +123,9 @@ def _compute(
         _require_classes(options, network, loaders.classes)
         val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
         stack.enter_context(closing(val))
-        states = candidates(content, options.size, loaders.train, device, options.steps, options.lr)
+        states = candidates(
+            checkpoint, options.size, loaders.train, device, options.steps, options.lr
+        )
         for name, state in states.items():
             single = build_network(network, [options.size], device)
             single.load_state_dict(select_sizes(state, sizes, [options.size]))
@@ -128,11 +133,11 @@ def _compute(
     return states, results
 
 
-def _require_addable(options: Options, network: Mapping[str, Any], output: Path) -> None:
+def _require_addable(options: Options, network: ModelConfig, output: Path) -> None:
     """Raise UsageError if the size cannot be added, or the file not be written."""
-    if options.size in network["sizes"]:
+    if options.size in network.sizes:
         raise UsageError(f"--size {options.size}: {options.checkpoint} has it already")
-    if network.get("norm", "private") == "shared":
+    if network.norm == "shared":
         raise UsageError(
             f"{options.checkpoint}: one BatchNorm serves all sizes; there is none to add"
         )
@@ -142,7 +147,7 @@ def _require_addable(options: Options, network: Mapping[str, Any], output: Path)
         raise UsageError(f"--output: cannot write into {output.parent}")
 
 
-def _require_classes(options: Options, network: Mapping[str, Any], classes: Sequence[str]) -> None:
+def _require_classes(options: Options, network: ModelConfig, classes: Sequence[str]) -> None:
     """Raise UsageError if the data has other classes; a checkpoint of the original code names none."""
-    if (network["classes"] or classes) != classes or len(classes) > network["num_classes"]:
+    if (list(network.classes) or classes) != classes or len(classes) > network.num_classes:
         raise UsageError(f"--data {options.data} has other classes than the checkpoint")

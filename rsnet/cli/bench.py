@@ -130,11 +130,11 @@ def _log_to_wandb(options: Options, output: Path, figures: Figures, plot: Path) 
     log = WandbLogger(
         options.wandb,
         output,
-        options.wandb_project,
-        options.wandb_name,
-        {**figures.conditions, "images": figures.images},
-        None,
-        lambda line: print(line, file=sys.stderr),
+        project=options.wandb_project,
+        name=options.wandb_name,
+        config={**figures.conditions, "images": figures.images},
+        run_id=None,
+        say=lambda line: print(line, file=sys.stderr),
         remedy=f"all of it is in {output}",
     )
     log.log_results(benchmark_report.COLUMNS, benchmark_report.rows(figures), plot)

@@ -68,10 +68,10 @@ def _export_original(options: Options) -> int:
     from rsnet.export.original import export_original
 
     network = export_original(options.source, options.output)
-    sizes = " ".join(map(str, network["sizes"]))
-    print(f"{options.output}: for the original code with --arch {network['arch']} --sizes {sizes}")
-    if network["normalize"] != "unit":
+    sizes = " ".join(map(str, network.sizes))
+    print(f"{options.output}: for the original code with --arch {network.arch} --sizes {sizes}")
+    if network.normalize != "unit":
         print(
-            f"note: it was trained with --normalize {network['normalize']}; the original code feeds [0, 1]"
+            f"note: it was trained with --normalize {network.normalize}; the original code feeds [0, 1]"
         )
     return 0

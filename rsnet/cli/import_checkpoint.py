@@ -29,19 +29,19 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from rsnet.checkpoint import io as checkpoint
+    from rsnet.checkpoint import io
     from rsnet.config.train_config import DEFAULT_SIZES
     from rsnet.loggers.run_dir import write_imported_run
 
-    content = checkpoint.load(options.original, options.arch, options.sizes)
-    if "format" in content:
+    checkpoint = io.load(options.original, options.arch, options.sizes)
+    if not checkpoint.of_authors:
         raise UsageError(f"{options.original}: this is a checkpoint of this trainer already")
-    best = write_imported_run(options.output, options.original, content)
-    network = content["network"]
+    best = write_imported_run(options.output, options.original, checkpoint)
+    network = checkpoint.network
     order = " ".join(map(str, options.sizes or DEFAULT_SIZES))
     print(
-        f"{network['arch']}, {network['num_classes']} classes, sizes "
-        f"{' '.join(map(str, network['sizes']))} (as its bn_0, bn_1, ... are of {order}), "
+        f"{network.arch}, {network.num_classes} classes, sizes "
+        f"{' '.join(map(str, network.sizes))} (as its bn_0, bn_1, ... are of {order}), "
         "--normalize unit; evaluate it with\n"
         f"python train_dali.py --data DATA --evaluate --resume {best}"
     )

@@ -23,19 +23,18 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from rsnet.checkpoint import io as checkpoint
     from rsnet.checkpoint import tf_checkpoint
     from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
     from rsnet.loggers.run_dir import write_imported_run
 
     variables = tf_checkpoint.read(options.original, is_of_model)
     with error_context(str(options.original)):
-        content = checkpoint.NEW_RUN | from_tensorflow(variables)
-    best = write_imported_run(options.output, options.original, content)
-    network = content["network"]
+        checkpoint = from_tensorflow(variables)
+    best = write_imported_run(options.output, options.original, checkpoint)
+    network = checkpoint.network
     print(
-        f"{network['arch']} --mode {network['mode']} --qw {network['qw']} --qa {network['qa']}, "
-        f"{network['num_classes']} classes, sizes {' '.join(map(str, network['sizes']))}, "
+        f"{network.arch} --mode {network.mode} --qw {network.qw} --qa {network.qa}, "
+        f"{network.num_classes} classes, sizes {' '.join(map(str, network.sizes))}, "
         "--normalize imagenet, its first layer for RGB; evaluate it with\n"
         f"python train_dali.py --data DATA --evaluate --resume {best}\n"
         "note: the original makes the largest image by cubic interpolation and all others of that one, by "

@@ -4,36 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import sys
 from collections.abc import Container, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from pipelines.utils.cli import parse_options
-from rsnet.config.train_config import TrainConfig
+from rsnet.config.train_config import TOPICS, TrainConfig
 
 Options = TypeVar("Options")
+
+# Flags that stand for an option with a value.
+SHORTHANDS = {
+    "--norm-weight-decay": ("--decay", "all"),
+    "--no-norm-weight-decay": ("--decay", "weights"),
+}
 
 
 def parse(
     options_type: type[Options], argv: Sequence[str] | None = None
 ) -> tuple[TrainConfig, Options]:
-    """The command line as a `TrainConfig` and the backend's own options.
+    """Return the command line as a `TrainConfig` and the pipeline's own options.
 
     Raises UsageError, in one line, for what is mistyped; prints the help and exits for --help.
     """
-    groups: dict[str, Any] = {"train": TrainConfig, "loader": options_type}
-    both_types = dataclasses.make_dataclass(
-        "Both",
+    groups: dict[str, Any] = {**TOPICS, "pipeline": options_type}
+    together = dataclasses.make_dataclass(
+        "Together",
         [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in groups.items()],
     )
-    both_types.__doc__ = TrainConfig.__doc__
-    both: Any = parse_options(both_types, list(groups.values()), argv)
-    return both.train, both.loader
+    together.__doc__ = TrainConfig.__doc__
+    words = sys.argv[1:] if argv is None else argv
+    words = [part for word in words for part in SHORTHANDS.get(word, (word,))]
+    parsed: Any = parse_options(together, [TrainConfig, options_type], words)
+    values: dict[str, Any] = {}
+    for topic in TOPICS:
+        values |= vars(getattr(parsed, topic))
+    return TrainConfig(**values), parsed.pipeline
 
 
 def as_command(script: str, *options: Any, without: Container[str] = ()) -> str:
-    """The command line that sets every field of the `options` dataclasses but those of these names."""
+    """Return the command line that sets every field of the `options` dataclasses but those of these names."""
     words = ["python", script] if script.endswith(".py") else script.split()
     for group in options:
         for field in dataclasses.fields(group):

@@ -54,7 +54,7 @@ EMA_BATCH, EMA_EPOCHS = 256, 120
 def get_recipe(
     name: RecipeName, arch: str, epochs: int | None, global_batch: int, quantized: bool = False
 ) -> Recipe:
-    """The recipe for an arch; MobileNets and quantized networks have their own paper recipes.
+    """Return the recipe for an arch; MobileNets and quantized networks have their own paper recipes.
 
     epochs: None for the recipe's own.
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import FULL, MODEL_DEFAULTS, ModelConfig
@@ -15,9 +15,8 @@ from rsnet.config.train_config import (
     DEFAULT_ARCH,
     DEFAULT_BATCH_SIZE,
     DEFAULT_SIZES,
-    AutoAugmentOption,
-    Mode,
     TrainConfig,
+    TrainOptions,
 )
 
 # What a run that goes on takes from its earlier part, unless given anew.
@@ -34,45 +33,19 @@ TAKEN_OVER = OF_A_RECIPE | {
     "seed", "sizes_per_step", "weight_decay",
 }  # fmt: skip
 
+# What no recipe has.
+DEFAULTS: dict[str, Any] = {
+    "seed": 0, "clip_grad": 0.0, "mixup": 0.0, "cutmix": 0.0, "auto_augment": "none",
+}  # fmt: skip
 
-@dataclass(frozen=True)
-class ResolvedConfig(TrainConfig):
-    """A `TrainConfig` in which nothing is left unset that the run depends on."""
 
-    arch: str = DEFAULT_ARCH
-    sizes: tuple[int, ...] = DEFAULT_SIZES
-    epochs: int = 0
-    batch_size: int = 0
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    decay: Literal["all", "weights"] = "all"
-    lr_decay: Literal["cosine", "step", "linear", "schedule"] = "cosine"
-    warmup: int = 0
-    label_smoothing: float = 0.0
-    ema: float = 0.0
-    clip_grad: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    auto_augment: AutoAugmentOption = "none"
-    recipe: RecipeName = "paper"
-    stem: Literal["imagenet", "small"] = "imagenet"
-    norm: Literal["private", "shared"] = "private"
-    blurpool: bool = False
-    mode: Mode = "resnet"
-    qw: int = FULL
-    qa: int = FULL
-    sgd: Literal["plain", "nesterov"] = "plain"
-    sizes_per_step: int = 0
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainOptions[Never]):
+    """Options of which none is left unset that the run depends on."""
 
     def global_batch(self, world_size: int) -> int:
-        """Images of an update."""
+        """Return the images of an update."""
         return self.batch_size * world_size * self.accumulate
-
-    normalize: Literal["imagenet", "unit"] = "imagenet"
-    amp: Literal["bf16", "fp16", "off"] = "off"
-    accumulate: int = 1
-    seed: int = 0
-    output: Path = Path()
 
     def model_config(self, classes: Sequence[str], num_classes: int) -> ModelConfig:
         """Return what the network of this run is. `num_classes` may be more than the known `classes`."""
@@ -96,7 +69,7 @@ class ResolvedConfig(TrainConfig):
 
 
 def output_directory(config: TrainConfig, arch: str) -> Path:
-    """The run directory: --output, or one per arch."""
+    """Return the run directory: --output, or one per arch."""
     return config.output or Path("runs", arch.replace("/", "_"))
 
 
@@ -106,24 +79,17 @@ def resolve(
     world_size: int,
     device_type: Literal["cuda", "cpu"],
     has_bf16: bool,
-    trained: Mapping[str, Any] | None = None,
+    trained: ModelConfig | None = None,
     previous: Mapping[str, Any] | None = None,
     previous_global_batch: int | None = None,
 ) -> ResolvedConfig:
-    """Fill in, once, what was left unset: from the checkpoint, then the recipe.
+    """Fill in what was left unset: from the checkpoint, then the recipe.
 
-    trained: the checkpoint's description of its network. previous: its run's configuration, if that
+    trained: the checkpoint's network. previous: its run's configuration, if that
     run is to be continued, and the images of one of its updates.
     """
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if previous:
-        taken = TAKEN_OVER
-        if config.recipe not in (None, previous.get("recipe")):
-            taken = taken - OF_A_RECIPE
-        given |= {k: previous.get(k) for k in taken if given[k] is None}
-        if config.batch_size is None and config.accumulate is None:
-            given |= _spread(previous_global_batch, world_size, previous)
-    known = trained or {}
+    given = _given(config, previous, previous_global_batch, world_size)
+    known = trained.to_dict() if trained else {}
     arch = config.arch or known.get("arch", DEFAULT_ARCH)
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
@@ -136,48 +102,57 @@ def resolve(
         recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < FULL
     )
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
+    _check_sizes_per_step(given["sizes_per_step"] or len(sizes), len(sizes))
     defaults = {
         **dataclasses.asdict(recipe),
-        **{
-            name: known.get(name, value)
-            for name, value in MODEL_DEFAULTS.items()
-            if name != "width_mult"
-        },
+        **{name: known.get(name, value) for name, value in MODEL_DEFAULTS.items()},
+        **DEFAULTS,
         "recipe": recipe_name,
         "lr": recipe.lr * global_batch / 256,
-        "seed": 0,
-        "clip_grad": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "auto_augment": "none",
         "sizes_per_step": len(sizes),
         "amp": "bf16" if has_bf16 else "off",
         "output": output_directory(config, arch),
+        "num_classes": known.get("num_classes"),
     }
+    # On the command line these are not None where they are not given.
+    not_given = {"width_mult": 1.0, "blurpool": False, "tf_padding": False}
+    unset = {name: value for name, value in defaults.items() if given[name] == not_given.get(name)}
     fixed = {
         "arch": arch,
         "batch_size": batch_size,
         "accumulate": accumulate,
         "sizes": tuple(sorted(sizes, reverse=True)),
     }
-    k = given["sizes_per_step"] or len(sizes)
-    if k > len(sizes):
-        raise UsageError(f"--sizes-per-step {k}: --sizes has only {len(sizes)}")
-    if k == 1 < len(sizes):
-        raise UsageError(
-            "--sizes-per-step 1: is the largest, always; the others would not be trained"
-        )
-    unset = {k: v for k, v in defaults.items() if given[k] is None}
-    if config.num_classes is None and "num_classes" in known:
-        unset["num_classes"] = known["num_classes"]
-    if config.width_mult == 1.0:
-        unset["width_mult"] = known.get("width_mult", 1.0)
-    for name in ("blurpool", "tf_padding"):
-        if not given[name]:
-            unset[name] = known.get(name, False)
     resolved = ResolvedConfig(**(given | unset | fixed))
     _check_quantization(resolved)
     return resolved
+
+
+def _given(
+    config: TrainConfig,
+    previous: Mapping[str, Any] | None,
+    previous_global_batch: int | None,
+    world_size: int,
+) -> dict[str, Any]:
+    """Return the options as given, and what a run that goes on takes over from its earlier part."""
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if previous:
+        taken = TAKEN_OVER
+        if config.recipe not in (None, previous.get("recipe")):
+            taken = taken - OF_A_RECIPE
+        given |= {k: previous.get(k) for k in taken if given[k] is None}
+        if config.batch_size is None and config.accumulate is None:
+            given |= _spread(previous_global_batch, world_size, previous)
+    return given
+
+
+def _check_sizes_per_step(k: int, sizes: int) -> None:
+    if k > sizes:
+        raise UsageError(f"--sizes-per-step {k}: --sizes has only {sizes}")
+    if k == 1 < sizes:
+        raise UsageError(
+            "--sizes-per-step 1: is the largest, always; the others would not be trained"
+        )
 
 
 def _check_quantization(c: ResolvedConfig) -> None:
@@ -202,8 +177,10 @@ def _check_quantization(c: ResolvedConfig) -> None:
 def _spread(
     global_batch: int | None, world_size: int, previous: Mapping[str, Any]
 ) -> dict[str, int | None]:
-    """How so many processes take the images of one update as before: the largest batch, up to what it was,
-    as often as it takes. What cannot be divided is left to be refused."""
+    """Return batch size and accumulation with which an update keeps its images on so many processes.
+
+    The batch is the largest possible, up to what it was. What cannot be divided stays, and is refused later.
+    """
     batch_size: int | None = previous.get("batch_size")
     if not global_batch or not batch_size or global_batch % world_size:
         return {"batch_size": batch_size, "accumulate": previous.get("accumulate")}

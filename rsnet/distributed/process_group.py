@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
 from rsnet.distributed.rendezvous import open_store
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -89,7 +89,7 @@ def barrier() -> None:
 
 
 def run_on_main(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, given to all ranks; its UsageError or DataError is raised on all."""
+    """Return on all ranks what `action` returns on rank 0, or raise there what it raises for the user."""
     if not dist.is_initialized():
         return action()
     outcome: list[Any] = [None]
@@ -102,21 +102,23 @@ def run_on_main(action: Callable[[], T]) -> T:
     return result
 
 
-def _attempt(action: Callable[[], T]) -> T | UsageError | DataError:
-    """The result, or what the user is told."""
+def _attempt(action: Callable[[], T]) -> T | UsageError | DataError | RunError:
+    """Return the result, or the error that the user is told."""
     try:
         return action()
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, RunError) as error:
         return error
     except OSError as error:  # names the file
         return DataError(str(error))
 
 
 def run_on_all(action: Callable[[], T]) -> T:
-    """What `action` returns, on each rank. If it fails on one, all fail, instead of waiting for it."""
+    """Return what `action` returns, on each rank. If it fails on one, all fail, instead of waiting for it."""
     outcome = _attempt(action) if dist.is_initialized() else action()
-    errors = all_gather_object(outcome if isinstance(outcome, UsageError | DataError) else None)
-    if isinstance(outcome, UsageError | DataError):
+    errors = all_gather_object(
+        outcome if isinstance(outcome, UsageError | DataError | RunError) else None
+    )
+    if isinstance(outcome, UsageError | DataError | RunError):
         raise outcome
     for other, error in enumerate(errors):
         if error is not None:
@@ -125,7 +127,7 @@ def run_on_all(action: Callable[[], T]) -> T:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The value of every rank, on all of them."""
+    """Return the value of every rank, on all of them."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -144,7 +146,7 @@ class StepVote:
         self._pending: Any = None
 
     def cast(self, number: int) -> int:
-        """The largest number of all ranks' last calls; alone, `number` itself."""
+        """Vote, and return the largest number of all ranks' last calls; alone, `number` itself."""
         if not dist.is_initialized():
             return number
         agreed = self.count()
@@ -153,7 +155,7 @@ class StepVote:
         return agreed
 
     def count(self) -> int:
-        """The outcome of the last call, which all ranks ask for together; 0 if there is none."""
+        """Return the outcome of the last call, which all ranks ask for together; 0 if there is none."""
         if self._pending is None:
             return 0
         self._pending.wait()
@@ -168,7 +170,7 @@ def wrap_ddp(
     static: bool = True,
     compress: bool = False,
 ) -> nn.Module:
-    """DDP around `objective` where there are several processes.
+    """Return DDP around `objective` where there are several processes.
 
     Buffers are not broadcast in every step: in training BatchNorm's statistics are each rank's own, as
     with the original. `broadcast_buffers` makes them rank 0's, which are evaluated and saved.
@@ -202,12 +204,12 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over ranks, on all of them; a new tensor."""
+    """Return the sum over ranks, on all of them; a new tensor."""
     return _all_reduce(value, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(value: Tensor) -> Tensor:
-    """The maximum over ranks, on all of them; a new tensor."""
+    """Return the maximum over ranks, on all of them; a new tensor."""
     return _all_reduce(value, dist.ReduceOp.MAX)
 
 

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipelines.utils.errors import DataError
+from pipelines.utils.errors import RunError
 
 # The store is looked at so often; rank 0 waits so long for an answer before it asks again.
 INTERVAL_S, PATIENCE_S = 0.05, 2.0
 
 
 def open_store(rank: int, world: int, timeout: timedelta) -> Any:
-    """The store of this attempt, which all ranks enter. torchrun keeps the server, or else rank 0 does.
+    """Return the store of this attempt, which all ranks enter. Its server is torchrun's, or else rank 0's.
 
     torchrun keeps one store over all attempts (seen with torch 2.15), with the addresses of the dead; its
     count of restarts differs between machines. So rank 0 names the attempt, with the processes that it
     has seen: those that are among them agree, and a process that died cannot.
 
-    Raises DataError if they do not come together in time.
+    Raises RunError if they do not come together in time.
     """
     store = connect(timeout, hosts=rank == 0)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -33,14 +33,14 @@ def open_store(rank: int, world: int, timeout: timedelta) -> Any:
         attempt = _ask(store, world) if rank == 0 else _answer(store, me)
         if attempt:
             return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-    raise DataError(
+    raise RunError(
         f"rank {rank} waited {timeout.total_seconds():.0f} s for the other processes: do {world} run, and "
         f"do they reach {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}?"
     )
 
 
 def connect(timeout: timedelta, hosts: bool = False) -> Any:
-    """A connection of its own to the server of the store."""
+    """Return a new connection to the server of the store."""
     return dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -50,7 +50,7 @@ def connect(timeout: timedelta, hosts: bool = False) -> Any:
 
 
 def _ask(store: Any, world: int) -> str:
-    """Rank 0: name an attempt of those that joined; "" if they do not all answer."""
+    """Name an attempt of those that joined, on rank 0; return "" if they do not all answer."""
     seen = [_get(store, f"join/{r}") for r in range(world)]
     if not all(seen):
         time.sleep(INTERVAL_S)
@@ -68,7 +68,7 @@ def _ask(store: Any, world: int) -> str:
 
 
 def _answer(store: Any, me: str) -> str:
-    """Another rank: agree to an attempt that has this process; "" if it does not begin."""
+    """Agree, on another rank, to an attempt that has this process; return "" if it does not begin."""
     attempt, *seen = _get(store, "attempt").split() or [""]
     if me not in seen:
         time.sleep(INTERVAL_S)
@@ -83,5 +83,5 @@ def _answer(store: Any, me: str) -> str:
 
 
 def _get(store: Any, key: str) -> str:
-    """What is under `key`; "" if nothing is."""
+    """Return what is under `key`; "" if nothing is."""
     return store.get(key).decode() if store.check([key]) else ""

@@ -9,31 +9,36 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-from pipelines.utils.errors import DataError, first_line
+from pipelines.utils.errors import RunError, first_line
 from rsnet.distributed.rendezvous import connect
 
 
 class Watchdog:
-    """Every rank tells in a store that it lives and how far it is. A thread looks whether this one goes on.
+    """Ends a run in which a rank hangs: each tells in a store that it lives, and how far it is.
 
     Collectives alone would wait for a stuck rank, or say that some rank is missing.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout = timeout_s
+        self._interval = min(2.0, timeout_s / 8)
         self._ticks = 0
         self._done = threading.Event()
+        self._store: Any = None  # while it runs
+        self._rank = 0
+        self._others: list[int] = []
 
     def tick(self) -> None:
-        """The training went on."""
+        """Note that the training went on."""
         self._ticks += 1
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Watch during this block. Raises DataError, with the rank, if another one was lost in it."""
+        """Watch during this block. Raises RunError, with the rank, if another one was lost in it."""
         if not dist.is_initialized():
             yield
             return
@@ -42,7 +47,6 @@ class Watchdog:
         # A connection of its own: the process group's may be busy waiting.
         store = connect(timedelta(seconds=self._timeout))
         self._store = dist.PrefixStore("alive", store)  # type: ignore[attr-defined]
-        self._interval = min(2.0, self._timeout / 8)
         self._tell()
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
@@ -51,7 +55,7 @@ class Watchdog:
         except RuntimeError as error:
             if not is_collective_error(error):
                 raise
-            raise DataError(f"{self._who()} ({first_line(error)})") from error
+            raise RunError(f"{self._who()} ({first_line(error)})") from error
         finally:
             self._done.set()
             thread.join(2 * self._interval)
@@ -68,13 +72,13 @@ class Watchdog:
                 if self._ticks != seen:
                     continue
                 print(f"rank {self._rank}: error: {line}", file=sys.stderr, flush=True)
-                os._exit(DataError.exit_code)  # the main thread may wait for the rank that is stuck
+                os._exit(RunError.exit_code)  # the main thread may wait for the rank that is stuck
 
     def _tell(self) -> None:
         self._store.set(str(self._rank), f"{time.monotonic()} {self._ticks}")
 
     def _told(self) -> dict[int, tuple[float, int]]:
-        """What other ranks told last: a moment of their clock, and their ticks."""
+        """Return what other ranks told last: a moment of their clock, and their ticks."""
         found = {}
         for rank in self._others:
             if self._store.check([str(rank)]):
@@ -83,7 +87,7 @@ class Watchdog:
         return found
 
     def _who(self) -> str:
-        """Which rank is to blame, in words. Takes three intervals."""
+        """Name the rank that does not go on, in words. Takes three intervals."""
         try:
             before = self._told()
             time.sleep(3 * self._interval)
@@ -104,7 +108,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def is_collective_error(error: RuntimeError) -> bool:
-    """Whether an error comes from what processes do together, because one of them is not there."""
+    """Return whether an error comes from what processes do together, because one of them is not there."""
     words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "store")
     is_theirs = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
-    return is_theirs and dist.is_initialized() and not isinstance(error, DataError)
+    return is_theirs and dist.is_initialized() and not isinstance(error, RunError)

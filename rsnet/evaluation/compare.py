@@ -71,7 +71,7 @@ def read_run(path: Path) -> RunSummary:
 
 
 def tables(groups: Groups) -> str:
-    """Two Markdown tables: top-1 by size, and what it costs. Mean ± standard deviation over runs."""
+    """Return two Markdown tables: top-1 by size, and what it costs. Mean ± standard deviation over runs."""
     names = _sizes(groups)
     accuracy = [["top-1 %", *names]]
     cost = [
@@ -98,7 +98,7 @@ def tables(groups: Groups) -> str:
 
 
 def plot(path: Path, groups: Groups) -> None:
-    """Top-1 over GFLOPs, one line a group, bars for the standard deviation; a PNG at `path`."""
+    """Plot top-1 over GFLOPs, one line a group, bars for the standard deviation; a PNG at `path`."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for label, runs in groups.items():
@@ -117,7 +117,7 @@ def plot(path: Path, groups: Groups) -> None:
 
 
 def _work(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Images and seconds of the logged steps; a line speaks of all steps since the one before.
+    """Return images and seconds of the logged steps; a line speaks of all steps since the one before.
 
     Epochs are what goes on evenly: with another global batch a resumed run has others steps an epoch.
     """
@@ -131,7 +131,7 @@ def _work(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def _sizes(groups: Groups) -> list[str]:
-    """All sizes of the runs, the largest first, and the ensemble if there is one of several."""
+    """Return all sizes of the runs, the largest first, and the ensemble if there is one of several."""
     sizes = {n for runs in groups.values() for r in runs for n in r.sizes}
     has_ensemble = any(ENSEMBLE in r.top1 for runs in groups.values() for r in runs)
     return sorted(sizes, key=int, reverse=True) + [ENSEMBLE] * has_ensemble
@@ -146,7 +146,7 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as an aligned Markdown table; the first is the heading."""
+    """Return rows as an aligned Markdown table; the first is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"

@@ -1,4 +1,4 @@
-"""Evaluation: exact accuracies at every size and of the ensemble, each image once on any number of ranks."""
+"""Exact accuracies at every size and of the ensemble; each image counts once on any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from pipelines.batch import Loader
 from rsnet.distributed import process_group as distributed
-from rsnet.inference.runner import ModelRunner
 from rsnet.losses import ENSEMBLE, ensemble_logits
 from rsnet.models.autocast import autocast
-from rsnet.models.fold import is_foldable
+from rsnet.models.fold import fold_batchnorm, is_foldable
 from rsnet.models.switchable import ResolutionSwitchable
 
 
@@ -28,7 +27,7 @@ class Accuracy:
         self._samples = 0
 
     def add(self, logits: Sequence[Tensor], labels: Tensor, alpha: Tensor) -> None:
-        """S x (N, C), (N,), (S,)."""
+        """Count a batch: logits S x (N, C), labels (N,), alpha (S,)."""
         for row, z in enumerate([*logits, ensemble_logits(logits, alpha)]):
             z = z.float()
             top = z.topk(min(5, z.shape[1]), dim=1).indices == labels[:, None]
@@ -38,7 +37,7 @@ class Accuracy:
         self._samples += len(labels)
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """{"224": {"top1": %, "top5": %, "loss": mean}, ..., "ensemble": ...}, over all ranks.
+        """Return {"224": {"top1": %, "top5": %, "loss": mean}, ..., "ensemble": ...}, over all ranks.
 
         Synchronises.
         """
@@ -60,7 +59,7 @@ def evaluate(
     amp: torch.dtype | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Top-1, top-5 and loss at every size and of the ensemble, over all ranks' images.
+    """Return top-1, top-5 and loss at every size and of the ensemble, over all ranks' images.
 
     Every image counts once. Calls `on_batch` after each batch. BatchNorm is folded into the convolutions
     unless activations are quantized: the same logits but for rounding, in four fifths of the time.
@@ -68,9 +67,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     accuracy = Accuracy(model.sizes, device)
-    forward_all = (
-        _folded_forward_all(model, device, amp) if is_foldable(model) else model.forward_all
-    )
+    forward_all = _folded_forward_all(model) if is_foldable(model) else model.forward_all
     for batch in loader:
         with autocast(device, amp):
             logits = forward_all(batch.images)
@@ -81,7 +78,7 @@ def evaluate(
 
 
 def _folded_forward_all(
-    model: ResolutionSwitchable, device: torch.device, amp: torch.dtype | None
+    model: ResolutionSwitchable,
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    forward = ModelRunner(model, device, amp, batch_size=1, fold=True, cuda_graphs=False)
-    return lambda images: tuple(forward(x, s) for x, s in zip(images, model.sizes, strict=True))
+    networks = [fold_batchnorm(model, size) for size in model.sizes]
+    return lambda images: tuple(network(x) for network, x in zip(networks, images, strict=True))

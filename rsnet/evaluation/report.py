@@ -7,7 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from pipelines.utils.tables import plain_table
 from rsnet.losses import ENSEMBLE
+from rsnet.models.factory import gflops
+from rsnet.models.switchable import ResolutionSwitchable
 
 COLUMNS: list[str | int] = ["size", "GFLOPs", "top1", "top5", "loss"]
 
@@ -15,25 +18,33 @@ Results = Mapping[str, Mapping[str, float]]
 
 
 def rows(results: Results, gflops: Mapping[str, float]) -> list[list[str | float]]:
-    """One row of `COLUMNS` per size, the largest first, and the ensemble's, which costs all of them."""
+    """Return a row of `COLUMNS` per size, the largest first, and the ensemble's, which costs all of them."""
     return [[name, gflops[name], r["top1"], r["top5"], r["loss"]] for name, r in results.items()]
 
 
 def cost(sizes: Sequence[int], gflops: Sequence[float]) -> dict[str, float]:
-    """GFLOPs by the names that `Results` have."""
+    """Return the GFLOPs by the names that `Results` have."""
     return dict(zip(map(str, sizes), gflops, strict=True)) | {ENSEMBLE: sum(gflops)}
 
 
+def model_cost(model: ResolutionSwitchable) -> dict[str, float]:
+    """Return the GFLOPs an image of a network, at every size and of the ensemble."""
+    return cost(model.sizes, [gflops(model, size) for size in model.sizes])
+
+
 def table(results: Results, gflops: Mapping[str, float]) -> str:
-    """The rows as aligned text."""
-    lines = [f"{'size':>8}  {'GFLOPs':>7}  {'top-1 %':>7}  {'top-5 %':>7}  {'loss':>7}"]
-    for name, cost_, top1, top5, loss in rows(results, gflops):
-        lines.append(f"{name:>8}  {cost_:7.3f}  {top1:7.2f}  {top5:7.2f}  {loss:7.4f}")
-    return "\n".join(lines)
+    """Return the rows as aligned text."""
+    return plain_table(
+        ["size", "GFLOPs", "top-1 %", "top-5 %", "loss"],
+        [
+            [str(name), f"{cost_:.3f}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"]
+            for name, cost_, top1, top5, loss in rows(results, gflops)
+        ],
+    )
 
 
 def plot(path: Path, title: str, results: Results, gflops: Mapping[str, float]) -> None:
-    """Top-1 over GFLOPs, one point per size, and the ensemble apart; a PNG at `path`."""
+    """Plot top-1 over GFLOPs, one point per size, and the ensemble apart; a PNG at `path`."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     sizes = [name for name in results if name != ENSEMBLE]

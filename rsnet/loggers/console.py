@@ -1,4 +1,4 @@
-"""Progress on a terminal as a bar, elsewhere as plain lines."""
+"""Messages and progress of a run on stdout."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class ConsoleLogger:
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: Any = None
+        self._title, self._total = "", 0
         self._started = 0.0
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line, above the bar if there is one."""
         if self._active:
             self._console.print(text, markup=False)
 
@@ -53,7 +54,7 @@ class ConsoleLogger:
             self._bar.start()
 
     def update(self, done: int, info: str, every: float = 0.0) -> None:
-        """`done` of the units are finished; with `every`, a plain line each so many seconds."""
+        """Show that `done` units are finished; with `every`, as a plain line each so many seconds."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=info)
             return
@@ -71,6 +72,7 @@ class ConsoleLogger:
         )
 
     def stop(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,8 +1,7 @@
-"""The run directory: what was asked for, where it ran, one JSON line per logged step; and the console."""
+"""The run directory: what was asked for, where it ran, and one JSON line per logged step."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from pipelines.utils.atomic_io import atomic_write, atomic_write_json
-from pipelines.utils.errors import DataError, UsageError
-from rsnet.checkpoint import io as checkpoint
+from pipelines.utils.errors import RunError, UsageError
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import Checkpoint
 
 PACKAGES = (
     "ffcv",
@@ -67,25 +68,28 @@ class RunDir:
 
         Raises UsageError if another one has it.
         """
-        with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"--output: a process that still runs trains in {self.path}; wait for it, stop it, or "
-                    "give another folder"
-                ) from None
-            except OSError:  # a file system that knows no locks
-                pass
+        lock = FileLock(self.path / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"--output: a process that still runs trains in {self.path}; wait for it, stop it, or "
+                "give another folder"
+            ) from None
+        except (OSError, NotImplementedError):  # a file system that knows no locks
+            pass
+        try:
             yield
+        finally:
+            lock.release()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """A crash leaves the old file or the new one."""
+        """Write a file whole: a crash leaves the old one or the new one."""
         if self.active:
             atomic_write_json(self.path / name, content)
 
     def append_text(self, name: str, text: str) -> None:
-        """Raises DataError, or says once what is the matter if the run is to go on without it."""
+        """Append to a file. Raises RunError if it cannot, or tells `on_error` if the run is to go on."""
         if not self.active:
             return
         try:
@@ -94,7 +98,7 @@ class RunDir:
         except OSError as error:
             line = f"cannot write to {self.path / name}: {error.strerror}"
             if self.on_error is None:
-                raise DataError(f"{line}; free some space and run the same command") from error
+                raise RunError(f"{line}; free some space and run the same command") from error
             self.on_error(line)
 
     def sync(self) -> None:
@@ -119,12 +123,12 @@ class RunDir:
             atomic_write(path, "".join(kept).encode())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """Append one line to metrics.jsonl."""
         self.append_text("metrics.jsonl", json.dumps({"time": time.time(), **metrics}) + "\n")
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What a run's figures depend on besides its options."""
+    """Return what a run's figures depend on besides its options."""
     is_cuda = device.type == "cuda"
     return {
         "git_sha": _git_sha(),
@@ -140,7 +144,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
 
 
 def _is_kept(line: str, done: float, epochs: int) -> bool:
-    """Whether a line of metrics is of that time; a line that a crash cut short is of none."""
+    """Return whether a line of metrics is of that time; a line that a crash cut short is of none."""
     try:
         metrics = json.loads(line)
         is_evaluation = any(name.startswith("val/") for name in metrics)
@@ -157,7 +161,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_sha() -> str | None:
-    """The commit of this code, with "+" if it was changed since; None outside a checkout."""
+    """Return the commit of this code, with "+" if it was changed since; None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -171,10 +175,10 @@ def _git_sha() -> str | None:
         return None
 
 
-def write_imported_run(output: Path, original: Path, content: Mapping[str, Any]) -> Path:
-    """Make a run directory that holds `content` as its checkpoints; returns the path of the best."""
+def write_imported_run(output: Path, original: Path, checkpoint: Checkpoint) -> Path:
+    """Make a run directory that holds `checkpoint` as its last and best one; return the path of the best."""
     run_dir = RunDir(output, continues=False, active=True)
     for path in (run_dir.last, run_dir.best):
-        checkpoint.save(path, content)
-    run_dir.write_json("config.json", {"imported": str(original), **content["network"]})
+        io.save(path, checkpoint)
+    run_dir.write_json("config.json", {"imported": str(original), **checkpoint.network.to_dict()})
     return run_dir.best

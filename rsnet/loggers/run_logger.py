@@ -1,28 +1,25 @@
-"""What a run tells: its directory, the console and Weights & Biases."""
+"""Logs a run to its directory, the console and Weights & Biases."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from rsnet.config.command_line import as_command
-from rsnet.config.resolve import ResolvedConfig
-from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
+from rsnet.distributed.device import peak_memory_gb
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
-from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir, environment
 from rsnet.loggers.wandb_logger import WandbLogger
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """What the steps since the last report were like. Times in seconds a step, of this process."""
+    """Training metrics averaged since the last report. Times in seconds a step, of this process."""
 
     step: int
     steps_in_epoch: int  # done in this epoch
@@ -35,49 +32,39 @@ class TrainingProgress:
 
 
 class RunLogger:
-    """Header, steps, evaluations and results of one run. Silent on ranks that are not the first."""
+    """Header, steps, evaluations and results of one run. Silent on ranks that are not the first.
+
+    wandb_id: the W&B run to continue, or None.
+    """
 
     def __init__(
-        self,
-        config: ResolvedConfig,
-        run_dir: RunDir,
-        display: ConsoleLogger,
-        steps_per_epoch: int,
-        device: torch.device,
+        self, context: RunContext, run_dir: RunDir, steps_per_epoch: int, wandb_id: str | None
     ) -> None:
-        self.config, self.run_dir, self.display = config, run_dir, display
-        self.steps_per_epoch, self.device = steps_per_epoch, device
-        self.global_batch = config.global_batch(distributed.world_size())
+        self.run_dir, self.console = run_dir, context.console
+        self.config, self.device = context.config, context.device
+        self.steps_per_epoch = steps_per_epoch
+        self._write_header(context)
+        self.wandb = start_wandb(context, self.config.output, run_id=wandb_id)
 
-    def open(self, script: str, options: Any, wandb_id: str | None) -> None:
-        """Write the header and begin, or go on with, the W&B run."""
-        c = self.config
+    def _write_header(self, context: RunContext) -> None:
+        """Write down what runs where, and say how many images make up an update."""
+        c, world = self.config, distributed.world_size()
         typed = " ".join(sys.argv)
-        resolved = as_command(script, c, options)
-        world = distributed.world_size()
-        self.run_dir.append_text("command.txt", f"# typed: {typed}\n{resolved}\n")
-        self.run_dir.write_json("config.json", to_plain_dict(c) | to_plain_dict(options))
+        self.run_dir.append_text("command.txt", f"# typed: {typed}\n{context.command()}\n")
+        self.run_dir.write_json("config.json", context.to_plain_dict())
         self.run_dir.write_json("env.json", environment(self.device, world))
-        self.display.say(
-            f"global batch {self.global_batch} = {c.batch_size} images x {world} processes x "
+        self.console.say(
+            f"global batch {context.global_batch} = {c.batch_size} images x {world} processes x "
             f"{c.accumulate} accumulated; {self.steps_per_epoch} steps an epoch; {self.device}, amp {c.amp}"
-        )
-        self.wandb = WandbLogger(
-            c.wandb if distributed.is_main() else "disabled",
-            c.output,
-            c.wandb_project,
-            c.wandb_name,
-            to_plain_dict(c) | to_plain_dict(options) | {"global_batch": self.global_batch},
-            wandb_id,
-            self.display.say,
         )
 
     def close(self, failed: bool) -> None:
-        self.display.stop()
+        """End the bar and the W&B run."""
+        self.console.stop()
         self.wandb.finish(failed)
 
-    def progress(self, p: TrainingProgress, epoch: int, alpha: Mapping[int, float]) -> None:
-        """The updates since the last call. `epoch`: those that are finished."""
+    def log_progress(self, p: TrainingProgress, epoch: int, alpha: Mapping[int, float]) -> None:
+        """Log the updates since the last call. `epoch`: those that are finished."""
         speed = p.images_per_s * distributed.world_size()
         metrics = {
             "step": p.step,
@@ -88,30 +75,33 @@ class RunLogger:
             "perf/images_per_s": speed,
             "perf/data_time": p.data_time,
             "perf/step_time": p.step_time,
-            "perf/gpu_mem_gb": _peak_memory_gb(self.device),
+            "perf/gpu_mem_gb": peak_memory_gb(self.device) or 0.0,
         }
         if p.skipped:
             metrics["skipped_updates"] = p.skipped
         self.run_dir.append_metrics(metrics)
         self.wandb.log(metrics)
-        self.display.update(
+        self.console.update(
             p.steps_in_epoch, f"loss {p.terms['total']:.4f}  lr {p.lr:.5f}  {speed:.0f} img/s"
         )
 
-    def evaluation(self, results: Results, epoch: int, step: int) -> None:
+    def log_evaluation(self, results: Results, epoch: int, step: int) -> None:
+        """Log an evaluation after so many epochs and updates."""
         metrics: dict[str, Any] = {"step": step, "epoch": epoch}
         for name, values in results.items():
             metrics |= {f"val/{what}@{name}": value for what, value in values.items()}
         self.run_dir.append_metrics(metrics)
         self.wandb.log(metrics)
         top1 = "  ".join(f"{name} {r['top1']:.2f}" for name, r in results.items())
-        self.display.say(f"epoch {epoch}/{self.config.epochs}  top-1 %: {top1}")
+        self.console.say(f"epoch {epoch}/{self.config.epochs}  top-1 %: {top1}")
 
-    def results(self, results: Results, cost: dict[str, float], shared: int, private: int) -> None:
-        """The last evaluation, as a table, a file and a plot; with GFLOPs and numbers of parameters."""
+    def log_results(
+        self, results: Results, cost: Mapping[str, float], shared: int, private: int
+    ) -> None:
+        """Log the last evaluation as a table, a file and a plot, with GFLOPs and numbers of parameters."""
         if not distributed.is_main():
             return
-        self.display.say(report.table(results, cost))
+        self.console.say(report.table(results, cost))
         plot = self.config.output / "accuracy_flops.png"
         report.plot(plot, self.config.arch, results, cost)
         self.run_dir.write_json(
@@ -119,8 +109,29 @@ class RunLogger:
             {"gflops": cost, "parameters": {"shared": shared, "private": private}, **results},
         )
         self.wandb.log_results(report.COLUMNS, report.rows(results, cost), plot)
-        self.display.say(f"run directory {self.config.output}, plot {plot}")
+        self.console.say(f"run directory {self.config.output}, plot {plot}")
 
 
-def _peak_memory_gb(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+def start_wandb(
+    context: RunContext,
+    directory: Path,
+    *,
+    run_id: str | None = None,
+    name: str | None = None,
+    remedy: str | None = None,
+) -> WandbLogger:
+    """Start or continue the W&B run of `directory`; the first process alone has one.
+
+    name: of the run, instead of --wandb-name. remedy: see `WandbLogger`.
+    """
+    c = context.config
+    return WandbLogger(
+        c.wandb if distributed.is_main() else "disabled",
+        directory,
+        project=c.wandb_project,
+        name=name or c.wandb_name,
+        config=context.to_plain_dict() | {"global_batch": context.global_batch},
+        run_id=run_id,
+        say=context.console.say,
+        remedy=remedy,
+    )

@@ -45,6 +45,7 @@ class WandbLogger:
         self,
         mode: Mode | None,
         directory: Path,
+        *,
         project: str,
         name: str | None,
         config: Mapping[str, Any],
@@ -54,6 +55,7 @@ class WandbLogger:
     ) -> None:
         self.run_id: str | None = None
         self._run: Any = None
+        self._is_whole = False
         self._directory, self._say = directory, say
         command = shlex.join(["python", "-m", "rsnet", "sync", str(directory)])
         self._remedy = remedy or f"`{command}` sends the metrics later"
@@ -67,7 +69,13 @@ class WandbLogger:
 
         def start(mode: Mode) -> Any:
             return wandb_service.start(
-                mode, directory, project, name or directory.name, config, run_id, resume="allow"
+                mode,
+                directory,
+                project=project,
+                name=name or directory.name,
+                config=config,
+                run_id=run_id,
+                resume="allow",
             )
 
         try:
@@ -91,18 +99,18 @@ class WandbLogger:
             say(f"W&B: online at {self._run.url} ({reason}), without earlier lines; {self._remedy}")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Metrics with their "step" and "epoch"; the axes are chosen by `define_metric`."""
+        """Log metrics with their "step" and "epoch"; the axes are chosen by `define_metric`."""
         self._do(lambda: self._run.log(dict(metrics)), SERVICE_TIMEOUT_S)
 
     def log_results(self, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
-        """The final table and the plot."""
+        """Log the final table and the plot."""
         self._do(
             lambda: wandb_service.log_results(self._run, columns, rows, plot),
             wandb_service.finish_timeout(),  # a table asks the server
         )
 
     def log_profile(self, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:
-        """What a profile measured, its plot, and the files that have more; all in the run's directory."""
+        """Log what a profile measured, its plot, and the files that have more; all in the run's directory."""
         self._do(
             lambda: wandb_service.log_profile(self._run, figures, plot, files), SERVICE_TIMEOUT_S
         )
@@ -119,7 +127,7 @@ class WandbLogger:
         self._run = None
 
     def _begin(self, run_id: str | None) -> bool:
-        """Write down which W&B run it is; returns whether that has all lines up to now."""
+        """Write down which W&B run it is; return whether that has all lines up to now."""
         lines = count_lines(self._directory)
         sent = read_sent(self._directory) if run_id else None
         has_all = lines <= (sent.lines if sent else 0)
@@ -143,13 +151,13 @@ class WandbLogger:
 
 
 def count_lines(directory: Path) -> int:
-    """Of metrics."""
+    """Return the number of lines of metrics."""
     path = directory / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def read_sent(directory: Path) -> Sent | None:
-    """Of a run directory; None if W&B was never told of the run."""
+    """Read what W&B has of a run directory; None if W&B was never told of the run."""
     path = directory / "wandb.json"
     try:
         return Sent(**json.loads(path.read_text()))
@@ -160,4 +168,5 @@ def read_sent(directory: Path) -> Sent | None:
 
 
 def write_sent(directory: Path, sent: Sent) -> None:
+    """Write down what W&B has of a run directory."""
     atomic_write_json(directory / "wandb.json", asdict(sent))

@@ -47,7 +47,7 @@ class Console:
 
 
 def default_mode() -> tuple[Mode, str]:
-    """WANDB_MODE's, else online if there is a key; and why."""
+    """Return WANDB_MODE's mode, else online if there is a key; and why."""
     modes: tuple[Mode, ...] = ("online", "offline", "disabled")
     for mode in modes:
         if os.environ.get("WANDB_MODE") == mode:
@@ -63,6 +63,7 @@ def default_mode() -> tuple[Mode, str]:
 def start(
     mode: Mode,
     directory: Path,
+    *,
     project: str,
     name: str,
     config: Mapping[str, Any],
@@ -71,7 +72,7 @@ def start(
     entity: str | None = None,
     **settings: Any,
 ) -> Any:
-    """A W&B run; one that exists under the id is continued or, with resume None, replaced."""
+    """Start a W&B run; one that exists under the id is continued or, with resume None, replaced."""
     timeouts = {
         "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)),
         "finish_timeout": finish_timeout(),
@@ -97,13 +98,13 @@ def start(
 
 
 def log_results(run: Any, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
-    """The final table and the plot, which goes by its file's name."""
+    """Log the final table and the plot, which goes by its file's name."""
     table = wandb.Table(columns=columns, data=rows)
     run.log({"results": table, plot.stem: wandb.Image(str(plot))})
 
 
 def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:
-    """One line of metrics, which W&B also takes for the run's summary; the plot and the files."""
+    """Log one line of metrics, which W&B also takes for the run's summary; the plot and the files."""
     run.log({**figures, "profile/plot": wandb.Image(str(plot))})
     for file in files:
         # W&B warns of links, and the next profile overwrites what they lead to.
@@ -112,6 +113,7 @@ def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequenc
 
 
 def finish_timeout() -> float:
+    """Return the seconds that the end of a run may take."""
     return float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT_S))
 
 
@@ -135,7 +137,7 @@ def let_go(run: Any) -> None:
 
 
 def within(limit: float, action: Callable[[], object]) -> None:
-    """Raises what `action` does, as a RuntimeError, or TimeoutError if it takes more than `limit` seconds."""
+    """Raise what `action` does, as a RuntimeError, or TimeoutError if it takes more than `limit` seconds."""
     errors: list[BaseException] = []
 
     def run() -> None:

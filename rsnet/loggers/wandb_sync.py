@@ -18,6 +18,7 @@ TIMEOUT_S = 600
 
 
 def send_run(path: Path) -> str:
+    """Send W&B the lines of metrics that it lacks of a run directory; return what was done, in words."""
     try:
         rows, config, table = _read(path)
     except (ValueError, KeyError, TypeError) as error:
@@ -40,7 +41,7 @@ def send_run(path: Path) -> str:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Table | None]:
-    """Metrics, options, and the final table if the run is finished."""
+    """Return metrics, options, and the final table if the run is finished."""
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
     # A line without an end is still being written, or was cut short by a crash.
@@ -68,17 +69,17 @@ def _send(
     sent: Sent | None,
     console: Console,
 ) -> str:
-    """Replace the W&B run, or make one; returns its address."""
+    """Replace the W&B run, or make one; return its address."""
     run = None
     try:
         with tempfile.TemporaryDirectory() as scratch:
             run = wandb_service.start(
                 "online",
                 Path(scratch),
-                config["wandb_project"],
-                config["wandb_name"],
-                config,
-                sent.id if sent else None,
+                project=config["wandb_project"],
+                name=config["wandb_name"],
+                config=config,
+                run_id=sent.id if sent else None,
                 resume=None,
                 entity=sent.entity if sent else None,
                 finish_timeout=TIMEOUT_S,

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+from pipelines.utils.tables import plain_table
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.profiler.step_profiler import Profile
 
@@ -14,29 +15,34 @@ LOST = 0.1
 
 
 def table(p: Profile) -> str:
-    """Images/s and milliseconds of the three measurements, and the parts of a step."""
-    lines = [f"{'':14}{'img/s':>9}{'ms/step':>10}{'+-':>8}"]
-    for name, times in (
-        ("loader", p.loader),
-        ("computation", p.compute),
-        ("together", p.end_to_end),
-    ):
-        lines.append(f"{name:14}{p.images_per_s(times):9.0f}{times.mean:10.1f}{times.spread:8.1f}")
-    lines.append(f"{'part':14}{'alone':>9}{'together':>10}   ms/step")
-    for part in p.end_to_end.parts:
-        lines.append(
-            f"{part:14}{p.compute.parts.get(part, 0.0):9.1f}{p.end_to_end.parts[part]:10.1f}"
-        )
+    """Return images/s and milliseconds of the three measurements, and the parts of a step."""
+    measured = {"loader": p.loader, "computation": p.compute, "together": p.end_to_end}
+    speeds = plain_table(
+        ["", "img/s", "ms/step", "+-"],
+        [
+            [name, f"{p.images_per_s(t):.0f}", f"{t.mean:.1f}", f"{t.spread:.1f}"]
+            for name, t in measured.items()
+        ],
+        first="left",
+    )
+    parts = plain_table(
+        ["part, ms/step", "alone", "together"],
+        [
+            [part, f"{p.compute.parts.get(part, 0.0):.1f}", f"{ms:.1f}"]
+            for part, ms in p.end_to_end.parts.items()
+        ],
+        first="left",
+    )
     memory = f", peak memory {p.peak_memory_gb:.1f} GB" if p.peak_memory_gb is not None else ""
-    lines.append(
+    efficiency = (
         f"{p.tflops:.2f} TFLOP/s, {100 * p.mfu:.0f} % of a large matrix product's {p.peak_tflops:.2f}; "
         f"idle {100 * p.idle:.0f} %{memory}"
     )
-    return "\n".join(lines)
+    return "\n".join((speeds, parts, efficiency))
 
 
 def advice(p: Profile, config: ResolvedConfig, options: Any) -> str:
-    """The bottleneck, and the options that would move it."""
+    """Return the bottleneck, and the options that would move it."""
     flags = _for_network(p, config) if p.bottleneck == "network" else _for_loader(p, options)
     alone = f"{p.loader.mean:.1f} against {p.compute.mean:.1f} ms"
     line = f"bottleneck: the {p.bottleneck} ({alone}): {', or '.join(flags)}"
@@ -64,7 +70,7 @@ def _for_loader(p: Profile, options: Any) -> list[str]:
 
 
 def images_per_s(p: Profile) -> dict[str, float]:
-    """Of the three measurements."""
+    """Return the speeds of the three measurements."""
     return {
         "loader": p.images_per_s(p.loader),
         "compute": p.images_per_s(p.compute),
@@ -73,7 +79,7 @@ def images_per_s(p: Profile) -> dict[str, float]:
 
 
 def figures(p: Profile) -> dict[str, float]:
-    """Those of a single number, under the names that W&B gets."""
+    """Return the figures that are a single number, under the names that W&B gets."""
     found = as_json(p)
     single = {
         **{f"images_per_s/{name}": speed for name, speed in found["images_per_s"].items()},
@@ -84,7 +90,7 @@ def figures(p: Profile) -> dict[str, float]:
 
 
 def as_json(p: Profile) -> dict[str, Any]:
-    """All figures."""
+    """Return all figures."""
     return {
         **asdict(p),
         "images_per_s": images_per_s(p),

@@ -19,11 +19,10 @@ from pipelines.batch import Loader, Loaders
 from pipelines.utils.atomic_io import atomic_write_json
 from rsnet.config.command_line import as_command
 from rsnet.config.resolve import ResolvedConfig
-from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
-from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import environment
-from rsnet.loggers.wandb_logger import WandbLogger
+from rsnet.loggers.run_logger import start_wandb
 from rsnet.models.factory import gflops
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import report as profile_report
@@ -37,24 +36,12 @@ TRACE = "trace.json.gz"  # W&B's time for uploads is too short for ten times the
 
 
 class ProfileRun:
-    """What is measured, and where the figures go."""
+    """Measurements of one configuration, and of others in a sweep; figures go to --output/profile."""
 
-    def __init__(
-        self,
-        script: str,
-        config: ResolvedConfig,
-        options: Any,
-        model: ResolutionSwitchable,
-        loaders: Loaders,
-        device: torch.device,
-        display: ConsoleLogger,
-        num_classes: int,
-    ) -> None:
-        self.script, self.config, self.options = script, config, options
-        self.model, self.loaders, self.device = model, loaders, device
-        self.display, self.num_classes = display, num_classes
-        self.folder = config.output / "profile"
-        self.cost = sum(gflops(model, size) for size in model.sizes)
+    def __init__(self, context: RunContext) -> None:
+        self.context, self.config, self.say = context, context.config, context.console.say
+        self.folder = self.config.output / "profile"
+        self.cost = sum(gflops(context.model, size) for size in context.model.sizes)
 
     def run(
         self,
@@ -70,9 +57,9 @@ class ProfileRun:
         figures = profile_report.figures(found)
         files = ["profile.json", TRACE]
         if swept:
-            given = Trial("", None, self.config, self.options, found)
+            given = Trial("", None, self.config, self.context.options, found)
             measure = partial(self._measure, open_loaders)
-            sweep = Sweep(given, again, measure, self.display.say)
+            sweep = Sweep(given, again, measure, self.say)
             self._sweep(sweep, swept)
             figures["profile/images_per_s/best"] = sweep.best.speed
             files.append("sweep.json")
@@ -80,14 +67,15 @@ class ProfileRun:
 
     def profile(self) -> Profile:
         """Measure, print the table and the bottleneck, and write profile.json, .png and the trace."""
-        config, device, say = self.config, self.device, self.display.say
-        trainer, loader = self._trainer(config, self.model, self.loaders)
+        config, device, say = self.config, self.context.device, self.say
+        model = self.context.model
+        trainer, loader = self._trainer(config, model, self.context.loaders)
         say(
             f"{config.profile_steps} steps each of loader, computation, and both; {device}, amp {config.amp}"
         )
-        found = profile(trainer, self.model, loader, self.cost, config.profile_steps)
+        found = profile(trainer, model, loader, self.cost, config.profile_steps)
         say(profile_report.table(found))
-        say(profile_report.advice(found, config, self.options))
+        say(profile_report.advice(found, config, self.context.options))
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             figures = {
@@ -102,17 +90,17 @@ class ProfileRun:
 
     def _sweep(self, sweep: Sweep, names: list[str]) -> None:
         """Try values, print the fastest command, and write sweep.json."""
-        config, say = self.config, self.display.say
-        if "decoder-hw-load" in names and self.device.type != "cuda":
+        config, say, device = self.config, self.say, self.context.device
+        if "decoder-hw-load" in names and device.type != "cuda":
             say("--decoder-hw-load: not tried, it is of a GPU's JPEG engine")
             names = [name for name in names if name != "decoder-hw-load"]
         cores = len(os.sched_getaffinity(0))
-        sweep.run(names, self.device.type, cores, config.profile_limit)
+        sweep.run(names, device.type, cores, config.profile_limit)
         if sweep.not_tried:
             untried = ", ".join(sweep.not_tried)
             say(f"not tried, because --profile-limit {config.profile_limit:g} is over: {untried}")
         best = sweep.best
-        command = as_command(self.script, best.config, best.options, without=OWN)
+        command = as_command(self.context.script, best.config, best.options, without=OWN)
         atomic_write_json(self.folder / "sweep.json", as_json(sweep, command))
         if best is sweep.given:
             say("nothing was faster than the command as given:")
@@ -129,21 +117,21 @@ class ProfileRun:
         options: Any,
         deadline: float,
     ) -> Profile:
-        """Of other options, with loaders and weights of its own, which are gone afterwards."""
+        """Profile other options, with loaders and weights of their own, which are gone afterwards."""
         self._release()
         loaders = open_loaders(config, options)
         try:
-            model = copy.deepcopy(self.model)
+            model = copy.deepcopy(self.context.model)
             trainer, loader = self._trainer(config, model, loaders)
             return profile(trainer, model, loader, self.cost, config.profile_steps, deadline)
         finally:
-            _close(loaders)
+            loaders.close()
 
     def _release(self) -> None:
-        """The memory of the measurement before, whose objects may hold each other."""
-        _close(self.loaders)
+        """Free the memory of the measurement before, whose objects may hold each other."""
+        self.context.loaders.close()
         gc.collect()
-        if self.device.type == "cuda":
+        if self.context.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _trainer(
@@ -151,37 +139,26 @@ class ProfileRun:
     ) -> tuple[Trainer, Loader]:
         assert loaders.train is not None
         steps_per_epoch = max(1, len(loaders.train) // config.accumulate)
-        trainer = make_trainer(config, model, self.num_classes, steps_per_epoch, self.device)
+        trainer = make_trainer(
+            config, model, self.context.network.num_classes, steps_per_epoch, self.context.device
+        )
         return trainer, loaders.train
 
     def _log_to_wandb(self, figures: dict[str, float], files: list[str]) -> None:
-        """In a W&B run of its own: the one that the run directory names is a training's."""
-        c = self.config
-        batch = {"global_batch": c.global_batch(distributed.world_size())}
-        log = WandbLogger(
-            c.wandb if distributed.is_main() else "disabled",
+        """Log to a W&B run of its own: the one that the run directory names is a training's."""
+        log = start_wandb(
+            self.context,
             self.folder,
-            c.wandb_project,
-            f"{c.wandb_name or c.output.name} profile",
-            to_plain_dict(c) | to_plain_dict(self.options) | batch,
-            None,
-            self.display.say,
+            name=f"{self.config.wandb_name or self.config.output.name} profile",
             remedy=f"all of it is in {self.folder}",
         )
-        log.log_profile(
-            figures, self.folder / "profile.png", [self.folder / name for name in files]
-        )
+        paths = [self.folder / name for name in files]
+        log.log_profile(figures, self.folder / "profile.png", paths)
         log.finish()
 
 
-def _close(loaders: Loaders) -> None:
-    for loader in (loaders.train, loaders.val):
-        if loader is not None:
-            loader.close()
-
-
 def _trace(trainer: Trainer, loader: Loader, device: torch.device, path: Path) -> None:
-    """What PyTorch's profiler saw of a few steps."""
+    """Write a Chrome trace of a few steps by PyTorch's profiler."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with torch.profiler.profile(activities=kinds) as profiler:
         for batch in islice(endless(loader), TRACED_STEPS):
@@ -192,7 +169,7 @@ def _trace(trainer: Trainer, loader: Loader, device: torch.device, path: Path) -
 
 
 def _plot(p: Profile, path: Path) -> None:
-    """The parts of a step, of the computation alone and of both, beside the loader."""
+    """Plot the parts of a step, of the computation alone and of both, beside the loader."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     rows = {

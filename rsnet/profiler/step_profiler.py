@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipelines.batch import Batch, Loader
+from rsnet.distributed.device import peak_memory_gb
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.trainer import Trainer
 
@@ -69,7 +70,7 @@ class Profile:
 
 
 class OutOfTimeError(Exception):
-    """Before a measurement was finished."""
+    """The deadline came before a measurement was finished."""
 
 
 class Stopwatch:
@@ -83,11 +84,11 @@ class Stopwatch:
         self._marks: list[tuple[str, Any]] = [("start", self._now())]
 
     def mark(self, name: str) -> None:
-        """The part `name` of a step ends here."""
+        """End the part `name` of a step."""
         self._marks.append((name, self._now()))
 
     def read(self, last: str) -> list[dict[str, float]]:
-        """Milliseconds of each part since the one before it, by step, which ends with the part `last`."""
+        """Return the milliseconds of each part since the one before it, by step; a step ends with `last`."""
         synchronize(self._device)
         steps: list[dict[str, float]] = [{}]
         for (_, before), (name, after) in pairwise(self._marks):
@@ -142,7 +143,7 @@ def profile(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     compute = time_steps(trainer, model, in_time(_repeat(batches)), steps)
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    peak = peak_memory_gb(device)
     together = time_steps(trainer, model, in_time(endless(loader)), steps)
     # Backward is twice forward: gradients of inputs and of weights.
     tflops = 3 * step_gflops * images / compute.mean
@@ -154,7 +155,7 @@ def profile(
 def time_loader(
     source: Iterator[Batch], device: torch.device, steps: int, accumulate: int
 ) -> Times:
-    """The batches of an update, which nobody waits for, ready on the device."""
+    """Time the batches of an update until they are ready on the device."""
     taken = []
     for i in range(WARMUP_STEPS + steps):
         start = time.perf_counter()
@@ -169,7 +170,7 @@ def time_loader(
 def time_steps(
     trainer: Trainer, model: ResolutionSwitchable, source: Iterator[Batch], steps: int
 ) -> Times:
-    """Whole updates, split into waiting for data, forward at each size, losses, backward and optimizer."""
+    """Time whole updates, by their parts: data, forward at each size, losses, backward, optimizer."""
     # A compiled objective has no inside, and hooks would cut its graph.
     is_compiled = any(m._compiled_call_impl is not None for m in trainer.objective.modules())
     watch = Stopwatch(trainer.device)
@@ -196,7 +197,7 @@ def time_steps(
 
 
 def measure_peak_tflops(device: torch.device, dtype: torch.dtype | None) -> float:
-    """The best of a few large matrix products, in the training's precision."""
+    """Return the best rate of a few large matrix products, in the training's precision."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
     best = float("inf")
@@ -210,7 +211,7 @@ def measure_peak_tflops(device: torch.device, dtype: torch.dtype | None) -> floa
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
-    """Epoch after epoch."""
+    """Yield batches, epoch after epoch."""
     epoch = 0
     while True:
         loader.set_epoch(epoch)
@@ -219,7 +220,7 @@ def endless(loader: Loader) -> Iterator[Batch]:
 
 
 def _copy(batch: Batch) -> Batch:
-    """That stays when the loader uses its memory for the next one."""
+    """Copy a batch, as the loader may use its memory for the next one."""
     return Batch(tuple(x.clone() for x in batch.images), batch.labels.clone())
 
 
@@ -229,7 +230,7 @@ def _repeat(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 
 def _hooks(objective: nn.Module, model: ResolutionSwitchable, watch: Stopwatch) -> list[Any]:
-    """Marks behind the forward of each size, and behind the losses."""
+    """Set marks behind the forward of each size, and behind the losses."""
 
     def after_size(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
         watch.mark(f"forward {inputs[0].shape[-1]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.profiler.report import images_per_s
 from rsnet.profiler.step_profiler import OutOfTimeError, Profile
@@ -47,18 +48,19 @@ class Trial:
         return f"--{self.option} {self.value}" if self.option else "as given"
 
     def row(self) -> str:
-        """As `HEADER` has it."""
+        """Return the line for the console, in the columns of `HEADER`."""
         if self.found is None:
             return f"{self.label:34}{self.failure}"
         speeds = "".join(f"{speed:13.0f}" for speed in images_per_s(self.found).values())
         return f"{self.label:34}{speeds}{'  kept' if self.kept else ''}"
 
 
+# Columns of fixed width, because each line is printed when it is measured.
 HEADER = f"{'img/s':34}{'loader':>13}{'computation':>13}{'together':>13}"
 
 
 class Sweep:
-    """Climbs with one option after the other: up as long as it gets faster, else down.
+    """Raises one option after the other as long as it gets faster, or else lowers it.
 
     given: the command as it is, measured. again: the configuration with other batches. measure: the
     profile of a configuration, by a moment of `time.perf_counter`, or OutOfTimeError.
@@ -75,6 +77,7 @@ class Sweep:
         self.trials = [given]
         self.not_tried: list[str] = []  # for lack of time
         self._again, self._measure, self._say = again, measure, say
+        self._deadline = math.inf  # of `time.perf_counter`
 
     def run(self, names: list[str], device_type: str, cores: int, limit: float) -> None:
         """Try values of the options of these names, for `limit` seconds."""
@@ -83,12 +86,12 @@ class Sweep:
         self._say(self.given.row())
         for name in names:
             before = self.best
-            for values in _ladders(name, self._value(name), device_type, cores):
-                self._climb(name, values)
+            for values in _candidates(name, self._value(name), device_type, cores):
+                self._try_in_order(name, values)
                 if self.best is not before:
                     break
 
-    def _climb(self, name: str, values: list[Any]) -> None:
+    def _try_in_order(self, name: str, values: list[Any]) -> None:
         """Try these, in order, until one is not faster."""
         for value in values:
             try:
@@ -110,18 +113,22 @@ class Sweep:
             found = self._measure(trial.config, trial.options, self._deadline)
         except torch.OutOfMemoryError:
             return dataclasses.replace(trial, failure="out of memory")
-        except (UsageError, DataError) as error:  # too few images; too little memory for the loader
+        except (
+            UsageError,
+            DataError,
+            RunError,
+        ) as error:  # too few images; too little memory for the loader
             return dataclasses.replace(trial, failure=first_line(error))
         trial = dataclasses.replace(trial, found=found)
         return dataclasses.replace(trial, kept=trial.speed > GAIN * self.best.speed)
 
     def _value(self, name: str) -> Any:
-        """Of the best so far."""
+        """Return the option's value in the best trial so far."""
         holder = self.best.config if name == "batch-size" else self.best.options
         return getattr(holder, name.replace("-", "_"))
 
     def _with(self, name: str, value: Any) -> tuple[ResolvedConfig, Any]:
-        """The best so far with another value. An update keeps its images as far as whole batches can."""
+        """Return the best so far with another value. An update keeps its images, as far as it can."""
         if name == "batch-size":
             images = self.given.config.global_batch(world_size=1)
             accumulate = max(1, images // value)
@@ -131,7 +138,7 @@ class Sweep:
 
 
 def names_of(text: str | None, options: Any, world_size: int) -> list[str]:
-    """The options that --profile-sweep names. Raises UsageError for what cannot be tried."""
+    """Return the options that --profile-sweep names. Raises UsageError for what cannot be tried."""
     if text is None:
         return []
     if world_size > 1:
@@ -147,7 +154,7 @@ def names_of(text: str | None, options: Any, world_size: int) -> list[str]:
 
 
 def other_recipe(given: ResolvedConfig, best: ResolvedConfig) -> str:
-    """What another number of images an update changes besides; "" if it is the same."""
+    """Say what another number of images an update changes besides; "" if it is the same."""
     before, now = given.global_batch(world_size=1), best.global_batch(world_size=1)
     if before == now:
         return ""
@@ -162,7 +169,7 @@ def other_recipe(given: ResolvedConfig, best: ResolvedConfig) -> str:
 
 
 def as_json(sweep: Sweep, command: str) -> dict[str, Any]:
-    """All trials, and the command of the best."""
+    """Return all trials, and the command of the best."""
     return {
         "trials": [
             {
@@ -181,8 +188,8 @@ def as_json(sweep: Sweep, command: str) -> dict[str, Any]:
     }
 
 
-def _ladders(name: str, value: Any, device_type: str, cores: int) -> tuple[list[Any], list[Any]]:
-    """Values above the present one, ascending, and below it, descending."""
+def _candidates(name: str, value: Any, device_type: str, cores: int) -> tuple[list[Any], list[Any]]:
+    """Return values above the present one, ascending, and below it, descending."""
     if name == "batch-size":
         up = [value << n for n in range(1, DOUBLINGS[device_type] + 1)]
         return up, [half for half in (value >> 1, value >> 2) if half >= 2]  # BatchNorm's least

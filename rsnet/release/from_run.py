@@ -6,13 +6,12 @@ Apart from `package`, as reading a release needs none of what reads checkpoints.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipelines.utils.errors import error_context
-from rsnet.checkpoint import io as checkpoint
-from rsnet.config.model_config import ModelConfig
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.weights import load_weights
 from rsnet.losses import ENSEMBLE
 from rsnet.models.factory import create_model, gflops
 from rsnet.release import package
@@ -30,13 +29,12 @@ def release_run(run: str | Path, output: str | Path) -> package.Release:
     Raises UsageError if there is no checkpoint, or something at `output`; DataError if a file is damaged.
     """
     path = checkpoint_of(run)
-    content = checkpoint.load(path)
-    config = ModelConfig.from_dict(content["network"])
+    checkpoint = io.load(path)
+    config = checkpoint.network
     network = config.to_dict()
-    averaged = "ema" in content
     with error_context(str(path)):
         model = create_model(config)
-        checkpoint.load_weights(model, content, "ema" if averaged else "model")
+        load_weights(model, checkpoint.eval_weights, config.sizes)
     costs = {str(size): gflops(model, size) for size in model.sizes}
     run_dir = _run_dir(path)
     return package.write(
@@ -44,12 +42,12 @@ def release_run(run: str | Path, output: str | Path) -> package.Release:
         network,
         model,
         gflops=costs | {ENSEMBLE: sum(costs.values())},
-        accuracy=_accuracy(run_dir, content, network) if run_dir else None,
-        averaged=averaged,
+        accuracy=_accuracy(run_dir, checkpoint) if run_dir else None,
+        averaged=checkpoint.ema is not None,
         source={
             "run": run_dir.name if run_dir else None,
             "checkpoint": path.name,
-            "epoch": content["epoch"],
+            "epoch": checkpoint.epoch,
         },
     )
 
@@ -65,20 +63,18 @@ def _run_dir(path: Path) -> Path | None:
     return folder.parent if folder.name == "checkpoints" else None
 
 
-def _accuracy(
-    run_dir: Path, content: Mapping[str, Any], network: Mapping[str, Any]
-) -> Accuracy | None:
+def _accuracy(run_dir: Path, checkpoint: Checkpoint) -> Accuracy | None:
     """Return the run's evaluation of just these weights; None if there is none."""
     metrics = run_dir / "metrics.jsonl"
-    if content["done"] or not metrics.is_file():
+    if checkpoint.done or not metrics.is_file():
         return None
     for line in reversed(metrics.read_text().splitlines()):
         try:
             logged = json.loads(line)
-            if logged["epoch"] == content["epoch"]:
+            if logged["epoch"] == checkpoint.epoch:
                 return {
                     name: {what: logged[f"val/{what}@{name}"] for what in ("top1", "top5")}
-                    for name in result_names(network)
+                    for name in result_names(checkpoint.network.to_dict())
                 }
         except (ValueError, KeyError):  # cut short by a crash, or no evaluation
             continue

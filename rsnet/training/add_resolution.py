@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.batch import Batch, Loader
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.losses import distillation, ensemble_logits
 from rsnet.models.factory import create_model
@@ -25,7 +26,7 @@ State = dict[str, Tensor]
 
 
 def candidates(
-    content: Mapping[str, Any],
+    checkpoint: Checkpoint,
     size: int,
     train: Loader,
     device: torch.device,
@@ -34,12 +35,11 @@ def candidates(
 ) -> dict[str, State]:
     """Return the network's state with the new size's BatchNorm, made in each of the four ways.
 
-    content: a checkpoint. train: batches at the trained sizes and the new one, of which `steps` are used.
+    train: batches at the trained sizes and the new one, of which `steps` are used.
     lr: of the distillation.
     """
-    network = content["network"]
-    trained: list[int] = network["sizes"]
-    weights: State = content.get("ema", content["model"])
+    network, weights = checkpoint.network, dict(checkpoint.eval_weights)
+    trained = network.sizes
     shares = neighbour_shares(trained, size)
     nearest = max(shares, key=lambda s: (shares[s], s))
     states = {
@@ -131,17 +131,13 @@ class _FirstBatches:
 
 
 def _norms_of(model: ResolutionSwitchable, size: int) -> list[_BatchNorm]:
-    """The BatchNorm layers that `size` has for itself."""
+    """Return the BatchNorm layers that `size` has for itself."""
     index = model.sizes.index(size)
     layers = (m for m in model.modules() if isinstance(m, SwitchableBatchNorm2d))
     return [cast(_BatchNorm, layer.by_resolution[index]) for layer in layers]
 
 
 def build_network(
-    network: Mapping[str, Any], sizes: list[int], device: torch.device
+    network: ModelConfig, sizes: Sequence[int], device: torch.device
 ) -> ResolutionSwitchable:
-    return (
-        create_model(ModelConfig.from_dict(network).with_sizes(sizes))
-        .to(device)
-        .to(memory_format=torch.channels_last)
-    )
+    return create_model(network.with_sizes(sizes)).to(device).to(memory_format=torch.channels_last)

@@ -25,7 +25,7 @@ class LossMeter:
         self._sums[names] = self._sums[names] + both if names in self._sums else both
 
     def compute(self) -> dict[str, float]:
-        """The means over steps and ranks, NaN where there is none; starts anew. Synchronises."""
+        """Return the means over steps and ranks, NaN where there is none; starts anew. Synchronises."""
         totals: dict[str, tuple[float, float]] = {}
         for names, both in self._sums.items():
             for name, total, count in zip(
@@ -37,7 +37,7 @@ class LossMeter:
         return {name: total / n if n else math.nan for name, (total, n) in totals.items()}
 
     def state(self) -> list[tuple[list[str], Tensor]]:
-        """What was added on this rank since the last `compute`."""
+        """Return what was added on this rank since the last `compute`."""
         return [(list(names), both.cpu()) for names, both in self._sums.items()]
 
     def load(self, state: list[tuple[list[str], Tensor]], device: torch.device) -> None:

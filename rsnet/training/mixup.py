@@ -27,7 +27,7 @@ class Mixup:
         self.seed = seed
 
     def __call__(self, batch: Batch, index: int) -> Batch:
-        """`index`: of the batch in the training. Labels become (N, classes), the shares of the classes."""
+        """Mix the training's `index`-th batch. Labels become (N, classes), the shares of the classes."""
         draws = random.Random(f"{self.seed}/{index}")
         kind = draws.choice(self.kinds)
         share = draws.betavariate(self.strength[kind], self.strength[kind])
@@ -42,7 +42,7 @@ class Mixup:
 
 
 def _box(share: float, x: float, y: float) -> tuple[tuple[float, float, float, float], float]:
-    """(top, left, bottom, right) as shares of the sides, around (y, x), of area 1 - share before it is
+    """Return (top, left, bottom, right) as shares of the sides, around (y, x), of area 1 - share before it is
     clipped to the picture; and the share that stays."""
     half = math.sqrt(1 - share) / 2
     top, bottom = max(0.0, y - half), min(1.0, y + half)
@@ -51,7 +51,7 @@ def _box(share: float, x: float, y: float) -> tuple[tuple[float, float, float, f
 
 
 def _paste(x: Tensor, box: Sequence[float]) -> Tensor:
-    """`x` (N, 3, s, s) with the box of each sample's neighbour; edges at the nearest pixel."""
+    """Return `x` (N, 3, s, s) with the box of each sample's neighbour; edges at the nearest pixel."""
     top, left, bottom, right = (round(edge * x.shape[-1]) for edge in box)
     mixed = x.clone(memory_format=torch.preserve_format)
     mixed[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, as they were before an update that is left out."""
+"""Updates with a loss that is not finite: kept from the weights and from BatchNorm's statistics."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class BatchNormBackup:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Before an update."""
+        """Copy the statistics, before an update."""
         self._copy = torch.cat([b.flatten() for b in self._buffers])
 
     @torch.no_grad()
     def put_back_if(self, is_bad: Tensor) -> None:
-        """After it: () bool on the device."""
+        """Put the copy back, after the update, if `is_bad`, a () bool on the device."""
         assert self._copy is not None
         now = torch.cat([b.flatten() for b in self._buffers])
         chosen = torch.split(
@@ -54,7 +54,7 @@ class FiniteGuard:
         self._bad: dict[tuple[str, ...], Tensor] = {}
 
     def check(self, terms: dict[str, Tensor]) -> Tensor:
-        """() float32: 1 if this update is to be left out, on all ranks, else 0."""
+        """Return a () float32: 1 if this update is to be left out, on all ranks, else 0."""
         bad = ~torch.isfinite(torch.stack([v.detach() for v in terms.values()]))
         bad = distributed.all_reduce_max(bad.to(torch.float32)) > 0
         names = tuple(terms)
@@ -64,7 +64,7 @@ class FiniteGuard:
         return (self.is_bad | ~is_running).to(torch.float32)
 
     def close(self, step: int) -> None:
-        """Update `step` is done, or was left out."""
+        """Count update `step`, which was done, or left out."""
         self._in_a_row = torch.where(self.is_bad, self._in_a_row + 1, 0)
         trips = (self._tripped_at < 0) & (self._in_a_row > self._most)
         self._tripped_at = torch.where(trips, step, self._tripped_at)
@@ -72,19 +72,20 @@ class FiniteGuard:
         self.is_bad = torch.zeros_like(self.is_bad)
 
     def state(self) -> list[int]:
-        """Updates that were left out: in a row, and in all. Synchronises."""
+        """Return the updates that were left out: in a row, and in all. Synchronises."""
         return [int(self._in_a_row.item()), self.skipped()]
 
     def load(self, state: Sequence[int]) -> None:
+        """Take over what `state` returned."""
         self._in_a_row.fill_(state[0])
         self._skipped.fill_(state[1])
 
     def skipped(self) -> int:
-        """Updates that were left out so far. Synchronises."""
+        """Return the updates that were left out so far. Synchronises."""
         return int(self._skipped.item())
 
     def verdict(self) -> tuple[int, list[str]] | None:
-        """The step that was one too many and the terms, or None. Synchronises."""
+        """Return the step that was one too many and the terms, or None. Synchronises."""
         step = int(self._tripped_at.item())
         if step < 0:
             return None

@@ -29,9 +29,9 @@ class Objective(nn.Module):
     def forward(
         self, images: tuple[Tensor, ...], labels: Tensor, sizes: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """S x (N, 3, s, s), the largest first, and (N,) or (N, C) -> terms of the loss, each (), and "total".
+        """Return the terms of the loss, each (), and "total", of S x (N, 3, s, s) and labels (N,) or (N, C).
 
-        sizes: those of `images` that take part, the largest first; None for all of the network's.
+        images: the largest first. sizes: those that take part; None for all of the network's.
         """
         present = [i for i, s in enumerate(self.model.sizes) if sizes is None or s in sizes]
         sizes = [self.model.sizes[i] for i in present]
@@ -64,7 +64,7 @@ class SizeSampler:
         self.seed = seed
 
     def at(self, step: int) -> tuple[int, ...]:
-        """The sizes of optimizer step `step`, the largest first."""
+        """Return the sizes of optimizer step `step`, the largest first."""
         largest, *others = self.sizes
         # A string seed is hashed, so that neighbouring seeds and steps share nothing.
         drawn = random.Random(f"{self.seed}/{step}").sample(others, self.k - 1)

@@ -16,6 +16,8 @@ from rsnet.models.switchable import ResolutionSwitchable
 LrDecay = Literal["cosine", "step", "linear", "schedule"]
 
 
+# Not torch.optim.lr_scheduler: its cosine is computed from step to step, and differs from the original's in
+# the last bit at 854 of 1,000 steps; and a run that is resumed elsewhere would need its state converted.
 @dataclass(frozen=True)
 class LrSchedule:
     """The learning rate as the original has it: decays by iteration, or by epoch for step and schedule.
@@ -33,7 +35,7 @@ class LrSchedule:
     milestones: tuple[int, ...] = ()
 
     def at(self, step: int) -> float:
-        """The rate of optimizer step `step`, counted from 0.
+        """Return the rate of optimizer step `step`, counted from 0.
 
         Warm-up rises linearly to `lr`, which its last step reaches; the decay counts from step 0, so that
         warm-up does not shift it.
@@ -59,7 +61,7 @@ def make_sgd(
     norm_decay: bool = True,
     nesterov: bool = False,
 ) -> torch.optim.SGD:
-    """SGD on every parameter, all with weight decay: BatchNorm and alpha, too, as the original has it.
+    """Return SGD on every parameter, all with weight decay: BatchNorm and alpha, too, as the original has it.
 
     norm_decay=False leaves norm layers, biases and alpha without (He et al. 2019, section 3.1): all that
     has one dimension. nesterov: Nesterov's momentum, if there is any. One fused kernel per dtype, which
@@ -83,7 +85,7 @@ def make_sgd(
 
 def load_momentum(sgd: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
     """Take over the momentum of a saved state dict of an optimizer from `make_sgd`; the rate and the decay
-    stay. False, and nothing done, if it is not of the same parameters.
+    stay. Return False, and do nothing, if it is not of the same parameters.
     """
     parameters = [p for group in sgd.param_groups for p in group["params"]]
     lengths = [len(group["params"]) for group in sgd.param_groups]
@@ -100,6 +102,8 @@ def load_momentum(sgd: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
     return True
 
 
+# Not torch.optim.swa_utils.AveragedModel: it reads its counter on the device at each update, for which the
+# host waits, its decay is constant, and its first update copies the network.
 class ModelEma:
     """`self.model` averages what `model` was after each update (Polyak & Juditsky 1992; timm's ModelEmaV3).
 
@@ -124,7 +128,7 @@ class ModelEma:
 
 
 def _split(model: ResolutionSwitchable) -> tuple[list[Tensor], list[Tensor]]:
-    """The state that can be averaged, and the rest: counters."""
+    """Return the state that can be averaged, and the rest: counters."""
     state = cast(dict[str, Tensor], model.state_dict())
     return (
         [v for v in state.values() if v.is_floating_point()],

@@ -1,4 +1,4 @@
-"""Resuming a run: what may differ, where in its data it stands, and the state that a checkpoint keeps."""
+"""Resuming a run: which options may differ, the place in the data, and the state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pipelines.batch import Loader
 from pipelines.utils.errors import UsageError, error_context
-from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
+from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import FULL
 from rsnet.config.resolve import ResolvedConfig, output_directory
 from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, to_plain_dict
@@ -44,7 +46,7 @@ class Start:
     source: Path | None = None
     """The checkpoint."""
 
-    content: dict[str, Any] | None = None
+    checkpoint: Checkpoint | None = None
     """What is in it."""
 
     continues: bool = False
@@ -67,7 +69,7 @@ class Start:
         # Bits that are not asked for are the checkpoint's only where --resume asks for those.
         plain |= {name: FULL for name in ("qw", "qa") if getattr(given, name) is None}
         changed = changes(self.config, plain)
-        before = self.content["global_batch"] if self.content else global_batch
+        before = self.checkpoint.global_batch if self.checkpoint else global_batch
         if before != global_batch:
             changed.append(f"global batch {before} -> {global_batch}")
         if changed:
@@ -78,7 +80,7 @@ class Start:
 
 
 def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
-    """What --resume names; if it is unset, the run directory's own run, if its options are known.
+    """Return what --resume names; if it is unset, the run directory's own run, if its options are known.
 
     Raises UsageError if there is no such checkpoint, DataError if it, or all of a run's, are damaged.
     """
@@ -88,31 +90,31 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     if config.resume not in (None, "auto"):
         source = Path(config.resume)
         with error_context("--resume"):
-            content = checkpoint.load(source, config.arch, config.sizes)
+            found = io.load(source, config.arch, config.sizes)
         is_of_output = (
             source.parent.parent.resolve()
-            == output_directory(config, config.arch or content["network"]["arch"]).resolve()
-            and "calibrated" not in content["network"]
+            == output_directory(config, config.arch or found.network.arch).resolve()
+            and not found.network.calibrated
         )
-        return Start(source, content, is_of_output)
+        return Start(source, found, is_of_output)
     noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
     if config.resume is None and not noted and not store.last.exists():
         return Start()
     with error_context("--resume"):
-        found = store.newest(say, moves=not config.evaluate)
-    noted = noted or (found[1]["config"] if found else {})
+        newest = store.newest(say, moves=not config.evaluate)
+    noted = noted or (newest[1].config if newest else {})
     if config.resume is None and not noted:
         return Start()  # imported: it has to be said that it goes on
-    if config.evaluate and found is None:
+    if config.evaluate and newest is None:
         raise UsageError(f"--resume auto: there is no checkpoint in {output / 'checkpoints'}")
     is_own = config.resume is None
-    if found is None:
+    if newest is None:
         return Start(continues=True, config=noted, must_be_same=is_own)
-    return Start(*found, continues=True, config=noted, must_be_same=is_own)
+    return Start(*newest, continues=True, config=noted, must_be_same=is_own)
 
 
 def _noted(path: Path) -> dict[str, Any]:
-    """The options that a run wrote down, if it did and they are whole."""
+    """Return the options that a run wrote down, if it did and they are whole."""
     try:
         noted = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -121,7 +123,7 @@ def _noted(path: Path) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The options that change what is computed and were given another value, with both values."""
+    """Return the options that change what is computed and were given another value, with both values."""
     return [
         f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
         for name in now
@@ -129,8 +131,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def position(
-    content: Mapping[str, Any],
+def restore_position(
+    checkpoint: Checkpoint,
     config: ResolvedConfig,
     loader: Loader,
     global_batch: int,
@@ -138,12 +140,12 @@ def position(
 ) -> tuple[int, list[str]]:
     """Put the training loader where a checkpoint was taken.
 
-    Returns the updates of its epoch that are done, and what is not as it would have been, in words.
+    Return the updates of its epoch that are done, and what is not as it would have been, in words.
 
     Raises UsageError if other data, another seed or another global batch would change the order, unless
     --allow-change names it.
     """
-    there, here = content.get("loader"), loader.state_dict()
+    there, here = checkpoint.loader, loader.state_dict()
     if there is None:  # weights alone: there is no order to keep
         return 0, []
     differing = {
@@ -155,9 +157,9 @@ def position(
         for name, fields in differing.items()
         for field in fields
     ]
-    if content["global_batch"] != global_batch:
+    if checkpoint.global_batch != global_batch:
         problems.append(
-            ("global-batch", f"global batch {content['global_batch']} -> {global_batch}")
+            ("global-batch", f"global batch {checkpoint.global_batch} -> {global_batch}")
         )
     refused: dict[str, str] = {}
     for name, what in problems:
@@ -170,11 +172,11 @@ def position(
             + " ".join(refused)
         )
     moved = [what for _, what in problems]
-    if content["done"] == 0:
+    if checkpoint.done == 0:
         return 0, moved
     if any(differing.values()):
-        loader.set_epoch(content["epoch"])
-        return 0, [*moved, f"epoch {content['epoch'] + 1} begins anew, in another order"]
+        loader.set_epoch(checkpoint.epoch)
+        return 0, [*moved, f"epoch {checkpoint.epoch + 1} begins anew, in another order"]
     # With another global batch: to the last update that is whole, so that no image is left out.
     done = min(there["position"] // global_batch, steps_per_epoch)
     loader.load_state_dict({**there, "position": done * global_batch})
@@ -182,8 +184,8 @@ def position(
 
 
 def training_state(trainer: Trainer, model: ResolutionSwitchable) -> dict[str, Any]:
-    """The state after an update. All ranks call it; what they have for themselves is under "ranks"."""
-    content = {
+    """Return the fields of a `Checkpoint` that training changes. All ranks have to call it."""
+    state = {
         "model": model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
@@ -192,30 +194,31 @@ def training_state(trainer: Trainer, model: ResolutionSwitchable) -> dict[str, A
         "ranks": distributed.all_gather_object(_of_this_rank(trainer, model)),
     }
     if trainer.ema:
-        content["ema"] = trainer.ema.model.state_dict()
-    return content
+        state["ema"] = trainer.ema.model.state_dict()
+    return state
 
 
 def load_training_state(
-    trainer: Trainer, model: ResolutionSwitchable, content: Mapping[str, Any]
+    trainer: Trainer, model: ResolutionSwitchable, checkpoint: Checkpoint
 ) -> list[str]:
     """Put back what `training_state` took, except the weights, which the model has already, and the step.
 
-    Returns what is not as it was, in words.
+    Return what is not as it was, in words.
     """
     missing = []
-    if "scaler" in content:
-        trainer.scaler.load_state_dict(content["scaler"])
-    if "optimizer" not in content or not load_momentum(trainer.optimizer, content["optimizer"]):
+    if checkpoint.scaler is not None:
+        trainer.scaler.load_state_dict(checkpoint.scaler)
+    saved = checkpoint.optimizer
+    if saved is None or not load_momentum(trainer.optimizer, saved):
         missing.append(
             "the checkpoint has no momentum for these weights: the optimizer starts without"
         )
-    if trainer.ema and "ema" in content:
+    if trainer.ema and checkpoint.ema is not None:
         with error_context("--resume: the averaged weights do not fit"):
-            checkpoint.load_weights(trainer.ema.model, content, "ema")
-    if "guard" in content:
-        trainer.guard.load(content["guard"])
-    ranks = content.get("ranks", [])
+            load_weights(trainer.ema.model, checkpoint.ema, checkpoint.network.sizes)
+    if checkpoint.guard is not None:
+        trainer.guard.load(checkpoint.guard)
+    ranks = checkpoint.ranks or []
     if len(ranks) == distributed.world_size():
         _load_of_this_rank(trainer, model, ranks[distributed.rank()])
     elif ranks:
@@ -251,6 +254,6 @@ def _load_of_this_rank(
 
 
 def _buffers(trainer: Trainer, model: ResolutionSwitchable) -> Sequence[Tensor]:
-    """BatchNorm's statistics, which every rank has for itself in training, and their averages."""
+    """Return BatchNorm's statistics, which every rank has for itself in training, and their averages."""
     averages = trainer.ema.model.buffers() if trainer.ema else ()
     return [*model.buffers(), *averages]

@@ -1,6 +1,4 @@
-"""The training step, the epoch and the evaluation. The single backward is here and nowhere else.
-
-The trainer that a configuration describes."""
+"""The training step, with the only backward, and the `Trainer` that a configuration describes."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch
-from pipelines.utils.errors import DataError
+from pipelines.utils.errors import RunError
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.models.autocast import AMP_DTYPES, autocast
@@ -44,6 +42,7 @@ class Trainer:
         schedule: LrSchedule,
         device: torch.device,
         amp: torch.dtype | None = None,
+        *,
         accumulate: int = 1,
         clip_grad: float | None = None,
         sizes_at: Callable[[int], Sequence[int] | None] = lambda _step: None,
@@ -93,7 +92,7 @@ class Trainer:
         return terms
 
     def update(self) -> None:
-        """One optimizer step, which fused SGD skips on the device if `found_inf` is 1."""
+        """Do one optimizer step, which fused SGD skips on the device if `found_inf` is 1."""
         lr = self.schedule.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -120,12 +119,12 @@ class Trainer:
 
 
 def raise_if_not_finite(trainer: Trainer) -> None:
-    """Raise DataError if an update had to be left out that may not be. Synchronises."""
+    """Raise RunError if an update had to be left out that may not be. Synchronises."""
     if (verdict := trainer.guard.verdict()) is None:
         return
     step, terms = verdict
     names = ", ".join(t for t in terms if t != "total")
-    raise DataError(
+    raise RunError(
         f"the loss is not finite at step {step}: {names or 'total'}; the weights were not updated with it. "
         "Lower --lr, set --clip-grad, try --amp off, or --on-nonfinite skip 10"
     )
@@ -138,21 +137,33 @@ def make_trainer(
     steps_per_epoch: int,
     device: torch.device,
 ) -> Trainer:
-    """Objective, optimizer, schedule and all that `config` adds to them; `model` lies on `device`."""
+    """Return a trainer with all that `config` asks for; `model` lies on `device`."""
     c = config
+    has_all_sizes = c.sizes_per_step == len(c.sizes)
     objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
     if c.compile:
         objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
+    mix = None
+    if c.mixup or c.cutmix:
+        # Each rank's batch has draws of its own.
+        mix = Mixup(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))
     return Trainer(
         distributed.wrap_ddp(
             objective,
             device,
-            all_used=c.sizes_per_step == len(c.sizes) or model.shared_norm,
+            all_used=has_all_sizes or model.shared_norm,
             # DDP does not take a graph for static of which it skips the reduction.
-            static=c.accumulate == 1 and c.sizes_per_step == len(c.sizes),
+            static=c.accumulate == 1 and has_all_sizes,
             compress=c.grad_compress == "bf16",
         ),
-        make_sgd(model, c.lr, c.momentum, c.weight_decay, c.decay == "all", c.sgd == "nesterov"),
+        make_sgd(
+            model,
+            c.lr,
+            c.momentum,
+            c.weight_decay,
+            norm_decay=c.decay == "all",
+            nesterov=c.sgd == "nesterov",
+        ),
         LrSchedule(
             lr=c.lr,
             decay=c.lr_decay,
@@ -165,14 +176,11 @@ def make_trainer(
         ),
         device,
         AMP_DTYPES[c.amp],
-        c.accumulate,
-        c.clip_grad or None,
-        SizeSampler(c.sizes, c.sizes_per_step, c.seed).at,
-        # Each rank's batch has draws of its own.
-        Mixup(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))
-        if c.mixup or c.cutmix
-        else None,
-        ModelEma(model, c.ema) if c.ema else None,
-        c.most_skipped,
-        BasisUpdater(model, model.sizes) if c.is_quantized else None,
+        accumulate=c.accumulate,
+        clip_grad=c.clip_grad or None,
+        sizes_at=SizeSampler(c.sizes, c.sizes_per_step, c.seed).at,
+        mix=mix,
+        ema=ModelEma(model, c.ema) if c.ema else None,
+        most_skipped=c.most_skipped,
+        bases=BasisUpdater(model, model.sizes) if c.is_quantized else None,
     )

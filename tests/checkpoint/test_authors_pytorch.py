@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cache
 
@@ -12,6 +13,8 @@ import torch
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import ARCHS, from_original, to_original
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from tests.helpers import parity
@@ -41,12 +44,11 @@ def _file(arch: str, parallel: bool = True) -> dict:
     }
 
 
-def _content(arch: str, sizes: tuple[int, ...]) -> dict:
+def _checkpoint(arch: str, sizes: tuple[int, ...]) -> Checkpoint:
     """A checkpoint of ours, without the numbers."""
     with torch.device("meta"):
         model = create_model(ModelConfig(arch, 10, sizes))
-    network = {"arch": arch, "num_classes": 10, "sizes": list(sizes)}
-    return {"network": network, "model": model.state_dict(), "epoch": 0}
+    return Checkpoint(ModelConfig(arch, 10, sizes), model.state_dict())
 
 
 def _logits_error(model, arch):
@@ -64,19 +66,18 @@ def _logits_error(model, arch):
 )
 def test_an_originals_file_gives_the_originals_logits(tmp_path, arch, parallel):
     torch.save(_file(arch, parallel), tmp_path / "model.pth.tar")
-    content = checkpoint.load(tmp_path / "model.pth.tar", sizes=SIZES)
-    network = content["network"]
-    assert (network["arch"], network["num_classes"]) == (arch, 10)
-    assert (network["normalize"], network["sizes"]) == ("unit", list(SIZES))
+    loaded = checkpoint.load(tmp_path / "model.pth.tar", sizes=SIZES)
+    assert loaded.network == ModelConfig(arch, 10, SIZES, normalize="unit")
+    assert (loaded.epoch, loaded.of_authors) == (120, True)
     model = create_model(ModelConfig(arch, 10, SIZES)).eval()
-    checkpoint.load_weights(model, content)
+    load_weights(model, loaded.model, SIZES)
     assert _logits_error(model, arch) < 2e-6
 
 
 def test_the_names_are_the_originals():
     """Against the lists of names and shapes that were read from the original networks."""
     for arch in PARITY_ARCHS:
-        ours = to_original(_content(arch, SIZES))["state_dict"]
+        ours = to_original(_checkpoint(arch, SIZES))["state_dict"]
         theirs = parity.numbers(arch)["keys"]
         assert {k: list(v.shape) for k, v in ours.items()} == {
             f"module.{k}": shape for k, shape in theirs.items()
@@ -106,30 +107,30 @@ def test_batchnorms_belong_to_the_sizes_in_the_order_in_which_they_were_given():
     sorted_, shuffled = (
         from_original(f, sizes=s) for f, s in ((file, SIZES), (file | {"state_dict": state}, order))
     )
-    assert sorted_["network"] == shuffled["network"]
-    for key, value in sorted_["model"].items():
-        assert torch.equal(shuffled["model"][key], value), key
+    assert sorted_.network == shuffled.network
+    for key, value in sorted_.model.items():
+        assert torch.equal(shuffled.model[key], value), key
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_network_of_the_original_is_mapped_without_a_clash(arch):
-    content = _content(arch, (64, 32))
-    state = to_original(content)["state_dict"]
-    assert len(state) == len(content["model"])
+    ours = _checkpoint(arch, (64, 32))
+    state = to_original(ours)["state_dict"]
+    assert len(state) == len(ours.model)
     leaf = r"(module\.(weight|bias)|bn_[01]\.(weight|bias|running_mean|running_var|num_batches_tracked))"
     wrong = [
         k for k in state if k != "module.alpha" and not re.fullmatch(rf"module\.[\w.]+\.{leaf}", k)
     ]
     assert not wrong
-    again = from_original({"arch": arch, "state_dict": state}, sizes=(64, 32))["model"]
-    assert set(again) == set(content["model"])
+    again = from_original({"arch": arch, "state_dict": state}, sizes=(64, 32)).model
+    assert set(again) == set(ours.model)
 
 
 def test_a_plain_state_dict_needs_the_arch():
     state = _file("parallel_resnet18")["state_dict"]
     with pytest.raises(UsageError, match="--arch: this file does not say which network"):
         from_original(state, sizes=SIZES)
-    assert from_original(state, "parallel_resnet18", SIZES)["network"]["num_classes"] == 10
+    assert from_original(state, "parallel_resnet18", SIZES).network.num_classes == 10
 
 
 def test_other_sizes_than_the_files_are_asked_for():
@@ -159,10 +160,10 @@ def test_what_does_not_fit_is_listed_by_name_and_shape():
     "change", [{"arch": "parallel_densenet121"}, {"stem": "small"}, {"norm": "shared"}]
 )
 def test_a_network_that_the_original_does_not_have_is_not_exported(change):
-    content = from_original(_file("parallel_resnet18"), sizes=SIZES)
-    content["network"] |= change
+    ours = from_original(_file("parallel_resnet18"), sizes=SIZES)
+    changed = dataclasses.replace(ours.network, **change)
     with pytest.raises(UsageError, match="the original has no"):
-        to_original(content)
+        to_original(dataclasses.replace(ours, network=changed))
 
 
 class _Malicious:
@@ -181,7 +182,7 @@ def test_what_lies_among_the_weights_is_left_out():
     content = _file("parallel_resnet18")
     content["state_dict"] |= {7: torch.zeros(1), "note": "trained in May"}
     for epoch in (None, "ten", -3):
-        assert from_original(content | {"epoch": epoch}, sizes=SIZES)["epoch"] == 0
+        assert from_original(content | {"epoch": epoch}, sizes=SIZES).epoch == 0
     content["state_dict"]["module.fc.module.weight"] = torch.zeros(())
     with pytest.raises(DataError, match="there is no classifier"):
         from_original(content, sizes=SIZES)

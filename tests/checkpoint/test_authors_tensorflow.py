@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from pipelines.utils.errors import DataError
-from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
-from rsnet.config.model_config import ModelConfig
+from rsnet.checkpoint.weights import load_weights
 from rsnet.models.factory import create_model
 from rsnet.models.quantization.lq_nets import Quantizer, update_bases
 from tests.helpers.tensorflow_graph import Graph, saved
@@ -42,9 +41,9 @@ def _error(ours, theirs) -> float:
     return ((ours - theirs).abs().flatten(1).amax(1).min() / theirs.abs().max()).item()
 
 
-def _load(content):
-    model = create_model(ModelConfig.from_dict(content["network"])).eval()
-    checkpoint.load_weights(model, content)
+def _load(checkpoint):
+    model = create_model(checkpoint.network).eval()
+    load_weights(model, checkpoint.model, checkpoint.network.sizes)
     return model
 
 
@@ -53,19 +52,19 @@ def imported(request):
     """The original's graph, its sizes, the checkpoint made of it, and the network of that."""
     *network, sizes = request.param
     graph, variables = _file(*network, sizes)
-    content = from_tensorflow(_picked(variables))
-    return graph, sizes, content, _load(content)
+    checkpoint = from_tensorflow(_picked(variables))
+    return graph, sizes, checkpoint, _load(checkpoint)
 
 
 def test_the_network_is_read_off_the_variables(imported, request):
-    graph, sizes, content, _ = imported
-    network = content["network"]
+    graph, sizes, checkpoint, _ = imported
+    network = checkpoint.network
     depth, mode, qw, qa, _ = NETWORKS[request.node.callspec.id]
-    assert (network["arch"], network["mode"]) == (f"parallel_resnet{depth}", mode)
-    assert (network["qw"], network["qa"], network["sizes"]) == (qw, qa, list(sizes))
-    assert (network["num_classes"], network["classes"]) == (graph.classes, [])
-    assert (network["tf_padding"], network["normalize"]) == (True, "imagenet")
-    assert torch.equal(content["model"]["alpha"], torch.tensor([1.5, 0.5]))
+    assert (network.arch, network.mode) == (f"parallel_resnet{depth}", mode)
+    assert (network.qw, network.qa, network.sizes) == (qw, qa, sizes)
+    assert (network.num_classes, network.classes) == (graph.classes, ())
+    assert (network.tf_padding, network.normalize) == (True, "imagenet")
+    assert torch.equal(checkpoint.model["alpha"], torch.tensor([1.5, 0.5]))
 
 
 def test_logits_are_those_of_the_originals_graph(imported):
@@ -115,9 +114,9 @@ def test_a_basis_goes_on_from_its_moving_average():
 def test_without_distillation_the_ensemble_starts_anew():
     _, variables = _file(qw=32)
     del variables["alpha"]
-    content = from_tensorflow(_picked(variables))
-    assert torch.equal(content["model"]["alpha"], torch.ones(2))
-    assert content["network"]["qw"] == 32
+    checkpoint = from_tensorflow(_picked(variables))
+    assert torch.equal(checkpoint.model["alpha"], torch.ones(2))
+    assert checkpoint.network.qw == 32
 
 
 def test_what_does_not_fit_is_listed_by_name_and_shape():

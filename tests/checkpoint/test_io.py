@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ import torchvision
 
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.weights import load_weights, require_match, start_from
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
@@ -26,22 +29,42 @@ NETWORK = {
 }
 
 
-def _content() -> dict:
-    return {"network": NETWORK, "model": {"w": torch.arange(4.0)}, "epoch": 3}
+CONFIG = ModelConfig.from_dict(NETWORK)
+
+
+def _saved_epoch(epoch: int) -> Checkpoint:
+    return Checkpoint(CONFIG, {"w": torch.arange(4.0)}, epoch=epoch)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoints" / "last.pt"
-    checkpoint.save(path, _content())
+    checkpoint.save(path, _saved_epoch(3))
     return path
 
 
 def test_what_is_saved_is_loaded(saved):
-    content = checkpoint.load(saved)
-    assert content["epoch"] == 3
-    assert content["network"] == NETWORK
-    assert torch.equal(content["model"]["w"], torch.arange(4.0))
+    loaded = checkpoint.load(saved)
+    assert loaded.epoch == 3
+    assert loaded.network == CONFIG
+    assert torch.equal(loaded.model["w"], torch.arange(4.0))
+
+
+def test_a_checkpoint_becomes_the_content_of_its_file_and_back():
+    """The keys are those that version 0.1.0 wrote; what training has no state of is left out."""
+    weights = {"w": torch.arange(4.0)}
+    plain = Checkpoint(CONFIG, weights).to_dict()
+    run = ["best", "config", "done", "epoch", "global_batch", "loader", "step", "wandb_id"]
+    assert sorted(plain) == sorted(["format", "network", "model", *run])
+    whole = Checkpoint(
+        CONFIG, weights, ema=weights, config={"lr": 0.1}, global_batch=8, epoch=1, done=2, step=7,
+        loader={"position": 3}, best=[1.0], wandb_id="x", optimizer={"state": {}}, scaler={},
+        guard=[0, 0], ranks=[{"rng": 1}],
+    )  # fmt: skip
+    added = set(whole.to_dict()) - set(plain)
+    assert added == {"ema", "optimizer", "scaler", "guard", "ranks"}
+    assert Checkpoint.from_dict(whole.to_dict()) == whole
+    assert whole.eval_weights is whole.ema
 
 
 def test_the_hash_beside_it_is_sha256sums(saved):
@@ -59,8 +82,8 @@ def test_a_crash_between_hash_and_file_leaves_the_old_checkpoint_valid(saved, mo
 
     monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(saved, _content() | {"epoch": 4})
-    assert checkpoint.load(saved)["epoch"] == 3
+        checkpoint.save(saved, _saved_epoch(4))
+    assert checkpoint.load(saved).epoch == 3
 
 
 @pytest.mark.parametrize("position", [10, 200, -30])
@@ -131,23 +154,23 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 )
 def test_what_differs_is_named(change, message):
     with pytest.raises(UsageError, match=message):
-        checkpoint.require_match(NETWORK, NETWORK | change, training=True)
+        require_match(CONFIG, ModelConfig.from_dict(NETWORK | change), training=True)
 
 
 def test_an_evaluation_may_take_some_of_the_sizes_but_no_others():
-    checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40]}, training=False)
+    require_match(CONFIG, CONFIG.with_sizes([40]), training=False)
     with pytest.raises(UsageError, match="--sizes"):
-        checkpoint.require_match(NETWORK, NETWORK | {"sizes": [40, 36]}, training=False)
+        require_match(CONFIG, CONFIG.with_sizes([40, 36]), training=False)
 
 
 def test_sizes_that_calibrate_added_take_part_in_what_starts_from_them(tmp_path):
     trained = create_model(ModelConfig("parallel_resnet18", 3, (48, 40, 32), width_mult=0.125))
     with torch.no_grad():
         trained.alpha.copy_(torch.tensor([1.0, -torch.inf, 3.0]))
-    network = NETWORK | {"width_mult": 0.125, "normalize": "imagenet"}
-    checkpoint.save(tmp_path / "x.pt", {"network": network, "model": trained.state_dict()})
+    network = dataclasses.replace(CONFIG, width_mult=0.125)
+    checkpoint.save(tmp_path / "x.pt", Checkpoint(network, trained.state_dict()))
     model = create_model(ModelConfig("parallel_resnet18", 3, (48, 40, 32), width_mult=0.125, qw=2))
-    checkpoint.start_from(model, network | {"qw": 2, "qa": 32}, tmp_path / "x.pt")
+    start_from(model, dataclasses.replace(network, qw=2), tmp_path / "x.pt")
     assert model.alpha.tolist() == [1.0, 2.0, 3.0]
 
 
@@ -157,5 +180,5 @@ def test_weights_that_do_not_fit_are_listed_by_name_and_shape():
     state["network.fc.weight"] = torch.zeros(4, 512)
     del state["network.conv1.weight"]
     with pytest.raises(DataError, match=r"conv1.weight.*fc.weight.*\[4, 512\]") as error:
-        checkpoint.load_weights(model, {"model": state, "network": {"sizes": [48, 32]}})
+        load_weights(model, state, (48, 32))
     assert "\n" not in str(error.value)

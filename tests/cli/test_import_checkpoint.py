@@ -12,6 +12,7 @@ from pipelines.dali import DaliOptions, make_loaders
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.train import main as train
@@ -69,10 +70,7 @@ def test_training_goes_on_from_an_originals_file(original, photos, tmp_path, mon
     assert "after epoch 1" in out
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["epoch"] == 2
-    assert (
-        checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["network"]["normalize"]
-        == "unit"
-    )
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt").network.normalize == "unit"
 
 
 def test_export_gives_back_what_was_imported(original, tmp_path, capsys):
@@ -110,8 +108,8 @@ def test_an_imported_run_goes_on_and_stays_the_best_until_it_is_beaten(
     worse = ["--resume", run / "checkpoints" / "last.pt", "--lr", 20, "--epochs", 2]
     assert _train(monkeypatch, *more, *worse) == 0
     last = checkpoint.load(run / "checkpoints" / "last.pt")
-    assert last["epoch"] == 2
-    assert last["best"][0] > 0
+    assert last.epoch == 2
+    assert last.best[0] > 0
     assert (run / "checkpoints" / "best.pt").read_bytes() == best
 
 
@@ -139,7 +137,9 @@ def test_an_exported_file_has_what_the_originals_resume_reads(original):
 )
 def test_a_mistake_is_one_line(original, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
-    checkpoint.save(tmp_path / "ours.pt", {"network": {}, "model": {}})
+    checkpoint.save(
+        tmp_path / "ours.pt", Checkpoint(ModelConfig("parallel_resnet18", 2, (32,)), {})
+    )
     paths = {"ORIGINAL": str(original), "OURS": "ours.pt"}
     assert main([paths.get(w, w) for w in words]) == 2
     err = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -41,10 +42,10 @@ def test_an_imported_run_is_evaluated(npz, photos, tmp_path, monkeypatch, capsys
     assert "cubic" in out
     assert "nearest neighbour" in out
     content = checkpoint.load(best)
-    content["network"]["num_classes"] = 3  # as the photos have
     for name in ("weight", "bias"):
-        content["model"][f"network.fc.{name}"] = content["model"][f"network.fc.{name}"][:3]
-    checkpoint.save(tmp_path / "three.pt", content)
+        content.model[f"network.fc.{name}"] = content.model[f"network.fc.{name}"][:3]
+    three = dataclasses.replace(content.network, num_classes=3)  # as the photos have
+    checkpoint.save(tmp_path / "three.pt", dataclasses.replace(content, network=three))
     words = [
         "--data",
         photos,
@@ -124,17 +125,17 @@ def test_a_checkpoint_of_tensorflow_is_read(tmp_path, capsys):
         run = tmp_path / f"run{number}"
         assert main(["import-tf", str(folder / name), "--output", str(run)]) == 0
         content = checkpoint.load(run / "checkpoints" / "best.pt")
-        assert content["model"]["alpha"][0] == alpha
+        assert content.model["alpha"][0] == alpha
     theirs = from_tensorflow({k: v for k, v in variables.items() if is_of_model(k)})
-    assert content["network"] == theirs["network"]
-    for name, value in theirs["model"].items():
-        assert torch.equal(content["model"][name], value), name
+    assert content.network == theirs.network
+    for name, value in theirs.model.items():
+        assert torch.equal(content.model[name], value), name
     (folder / "checkpoint").unlink()
     command = [sys.executable, "-m", "rsnet", "import-tf", folder, "--output", tmp_path / "highest"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""  # TensorFlow has nothing to add
     content = checkpoint.load(tmp_path / "highest" / "checkpoints" / "best.pt")
-    assert content["model"]["alpha"][0] == 1.0
+    assert content.model["alpha"][0] == 1.0
     capsys.readouterr()
     data = folder / "model-500.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:1000])

@@ -32,7 +32,9 @@ def call(capsys, monkeypatch):
 
 
 def _start(mode, run: Path, run_id: str | None = None) -> WandbLogger:
-    return WandbLogger(mode, run, "rsnet", None, {}, run_id, lambda _: None)
+    return WandbLogger(
+        mode, run, project="rsnet", name=None, config={}, run_id=run_id, say=lambda _: None
+    )
 
 
 def _lines(run: Path) -> list[dict]:

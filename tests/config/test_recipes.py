@@ -16,9 +16,7 @@ from rsnet.config.train_config import TrainConfig
 
 def _resolve(line: str, previous=None):
     config, _ = parse(DaliOptions, shlex.split("--data /d " + line))
-    return resolve(
-        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous
-    )
+    return resolve(config, world_size=1, device_type="cuda", has_bf16=True, previous=previous)
 
 
 def test_every_field_of_a_recipe_is_an_option():

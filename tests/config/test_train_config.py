@@ -13,8 +13,9 @@ import pytest
 from pipelines.dali import DaliOptions
 from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import as_command, parse
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
-from rsnet.config.train_config import TrainConfig, to_plain_dict
+from rsnet.config.train_config import TOPICS, TrainConfig, to_plain_dict
 
 
 def _parse(line: str):
@@ -90,6 +91,43 @@ def test_the_originals_short_names_work():
 
 
 @pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--opt nesterov", "sgd", "nesterov"),
+        ("--sched linear", "lr_decay", "linear"),
+        ("--warmup-epochs 3", "warmup", 3),
+        ("--smoothing 0.2", "label_smoothing", 0.2),
+        ("--model-ema-decay 0.9", "ema", 0.9),
+        ("--grad-accum-steps 4", "accumulate", 4),
+        ("--clip-grad-norm 2", "clip_grad", 2.0),
+        ("--mixup-alpha 0.2", "mixup", 0.2),
+        ("--cutmix-alpha 0.3", "cutmix", 0.3),
+        ("--initial-checkpoint x.pt", "init_from", "x.pt"),
+        ("--keep-checkpoints 5", "keep", 5),
+        ("--dist-timeout 60", "timeout", 60.0),
+        ("--norm-weight-decay", "decay", "all"),
+        ("--no-norm-weight-decay", "decay", "weights"),
+        ("--decay weights", "decay", "weights"),
+    ],
+)
+def test_the_names_of_timm_and_torchvision_work(words, name, value):
+    given, _ = _parse(words)
+    plain, _ = _parse("")
+    assert getattr(given, name) == value
+    assert dataclasses.replace(given, **{name: getattr(plain, name)}) == plain
+
+
+def test_the_help_is_grouped_by_topic(capsys):
+    with pytest.raises(SystemExit):
+        parse(DaliOptions, ["--help"])
+    shown = capsys.readouterr().out
+    titles = re.findall(r"^\W+(\w+) options \W", shown, re.MULTILINE)
+    assert titles == [*TOPICS, "pipeline"]
+    names = [f.name for topic in TOPICS.values() for f in dataclasses.fields(topic)]
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(TrainConfig))
+
+
+@pytest.mark.parametrize(
     ("arch", "expected"),
     [
         ("parallel_resnet50", (120, 0.1, 1e-4)),
@@ -110,12 +148,7 @@ def test_the_learning_rate_follows_the_global_batch():
 
 
 def test_given_options_win_over_recipe_and_checkpoint():
-    trained = {
-        "arch": "parallel_resnet18",
-        "sizes": [64, 32],
-        "normalize": "unit",
-        "width_mult": 1.0,
-    }
+    trained = ModelConfig("parallel_resnet18", 3, (64, 32), normalize="unit")
     assert _resolve(trained=trained).sizes == (64, 32)
     assert _resolve(trained=trained).arch == "parallel_resnet18"
     assert _resolve(trained=trained).normalize == "unit"
@@ -128,14 +161,14 @@ def test_a_continued_run_keeps_what_it_was_started_with():
     previous = to_plain_dict(_resolve("--epochs 7 -b 64 --lr 0.3 --wd 0.01 --clip-grad 2"))
     config, _ = _parse("--resume auto")
     again = resolve(
-        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        config, world_size=1, device_type="cuda", has_bf16=True, previous=previous,
         previous_global_batch=64,
     )  # fmt: skip
     assert (again.epochs, again.batch_size, again.lr) == (7, 64, 0.3)
     assert (again.weight_decay, again.clip_grad) == (0.01, 2)
     config, _ = _parse("--resume auto -b 128 --epochs 9")
     again = resolve(
-        config, world_size=1, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        config, world_size=1, device_type="cuda", has_bf16=True, previous=previous,
         previous_global_batch=64,
     )  # fmt: skip
     assert (again.epochs, again.batch_size) == (9, 128)
@@ -184,7 +217,7 @@ def test_other_processes_share_the_images_of_an_update_as_before(
     previous = to_plain_dict(_resolve("-b 64 --lr 0.3 --seed 5"))
     config, _ = _parse("--resume auto")
     again = resolve(
-        config, world_size=world_size, device_type="cuda", has_bf16=True, trained={}, previous=previous,
+        config, world_size=world_size, device_type="cuda", has_bf16=True, previous=previous,
         previous_global_batch=512,
     )  # fmt: skip
     assert (again.batch_size, again.accumulate) == (batch_size, accumulate)

@@ -84,7 +84,9 @@ def _log(directory: Path) -> None:
     """1000 lines before and after, of 2 kB: too much for the buffers to a service that has stopped."""
     wandb_log.SERVICE_TIMEOUT_S = 2
     write_run(directory, [])
-    log_ = WandbLogger(None, directory, "rsnet", None, {"lr": 0.1}, None, print)
+    log_ = WandbLogger(
+        None, directory, project="rsnet", name=None, config={"lr": 0.1}, run_id=None, say=print
+    )
     long = {"long": "x" * 2000}
     log(log_, directory, [row | long for row in rows(1, 1000)])
     _pause(directory)

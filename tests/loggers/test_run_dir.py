@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import RunError, UsageError
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.run_dir import RunDir, environment
 
 ROOT = Path(__file__).parents[2]
 SHOW = """
-from rsnet.loggers.run_dir import Display
-display = Display(True)
+from rsnet.loggers.console import ConsoleLogger
+display = ConsoleLogger(True)
 display.start("epoch 1/2", 4)
 for done in (1, 2, 3, 4):
     display.update(done, f"loss {done}.5")
@@ -98,7 +98,7 @@ def test_metrics_that_a_full_disk_does_not_take_end_the_run_or_are_said(tmp_path
     run = RunDir(tmp_path, continues=False, active=True)
     monkeypatch.setattr(Path, "open", _no_space)
     with pytest.raises(
-        DataError, match=r"cannot write to .*metrics\.jsonl: No space left on device"
+        RunError, match=r"cannot write to .*metrics\.jsonl: No space left on device"
     ):
         run.append_metrics({"step": 1})
     said: list[str] = []

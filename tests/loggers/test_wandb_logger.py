@@ -20,7 +20,15 @@ pytestmark = pytest.mark.usefixtures("no_wandb_key")
 
 
 def _start(directory: Path, mode, said: list[str], run_id=None) -> WandbLogger:
-    return WandbLogger(mode, directory, "rsnet", None, {"lr": 0.1}, run_id, said.append)
+    return WandbLogger(
+        mode,
+        directory,
+        project="rsnet",
+        name=None,
+        config={"lr": 0.1},
+        run_id=run_id,
+        say=said.append,
+    )
 
 
 def _records(run: Path):

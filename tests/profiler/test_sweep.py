@@ -19,7 +19,7 @@ from pipelines.synthetic import make_loaders as make_synthetic
 from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import parse
 from rsnet.profiler import step_profiler as profile
-from rsnet.profiler.sweep import _ladders, names_of
+from rsnet.profiler.sweep import _candidates, names_of
 from rsnet.train import main
 from tests.helpers.clock import SlowLoader
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_tried_is_one_line(text, options, world_size, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "device", "cores", "ladders"),
+    ("name", "value", "device", "cores", "candidates"),
     [
         ("workers", 4, "cpu", 12, ([8, 12], [2, 1])),
         ("workers", 4, "cpu", 2, ([], [2, 1])),
@@ -232,5 +232,5 @@ def test_what_cannot_be_tried_is_one_line(text, options, world_size, message):
         ("batch-size", 256, "cuda", 2, ([512 << n for n in range(8)], [128, 64])),
     ],
 )
-def test_values_lie_around_the_present_one(name, value, device, cores, ladders):
-    assert _ladders(name, value, device, cores) == ladders
+def test_values_lie_around_the_present_one(name, value, device, cores, candidates):
+    assert _candidates(name, value, device, cores) == candidates

@@ -52,8 +52,8 @@ def test_a_modern_run_resumes_to_the_same_weights_and_evaluates_its_average(
     assert train("--data", photos, *RUN, "--resume", "auto", "-c", tmp_path / "parts")[0] == 0
     parts_end = checkpoint.load(tmp_path / "parts" / "checkpoints" / "last.pt")
     for key in ("model", "ema"):
-        for name, value in whole[key].items():
-            assert torch.equal(value, parts_end[key][name]), (key, name)
+        for name, value in getattr(whole, key).items():
+            assert torch.equal(value, getattr(parts_end, key)[name]), (key, name)
 
     last = tmp_path / "whole" / "checkpoints" / "last.pt"
     evaluate = ["--data", photos, "--evaluate", "--resume", last, "--workers", 1, "--amp", "off"]
@@ -62,9 +62,7 @@ def test_a_modern_run_resumes_to_the_same_weights_and_evaluates_its_average(
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     for name in ("32", "24", "16", "ensemble"):
         assert again[name]["loss"] == pytest.approx(results[name]["loss"], rel=1e-5)
-    assert not torch.equal(
-        whole["ema"]["network.conv1.weight"], whole["model"]["network.conv1.weight"]
-    )
+    assert not torch.equal(whole.ema["network.conv1.weight"], whole.model["network.conv1.weight"])
 
 
 def _stops_before(epoch, stop):
@@ -87,7 +85,7 @@ def test_a_run_can_start_from_an_ordinary_networks_weights(train, photos, tmp_pa
     words += ["--lr", 1e-9, "--wd", 0, "--amp", "off", "--wandb", "disabled", "--workers", 1]
     code, _, err = train(*words, "--pretrained", tmp_path / "plain.pth", "-c", tmp_path / "run")
     assert code == 0, err
-    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["model"]
+    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt").model
     torch.testing.assert_close(
         state["network.layer3.0.conv1.weight"], plain.layer3[0].conv1.weight.detach()
     )

@@ -75,9 +75,10 @@ def test_a_stopped_quantized_run_goes_on_to_the_same_bits(train, photos, tmp_pat
     assert train("--data", photos, *RUN, "--resume", "auto", "-c", tmp_path / "parts")[0] == 0
     whole, parts = (checkpoint.load(_last(tmp_path / name)) for name in ("whole", "parts"))
     for key in ("model", "ema"):
-        assert whole[key].keys() == parts[key].keys()
-        assert any(name.endswith("before.basis") for name in whole[key])
-        different = [n for n, v in whole[key].items() if not torch.equal(v, parts[key][n])]
+        expected, found = getattr(whole, key), getattr(parts, key)
+        assert expected.keys() == found.keys()
+        assert any(name.endswith("before.basis") for name in expected)
+        different = [n for n, v in expected.items() if not torch.equal(v, found[n])]
         assert different == []
 
 
@@ -100,12 +101,12 @@ def test_training_starts_from_a_full_precision_run(train, photos, runs, tmp_path
     assert code == 0, err
     before, after = checkpoint.load(_last(runs / source)), checkpoint.load(_last(tmp_path / "run"))
     shared = 0
-    for name, value in before["model"].items():
+    for name, value in before.model.items():
         if name.endswith(".weight"):
             original = name.replace(".weight", ".parametrizations.weight.original")
-            now = after["model"].get(original, after["model"].get(name))
+            now = after.model.get(original, after.model.get(name))
             torch.testing.assert_close(now, value, atol=1e-6, rtol=1e-4)
-            shared += original in after["model"]
+            shared += original in after.model
     assert shared >= 8
     # The same command goes on, also without the file that it started from.
     assert train(*line, "--epochs", 2, "--resume", "auto")[0] == 0

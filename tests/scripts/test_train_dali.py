@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pipelines.dali.loader import DaliLoader
 from rsnet.checkpoint import io as checkpoint
 from rsnet.loggers.run_dir import RunDir
 from rsnet.train import main
-from rsnet.training import loop as session
+from rsnet.training import run as session
 from tests.conftest import write_folder
 from tests.helpers import processes
 
@@ -81,7 +82,7 @@ def test_a_run_prints_its_command_its_batch_and_its_table(trained):
     out = (trained / "stdout.txt").read_text()
     assert "python train_dali.py --data" in out
     assert "global batch 8 = 8 images x 1 processes x 1 accumulated; 2 steps an epoch" in out
-    table = out[out.index("size   GFLOPs") :].splitlines()
+    table = out[out.index("size  GFLOPs") :].splitlines()
     assert [row.split()[0] for row in table[1:4]] == ["32", "24", "ensemble"]
 
 
@@ -194,16 +195,17 @@ def test_a_continued_run_keeps_its_best_score_and_its_wandb_run(train, photos, t
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     last = run / "checkpoints" / "last.pt"
-    checkpoint.save(last, checkpoint.load(last) | {"best": [201.0, 201.0], "wandb_id": "abc123"})
+    changed = dataclasses.replace(checkpoint.load(last), best=[201.0, 201.0], wandb_id="abc123")
+    checkpoint.save(last, changed)
     code, _, _ = train(
         "--data", photos, *RUN, "--resume", "auto", "--epochs", 3, "--output", run,
         "--wandb", "offline",
     )  # fmt: skip
     assert code == 0
     content = checkpoint.load(last)
-    assert content["epoch"] == 3
-    assert content["best"] == [201, 201]
-    assert content["wandb_id"] == "abc123"
+    assert content.epoch == 3
+    assert content.best == [201, 201]
+    assert content.wandb_id == "abc123"
     assert list(run.glob("wandb/offline-run-*-abc123"))
 
 
@@ -323,7 +325,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_it_can_go_on(photos, tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.fullmatch(
-        r"train_dali.py: stopped by SIGINT: saved after update \d/2 of epoch \d+; the same command goes on",
+        r"train_dali.py: stopped by SIGINT: saved after update \d/2 of epoch \d+; "
+        r"rerun the same command to resume",
         err.strip(),
     )
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()

@@ -11,6 +11,7 @@ import torch
 from pipelines.dali import DaliOptions, make_loaders
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
@@ -48,7 +49,7 @@ def _trained():
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "best.pt"
     torch.manual_seed(0)
-    checkpoint.save(path, {"network": NETWORK, "model": _trained().state_dict()})
+    checkpoint.save(path, Checkpoint(ModelConfig.from_dict(NETWORK), _trained().state_dict()))
     return path
 
 
@@ -68,11 +69,11 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
     assert rows == ["nearest", "interpolate", "estimate", "distil"]
     assert [line.split()[0] for line in out.splitlines() if line.endswith("saved")] == [how]
     content = checkpoint.load(output)
-    assert content["network"]["sizes"] == [48, 40, 32, 24]
-    assert content["network"]["calibrated"] == {"32": how}
-    before = checkpoint.load(saved)["model"]
+    assert content.network.sizes == (48, 40, 32, 24)
+    assert content.network.calibrated == {"32": how}
+    before = checkpoint.load(saved).model
     expected = add_size(before, SIZES, 32, neighbour_shares(SIZES, 32))
-    changed = {k.rsplit(".", 1)[1] for k, v in expected.items() if not v.equal(content["model"][k])}
+    changed = {k.rsplit(".", 1)[1] for k, v in expected.items() if not v.equal(content.model[k])}
     statistics = {"running_mean", "running_var", "num_batches_tracked"}
     assert (
         changed
@@ -82,7 +83,7 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
             "distil": statistics | {"weight", "bias"},
         }[how]
     )
-    of_the_new = [k for k, v in expected.items() if not v.equal(content["model"][k])]
+    of_the_new = [k for k, v in expected.items() if not v.equal(content.model[k])]
     assert all(".by_resolution.2." in k for k in of_the_new)
 
 
@@ -91,11 +92,11 @@ def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path)
     from pipelines.batch import LoaderSpec
 
     _, output = _calibrate(saved, photos, tmp_path, "--how", "estimate")
-    state = checkpoint.load(output)["model"]
+    state = checkpoint.load(output).model
     spec = LoaderSpec(photos, (48, 40, 32, 24), 8, torch.device("cpu"), normalize="unit")
     loader = make_loaders(DaliOptions(), spec, True).train
     model = _model()
-    model.load_state_dict(checkpoint.load(saved)["model"])
+    model.load_state_dict(checkpoint.load(saved).model)
     outputs = [model.network.conv1(batch.images[2]) for batch, _ in zip(loader, range(2))]  # noqa: B905
     mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
     torch.testing.assert_close(
@@ -148,8 +149,8 @@ def test_a_calibrated_network_can_be_trained_on(saved, photos, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "next")])
     assert train("train", DaliOptions, make_loaders) == 0
     content = checkpoint.load(tmp_path / "next" / "checkpoints" / "last.pt")
-    assert content["network"]["sizes"] == [48, 40, 32, 24]
+    assert content.network.sizes == (48, 40, 32, 24)
     for key in ("model", "ema"):
-        alpha = content[key]["alpha"]
+        alpha = getattr(content, key)["alpha"]
         torch.testing.assert_close(alpha, torch.ones(4), rtol=0, atol=0.01)
         assert not torch.equal(alpha, torch.ones(4))

@@ -15,16 +15,18 @@ import torch
 
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
+from rsnet.config.model_config import ModelConfig
 from tests.helpers import processes
 
 pytestmark = pytest.mark.faults
 
-NETWORK = {"arch": "parallel_resnet18", "sizes": [32], "num_classes": 3, "classes": []}
+NETWORK = ModelConfig("parallel_resnet18", 3, (32,))
 
 
-def _content(step: int) -> dict:
-    return {"network": NETWORK, "model": {"w": torch.full((5000,), float(step))}, "step": step}
+def _content(step: int) -> Checkpoint:
+    return Checkpoint(NETWORK, {"w": torch.full((5000,), float(step))}, step=step)
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(
     found = store.newest(said.append)
     assert found is not None
     assert found[0].name == "last-1.pt"
-    assert found[1]["step"] == 1
+    assert found[1].step == 1
     problem, moved = said
     assert str(store.last) in problem
     assert problem.endswith("; an older one is tried")
@@ -94,8 +96,8 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(
     assert (store.folder / "last.pt.damaged").read_bytes() == broken
     assert not (tmp_path / "pwned").exists()
     store.save(_content(3))
-    assert checkpoint.load(store.last)["step"] == 3
-    assert checkpoint.load(store.folder / "last-1.pt")["step"] == 1
+    assert checkpoint.load(store.last).step == 3
+    assert checkpoint.load(store.folder / "last-1.pt").step == 1
 
 
 def test_a_run_of_which_nothing_is_whole_is_an_error(store):
@@ -126,7 +128,7 @@ def test_as_many_are_kept_as_asked_for_and_the_best_besides(tmp_path):
         store.save(_content(step), is_best=step == 1)
     names = sorted(p.name for p in tmp_path.glob("*.pt"))
     assert names == ["best.pt", "last-1.pt", "last-2.pt", "last.pt"]
-    steps = {name: checkpoint.load(tmp_path / name)["step"] for name in names}
+    steps = {name: checkpoint.load(tmp_path / name).step for name in names}
     assert steps == {"best.pt": 1, "last-2.pt": 3, "last-1.pt": 4, "last.pt": 5}
     for name in names:
         words = ["sha256sum", "--check", "--status", f"{name}.sha256"]
@@ -141,7 +143,7 @@ def test_a_file_system_without_links_is_served_by_copies(tmp_path, monkeypatch):
     store = CheckpointManager(tmp_path)
     for step in range(3):
         store.save(_content(step), is_best=True)
-    assert [checkpoint.load(tmp_path / n)["step"] for n in ("last.pt", "last-1.pt", "best.pt")] == [
+    assert [checkpoint.load(tmp_path / n).step for n in ("last.pt", "last-1.pt", "best.pt")] == [
         2, 1, 2,
     ]  # fmt: skip
 
@@ -173,7 +175,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
             reported = [int(line) for line in process.stdout.read().split()]
         found = CheckpointManager(tmp_path).newest(lambda line: pytest.fail(line))
         assert found is not None
-        done = found[1]["step"]
+        done = found[1].step
         assert done >= max(reported, default=0)
         for name in ("last-1.pt", "best.pt"):
             if (tmp_path / name).exists():

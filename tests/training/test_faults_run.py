@@ -15,7 +15,7 @@ from pipelines.dali import DaliOptions, make_loaders
 from pipelines.dali.loader import DaliLoader
 from rsnet.checkpoint import io as checkpoint
 from rsnet.train import main
-from rsnet.training import loop as session
+from rsnet.training import run as session
 from rsnet.training import trainer as engine
 from rsnet.training.trainer import Trainer
 from tests.helpers.faults import (
@@ -86,7 +86,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_the_run_goes_on_exactly(
     assert code == 128 + number
     assert err == (
         f"train_dali.py: stopped by {number.name}: saved after update 5/5 of epoch 2; "
-        "the same command goes on\n"
+        "rerun the same command to resume\n"
     )
     assert saved(run)["epoch"] == 1
     finish(command(tmp_path.parent / "unused", run, "--data", saved(run)["config"]["data"]))
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(photos, whole, tmp_path, re
     words = command(photos, run, "--resume", "auto", "--epochs", "5", "--on-save-error", reaction)
     out, err = finish([words[0], "-c", LIMITED, str(limit), *words[1:]], int(reaction == "stop"))
     assert (run / "checkpoints" / "last.pt").read_bytes() == before
-    assert checkpoint.load(run / "checkpoints" / "last.pt")["step"] == UPDATES
+    assert checkpoint.load(run / "checkpoints" / "last.pt").step == UPDATES
     assert not list((run / "checkpoints").glob("*.tmp"))
     if reaction == "stop":
         assert err.count("\n") == 1

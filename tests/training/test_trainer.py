@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.batch import Batch, LoaderSpec
 from pipelines.synthetic import SyntheticOptions, make_loaders
-from pipelines.utils.errors import DataError
+from pipelines.utils.errors import RunError
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models.autocast import autocast
 from rsnet.models.state_dict import select_sizes
@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(amp):
                 weights.append([p.detach().clone() for p in model.parameters()])
                 yield batch
 
-    with pytest.raises(DataError, match=r"not finite at step 3: ce/32, ce/ensemble, kd;"):
+    with pytest.raises(RunError, match=r"not finite at step 3: ce/32, ce/ensemble, kd;"):
         train_one_epoch(trainer, Watched(poisoned), 100, lambda _: None)
     for p, before in zip(model.parameters(), weights[3], strict=True):
         assert torch.equal(p, before)

@@ -1,0 +1,273 @@
+"""One training run: epochs, evaluations, checkpoints; interrupted at any step, and continued there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from pipelines.utils.errors import RunError, UsageError
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.manager import CheckpointManager
+from rsnet.config.train_config import to_plain_dict
+from rsnet.distributed import process_group as distributed
+from rsnet.distributed.watchdog import Watchdog
+from rsnet.evaluation import report
+from rsnet.evaluation.evaluate import evaluate
+from rsnet.evaluation.report import Results
+from rsnet.loggers.run_context import RunContext
+from rsnet.loggers.run_dir import RunDir
+from rsnet.loggers.run_logger import RunLogger
+from rsnet.models.autocast import AMP_DTYPES
+from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training.loop import train_one_epoch
+from rsnet.training.resume import (
+    Start,
+    changes,
+    load_training_state,
+    restore_position,
+    training_state,
+)
+from rsnet.training.signals import StopRequest, TrainingInterrupted
+from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
+
+SAVE = 1  # what ranks vote for, besides the number of a signal that asks to stop, which is larger
+
+
+def train(context: RunContext, start: Start) -> Results:
+    """Train to the end, each epoch with an evaluation and a checkpoint; return the last evaluation.
+
+    Raises TrainingInterrupted, once all is saved, if a signal asked for it.
+    """
+    config, main = context.config, distributed.is_main()
+    assert context.loaders.train is not None
+    batches = len(context.loaders.train)
+    steps_per_epoch = batches // config.accumulate
+    if steps_per_epoch == 0:
+        raise UsageError(f"--accumulate {config.accumulate}: an epoch has only {batches} batches")
+    trainer = make_trainer(
+        config, context.model, context.network.num_classes, steps_per_epoch, context.device
+    )
+    run_dir = distributed.run_on_main(lambda: RunDir(config.output, start.continues, main))
+    run_dir.active = main
+    with ExitStack() as stack:
+        distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
+        return TrainingRun(context, trainer, run_dir, start).run()
+
+
+class TrainingRun:
+    """One training run: what its steps share.
+
+    start: what it goes on from, which is put back here; then the header is written.
+    """
+
+    def __init__(
+        self, context: RunContext, trainer: Trainer, run_dir: RunDir, start: Start
+    ) -> None:
+        assert context.loaders.train is not None
+        self.context, self.trainer, self.run_dir = context, trainer, run_dir
+        self.config, self.model, self.console = context.config, context.model, context.console
+        self.train_loader = context.loaders.train
+        self.steps_per_epoch = len(self.train_loader) // trainer.accumulate
+        self.manager = CheckpointManager(self.config.output / "checkpoints", self.config.keep)
+        self.stop = StopRequest()
+        self.vote = distributed.StepVote()
+        self.watchdog = Watchdog(self.config.timeout)
+        self.epoch = 0  # epochs that are finished
+        self.done = 0  # updates of the one that is not
+        self.best: list[float] = []
+        self.last_save = time.monotonic()
+        self._warned: set[str] = set()
+        if self.config.on_save_error == "continue":
+            run_dir.on_error = self._warn_once
+        wandb_id = None
+        if start.checkpoint is not None:
+            self._restore(start, start.checkpoint)
+            if start.continues:
+                self.best, wandb_id = start.checkpoint.best, start.checkpoint.wandb_id
+        if start.continues:
+            run_dir.rewind(self.epoch + self.done / self.steps_per_epoch, self.epoch)
+        # Of an imported network: it is the best until an epoch is better.
+        self._is_best_unknown = start.checkpoint is not None and start.continues and not self.best
+        self.logger = RunLogger(context, run_dir, self.steps_per_epoch, wandb_id)
+
+    def run(self) -> Results:
+        """Train to the end, or to the step where a signal stops it. The logger is closed afterwards."""
+        failed = True
+        try:
+            with self.stop.listening(), self.watchdog.running():
+                if self._is_best_unknown:
+                    self.best = self._score(self._evaluate())
+                results = self._train_epochs()
+            shared, private = self.model.count_parameters()
+            self.logger.log_results(results, report.model_cost(self.model), shared, private)
+            failed = False
+        finally:
+            self.logger.close(failed)
+        return results
+
+    def _train_epochs(self) -> Results:
+        results: Results | None = None
+        self.last_save = time.monotonic()
+        for epoch in range(self.epoch, self.config.epochs):
+            if self.done == 0:
+                self.train_loader.set_epoch(epoch)
+            self.console.start(f"epoch {epoch + 1}/{self.config.epochs}", self.steps_per_epoch)
+            train_one_epoch(
+                self.trainer,
+                self.train_loader,
+                self.config.log_interval,
+                lambda p: self.logger.log_progress(p, self.epoch, self._alpha()),
+                self.done,
+                self._after_update,
+            )
+            self.console.stop()
+            self._act_on(self.vote.count())
+            self._share_buffers()
+            results = self._evaluate()
+            self.epoch, self.done = epoch + 1, 0
+            self.logger.log_evaluation(results, self.epoch, self.trainer.step)
+            score = self._score(results)
+            is_best = score > self.best
+            self.best = max(score, self.best)
+            self._save(is_best)
+        return results or self._evaluate()
+
+    def _after_update(self) -> None:
+        self.watchdog.tick()
+        self.done += 1
+        self._act_on(self.vote.cast(self.stop.number or (SAVE if self._is_save_due() else 0)))
+
+    def _is_save_due(self) -> bool:
+        every = self.config.checkpoint_every
+        if every.endswith("m"):
+            is_due = 0 < 60 * float(every[:-1]) <= time.monotonic() - self.last_save
+            if is_due:
+                self.last_save = time.monotonic()  # it is voted for now, and done an update later
+            return is_due and distributed.is_main()
+        return int(every) > 0 and self.done % int(every) == 0
+
+    def _act_on(self, agreed: int) -> None:
+        """Do what the ranks agreed on after an update: nothing, save, or save and stop."""
+        if agreed == 0:
+            return
+        raise_if_not_finite(self.trainer)
+        if agreed > SAVE:
+            self.vote.count()  # what was cast with it
+        self._save(is_best=False)
+        if agreed > SAVE:
+            raise TrainingInterrupted(agreed, self._place())
+
+    def _evaluate(self) -> Results:
+        """Evaluate the network, or its averaged weights. A signal ends it: it is done anew later."""
+        loaders = self.context.loaders
+        least = min(distributed.all_gather_object(len(loaders.val)))
+        batches = 0
+
+        def after_batch() -> None:
+            nonlocal batches
+            self.watchdog.tick()
+            batches += 1
+            # Ranks may have one batch more than others, which they cannot vote on.
+            if batches < least:
+                self._act_on(self.vote.cast(self.stop.number))
+
+        model = self.trainer.ema.model if self.trainer.ema else self.model
+        results = evaluate_with_progress(self.context, model, after_batch)
+        self._act_on(self.vote.count())
+        return results
+
+    def _share_buffers(self) -> None:
+        """Give all ranks the BatchNorm statistics of rank 0: what is evaluated is what is saved."""
+        distributed.broadcast_buffers(self.model)
+        if self.trainer.ema:
+            distributed.broadcast_buffers(self.trainer.ema.model)
+
+    def _score(self, results: Results) -> list[float]:
+        """Return top-1 + top-5 at the largest size, then the mean over sizes, which decides a tie."""
+        scores = [results[str(s)]["top1"] + results[str(s)]["top5"] for s in self.model.sizes]
+        return [scores[0], sum(scores) / len(scores)]
+
+    def _alpha(self) -> dict[int, float]:
+        return dict(zip(self.model.sizes, self.model.ensemble_weights().tolist(), strict=True))
+
+    def _place(self) -> str:
+        return f"update {self.done}/{self.steps_per_epoch} of epoch {self.epoch + 1}"
+
+    def _save(self, is_best: bool) -> None:
+        checkpoint = Checkpoint(
+            network=self.context.network,
+            config=to_plain_dict(self.config),
+            global_batch=self.context.global_batch,
+            epoch=self.epoch,
+            done=self.done,
+            loader=self.train_loader.state_dict(),
+            best=self.best,
+            wandb_id=self.logger.wandb.run_id,
+            **training_state(self.trainer, self.model),
+        )
+
+        def write() -> str:
+            try:
+                self.run_dir.sync()
+                self.manager.save(checkpoint, is_best)
+            except OSError as error:
+                return f"cannot save to {self.manager.folder}: {error.strerror or error}"
+            return ""
+
+        problem = distributed.run_on_main(write)
+        self.last_save = time.monotonic()
+        self.watchdog.tick()
+        if problem and self.config.on_save_error == "stop":
+            raise RunError(
+                f"{problem}; the checkpoint before it is whole: free some space and run the same command, "
+                "or train on with --on-save-error continue"
+            )
+        if problem:
+            self.console.say(f"{problem}; the checkpoint before it stays, the training goes on")
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            self.console.say(f"{line}; the training goes on")
+
+    def _restore(self, start: Start, checkpoint: Checkpoint) -> None:
+        """Put back all that the checkpoint keeps beside the weights, and say from where training goes on."""
+        missing = load_training_state(self.trainer, self.model, checkpoint)
+        self.epoch = checkpoint.epoch
+        self.done, moved = restore_position(
+            checkpoint,
+            self.config,
+            self.train_loader,
+            self.context.global_batch,
+            self.steps_per_epoch,
+        )
+        # Not the checkpoint's step: with another global batch an epoch has another number of them.
+        self.trainer.step = self.epoch * self.steps_per_epoch + self.done
+        changed = changes(checkpoint.config, to_plain_dict(self.config))
+        what = f", with changed {', '.join(changed)}" if changed else ""
+        where = f"after epoch {self.epoch}" if self.done == 0 else f"after {self._place()}"
+        self.console.say(f"resumed {start.source} {where}{what}")
+        for line in (*missing, *moved):
+            self.console.say(f"not as before: {line}")
+
+
+def evaluate_with_progress(
+    context: RunContext,
+    model: ResolutionSwitchable,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Results:
+    """Evaluate `model` on the run's validation data, and show the progress on the console."""
+    console, loader = context.console, context.loaders.val
+    console.start("val", len(loader))
+    done = 0
+
+    def on_batch() -> None:
+        nonlocal done
+        done += 1
+        console.update(done, "", every=10.0)
+        after_batch()
+
+    results = evaluate(model, loader, context.device, AMP_DTYPES[context.config.amp], on_batch)
+    console.stop()
+    return results
