@@ -1,33 +1,32 @@
-"""Tables as plain text."""
+"""Tables as plain text, and text of others made safe for a terminal."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
-def plain_table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    first: Literal["left", "right"] = "right",
+def text_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = ()
 ) -> str:
-    """Return an aligned table without lines, two spaces between columns; numbers end below each other.
-
-    first: how the first column is aligned.
-    """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=None)
+    """Return aligned columns, two blanks apart. left: the columns aligned to the left, by index."""
+    table = Table(box=None, pad_edge=False, header_style="")
     for i, name in enumerate(header):
-        justify = first if i == 0 else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
+        justify = "left" if i in left else "right"
+        table.add_column(Text(name), justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*row)
-    # A console of its own, wide enough that no line is cut.
-    console = Console(file=io.StringIO(), width=10_000, color_system=None, markup=False)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    # As wide as need be: lines are for grep, too.
+    console = Console(file=io.StringIO(), width=100_000, color_system=None)
     with console.capture() as capture:
-        console.print(table)
+        console.print(table, no_wrap=True)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def printable(text: str) -> str:
+    """Escape what would move the terminal's cursor: paths and a release's names are others' texts."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.config.model_config import MODEL_DEFAULTS, WEIGHT_FIELDS, ModelConfig
-from rsnet.config.train_config import DEFAULT_SIZES
+from rsnet.config.model_config import DEFAULT_SIZES, MODEL_DEFAULTS, WEIGHT_FIELDS, ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import describe_mismatch
 

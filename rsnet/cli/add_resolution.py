@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from pipelines.utils.errors import UsageError, error_context
-from rsnet.cli.tables import text_table
+from pipelines.utils.tables import text_table
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import ClassifierOptions, load_classifier
-from rsnet.cli.tables import text_table
 
 if TYPE_CHECKING:
     from rsnet.inference.benchmark import Figures, SizeFigures, Times

@@ -30,7 +30,7 @@ class Options:
 
 def run(options: Options) -> int:
     from rsnet.checkpoint import io
-    from rsnet.config.train_config import DEFAULT_SIZES
+    from rsnet.config.model_config import DEFAULT_SIZES
     from rsnet.loggers.run_dir import write_imported_run
 
     checkpoint = io.load(options.original, options.arch, options.sizes)

@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import DataError
+from pipelines.utils.tables import printable, text_table
 from rsnet.cli.classifier import ClassifierOptions, load_classifier
-from rsnet.cli.tables import printable, text_table
 
 if TYPE_CHECKING:
     from PIL import Image

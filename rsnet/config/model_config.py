@@ -17,6 +17,7 @@ NormalizeName = Literal["imagenet", "unit"]
 
 BITS = range(1, 9)
 FULL = 32  # bits of what is not quantized
+DEFAULT_SIZES = (224, 192, 160, 128, 96)
 
 
 @dataclass(frozen=True)

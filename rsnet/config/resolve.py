@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Never
 
 from pipelines.utils.errors import UsageError
-from rsnet.config.model_config import FULL, MODEL_DEFAULTS, ModelConfig
+from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.train_config import (
     DEFAULT_ARCH,
     DEFAULT_BATCH_SIZE,
-    DEFAULT_SIZES,
     TrainConfig,
     TrainOptions,
 )

@@ -20,7 +20,6 @@ from rsnet.config.recipes import RecipeName
 AutoAugmentOption = Literal["none", "trivial", "rand"]
 
 DEFAULT_ARCH = "parallel_resnet50"
-DEFAULT_SIZES = (224, 192, 160, 128, 96)
 # Per process. Five ResNet-50 graphs of 32 images keep 4 GB, of 256 images 30 GB (bfloat16).
 DEFAULT_BATCH_SIZE = {"cuda": 256, "cpu": 32}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pipelines.utils.tables import plain_table
+from pipelines.utils.tables import text_table
 from rsnet.losses import ENSEMBLE
 from rsnet.models.factory import gflops
 from rsnet.models.switchable import ResolutionSwitchable
@@ -34,7 +34,7 @@ def model_cost(model: ResolutionSwitchable) -> dict[str, float]:
 
 def table(results: Results, gflops: Mapping[str, float]) -> str:
     """Return the rows as aligned text."""
-    return plain_table(
+    return text_table(
         ["size", "GFLOPs", "top-1 %", "top-5 %", "loss"],
         [
             [str(name), f"{cost_:.3f}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"]

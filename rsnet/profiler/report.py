@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.utils.tables import plain_table
+from pipelines.utils.tables import text_table
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.profiler.step_profiler import Profile
 
@@ -17,21 +17,21 @@ LOST = 0.1
 def table(p: Profile) -> str:
     """Return images/s and milliseconds of the three measurements, and the parts of a step."""
     measured = {"loader": p.loader, "computation": p.compute, "together": p.end_to_end}
-    speeds = plain_table(
+    speeds = text_table(
         ["", "img/s", "ms/step", "+-"],
         [
             [name, f"{p.images_per_s(t):.0f}", f"{t.mean:.1f}", f"{t.spread:.1f}"]
             for name, t in measured.items()
         ],
-        first="left",
+        left=(0,),
     )
-    parts = plain_table(
+    parts = text_table(
         ["part, ms/step", "alone", "together"],
         [
             [part, f"{p.compute.parts.get(part, 0.0):.1f}", f"{ms:.1f}"]
             for part, ms in p.end_to_end.parts.items()
         ],
-        first="left",
+        left=(0,),
     )
     memory = f", peak memory {p.peak_memory_gb:.1f} GB" if p.peak_memory_gb is not None else ""
     efficiency = (
