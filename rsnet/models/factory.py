@@ -180,7 +180,9 @@ def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise UsageError(f"--arch {arch}: timm is not installed; `uv sync --extra timm`") from None
+        raise UsageError(
+            f'--arch {arch}: timm is not installed: pip install "rsnet-trainer[timm]"'
+        ) from None
     if width_mult != 1.0:
         raise UsageError(f"--width-mult {width_mult}: choose a width by its timm name instead")
     _, name = _library_name(arch)

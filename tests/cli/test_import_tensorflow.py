@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line(npz, tmp_path, monkeypatch, capsys):
     assert "no network of the original's" in _refused(capsys, others, output, 1)
     (empty / "model-7.index").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    assert "`uv sync --extra tensorflow`" in _refused(capsys, empty, output, 2)
+    assert "rsnet-trainer[tensorflow]" in _refused(capsys, empty, output, 2)
     assert main(["import-tf", str(npz), "--output", str(output)]) == 0
     capsys.readouterr()
     assert "holds a run already" in _refused(capsys, npz, output, 2)
@@ -112,7 +112,7 @@ def test_nothing_in_an_npz_is_executed(tmp_path, capsys):
 def test_a_checkpoint_of_tensorflow_is_read(tmp_path, capsys):
     """Two, written by TensorFlow: by name; of a folder the one that was noted last, else the highest step."""
     tensorflow = pytest.importorskip(
-        "tensorflow", reason="TensorFlow is not installed; `uv sync --extra tensorflow`"
+        "tensorflow", reason="TensorFlow is not installed (the extra tensorflow)"
     )
     variables = saved(Graph(18, "preact", qw=2, qa=2), SIZES, debiased=6)
     folder = tmp_path / "train_log"

@@ -561,9 +561,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, wo
 def test_what_is_not_installed_is_named_with_what_to_do(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", str(folder)]) == 2
-    expected = (
-        "rsnet serve: error: uvicorn, which serves, is not installed; `uv sync --extra serve`\n"
-    )
+    expected = 'rsnet serve: error: uvicorn is not installed: pip install "rsnet-trainer[serve]"\n'
     assert capsys.readouterr().err == expected
 
 
