@@ -81,7 +81,7 @@ def _load_checkpoint(prefix: Path, is_wanted: Callable[[str], bool]) -> dict[str
         import tensorflow
     except ImportError:
         raise UsageError(
-            f'{prefix}: TensorFlow, which reads it, is not installed; pip install "rsnet-trainer[tensorflow]"'
+            f'{prefix}: TensorFlow, which reads it, is not installed: pip install "rsnet-trainer[tensorflow]"'
         ) from None
     reader = tensorflow.train.load_checkpoint(str(prefix))
     names = filter(is_wanted, reader.get_variable_to_shape_map())

@@ -90,5 +90,5 @@ def _require_packages() -> None:
             importlib.import_module(name)
         except ImportError:
             raise UsageError(
-                f'{name}, which serves, is not installed; pip install "rsnet-trainer[serve]"'
+                f'{name} is not installed: pip install "rsnet-trainer[serve]"'
             ) from None

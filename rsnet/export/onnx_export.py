@@ -28,7 +28,7 @@ def require() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f'--format onnx: {error.name} is not installed; pip install "rsnet-trainer[onnx]"'
+            f'--format onnx: {error.name} is not installed: pip install "rsnet-trainer[onnx]"'
         ) from None
 
 

@@ -244,7 +244,7 @@ def test_a_missing_library_is_named(folder, tmp_path, monkeypatch, capsys, libra
     monkeypatch.setitem(sys.modules, library, None)
     words = [str(folder), "--format", "onnx", "--output", str(tmp_path / "out")]
     err = _refused(words, 2, capsys, tmp_path)
-    assert f'{library} is not installed; pip install "rsnet-trainer[onnx]"' in err
+    assert f'{library} is not installed: pip install "rsnet-trainer[onnx]"' in err
 
 
 @pytest.mark.parametrize(
