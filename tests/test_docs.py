@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -15,12 +15,10 @@ import pytest
 import torch
 
 from pipelines import dali, ffcv
-from pipelines.__main__ import VERBS as PIPELINE_VERBS
 from pipelines.demo import DemoOptions
-from pipelines.ffcv import ConvertOptions, convert_or_verify
-from pipelines.utils.cli import Verb, parse_options, verb_command
-from pipelines.utils.cli import command as run_command
-from rsnet.__main__ import ALIASES, VERBS
+from pipelines.ffcv import ConvertOptions
+from pipelines.utils.cli import Verb, parse_options
+from rsnet.__main__ import VERBS
 from rsnet.__main__ import main as verbs
 from rsnet.checkpoint.authors_pytorch import to_original
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -37,6 +35,7 @@ PAGES = {
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "examples" / "README.md",
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }
@@ -78,20 +77,15 @@ def _words(command: str) -> tuple[str, list[str]]:
         (at,) = (i for i, word in enumerate(words) if word.endswith("slurm.sh"))
         return "train_dali.py", words[at + 1 :]
     if words[:2] == ["python", "-m"]:
-        words = words[2:] if words[2] == "rsnet" else [" ".join(words[:3]), *words[3:]]
+        words = [" ".join(words[:3]), *words[3:]]
+    elif words[0] == "python":
+        words = words[1:]
+    if words[:2] == ["rsnet", "train"]:  # as the script whose options it has
+        data = words[1 + next(i for i, w in enumerate(words) if w in ("--data", "-d"))]
+        return ("train_ffcv.py" if "beton" in data else "train_dali.py"), words[2:]
     if words[0] == "rsnet":
-        return _by_verb(" ".join(words[:2]), words[2:])
+        return " ".join(words[:2]), words[2:]
     return words[0], words[1:]
-
-
-def _by_verb(program: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """A verb of `rsnet` by its present name; `rsnet train` as the script whose options it has."""
-    verb = program.removeprefix("rsnet ")
-    if verb == "train":
-        data = arguments[1 + next(i for i, w in enumerate(arguments) if w in ("--data", "-d"))]
-        return ("train_ffcv.py" if "beton" in data else "train_dali.py"), arguments
-    arguments = ["--how" if w == "--method" else w for w in arguments]
-    return f"rsnet {ALIASES.get(verb, verb)}", arguments
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -109,11 +103,6 @@ def test_a_command_is_understood(command):
     elif program.startswith("rsnet ") and verb in VERBS:
         options_type = _options(VERBS[verb])
         parse_options(options_type, [options_type], arguments)
-    elif program == "python -m pipelines.folder":
-        options_type = _options(PIPELINE_VERBS[arguments[0]])
-        parse_options(options_type, [options_type], arguments[1:])
-    elif program == "python -m pipelines.beton":
-        parse_options(ConvertOptions, [ConvertOptions], arguments)
     elif program == "python -m pipelines.demo":
         parse_options(DemoOptions, [DemoOptions], arguments)
     elif program.startswith("python -m benchmarks."):
@@ -148,6 +137,35 @@ def test_the_links_of_a_page_lead_somewhere(page):
         assert path.exists(), target
         if anchor:
             assert anchor in _anchors(path.read_text()), target
+
+
+def test_the_files_and_modules_that_the_texts_name_are_there():
+    texts = PAGES | {
+        str(path.relative_to(ROOT)): path.read_text()
+        for path in (ROOT / "CHANGELOG.md", *(ROOT / "benchmarks" / "results").glob("*.md"))
+    }
+    folders = "rsnet|pipelines|tests|benchmarks|docs|scripts|examples"
+    named = re.compile(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w|(?:{folders})(?:\.[a-z]\w*)+)")
+    missing = [
+        f"{page}: {name}"
+        for page, text in texts.items()
+        for name in named.findall(text)
+        if not (ROOT / name).exists() and not _is_importable(name)
+    ]
+    assert not missing
+
+
+def _is_importable(name: str) -> bool:
+    """Whether it is a module, or a name in one."""
+    module, _, last = name.rpartition(".")
+    if not module or "/" in name:
+        return False
+    try:
+        return hasattr(importlib.import_module(module), last) or bool(
+            importlib.util.find_spec(name)
+        )
+    except ImportError:
+        return False
 
 
 def test_the_page_of_options_is_what_the_code_says():
@@ -234,8 +252,8 @@ RUN_PAGES = (
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """On a small folder with small sizes, narrow, without torchrun.
 
-    Other recipes are run by test_modern_run.py, quantized networks by test_quantized_run.py, with smaller
-    networks.
+    Other recipes are run by tests/scripts/test_modern_recipe.py, quantized networks by
+    tests/scripts/test_quantized_training.py, with smaller networks.
     """
     monkeypatch.chdir(tmp_path)
     config = ModelConfig("parallel_resnet18", 3, (160, 32))
@@ -254,11 +272,9 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
         here = line.replace("/imagenet_", f"{tmp_path}/").replace("/imagenet", str(photos))
         program, arguments = _words(here)
         if program == "rsnet import":
-            assert verbs(["import", *arguments, "--sizes", "160", "32"]) == 0
-        elif program == "python -m pipelines.folder":
-            assert verb_command("x", PIPELINE_VERBS, arguments) == 0
-        elif program == "python -m pipelines.beton":
-            assert run_command("x", ConvertOptions, convert_or_verify, arguments) == 0
+            arguments += ["--sizes", "160", "32"]
+        if program.startswith("rsnet "):
+            assert verbs([program.removeprefix("rsnet "), *arguments]) == 0
         elif program in SCRIPTS:
             if "--sizes" not in arguments:
                 arguments += ["--sizes", "160", "32"]

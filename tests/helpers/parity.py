@@ -1,6 +1,6 @@
 """The numbers of the original implementation, and networks in the state that they were computed from.
 
-tests/parity/*.json: eval and training logits, losses and four SGD steps of the original models, in
+tests/data/parity/*.json: eval and training logits, losses and four SGD steps of the original models, in
 float32 on a CPU, from formulas instead of stored weights (see `state_of`).
 """
 
