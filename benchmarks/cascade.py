@@ -27,7 +27,7 @@ from rsnet.inference.classifier import SwitchableClassifier
 @dataclass(frozen=True)
 class Options:
     release: Path
-    """Folder that `python -m rsnet release` wrote."""
+    """Folder that `rsnet release` wrote."""
 
     data: Path
     """Folder with one folder of images per class."""

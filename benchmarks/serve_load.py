@@ -35,7 +35,7 @@ CONTROLLER = "controller"
 @dataclass(frozen=True)
 class Options:
     release: Path
-    """Folder that `python -m rsnet release` wrote."""
+    """Folder that `rsnet release` wrote."""
 
     data: Path
     """Labelled images: a folder for each class."""

@@ -19,11 +19,17 @@ sys.path.insert(0, str(ROOT))
 PAGE = ROOT / "docs" / "options.md"
 HEADER = """# Options
 
-Generated from the code by `make docs`; a test keeps it in step. The commands print the same with `--help`.
-A switch `--name` is turned off by `--no-name`.
+Every command prints its options with `--help`. This page is generated from the same code by `make docs`.
+
+- All names in the first column of a row are the same option: a short form, the name in the authors' code,
+  or the name in timm and torchvision's references (`--opt`, `--sched`, `--model-ema-decay`, ...).
+- `switch`: `--name` turns it on, `--no-name` off. `INT [INT ...]`: one or more values.
+- An empty default means that the option is not used.
 """
-PROGRAMS = """`rsnet train`, `train_dali.py`, `train_ffcv.py`. `rsnet train` alone has `--pipeline dali` and
-`--pipeline ffcv`; unset, FFCV reads a `--data` that holds .beton files, and DALI any other.
+_NAMES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+PROGRAMS = """`rsnet train`, `python train_dali.py` and `python train_ffcv.py` share these options. `rsnet train`
+also has `--pipeline dali` or `ffcv`; by default FFCV reads a `--data` folder with .beton files, and DALI any
+other. Defaults that depend on the recipe, the network or the device are described in words.
 """
 
 
@@ -81,7 +87,7 @@ def _rows(options: type[Any]) -> list[Sequence[str]]:
             c for c in reversed(options.__mro__) if field.name in vars(c).get("__annotations__", {})
         )
         rows.append(_row(owner, field, hints[field.name]))
-    return rows
+    return sorted(rows, key=lambda row: row[0].startswith("`-"))  # positional arguments first
 
 
 def _row(owner: type[Any], field: dataclasses.Field[Any], hint: Any) -> Sequence[str]:
@@ -90,12 +96,14 @@ def _row(owner: type[Any], field: dataclasses.Field[Any], hint: Any) -> Sequence
     flag = "--" + field.name.replace("_", "-")
     aliases = [a for c in configs for a in (getattr(c, "aliases", None) or ())]
     is_positional = "Positional" in str(configs)
-    names = [_metavar(configs) or field.name] if is_positional else [flag, *aliases]
+    metavar = _metavar(configs)
+    names = [metavar or field.name] if is_positional else [flag, *aliases]
+    meaning, _, unset = _docstring(owner, field.name).partition("Unset: ")
     return (
         ", ".join(f"`{name}`" for name in names),
-        _values(_without_annotated(hint), _metavar(configs)),
-        _default(field),
-        _docstring(owner, field.name),
+        _values(_without_annotated(hint), "" if is_positional else metavar),
+        unset.removesuffix(".") or _default(field),  # of an option that is None if it is not given
+        meaning.strip(),
     )
 
 
@@ -118,12 +126,14 @@ def _values(hint: Any, metavar: str) -> str:
     if hint is bool:
         return "switch"
     if typing.get_origin(hint) is typing.Literal:
-        return " ".join(f"`{value}`" for value in typing.get_args(hint))
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
+    is_tuple = typing.get_origin(hint) is tuple
+    item = _values(typing.get_args(hint)[0], "") if is_tuple else ""
+    if item.startswith("`"):
+        return f"one or more of {item}"
     if metavar:
         return metavar
-    if typing.get_origin(hint) is tuple:
-        return f"{_values(typing.get_args(hint)[0], '')} ..."
-    return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}.get(hint, str(hint))
+    return f"{item} [{item} ...]" if is_tuple else _NAMES.get(hint, str(hint))
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -131,11 +141,13 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "" if dataclasses.is_dataclass(field.type) else "cores of this process"
     if field.default is dataclasses.MISSING:
         return "required"
-    if field.default is None or field.default is False:
+    if field.default is None or field.default == ():
         return ""
     if isinstance(field.default, tuple):
         return " ".join(map(str, field.default))
-    return "on" if field.default is True else str(field.default)
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return str(field.default)
 
 
 def _docstring(owner: type[Any], name: str) -> str:

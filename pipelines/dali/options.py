@@ -1,4 +1,4 @@
-"""Options of the DALI pipeline and of `verify`. Importing them needs no DALI."""
+"""Options of the DALI pipeline and of `rsnet verify`. Importing them needs no DALI."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class DaliOptions:
     """Share of the images that the GPU's JPEG engine decodes (A100, H100, ...), 0 to 1."""
 
     prefetch: int = 2
-    """Batches that are prepared ahead."""
+    """Batches prepared ahead."""
 
     skip_bad: bool = False
-    """Leave out the images that `python -m pipelines.folder verify` found to be bad."""
+    """Leave out the images that `rsnet verify` found to be broken."""
 
     skip_bad_report: Annotated[Path | None, arg(metavar="FILE")] = None
-    """What verify --report has written. Unset: verified.json of the data folder."""
+    """File that `rsnet verify --report` wrote. Unset: verified.json in --data."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -46,7 +46,7 @@ class DaliOptions:
 class VerifyOptions:
     """Decode every image of DIR/train and DIR/val with DALI, and list those that it cannot decode.
 
-    The result is kept in a report, which train_dali.py --skip-bad reads; as long as the folder does not
+    The result is kept in a report, which --skip-bad of a training reads; as long as the folder does not
     change, nothing is decoded again. Exit code: 0 if no bad image is left, 1 if there is one.
     """
 
@@ -59,7 +59,7 @@ class VerifyOptions:
     """Threads that read and decode."""
 
     report: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Where to keep the result. Unset: DIR/verified.json."""
+    """File for the result. Unset: DIR/verified.json."""
 
     move_to: Annotated[Path | None, arg(metavar="DIR")] = None
     """Move the bad images to this folder, below which they keep their paths."""

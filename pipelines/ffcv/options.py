@@ -22,11 +22,11 @@ class FfcvOptions:
     """CPU threads that read, decode and resize."""
 
     prefetch: int = 3
-    """Batches that are prepared ahead."""
+    """Batches prepared ahead."""
 
     os_cache: bool = True
-    """Keep what was read in the operating system's page cache; --no-os-cache drops the pages of the file
-    that an epoch has finished with, for data larger than memory."""
+    """Keep what was read in the operating system's page cache; --no-os-cache, for data larger than memory,
+    drops the pages that an epoch has finished with."""
 
     order: Order = "random"
     """random: all samples are shuffled. quasi-random: a gigabyte at a time, read in pages of 8 MB, for
@@ -70,7 +70,7 @@ class ConvertOptions:
     """Folder for the files; what is in it is not overwritten."""
 
     splits: tuple[Split, ...] = ("train", "val")
-    """What to convert."""
+    """Splits to convert."""
 
     write_mode: WriteMode = "jpg"
     """jpg: JPEGs. raw: pixels. proportion: JPEGs and pixels, by --compress-probability."""
@@ -79,7 +79,7 @@ class ConvertOptions:
     """Images with a longer side are shrunk to it. Unset: none; JPEGs are stored as they are."""
 
     jpeg_quality: int = 90
-    """Of the images that have to be encoded anew, 1 to 100."""
+    """JPEG quality of images that have to be encoded again, 1 to 100."""
 
     compress_probability: float = 0.5
     """Share of JPEGs with --write-mode proportion, 0 to 1."""

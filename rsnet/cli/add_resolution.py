@@ -35,13 +35,13 @@ class Options:
     """The new resolution, in pixels."""
 
     data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
-    """Folder with train/ and val/, or train.beton and val.beton."""
+    """Folder with train/ and val/, or with train.beton and val.beton."""
 
     how: Annotated[Literal["interpolate", "estimate", "distil"], arg(aliases=("--method",))] = (
         "distil"
     )
-    """The BatchNorm to save: the neighbours' interpolated; that, with statistics estimated from training
-    images; or that, trained to give the ensemble's outputs."""
+    """BatchNorm to save: interpolated from the neighbouring sizes; the same with statistics estimated from
+    training images; or the same trained to give the ensemble's outputs."""
 
     output: Annotated[Path | None, arg(metavar="FILE.pt")] = None
     """File to write. Unset: CHECKPOINT-SIZE.pt."""
@@ -50,7 +50,7 @@ class Options:
     """Batches of training images, for estimate and for distil; at most one epoch."""
 
     batch_size: Annotated[int, arg(aliases=("-b",))] = 64
-    """Images a batch."""
+    """Images per batch."""
 
     lr: float = 0.01
     """Learning rate of distil."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Options(ClassifierOptions):
     """Measure accuracy, speed and memory of each size, and of cascades, on labelled images.
 
-    Cascades are reported on the half of the images that `python -m rsnet tune` does not fit to.
+    Cascades are reported on the half of the images that `rsnet tune` does not fit to.
     """
 
     data: Annotated[Path, arg(aliases=("-d",), metavar="VAL")]
@@ -33,7 +33,7 @@ class Options(ClassifierOptions):
     """JSON on stdout in place of the tables."""
 
     output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """New folder for bench.json and accuracy_latency.png. Unset: neither is written."""
+    """New folder for bench.json and accuracy_latency.png. Unset: none."""
 
     card: bool = False
     """Put the figures into the release's README.md, in place of those of an earlier bench."""

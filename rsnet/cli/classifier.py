@@ -19,7 +19,7 @@ class ClassifierOptions:
     """A release, and how it is computed."""
 
     release: Positional[Annotated[Path, arg(metavar="DIR")]]
-    """Folder that `python -m rsnet release` wrote."""
+    """Folder that `rsnet release` wrote."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""

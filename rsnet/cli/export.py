@@ -20,7 +20,7 @@ class Options:
     """
 
     source: Positional[Annotated[Path, arg(metavar="CHECKPOINT.pt|DIR")]]
-    """For the original code a checkpoint of a run, else a folder that `python -m rsnet release` wrote."""
+    """For the original code, a checkpoint of a run, else a folder that `rsnet release` wrote."""
 
     output: Annotated[Path, arg(metavar="OUT")]
     """File to write for the original code, else folder."""

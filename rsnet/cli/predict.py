@@ -39,28 +39,27 @@ class Options(ClassifierOptions):
     """Resolution. Unset: the release's largest."""
 
     confidence: float | None = None
-    """In place of a size: begin with the smallest, and go on to the next larger one with those images
-    alone whose most likely class is below this probability."""
+    """In place of a size: a cascade from the smallest size up, in which an image is classified at the next
+    larger size if its most likely class is below this probability."""
 
     budget_ms: float | None = None
-    """In place of both: milliseconds that a batch may take. The most accurate size that fits is taken;
+    """In place of both: milliseconds for a batch. The most accurate size that fits is taken;
     latencies are measured if those beside the release are of another device or batch size."""
 
     tuned: bool = False
-    """Probabilities calibrated by what `python -m rsnet tune` fitted; and its cascade, unless one of the
-    three above is given."""
+    """Calibrated probabilities and, unless one of the three above is given, the cascade of `rsnet tune`."""
 
     top: int = 5
     """Classes to name."""
 
     fold: bool = False
-    """Make BatchNorm part of the convolutions: faster, with a copy of the weights for each size used."""
+    """Fold BatchNorm into the convolutions: faster, with a copy of the weights for each size used."""
 
     cuda_graphs: bool = False
-    """Fewer calls from the host to a GPU (not measured yet)."""
+    """Replay a CUDA graph for each size (not measured yet)."""
 
     json: bool = False
-    """One line of JSON an image, as soon as it is classified."""
+    """Print one line of JSON per image, as soon as it is classified."""
 
 
 def run(options: Options) -> int:

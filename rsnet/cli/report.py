@@ -19,7 +19,7 @@ class Options:
     """Run directories."""
 
     output: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder for report.md and report.png. Unset: only print the table."""
+    """Folder for report.md and report.png. Unset: none."""
 
 
 def run(options: Options) -> int:

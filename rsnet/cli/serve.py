@@ -25,13 +25,13 @@ class Options(ServerConfig):
     """
 
     release: Positional[Annotated[Path, arg(metavar="DIR")]]
-    """Folder that `python -m rsnet release` wrote."""
+    """Folder that `rsnet release` wrote."""
 
     host: str = "127.0.0.1"
-    """Address to listen at: this machine alone. 0.0.0.0 lets in everyone who can reach it."""
+    """Address to listen on; 127.0.0.1 accepts this machine only, 0.0.0.0 everyone who can reach it."""
 
     port: int = 8000
-    """0 takes a free one."""
+    """Port to listen on; 0 takes a free one."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""

@@ -1,4 +1,4 @@
-"""`python -m rsnet sync`: what W&B lacks of runs that were offline, or that lost it.
+"""`rsnet sync`: what W&B lacks of runs that were offline, or that lost it.
 
 All of metrics.jsonl is sent, into the W&B run that the training had. One that is started again under its id,
 and not resumed, is replaced: nothing is there twice, and what was logged while W&B was lost comes into its

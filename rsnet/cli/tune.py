@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ClassifierOptions):
-    """Fit one temperature a size and a cascade's thresholds to labelled images, for predict --tuned.
+    """Fit temperatures and the thresholds of a cascade to labelled images, for `rsnet predict --tuned`.
 
     Half of the images, drawn by chance, is fitted to; what is printed is of the other half. The result
     is DIR/tuned.json, in place of an earlier one. Exit code 1 if the target cannot be met.
@@ -31,10 +31,10 @@ class Options(ClassifierOptions):
     """Folder with one folder of images per class, or one whose val/ is that."""
 
     target_top1: Annotated[float | None, arg(metavar="PERCENT")] = None
-    """Accuracy: the fastest cascade that has it."""
+    """Find the fastest cascade with this top-1."""
 
     target_ms: float | None = None
-    """Milliseconds an image on average, in full batches: the most accurate cascade that takes no more."""
+    """Find the most accurate cascade within so many milliseconds per image on average, in full batches."""
 
     def __post_init__(self) -> None:
         if (self.target_top1 is None) == (self.target_ms is None):

@@ -29,7 +29,7 @@ UNSET: Any = None
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Generic[Unset]):
-    """The network."""
+    """Network."""
 
     arch: Annotated[str | Unset, arg(aliases=("-a",), metavar="NAME")] = UNSET
     """parallel_<torchvision name> or parallel_timm/<timm name>. Unset: parallel_resnet50."""
@@ -41,32 +41,32 @@ class ModelOptions(Generic[Unset]):
     """Outputs of the network. Unset: the classes of the data."""
 
     width_mult: float = 1.0
-    """Width of the network's layers, where it has a choice (MobileNetV2, ResNets up to 50)."""
+    """Factor of the layers' widths (MobileNetV2 and ResNets up to 50 only)."""
 
     stem: Annotated[Literal["imagenet", "small"] | Unset, arg(metavar="{imagenet,small}")] = UNSET
     """First layer; small: 3x3, stride 1, no pooling, for images of about 32 pixels. Unset: imagenet."""
 
     norm: Annotated[Literal["private", "shared"] | Unset, arg(metavar="{private,shared}")] = UNSET
-    """BatchNorm; shared: one for all sizes, to compare with. Unset: private."""
+    """BatchNorm of each size its own, or one shared by all sizes, as a baseline. Unset: private."""
 
     blurpool: bool = False
-    """Blur before strided convolutions."""
+    """Blur before strided convolutions (antialiasing)."""
 
     mode: Annotated[Mode | Unset, arg(metavar="{resnet,preact,preact_typeA}")] = UNSET
     """resnet: --arch as it is; preact, preact_typeA: a pre-activation ResNet, which --qa needs. Unset:
     resnet."""
 
     qw: Annotated[int | Unset, arg(metavar="BITS")] = UNSET
-    """Bits of the convolutions' weights, 1 to 8, but of the first one's. Unset: 32, not quantized."""
+    """Bits of the weights of all convolutions but the first, 1 to 8. Unset: 32, not quantized."""
 
     qa: Annotated[int | Unset, arg(metavar="BITS")] = UNSET
     """Bits of the activations, 1 to 8. Unset: 32, not quantized."""
 
     fixed_qa: bool = False
-    """The activations' levels follow the largest size alone."""
+    """Fit the quantization levels of activations to the largest size alone."""
 
     tf_padding: bool = False
-    """Pad strided layers as TensorFlow does, as networks of the original's quantized code need it."""
+    """Pad strided layers as TensorFlow does; quantized networks of the original code need it."""
 
     init_from: Annotated[
         str | None, arg(aliases=("--initial-checkpoint",), metavar="CHECKPOINT.pt")
@@ -74,20 +74,21 @@ class ModelOptions(Generic[Unset]):
     """Start from the weights of a full-precision run of this network."""
 
     pretrained: Annotated[str | None, arg(metavar="default|NAME|PATH")] = None
-    """Start from weights of the ordinary network: its library's, or a file. Unset: from scratch."""
+    """Start from weights of the ordinary, single-resolution network: its library's, or a file. Unset: random
+    initialisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Generic[Unset]):
-    """The data, and how much of it is in a step."""
+    """Data and batch size."""
 
     data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
-    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE; of train_ffcv.py, with train.beton and val.beton."""
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or, for FFCV, with train.beton and val.beton."""
 
     normalize: Annotated[Literal["imagenet", "unit"] | Unset, arg(metavar="{imagenet,unit}")] = (
         UNSET
     )
-    """imagenet: mean and std; unit: [0, 1], what the original's checkpoints expect. Unset: imagenet."""
+    """imagenet: ImageNet's mean and std; unit: [0, 1], as in the original. Unset: imagenet."""
 
     batch_size: Annotated[int | Unset, arg(aliases=("-b",), metavar="INT")] = UNSET
     """Images per process and step. Unset: 256 on a GPU, 32 on a CPU."""
@@ -98,7 +99,7 @@ class DataOptions(Generic[Unset]):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(Generic[Unset]):
-    """SGD, and what happens to gradients and weights beside it."""
+    """Optimizer."""
 
     lr: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
     """Learning rate. Unset: the paper's 0.1 (MobileNets 0.05) times global batch / 256."""
@@ -107,7 +108,7 @@ class OptimizerOptions(Generic[Unset]):
     """SGD's momentum."""
 
     weight_decay: Annotated[float | Unset, arg(aliases=("--wd",), metavar="FLOAT")] = UNSET
-    """Unset: the paper's 1e-4 (MobileNets 4e-5, quantized 5e-5)."""
+    """Weight decay. Unset: the paper's 1e-4 (MobileNets 4e-5, quantized 5e-5)."""
 
     sgd: Annotated[
         Literal["plain", "nesterov"] | Unset, arg(aliases=("--opt",), metavar="{plain,nesterov}")
@@ -115,29 +116,31 @@ class OptimizerOptions(Generic[Unset]):
     """Kind of momentum. Unset: plain; nesterov for quantized networks."""
 
     decay: Annotated[Literal["all", "weights"] | Unset, arg(metavar="{all,weights}")] = UNSET
-    """What weight decay acts on; weights: not on norm layers, biases and alpha. --norm-weight-decay is all,
-    --no-norm-weight-decay weights. Unset: the recipe's (paper all, modern and quantized weights)."""
+    """Parameters with weight decay; weights: none on norm layers, biases and alpha. --norm-weight-decay is
+    the same as all, --no-norm-weight-decay as weights. Unset: the recipe's (paper all, modern and quantized
+    weights)."""
 
     accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
-    """Batches whose gradients make up one update. Unset: 1; on other processes than before, as many as keep
-    the images of an update."""
+    """Batches whose gradients make up one update. Unset: 1; if a run resumes on another number of
+    processes, what keeps the images per update."""
 
     clip_grad: Annotated[float | Unset, arg(aliases=("--clip-grad-norm",), metavar="FLOAT")] = UNSET
-    """Largest norm of the gradients. Unset: 0, not clipped."""
+    """Largest norm of the gradients. Unset: 0, no clipping."""
 
     ema: Annotated[float | Unset, arg(aliases=("--model-ema-decay",), metavar="FLOAT")] = UNSET
-    """Decay, per update, of averaged weights, which are evaluated; 0: none. Unset: the recipe's."""
+    """Decay per update of averaged weights, which are then what is evaluated; 0: no averaging. Unset: the
+    recipe's (paper 0, modern by epochs and batch size)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(Generic[Unset]):
-    """Length of the training, and learning rate over it."""
+    """Recipe, epochs and learning rate schedule."""
 
     recipe: Annotated[RecipeName | Unset, arg(metavar="{paper,modern}")] = UNSET
-    """What is left unset: as in the paper, or as classifiers are trained today. Unset: paper."""
+    """Defaults of options that are not given: the paper's, or those common today. Unset: paper."""
 
     epochs: Annotated[int | Unset, arg(metavar="INT")] = UNSET
-    """Unset: the paper's 120, or 150 for MobileNets."""
+    """Epochs of training. Unset: the paper's 120, or 150 for MobileNets."""
 
     lr_decay: Annotated[
         Literal["cosine", "step", "linear", "schedule"] | Unset,
@@ -156,34 +159,34 @@ class ScheduleOptions(Generic[Unset]):
     """Factor of a decay of step and schedule."""
 
     warmup: Annotated[int | Unset, arg(aliases=("--warmup-epochs",), metavar="INT")] = UNSET
-    """Epochs in which the learning rate rises linearly. Unset: the recipe's (paper 0, modern up to 5)."""
+    """Epochs of linear warm-up. Unset: the recipe's (paper 0, modern up to 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions(Generic[Unset]):
-    """What is done to images and labels."""
+    """Augmentation of images and labels."""
 
     flip: Literal["independent", "shared"] = "independent"
     """Each size draws its own flip, as in the original, or all share one."""
 
     auto_augment: Annotated[AutoAugmentOption | Unset, arg(metavar="{none,trivial,rand}")] = UNSET
-    """TrivialAugment or RandAugment on the crop (not of train_ffcv.py). Unset: none."""
+    """TrivialAugment or RandAugment on the crop (not with FFCV). Unset: none."""
 
     mixup: Annotated[float | Unset, arg(aliases=("--mixup-alpha",), metavar="FLOAT")] = UNSET
-    """Mix images by Beta(a, a) of this a, alike at all sizes. Unset: 0, no."""
+    """Alpha of mixup, which mixes alike at all sizes. Unset: 0, off."""
 
     cutmix: Annotated[float | Unset, arg(aliases=("--cutmix-alpha",), metavar="FLOAT")] = UNSET
-    """Paste a neighbour's box by Beta(a, a) of this a, alike at all sizes. Unset: 0, no."""
+    """Alpha of CutMix, which pastes the same box at all sizes. Unset: 0, off."""
 
     label_smoothing: Annotated[float | Unset, arg(aliases=("--smoothing",), metavar="FLOAT")] = (
         UNSET
     )
-    """Share of the label that is spread over all classes. Unset: the recipe's (paper 0, modern 0.1)."""
+    """Share of a label that is spread over all classes. Unset: the recipe's (paper 0, modern 0.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions(Generic[Unset]):
-    """How the sizes of a step learn from each other."""
+    """Distillation between the sizes."""
 
     kd: bool = True
     """Distil from the ensemble (and the larger sizes) to each size."""
@@ -209,7 +212,8 @@ class ComputeOptions(Generic[Unset]):
     """Compile a step's forward and backward, all sizes in one graph (torch.compile): minutes at the start."""
 
     recompute: Literal["off", "norm", "blocks"] = "off"
-    """Save memory: keep outputs of convolutions, or inputs of blocks, and compute the rest twice."""
+    """Activation checkpointing: norm keeps outputs of convolutions, blocks inputs of blocks; the rest is
+    computed twice."""
 
     deterministic: bool = False
     """Only kernels that give the same bits every time; slower on a GPU."""
@@ -217,7 +221,7 @@ class ComputeOptions(Generic[Unset]):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedOptions:
-    """Several processes."""
+    """Distributed training."""
 
     sync_bn: bool = False
     """BatchNorm over the batches of all processes, still private to each size; needs GPUs."""
@@ -231,7 +235,7 @@ class DistributedOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(Generic[Unset]):
-    """Run directory, checkpoints, and what a run does in trouble."""
+    """Run directory, checkpoints and error handling."""
 
     output: Annotated[Path | Unset, arg(aliases=("-c", "--checkpoint"), metavar="DIR")] = UNSET
     """Run directory. Unset: runs/ARCH."""
@@ -244,27 +248,27 @@ class CheckpointOptions(Generic[Unset]):
         tuple[Literal["data", "global-batch", "seed"], ...],
         arg(metavar="[data] [global-batch] [seed]"),
     ] = ()
-    """What may differ from the run that goes on, though its images then come in another order."""
+    """What may differ from the run that is resumed; its images then come in another order."""
 
     checkpoint_every: Annotated[str, arg(metavar="UPDATES|MINUTESm")] = "10m"
-    """A checkpoint within the epoch every so many updates or, with an m, minutes; 0: only after epochs."""
+    """Updates, or minutes as in 10m, between checkpoints within an epoch; 0: only after epochs."""
 
     keep: Annotated[int, arg(aliases=("--keep-checkpoints",))] = 2
-    """Last checkpoints to keep; the best is kept besides."""
+    """Last checkpoints to keep; the best one is kept in addition."""
 
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What to do if a checkpoint cannot be written: the one before it stays in any case."""
+    """If a checkpoint cannot be written: stop, or continue without; the one before it stays in any case."""
 
     on_nonfinite: Annotated[tuple[str, ...], arg(metavar="stop|skip INT")] = ("stop",)
-    """What to do if a loss is NaN or infinite; skip: leave out up to so many updates in a row."""
+    """If a loss is NaN or infinite: stop, or skip up to so many updates in a row."""
 
     evaluate: Annotated[bool, arg(aliases=("-e",))] = False
-    """Only evaluate --resume's checkpoint, with its arch, sizes and normalisation unless given."""
+    """Only evaluate the checkpoint of --resume, with its own arch, sizes and normalisation unless given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingOptions:
-    """What is logged, and where."""
+    """Logging."""
 
     log_interval: Annotated[int, arg(aliases=("-p", "--print-freq"))] = 50
     """Updates between two logged steps."""
@@ -283,10 +287,10 @@ class LoggingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilingOptions:
-    """Measuring the steps instead of training."""
+    """Profiling."""
 
     profile: bool = False
-    """Train nothing; measure where the time of a step goes, and write it to --output/profile."""
+    """Measure where the time of a step goes, instead of training, and write it to --output/profile."""
 
     profile_steps: int = 20
     """Steps that --profile measures of each kind."""
@@ -295,7 +299,7 @@ class ProfilingOptions:
     """--profile, then try other values of workers, prefetch, decoder-hw-load, batch-size; print the best."""
 
     profile_limit: float = 300.0
-    """Seconds that --profile-sweep may try values for."""
+    """Seconds for the trials of --profile-sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,7 @@ class SwitchableClassifier:
         budget_ms: in place of both, the milliseconds that a whole batch may take: the most accurate size
         that does so in 95 of 100 batches is taken, by a table that `calibrate_latency` measures if it did
         not before.
-        tuned: probabilities are calibrated by the temperatures of `python -m rsnet tune`, also those that
+        tuned: probabilities are calibrated by the temperatures of `rsnet tune`, also those that
         `confidence` is compared with; and if none of the three is given, its cascade decides. Without it,
         what was tuned changes nothing.
 
@@ -242,7 +242,7 @@ class SwitchableClassifier:
         return latency.path_of(self.folder, self.conditions["device"])
 
     def tuned(self) -> Tuned:
-        """Return what `python -m rsnet tune` found. Raises what `read_tuned` does."""
+        """Return what `rsnet tune` found. Raises what `read_tuned` does."""
         return read_tuned(self.folder, self._sha256, self.sizes)
 
     def cascade(

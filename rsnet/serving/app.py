@@ -109,6 +109,6 @@ async def _in_one_line(_: Request, error: Exception) -> JSONResponse:
 
 
 def _json(prediction: Prediction) -> dict[str, Any]:
-    """Return what `python -m rsnet predict --json` prints. Names may hold what UTF-8 has no code for."""
+    """Return what `rsnet predict --json` prints. Names may hold what UTF-8 has no code for."""
     names = (name.encode("utf-8", "backslashreplace").decode() for name in prediction.classes)
     return replace(prediction, classes=tuple(names)).to_dict()
