@@ -27,9 +27,9 @@ Every command prints its options with `--help`. This page is generated from the 
 - An empty default means that the option is not used.
 """
 _NAMES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-PROGRAMS = """`rsnet train`, `python train_dali.py` and `python train_ffcv.py` share these options. `rsnet train`
-also has `--pipeline dali` or `ffcv`; by default FFCV reads a `--data` folder with .beton files, and DALI any
-other. Defaults that depend on the recipe, the network or the device are described in words.
+PROGRAMS = """`rsnet train`, `python train_dali.py` and `python train_ffcv.py` share these options.
+`rsnet train` also has `--pipeline dali` or `ffcv`; by default FFCV reads a `--data` folder with .beton files,
+and DALI any other. Defaults that depend on the recipe, the network or the device are described in words.
 """
 
 
@@ -59,14 +59,10 @@ def page() -> str:
 
 
 def _groups(options: type[Any]) -> Iterator[tuple[str, list[Sequence[str]]]]:
-    """(title, rows) of each topic: the options of a nested dataclass, or of a base class."""
+    """Yield (title, rows) of each topic: the options of a base class."""
     by_owner: dict[type[Any], list[Sequence[str]]] = {}
     hints = typing.get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
-        kind = _without_annotated(hints[field.name])
-        if dataclasses.is_dataclass(kind):
-            yield _title(typing.cast(type[Any], kind)), _rows(typing.cast(type[Any], kind))
-            continue
         owner = next(
             c for c in reversed(options.__mro__) if field.name in vars(c).get("__annotations__", {})
         )
@@ -138,7 +134,7 @@ def _values(hint: Any, metavar: str) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return "" if dataclasses.is_dataclass(field.type) else "cores of this process"
+        return "cores of this process"  # the only one that is computed
     if field.default is dataclasses.MISSING:
         return "required"
     if field.default is None or field.default == ():
