@@ -2,9 +2,9 @@
 
     python examples/cascade.py RELEASE DATA [CONFIDENCE]
 
-RELEASE: folder written by `python -m rsnet release`. DATA: labelled images, DATA/CLASS/*.jpg, with the
+RELEASE: folder written by `rsnet release`. DATA: labelled images, DATA/CLASS/*.jpg, with the
 release's class names. CONFIDENCE: probability below which an image goes on to the next larger size; 0.8 if
-not given. If `python -m rsnet tune RELEASE --data DATA --target-top1 PERCENT` was run before, the thresholds
+not given. If `rsnet tune RELEASE --data DATA --target-top1 PERCENT` was run before, the thresholds
 that it found are shown, too.
 
 Expected: a table of top-1, computing time and deciding sizes: each size alone, the cascade, the tuned one.

@@ -6,7 +6,7 @@ DATA      folder with DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg
 WEIGHTS   "default" (torchvision's current ones, downloaded once), a name such as IMAGENET1K_V1, the file of a
           state dict (resnet18-f37072fd.pth), or a release of an earlier run, of the same or of other classes
 OUTPUT    folder to write: the run and the release
-OPTION    any option of train_dali.py; it replaces the one below, e.g. --sizes 224 160 96 --epochs 10
+OPTION    any option of `rsnet train`; it replaces the one below, e.g. --sizes 224 160 96 --epochs 10
 
 Expected: a table of accuracy by resolution, and OUTPUT/release. Time and accuracy depend on DATA, and have
 not been measured.
@@ -24,8 +24,6 @@ from torch import Tensor
 
 from rsnet.release import load
 
-ROOT = Path(__file__).resolve().parents[1]
-
 # A tenth of the usual learning rate and few epochs: the weights are good already.
 OPTIONS = ["--arch", "parallel_resnet18", "--recipe", "modern", "--epochs", "5", "--lr", "0.01"]
 
@@ -40,8 +38,8 @@ def main(data: str, weights: str, output: str, *options: str) -> None:
     # The last layer is a new one if DATA has another number of classes. Each resolution's BatchNorm starts as
     # a copy of the ordinary one.
     start = ["--data", data, "--pretrained", weights, "--output", run]
-    call(ROOT / "train_dali.py", *start, *OPTIONS, *options)
-    call("-m", "rsnet", "release", run, "--output", f"{output}/release")
+    call("train", *start, *OPTIONS, *options)
+    call("release", run, "--output", f"{output}/release")
 
 
 def ordinary_weights(release: str) -> dict[str, Tensor]:
@@ -55,9 +53,9 @@ def ordinary_weights(release: str) -> dict[str, Tensor]:
     return {k.replace(".by_resolution.0", ""): v for k, v in state.items() if not others.search(k)}
 
 
-def call(*words: str | Path) -> None:
-    """Run Python with these arguments; end with its exit code if it fails, after its message."""
-    if code := subprocess.run([sys.executable, *map(str, words)], check=False).returncode:
+def call(*words: str) -> None:
+    """Run `rsnet` with these arguments; end with its exit code if it fails, after its message."""
+    if code := subprocess.run([sys.executable, "-m", "rsnet", *words], check=False).returncode:
         sys.exit(code)
 
 

@@ -1,6 +1,6 @@
 """Classify images with ONNX Runtime, without PyTorch: needs numpy, pillow and onnxruntime alone.
 
-    python -m rsnet export RELEASE --format onnx --one-file --output onnx
+    rsnet export RELEASE --format onnx --one-file --output onnx
     python examples/onnx_inference.py onnx/model.onnx SIZE IMAGE...
 
 SIZE: a resolution of the file, in pixels. It takes files of a single size (model-SIZE.onnx), too. Copy it to

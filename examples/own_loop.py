@@ -6,7 +6,7 @@ DATA: image folder, DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg. NETWORK: a 
 resnet18 (if not given), or of timm's, as timm/resnet18.
 
 Expected: a line per epoch with the loss and top-1 at each size, of one network. Time and accuracy have not
-been measured. `python -m pipelines.demo --output demo/data` makes a small DATA to try it on.
+been measured. `python -m pipelines demo --output demo/data` makes a small DATA to try it on.
 """
 
 from __future__ import annotations

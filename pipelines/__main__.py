@@ -10,19 +10,19 @@ from pipelines.utils.cli import Verb, verb_command
 VERBS = {
     "verify": Verb(
         "pipelines.dali.verify",
-        "find the images that would end a training",
+        "find the broken images of an image folder",
         "VerifyOptions",
         "verify",
         extra="train",
     ),
     "convert": Verb(
         "pipelines.ffcv",
-        "an image folder to .beton files",
+        "convert an image folder to .beton files",
         "ConvertOptions",
         "convert_or_verify",
         extra="ffcv",
     ),
-    "demo": Verb("pipelines.demo", "a small rendered data set", "DemoOptions", "write_demo"),
+    "demo": Verb("pipelines.demo", "render a small data set", "DemoOptions", "write_demo"),
 }
 
 

@@ -10,28 +10,28 @@ from pipelines.utils.cli import Verb, verb_command
 from rsnet import __version__
 
 VERBS = {
-    "train": Verb(
-        "rsnet.cli.train", "a network, on an image folder or .beton files", None, extra="train"
-    ),
+    "train": Verb("rsnet.cli.train", "train, evaluate or profile a network", None, extra="train"),
     "verify": PIPELINE_VERBS["verify"],
     "convert": PIPELINE_VERBS["convert"],
-    "import": Verb("rsnet.cli.import_checkpoint", "a file of the original code"),
+    "import": Verb("rsnet.cli.import_checkpoint", "read a checkpoint of the original code"),
     "import-tf": Verb(
         "rsnet.cli.import_tensorflow",
-        "a checkpoint of the original quantized training code",
+        "read a quantized checkpoint of the original code",
         extra="tensorflow",
     ),
-    "export": Verb("rsnet.cli.export", "a network for other programs, or the original code"),
-    "report": Verb("rsnet.cli.report", "table and plot of finished runs"),
-    "add-resolution": Verb(
-        "rsnet.cli.add_resolution", "a resolution that was not trained", extra="train"
+    "export": Verb(
+        "rsnet.cli.export", "write ONNX, torch.export, or a checkpoint for the original code"
     ),
-    "release": Verb("rsnet.cli.release", "a folder to publish and to load from"),
-    "predict": Verb("rsnet.cli.predict", "what a release says of images"),
-    "tune": Verb("rsnet.cli.tune", "a cascade for an accuracy or a latency"),
-    "bench": Verb("rsnet.cli.bench", "what the sizes are worth on this device"),
-    "serve": Verb("rsnet.cli.serve", "a web page and JSON for a release", extra="serve"),
-    "sync": Verb("rsnet.cli.sync", "metrics that W&B lacks", extra="train"),
+    "report": Verb("rsnet.cli.report", "compare finished runs in a table and a plot"),
+    "add-resolution": Verb(
+        "rsnet.cli.add_resolution", "add a resolution to a trained network", extra="train"
+    ),
+    "release": Verb("rsnet.cli.release", "write a trained network as a folder to publish"),
+    "predict": Verb("rsnet.cli.predict", "classify images with a release"),
+    "tune": Verb("rsnet.cli.tune", "find a cascade for an accuracy or a latency"),
+    "bench": Verb("rsnet.cli.bench", "measure a release on this device"),
+    "serve": Verb("rsnet.cli.serve", "serve a release: web page and JSON API", extra="serve"),
+    "sync": Verb("rsnet.cli.sync", "send W&B the metrics that it lacks", extra="train"),
 }
 ALIASES = {"calibrate": "add-resolution"}
 

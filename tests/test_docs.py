@@ -116,6 +116,11 @@ def test_a_python_block_is_python(page, block):
     ast.parse(block, page)
 
 
+def test_the_list_of_verbs_is_what_the_command_prints(capsys):
+    assert verbs(["--help"]) == 0
+    assert f"$ rsnet --help\n{capsys.readouterr().out}```" in PAGES["docs/getting-started.md"]
+
+
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].encode()) <= README_BYTES
 

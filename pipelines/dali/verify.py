@@ -1,4 +1,4 @@
-"""`python -m pipelines verify DIR`: find the images that would end a training, before it starts.
+"""`rsnet verify DIR`: find the images that would end a training, before it starts.
 
 DALI itself decides, image by image, whether it can decode a file: it is neither as tolerant as PIL nor as
 strict. `Decoder` also names the image when a training batch could not be decoded.
