@@ -12,7 +12,8 @@ CODE = """
 import importlib, sys
 from rsnet.__main__ import VERBS
 for verb in VERBS.values():
-    importlib.import_module(verb.module)
+    if verb.module.startswith("rsnet.cli.") and verb.options:  # the others train, verify or convert
+        importlib.import_module(verb.module)
 print(*{name.split(".")[0] for name in sys.modules})
 """
 

@@ -15,12 +15,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from rsnet.inference.tuned import Tuned
 from torch import nn
 
 from rsnet.__main__ import main as verbs
-from rsnet.inference import tuned
-from rsnet.inference.cascade import CascadeStage
+from rsnet.inference.cascade import CascadeStage, Tuned, write_tuned
 from rsnet.inference.preprocess import decode, eval_pixels
 from rsnet.models.resnet import scaled_resnet
 from rsnet.release import package as release
@@ -141,7 +139,7 @@ def _table(out: str) -> dict[str, tuple[str, dict[int, int]]]:
 def test_cascade_shows_what_each_way_answers(folder, labelled, capsys):
     sha256 = release.read(folder).config["weights"]["sha256"]
     stages = (CascadeStage(32, 0.0), CascadeStage(64))
-    tuned.write(folder, sha256, Tuned(dict.fromkeys(SIZES, 1.0), stages), {})
+    write_tuned(folder, sha256, Tuned(dict.fromkeys(SIZES, 1.0), stages), {})
     _functions("cascade.py")["main"](str(folder), str(labelled), "1.0")
     rows = _table(capsys.readouterr().out)
     model = release.load(folder)
