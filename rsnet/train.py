@@ -235,7 +235,7 @@ def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> 
     except torch.OutOfMemoryError as error:
         sizes = " ".join(map(str, config.sizes))
         raise RunError(
-            f"out of GPU memory, {peak_memory_gb(device) or 0.0:.1f} GB were in use: "
+            f"out of GPU memory, {peak_memory_gb(device) or 0.0:.1f} GB were in use; "
             f"--batch-size {config.batch_size} at sizes {sizes}, amp {config.amp}. Halve --batch-size and "
             f"double --accumulate ({config.accumulate}), so that an update keeps its images, set --recompute "
             "norm or blocks, or leave out sizes with --sizes-per-step"

@@ -27,7 +27,9 @@ def original(tmp_path_factory):
     torch.manual_seed(0)
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": list(SIZES)}
     model = create_model(ModelConfig("parallel_resnet18", 3, SIZES))
-    torch.save(to_original({"network": network, "model": model.state_dict(), "epoch": 1}), path)
+    torch.save(
+        to_original(Checkpoint(ModelConfig.from_dict(network), model.state_dict(), epoch=1)), path
+    )
     return path
 
 
@@ -132,7 +134,7 @@ def test_an_exported_file_has_what_the_originals_resume_reads(original):
         (["import", "--output", "o"], "ORIGINAL.pth.tar"),
         (["import", "ORIGINAL", "--output", "o", "--sizes", "32", "32"], "all different"),
         (["import", "OURS", "--output", "o"], "this is a checkpoint of this trainer already"),
-        (["improt"], "improt: there is no such verb; one of import import-tf export report"),
+        (["improt"], "improt: there is no such verb; one of train verify convert import import-tf"),
     ],
 )
 def test_a_mistake_is_one_line(original, tmp_path, monkeypatch, capsys, words, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.config.model_config import ModelConfig
 from tests.helpers.runs import (
     NETWORK,
     trained,
@@ -66,9 +69,10 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, code, messa
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("junk.pt").write_bytes(b"junk")
-    checkpoint.save(Path("small.pt"), {"network": NETWORK, "model": {"alpha": torch.ones(3)}})
-    odd = NETWORK | {"classes": ["ant"] * 4}
-    checkpoint.save(Path("odd.pt"), {"network": odd, "model": trained(odd, 1)})
+    config = ModelConfig.from_dict(NETWORK)
+    checkpoint.save(Path("small.pt"), Checkpoint(config, {"alpha": torch.ones(3)}))
+    odd = dataclasses.replace(config, classes=("ant",) * 4)
+    checkpoint.save(Path("odd.pt"), Checkpoint(odd, trained(NETWORK, 1)))
     assert main(["release", *words]) == code
     err = capsys.readouterr().err
     assert message in err

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-import typing
+from typing import get_origin
 
 import pytest
 
@@ -124,8 +124,9 @@ def test_the_help_is_grouped_by_topic(capsys):
     shown = capsys.readouterr().out
     titles = re.findall(r"^\W+(\w+) options \W", shown, re.MULTILINE)
     assert titles == [*TOPICS, "pipeline"]
-    owners = [typing.get_origin(topic) or topic for topic in TOPICS.values()]
-    names = [f.name for owner in owners for f in dataclasses.fields(owner)]
+    names = [
+        f.name for topic in TOPICS.values() for f in dataclasses.fields(get_origin(topic) or topic)
+    ]
     assert sorted(names) == sorted(f.name for f in dataclasses.fields(TrainConfig))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipelines.utils.cli import exit_code
 from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.release import package as release
@@ -52,7 +53,7 @@ def write_run(path: Path, network: dict = NETWORK, **content: object) -> Path:
     """A run directory whose best checkpoint is of epoch 2; three epochs were evaluated."""
     checkpoint.save(
         path / "checkpoints" / "best.pt",
-        {"network": network, "model": trained(network, 1), "epoch": 2, **content},
+        Checkpoint(ModelConfig.from_dict(network), trained(network, 1), epoch=2, **content),
     )
     lines = [{"step": 5, "epoch": 2.0, "train/total": 1.0}]
     for epoch in (1, 2, 3):
@@ -86,9 +87,10 @@ def refusal(folder: Path, capsys) -> tuple[int, str]:
     return code, err
 
 
-def reference(content: dict, key: str = "model") -> nn.Module:
-    model = create_model(ModelConfig.from_dict(content["network"]))
-    model.load_state_dict(content[key], strict=True)
+def reference(found: Checkpoint) -> nn.Module:
+    """The network of a checkpoint, with the weights that are released."""
+    model = create_model(found.network)
+    model.load_state_dict(found.eval_weights, strict=True)
     return model.eval()
 
 

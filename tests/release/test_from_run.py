@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import to_original
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.config.model_config import ModelConfig
 from rsnet.release import package as release
 from tests.helpers.runs import (
     NETWORK,
@@ -28,23 +30,21 @@ def test_the_averaged_weights_are_released_where_there_are_some(tmp_path, capsys
     best = run / "checkpoints" / "best.pt"
     assert main(["release", str(best), "--output", str(tmp_path / "release")]) == 0
     assert f"{best}: averaged weights after epoch 2" in capsys.readouterr().out
-    assert_same_logits(release.load(tmp_path / "release"), reference(checkpoint.load(best), "ema"))
+    assert_same_logits(release.load(tmp_path / "release"), reference(checkpoint.load(best)))
     assert read_config(tmp_path / "release")["weights"]["averaged"] is True
 
 
 def test_a_file_of_the_original_is_released(tmp_path, capsys):
     sizes = [224, 192, 160, 128, 96]
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": sizes}
-    content = {"network": network, "model": trained(network, 3), "epoch": 5}
-    torch.save(to_original(content), tmp_path / "model_best.pth.tar")
+    found = Checkpoint(ModelConfig.from_dict(network), trained(network, 3), epoch=5)
+    torch.save(to_original(found), tmp_path / "model_best.pth.tar")
     words = [str(tmp_path / "model_best.pth.tar"), "--output", str(tmp_path / "release")]
     assert main(["release", *words]) == 0
     assert "after epoch 5" in capsys.readouterr().out
     config, state = dataclasses.astuple(release.read(tmp_path / "release"))
-    assert state.keys() == content["model"].keys()
-    assert all(
-        torch.equal(v, state[n]) for n, v in content["model"].items() if v.is_floating_point()
-    )
+    assert state.keys() == found.model.keys()
+    assert all(torch.equal(v, state[n]) for n, v in found.model.items() if v.is_floating_point())
     assert config["network"]["classes"] == []
     assert config["preprocessing"]["std"] == [1.0, 1.0, 1.0]
 

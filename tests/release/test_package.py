@@ -34,7 +34,6 @@ from tests.helpers.runs import (
     rewrite_weights,
     write_run,
 )
-from tests.test_environment import PYPROJECT
 
 
 def test_weights_that_are_no_numbers_are_refused(folder, capsys):
@@ -67,7 +66,7 @@ def test_a_release_computes_the_checkpoints_logits_bit_for_bit(tmp_path, changes
 
 
 def test_every_weight_lies_once_in_the_safetensors_file(run, folder):
-    state = checkpoint.load(run / "checkpoints" / "best.pt")["model"]
+    state = checkpoint.load(run / "checkpoints" / "best.pt").model
     wanted = {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(wanted)
@@ -93,7 +92,7 @@ def test_sizes_that_it_does_not_have_are_refused(folder):
 
 
 def test_the_state_that_is_read_is_the_checkpoints_without_counts(run, folder):
-    state = checkpoint.load(run / "checkpoints" / "best.pt")["model"]
+    state = checkpoint.load(run / "checkpoints" / "best.pt").model
     found = release.read(folder).state
     assert found.keys() == state.keys()
     for name, value in state.items():
@@ -111,7 +110,7 @@ def test_the_config_describes_network_images_and_file(folder):
     }
     assert config["source"] == {"run": "run", "checkpoint": "best.pt", "epoch": 2}
     assert config["versions"] == {
-        "rsnet": PYPROJECT["project"]["version"],
+        "rsnet": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
@@ -349,10 +348,6 @@ def test_a_network_that_its_file_cannot_hold_takes_no_memory(folder, capsys, mon
     assert code == 1
     assert "network.fc.weight is (3, 128), not (1000000, 128)" in line
     assert built == [True, True]  # as it is stored and as it is read
-
-
-def test_the_version_is_pyprojects():
-    assert PYPROJECT["project"]["version"] == __version__
 
 
 def test_an_arch_is_never_built_from_a_description_that_is_refused(folder, monkeypatch, capsys):
