@@ -47,7 +47,7 @@ SIDECAR_VERSION = 1
 
 
 class Samples(NamedTuple):
-    """Where the N samples of a file are, as arrays of N; compiled code reads them, too."""
+    """Places and shapes of the N samples of a file, as arrays of N, which compiled code can read."""
 
     pointer: NDArray[np.uint64]
     size: NDArray[np.uint64]

@@ -2,7 +2,7 @@
 
 Their names: `imagenet/group1/block0/conv1/W`, in its scope `bn224/gamma`, `bn224/mean/EMA` of the size 224
 and `weight_quant/basis`; `imagenet/linear/W`; `alpha`. Convolutions are (height, width, in, out), linear
-layers (in, out), bases (K, out) or (K, 1), and the pictures BGR.
+layers (in, out), bases (K, out) or (K, 1), and the images BGR.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _filled(
 
 
 def _average(basis: str, variables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a quantizer's `total` and `rest`, which its moving average goes on from."""
+    """Return a quantizer's `total` and `rest`, from which its moving average continues."""
     if f"{basis}/local_step" not in variables:
         # After the many updates of a whole training, the start weighs nothing.
         return _our_layout(variables[basis]), torch.zeros(())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds."""
+"""`Checkpoint`: the content of a checkpoint file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ FORMAT = 1
 
 State = Mapping[str, Tensor]
 
-# What is left out of the file where there is nothing of it.
+# Fields that the file leaves out if they are None.
 _OPTIONAL = ("ema", "optimizer", "scaler", "guard", "ranks")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network, its weights and, of a training, all that it goes on from.
+    """A network, its weights and, of a training run, all that is needed to resume it.
 
-    Files that hold weights alone (imported ones, or with a resolution added) have a run's defaults.
+    Files that hold weights only (imported, or with a resolution added) have the defaults in the other fields.
     """
 
     network: ModelConfig
@@ -32,22 +32,22 @@ class Checkpoint:
     """The network's state dict."""
 
     ema: State | None = None
-    """That of its averaged weights, if they are kept."""
+    """State dict with the averaged weights, if there are any."""
 
     config: dict[str, Any] = field(default_factory=dict)
-    """The run's options."""
+    """Options of the run."""
 
     global_batch: int | None = None
-    """Images of an update."""
+    """Images per update."""
 
     epoch: int = 0
     """Epochs that are finished."""
 
     done: int = 0
-    """Updates of the epoch that is not."""
+    """Updates of the epoch that is not finished."""
 
     step: int = 0
-    """Updates in all."""
+    """Updates in total."""
 
     loader: dict[str, Any] | None = None
     """The training loader's state dict."""
@@ -62,10 +62,10 @@ class Checkpoint:
     """State of `FiniteGuard`."""
 
     ranks: list[dict[str, Any]] | None = None
-    """What each process has for itself: random numbers, BatchNorm's statistics, running means."""
+    """State of each process: random numbers, BatchNorm's statistics, running means."""
 
     of_authors: bool = False
-    """Whether it was made of a file of the original code. Not kept in files."""
+    """Whether it was read from a file of the original code. Not kept in files."""
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Checkpoint:
@@ -89,5 +89,5 @@ class Checkpoint:
 
     @property
     def eval_weights(self) -> State:
-        """The weights that an evaluation takes: the averaged ones if there are any."""
+        """The weights to evaluate: the averaged ones if there are any."""
         return self.model if self.ema is None else self.ema

@@ -58,7 +58,7 @@ def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path}")
     hash_file = _hash_file(path)
-    # Before and after, because a run that goes on may put another file there in between.
+    # Before and after, because a running training may replace the file in between.
     known, found = _noted_hashes(path), sha256_file(path)
     known += _noted_hashes(path)
     if known and found not in known:

@@ -17,9 +17,9 @@ from rsnet.models.switchable import ResolutionSwitchable
 
 
 def require_match(trained: ModelConfig, wanted: ModelConfig, training: bool) -> None:
-    """Raise UsageError if a network `wanted` cannot take over the weights of one `trained`.
+    """Raise UsageError if a network `wanted` cannot load the weights of one `trained`.
 
-    Training goes on with the same arch, classes and sizes; an evaluation may take some of the sizes.
+    Training resumes with the same arch, classes and sizes; an evaluation may take some of the sizes.
     """
     problems = []
     for field in WEIGHT_FIELDS:

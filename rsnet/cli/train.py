@@ -18,7 +18,7 @@ class DaliTrainOptions(dali.DaliOptions):
     """Reading with DALI."""
 
     pipeline: Pipeline = "dali"
-    """What reads --data: dali an image folder, ffcv .beton files. Unset: ffcv if there are such files.
+    """Pipeline that reads --data: dali an image folder, ffcv .beton files. Unset: ffcv if there are any.
     Each has options of its own: add --pipeline ffcv to --help for the other's."""
 
 
@@ -27,7 +27,7 @@ class FfcvTrainOptions(ffcv.FfcvOptions):
     """Reading with FFCV."""
 
     pipeline: Pipeline = "ffcv"
-    """What reads --data: dali an image folder, ffcv .beton files. Unset: ffcv if there are such files.
+    """Pipeline that reads --data: dali an image folder, ffcv .beton files. Unset: ffcv if there are any.
     Each has options of its own: add --pipeline dali to --help for the other's."""
 
 

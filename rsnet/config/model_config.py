@@ -1,4 +1,4 @@
-"""What a switchable network is, without its weights. Imports no torch."""
+"""Description of a switchable network, without its weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ class ModelConfig:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether there are quantizers in the network."""
+        """Whether weights or activations are quantized."""
         return self.qw != FULL or self.qa != FULL
 
 
-# What has to be the same so that one network can take over the weights of another.
+# Fields that must be the same for a network to load the weights of another.
 WEIGHT_FIELDS = (
     "arch", "width_mult", "stem", "norm", "blurpool", "mode", "qw", "qa", "tf_padding", "num_classes",
 )  # fmt: skip

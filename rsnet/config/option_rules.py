@@ -1,4 +1,4 @@
-"""What the values of a training's options may be. Imports no torch."""
+"""Valid ranges of the training options. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left unset on the command line resolves to one of these recipes: `--recipe paper|modern`."""
+"""Recipes (`--recipe paper|modern`): defaults of the training options that are not given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the options that are left unset resolve to: the checkpoint's, then the recipe's. Imports no torch."""
+"""Defaults of unset options: the checkpoint's values, then the recipe's. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rsnet.config.train_config import (
     TrainOptions,
 )
 
-# What a run that goes on takes from its earlier part, unless given anew.
+# Options that a resumed run takes from its earlier part, unless they are given again.
 OF_A_RECIPE = {
     "decay",
     "ema",
@@ -26,13 +26,13 @@ OF_A_RECIPE = {
     "lr_decay",
     "sgd",
     "warmup",
-}  # unless it is another's
+}  # unless the recipe changes
 TAKEN_OVER = OF_A_RECIPE | {
     "auto_augment", "clip_grad", "cutmix", "epochs", "init_from", "mixup", "pretrained", "recipe",
     "seed", "sizes_per_step", "weight_decay",
 }  # fmt: skip
 
-# What no recipe has.
+# Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "mixup": 0.0, "cutmix": 0.0, "auto_augment": "none",
 }  # fmt: skip
@@ -40,20 +40,20 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(TrainOptions[Never]):
-    """Options of which none is left unset that the run depends on."""
+    """Options of a run, with a value for each `... | Unset`."""
 
     def global_batch(self, world_size: int) -> int:
         """Return the images of an update."""
         return self.batch_size * world_size * self.accumulate
 
     def model_config(self, classes: Sequence[str], num_classes: int) -> ModelConfig:
-        """Return what the network of this run is. `num_classes` may be more than the known `classes`."""
+        """Return the description of this run's network. `num_classes` may exceed the known `classes`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return ModelConfig.from_dict(values | {"classes": classes, "num_classes": num_classes})
 
     @property
     def is_quantized(self) -> bool:
-        """Whether there are quantizers in the network."""
+        """Whether weights or activations are quantized."""
         return self.qw != FULL or self.qa != FULL
 
     @property
@@ -133,7 +133,7 @@ def _given(
     previous_global_batch: int | None,
     world_size: int,
 ) -> dict[str, Any]:
-    """Return the options as given, and what a run that goes on takes over from its earlier part."""
+    """Return the options as given, with those that a resumed run takes from its earlier part."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if previous:
         taken = TAKEN_OVER

@@ -248,7 +248,7 @@ class CheckpointOptions(Generic[Unset]):
         tuple[Literal["data", "global-batch", "seed"], ...],
         arg(metavar="[data] [global-batch] [seed]"),
     ] = ()
-    """What may differ from the run that is resumed; its images then come in another order."""
+    """Differences to the resumed run to accept; its images then come in another order."""
 
     checkpoint_every: Annotated[str, arg(metavar="UPDATES|MINUTESm")] = "10m"
     """Updates, or minutes as in 10m, between checkpoints within an epoch; 0: only after epochs."""

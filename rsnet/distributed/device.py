@@ -1,4 +1,4 @@
-"""What a device can do, and what it has used."""
+"""Precision that a device supports, and memory that it has used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How processes find each other, also after torchrun has started them anew."""
+"""Rendezvous of the processes, also after torchrun has restarted them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends a run of several processes in which one does not go on, and names it."""
+"""Watchdog: ends a run of several processes in which one hangs or is lost, and names it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Watchdog:
         self._others: list[int] = []
 
     def tick(self) -> None:
-        """Note that the training went on."""
+        """Note that the training made progress."""
         self._ticks += 1
 
     @contextmanager
@@ -87,7 +87,7 @@ class Watchdog:
         return found
 
     def _who(self) -> str:
-        """Name the rank that does not go on, in words. Takes three intervals."""
+        """Return a description of the rank that makes no progress. Takes three intervals."""
         try:
             before = self._told()
             time.sleep(3 * self._interval)

@@ -17,7 +17,7 @@ from rsnet.losses import ENSEMBLE
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a finished run's directory says."""
+    """Accuracy, cost and speed of a finished run, from its directory."""
 
     path: Path
     seed: int
@@ -117,9 +117,9 @@ def plot(path: Path, groups: Groups) -> None:
 
 
 def _work(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return images and seconds of the logged steps; a line speaks of all steps since the one before.
+    """Return images and seconds of the logged steps; a line covers all steps since the one before.
 
-    Epochs are what goes on evenly: with another global batch a resumed run has others steps an epoch.
+    Counted by epochs, because a run resumed with another global batch has another number of steps per epoch.
     """
     images = seconds = epoch = 0.0
     for line in steps:

@@ -157,7 +157,7 @@ class _Search:
             reached &= ~stops
             ms += self._ms[k + 1] * reached.sum()
         right += self._right[stage][reached].sum()
-        # Accuracy gained and time spent if an image goes on.
+        # Accuracy gained and time spent if an image is classified at the next size, too.
         later_right, later_ms = self._right[-1], np.full(len(reached), self._ms[-1])
         for k in range(len(self._sizes) - 2, stage, -1):
             goes_on = self._confidence[k] < thresholds[k]

@@ -1,4 +1,4 @@
-"""What the parts of a run share."""
+"""The configured run that training, evaluation and profiling take."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunContext:
     """The pipeline's own options, a dataclass."""
 
     network: ModelConfig
-    """What `model` is."""
+    """Description of `model`."""
 
     model: ResolutionSwitchable
     loaders: Loaders

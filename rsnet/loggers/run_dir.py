@@ -89,7 +89,7 @@ class RunDir:
             atomic_write_json(self.path / name, content)
 
     def append_text(self, name: str, text: str) -> None:
-        """Append to a file. Raises RunError if it cannot, or tells `on_error` if the run is to go on."""
+        """Append to a file. Raises RunError if it cannot, or calls `on_error` if the run is to continue."""
         if not self.active:
             return
         try:

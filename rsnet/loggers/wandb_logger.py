@@ -1,6 +1,6 @@
-"""Weights & Biases. A run that cannot reach the server goes on, offline; one that loses W&B, without it.
+"""Weights & Biases. A run that cannot reach the server logs offline; one that loses W&B continues without.
 
-metrics.jsonl has all that W&B is told, so that `rsnet sync` can make the W&B run whole, whatever happened.
+metrics.jsonl has all that W&B is sent, so that `rsnet sync` can complete the W&B run, whatever happened.
 """
 
 from __future__ import annotations

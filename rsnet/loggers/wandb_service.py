@@ -126,7 +126,7 @@ def finish(run: Any, console: Console, failed: bool) -> None:
 
 
 def let_go(run: Any) -> None:
-    """Leave the service, and the run if there is one, alone; what it still has to do goes on behind.
+    """Leave the service, and the run if there is one, alone; it finishes its work in the background.
 
     The end of the process has hooks of W&B, which wait for a service that has stopped, and fail with a
     traceback if it died: they are taken out, after the run's threads, which fail without them.

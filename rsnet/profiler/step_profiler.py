@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: the loader alone, the computation alone, and both together."""
+"""Profiler of training steps: the loader alone, the computation alone, and both together."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class DynamicBatcher:
 
 
 def _goes_on(job: _Job, prediction: Prediction) -> bool:
-    """Return whether the image goes on to the next size; if not, resolve its future."""
+    """Return whether the image needs the next size; if not, resolve its future."""
     threshold = job.cascade[len(job.found)].threshold
     job.found.append(prediction)
     if len(job.found) < len(job.cascade) and prediction.probabilities[0] < threshold:

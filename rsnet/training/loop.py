@@ -22,7 +22,7 @@ def train_one_epoch(
     """Train on every batch that fills an update. Calls `on_progress`, and synchronises, every
     `log_interval` updates and after the last; and `after_update`, which may end the epoch by raising.
 
-    done: updates of this epoch that were done before; the loader goes on behind them.
+    done: updates of this epoch that were done before; the loader continues after them.
 
     Raises RunError if a loss was not finite: the weights are those before that step.
     """

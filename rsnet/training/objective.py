@@ -53,7 +53,7 @@ class Objective(nn.Module):
 
 
 class SizeSampler:
-    """Which sizes take part in a step: the largest and `k` - 1 of the others, drawn by (seed, step).
+    """Sampler of the sizes of a step: the largest and `k` - 1 of the others, drawn by (seed, step).
 
     A cheaper training than the paper's, whose steps have all sizes. All ranks draw the same.
     """

@@ -41,25 +41,25 @@ _HOW = {
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins with."""
+    """State that a training begins with: nothing, a checkpoint, or a run that is continued."""
 
     source: Path | None = None
-    """The checkpoint."""
+    """File of the checkpoint."""
 
     checkpoint: Checkpoint | None = None
-    """What is in it."""
+    """Content of that file."""
 
     continues: bool = False
-    """Whether the run directory's run goes on, rather than a new one beginning."""
+    """Whether the run in the run directory is continued; otherwise a new one begins."""
 
     config: dict[str, Any] = field(default_factory=dict)
-    """Of the run in the run directory."""
+    """Options of the run in the run directory."""
 
     must_be_same: bool = False
-    """Whether it goes on without having been told to, which only the same options allow."""
+    """Whether it is continued without --resume, which needs the same options."""
 
     def require_same(self, given: TrainConfig, config: ResolvedConfig, global_batch: int) -> None:
-        """Raise UsageError if the run directory's run goes on by itself, but has other options.
+        """Raise UsageError if the run is continued without --resume, but has other options.
 
         given: what `config` was resolved from.
         """
@@ -104,7 +104,7 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
         newest = store.newest(say, moves=not config.evaluate)
     noted = noted or (newest[1].config if newest else {})
     if config.resume is None and not noted:
-        return Start()  # imported: it has to be said that it goes on
+        return Start()  # imported: resuming it needs --resume
     if config.evaluate and newest is None:
         raise UsageError(f"--resume auto: there is no checkpoint in {output / 'checkpoints'}")
     is_own = config.resume is None
@@ -114,7 +114,7 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
 
 
 def _noted(path: Path) -> dict[str, Any]:
-    """Return the options that a run wrote down, if it did and they are whole."""
+    """Return the options in a run's config.json; {} if there are none or the file is damaged."""
     try:
         noted = json.loads(path.read_text())
     except (OSError, ValueError):

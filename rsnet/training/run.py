@@ -56,9 +56,9 @@ def train(context: RunContext, start: Start) -> Results:
 
 
 class TrainingRun:
-    """One training run: what its steps share.
+    """State of a training run, from its first epoch to its last.
 
-    start: what it goes on from, which is put back here; then the header is written.
+    start: checkpoint to resume from, which is restored here; then the header is written.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class TrainingRun:
             self.console.say(f"{line}; the training goes on")
 
     def _restore(self, start: Start, checkpoint: Checkpoint) -> None:
-        """Put back all that the checkpoint keeps beside the weights, and say from where training goes on."""
+        """Restore all that the checkpoint holds besides the weights, and print where training resumes."""
         missing = load_training_state(self.trainer, self.model, checkpoint)
         self.epoch = checkpoint.epoch
         self.done, moved = restore_position(

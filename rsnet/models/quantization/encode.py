@@ -1,4 +1,4 @@
-"""How LQ-Nets' quantizers round: levels, the thresholds between them, and the level of every value.
+"""Rounding of LQ-Nets' quantizers: levels, the thresholds between them, and the level of every value.
 
 Everything that depends on the thresholds is here, and as compiled code in `encode_numba`.
 """
