@@ -171,7 +171,7 @@ class ScheduledLoader(ABC):
         return ""
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to close
-        """End threads and processes, and free memory; a later iteration starts them anew."""
+        """End threads and processes, and free memory; a later iteration starts them again."""
 
 
 def make_schedule(spec: LoaderSpec, samples: int, training: bool) -> Schedule:

@@ -87,7 +87,7 @@ def _rows(options: type[Any]) -> list[Sequence[str]]:
 
 
 def _row(owner: type[Any], field: dataclasses.Field[Any], hint: Any) -> Sequence[str]:
-    """(names, values, default, meaning)."""
+    """Return (names, values, default, meaning)."""
     configs = getattr(hint, "__metadata__", ())
     flag = "--" + field.name.replace("_", "-")
     aliases = [a for c in configs for a in (getattr(c, "aliases", None) or ())]

@@ -136,7 +136,7 @@ class DaliLoader(ScheduledLoader):
         return self._folder.fingerprint()
 
     def close(self) -> None:
-        """End DALI's threads and free its memory; a later iteration builds the pipeline anew."""
+        """End DALI's threads and free its memory; a later iteration builds the pipeline again."""
         if self._resizer is not None:
             self._resizer.close()
         self._pipeline, self._resizer, self._started = None, None, False

@@ -191,7 +191,7 @@ def _locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release: whoever has opened the removed file is told by filelock to open it anew.
+        # Before the release: whoever has opened the removed file is told by filelock to open it again.
         (output / LOCK).unlink(missing_ok=True)
         lock.release()
 

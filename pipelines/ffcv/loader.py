@@ -112,7 +112,7 @@ class FfcvLoader(ScheduledLoader):
                 raise RuntimeError("the loader was closed while it was read")
 
     def close(self) -> None:
-        """End the threads and close the file; a later iteration starts them anew."""
+        """End the threads and close the file; a later iteration starts them again."""
         if self._workers is not None:
             self._workers.close()
             self._workers = None

@@ -42,7 +42,7 @@ UNCALIBRATED: Mapping[int, float] = {}  # temperatures
 
 
 class SwitchableClassifier:
-    """A release's network; each call chooses the size, with one set of weights and nothing loaded anew.
+    """A release's network; each call chooses the size, with one set of weights and nothing loaded again.
 
     Use it from one thread at a time, as the size is a state of the network.
     """

@@ -49,7 +49,7 @@ def castable_layers(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def cast_weights_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[int], None]]:
-    """Under autocast, cast the trained weights once for all passes within.
+    """Cast the trained weights, under autocast, once for all passes within.
 
     Yields a function that is to be called with the index of each pass before it. Each pass has tensors of its
     own, of the same memory: so their gradients arrive one by one, and are summed in float32, in the order and

@@ -26,7 +26,7 @@ def load_pretrained(
 
     weights: "default" or a name that the library has for network `name` (torchvision: IMAGENET1K_V1,
     timm: a1_in1k), which is downloaded once, or the path of a file with a state dict (.pth, .safetensors).
-    The classifier starts anew if it has another number of classes.
+    The classifier keeps its initialisation if it has another number of classes.
 
     Raises UsageError if there are no such weights, DataError, with names and shapes, if they do not fit.
     """

@@ -154,7 +154,7 @@ def names_of(text: str | None, options: Any, world_size: int) -> list[str]:
 
 
 def other_recipe(given: ResolvedConfig, best: ResolvedConfig) -> str:
-    """Say what another number of images an update changes besides; "" if it is the same."""
+    """Return a note on what another number of images per update changes; "" if it is the same."""
     before, now = given.global_batch(world_size=1), best.global_batch(world_size=1)
     if before == now:
         return ""

@@ -25,7 +25,7 @@ class LossMeter:
         self._sums[names] = self._sums[names] + both if names in self._sums else both
 
     def compute(self) -> dict[str, float]:
-        """Return the means over steps and ranks, NaN where there is none; starts anew. Synchronises."""
+        """Return the means over steps and ranks, NaN where there is none, and reset. Synchronises."""
         totals: dict[str, tuple[float, float]] = {}
         for names, both in self._sums.items():
             for name, total, count in zip(

@@ -159,7 +159,7 @@ class TrainingRun:
             raise TrainingInterrupted(agreed, self._place())
 
     def _evaluate(self) -> Results:
-        """Evaluate the network, or its averaged weights. A signal ends it: it is done anew later."""
+        """Evaluate the network, or its averaged weights. A signal ends it; the resumed run repeats it."""
         loaders = self.context.loaders
         least = min(distributed.all_gather_object(len(loaders.val)))
         batches = 0
