@@ -183,6 +183,9 @@ def _locked(output: Path) -> Iterator[None]:
 
     Raises UsageError if another conversion holds it.
     """
+    if not os.access(output, os.W_OK):  # nor can another conversion; the files may be there already
+        yield
+        return
     lock = FileLock(output / LOCK, blocking=False)
     try:
         lock.acquire()
