@@ -68,7 +68,8 @@ class RunDir:
 
         Raises UsageError if another one has it.
         """
-        lock = FileLock(self.path / "lock", timeout=0)
+        # A soft lock would outlive a process that is killed.
+        lock = FileLock(self.path / "lock", timeout=0, fallback_to_soft=False)
         try:
             lock.acquire()
         except Timeout:
@@ -76,7 +77,9 @@ class RunDir:
                 f"--output: a process that still runs trains in {self.path}; wait for it, stop it, or "
                 "give another folder"
             ) from None
-        except (OSError, NotImplementedError):  # a file system that knows no locks
+        except PermissionError:  # of another user
+            raise
+        except OSError:  # a file system that knows no locks
             pass
         try:
             yield

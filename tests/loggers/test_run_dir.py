@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import pty
@@ -125,6 +127,16 @@ def test_a_folder_with_a_checkpoint_alone_is_not_a_new_runs(tmp_path):
     with pytest.raises(UsageError, match="holds a run already"):
         RunDir(tmp_path, continues=False, active=True)
     RunDir(tmp_path, continues=True, active=True)
+
+
+def test_where_there_are_no_locks_a_killed_run_leaves_none(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    killed, next_ = (RunDir(tmp_path, continues=True, active=True) for _ in range(2))
+    with killed.alone(), next_.alone():
+        pass
 
 
 def test_the_environment_names_versions_device_and_commit():
