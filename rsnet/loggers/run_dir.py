@@ -165,14 +165,17 @@ def _version(package: str) -> str | None:
 
 def _git_sha() -> str | None:
     """Return the commit of this code, with "+" if it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__)
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ("git", *arguments), cwd=here, capture_output=True, text=True, check=True
+            ("git", *arguments), cwd=here.parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
+        git(
+            "ls-files", "--error-unmatch", here.name
+        )  # fails if installed within another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
