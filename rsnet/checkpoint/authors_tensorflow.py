@@ -2,7 +2,7 @@
 
 Their names: `imagenet/group1/block0/conv1/W`, in its scope `bn224/gamma`, `bn224/mean/EMA` of the size 224
 and `weight_quant/basis`; `imagenet/linear/W`; `alpha`. Convolutions are (height, width, in, out), linear
-layers (in, out), bases (K, out) or (K, 1), and the pictures BGR.
+layers (in, out), bases (K, out) or (K, 1), and the images BGR.
 """
 
 from __future__ import annotations

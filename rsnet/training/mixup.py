@@ -43,7 +43,7 @@ class Mixup:
 
 def _box(share: float, x: float, y: float) -> tuple[tuple[float, float, float, float], float]:
     """Return (top, left, bottom, right) as shares of the sides, around (y, x), of area 1 - share before it is
-    clipped to the picture; and the share that stays."""
+    clipped to the image; and the share that stays."""
     half = math.sqrt(1 - share) / 2
     top, bottom = max(0.0, y - half), min(1.0, y + half)
     left, right = max(0.0, x - half), min(1.0, x + half)
