@@ -1,5 +1,5 @@
 """The name under which releases so far told users to import the classifier; see `rsnet.inference`."""
 
-from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.inference.classifier import Prediction, SwitchableClassifier
 
-__all__ = ["SwitchableClassifier"]
+__all__ = ["Prediction", "SwitchableClassifier"]

@@ -128,10 +128,11 @@ def test_a_release_predicts_the_same(words):
 
 
 def test_a_classifier_of_a_release_predicts_the_same():
-    from rsnet.runtime import SwitchableClassifier
+    from rsnet.runtime import Prediction, SwitchableClassifier
 
     classifier, expected = SwitchableClassifier.load("release"), EXPECTED["predictions"]["--tuned"]
     found = classifier.classify([line["image"] for line in expected], tuned=True)
+    assert all(isinstance(prediction, Prediction) for prediction in found)
     assert [prediction.size for prediction in found] == [line["size"] for line in expected]
     for field, key in (("classes", "class"), ("probabilities", "probability")):
         values = [list(getattr(prediction, field)) for prediction in found]

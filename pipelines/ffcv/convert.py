@@ -183,11 +183,19 @@ def _locked(output: Path) -> Iterator[None]:
 
     Raises UsageError if another conversion holds it.
     """
-    lock = FileLock(output / LOCK, blocking=False)
+    if not os.access(output, os.W_OK):  # nor can another conversion; the files may be there already
+        yield
+        return
+    # A soft lock would outlive a process that is killed.
+    lock = FileLock(output / LOCK, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise UsageError(f"--output: another conversion is writing into {output}") from None
+    except PermissionError:  # of another user
+        raise
+    except OSError:  # a file system that knows no locks
+        pass
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipelines.utils.errors import RunError, first_line
+from pipelines.utils.errors import DataError, RunError, first_line
 from rsnet.distributed.rendezvous import connect
 
 
@@ -111,4 +111,4 @@ def is_collective_error(error: RuntimeError) -> bool:
     """Return whether an error comes from what processes do together, because one of them is not there."""
     words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "store")
     is_theirs = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
-    return is_theirs and dist.is_initialized() and not isinstance(error, RunError)
+    return is_theirs and dist.is_initialized() and not isinstance(error, DataError | RunError)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pipelines.batch import Loader
 from rsnet.distributed import process_group as distributed
 from rsnet.losses import ENSEMBLE, ensemble_logits
-from rsnet.models.autocast import autocast
+from rsnet.models.autocast import autocast, store_weights_in
 from rsnet.models.fold import fold_batchnorm, is_foldable
 from rsnet.models.switchable import ResolutionSwitchable
 
@@ -67,7 +67,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     accuracy = Accuracy(model.sizes, device)
-    forward_all = _folded_forward_all(model) if is_foldable(model) else model.forward_all
+    forward_all = _folded_forward_all(model, amp) if is_foldable(model) else model.forward_all
     for batch in loader:
         with autocast(device, amp):
             logits = forward_all(batch.images)
@@ -78,7 +78,10 @@ def evaluate(
 
 
 def _folded_forward_all(
-    model: ResolutionSwitchable,
+    model: ResolutionSwitchable, amp: torch.dtype | None
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
     networks = [fold_batchnorm(model, size) for size in model.sizes]
+    if amp is not None:
+        for network in networks:
+            store_weights_in(amp, network)
     return lambda images: tuple(network(x) for network, x in zip(networks, images, strict=True))

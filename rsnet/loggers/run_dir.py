@@ -68,7 +68,8 @@ class RunDir:
 
         Raises UsageError if another one has it.
         """
-        lock = FileLock(self.path / "lock", timeout=0)
+        # A soft lock would outlive a process that is killed.
+        lock = FileLock(self.path / "lock", timeout=0, fallback_to_soft=False)
         try:
             lock.acquire()
         except Timeout:
@@ -76,7 +77,9 @@ class RunDir:
                 f"--output: a process that still runs trains in {self.path}; wait for it, stop it, or "
                 "give another folder"
             ) from None
-        except (OSError, NotImplementedError):  # a file system that knows no locks
+        except PermissionError:  # of another user
+            raise
+        except OSError:  # a file system that knows no locks
             pass
         try:
             yield
@@ -162,14 +165,17 @@ def _version(package: str) -> str | None:
 
 def _git_sha() -> str | None:
     """Return the commit of this code, with "+" if it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__)
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ("git", *arguments), cwd=here, capture_output=True, text=True, check=True
+            ("git", *arguments), cwd=here.parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
+        git(
+            "ls-files", "--error-unmatch", here.name
+        )  # fails if installed within another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

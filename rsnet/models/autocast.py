@@ -47,6 +47,17 @@ def castable_layers(network: nn.Module) -> list[nn.Module]:
     ]
 
 
+def store_weights_in(dtype: torch.dtype, network: nn.Module) -> None:
+    """Cast once the weights that autocast would cast in each forward: the same bits in half the memory.
+
+    For inference alone. At batch 1 a ResNet-18 spends a tenth of its time on that.
+    """
+    for layer in castable_layers(network):
+        for name, value in list(layer.named_parameters(recurse=False)):
+            # A new one: a folded network has the classifier of the one that it is made of.
+            setattr(layer, name, nn.Parameter(value.to(dtype), requires_grad=False))
+
+
 @contextmanager
 def cast_weights_once(layers: Sequence[nn.Module], passes: int) -> Iterator[Callable[[int], None]]:
     """Cast the trained weights, under autocast, once for all passes within.

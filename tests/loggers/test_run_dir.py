@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import pty
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from pipelines.utils.errors import RunError, UsageError
+from rsnet.loggers import run_dir
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.run_dir import RunDir, environment
 
@@ -125,6 +128,29 @@ def test_a_folder_with_a_checkpoint_alone_is_not_a_new_runs(tmp_path):
     with pytest.raises(UsageError, match="holds a run already"):
         RunDir(tmp_path, continues=False, active=True)
     RunDir(tmp_path, continues=True, active=True)
+
+
+def test_the_repository_that_the_trainer_is_installed_in_is_not_taken_for_its_own(
+    tmp_path, monkeypatch
+):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "--quiet"], [*who, "commit", "--quiet", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    installed = tmp_path / "site-packages" / "run_dir.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(run_dir, "__file__", str(installed))
+    assert environment(torch.device("cpu"), 1)["git_sha"] is None
+
+
+def test_where_there_are_no_locks_a_killed_run_leaves_none(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    killed, next_ = (RunDir(tmp_path, continues=True, active=True) for _ in range(2))
+    with killed.alone(), next_.alone():
+        pass
 
 
 def test_the_environment_names_versions_device_and_commit():

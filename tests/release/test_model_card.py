@@ -7,8 +7,6 @@ import re
 import pytest
 import yaml
 
-import rsnet
-from rsnet import release
 from rsnet.release import model_card
 from tests.helpers.runs import (
     read_config,
@@ -52,7 +50,6 @@ def test_the_card_says_what_the_network_is_worth_and_needs(folder):
 
 def test_the_cards_code_runs(folder, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
-    monkeypatch.setattr(rsnet, "load", release.load, raising=False)
     monkeypatch.chdir(folder)
     scope: dict = {}
     exec(code, scope)

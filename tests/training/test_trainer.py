@@ -17,6 +17,7 @@ from pipelines.synthetic import SyntheticOptions, make_loaders
 from pipelines.utils.errors import RunError
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models.autocast import autocast
+from rsnet.models.fold import fold_batchnorm
 from rsnet.models.state_dict import select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.loop import train_one_epoch
@@ -351,6 +352,23 @@ def test_an_evaluation_in_half_precision_is_the_networks_but_for_its_rounding():
     exact = evaluate(model, _loader().val, CPU)
     assert results["24"]["loss"] == pytest.approx(exact["24"]["loss"], rel=1e-2)
     assert results["24"]["loss"] != exact["24"]["loss"]
+
+
+@torch.no_grad()
+def test_an_evaluation_in_half_precision_casts_each_weight_once(monkeypatch):
+    networks = []
+
+    def fold(model, size):
+        networks.append(fold_batchnorm(model, size))
+        return networks[-1]
+
+    monkeypatch.setattr("rsnet.evaluation.evaluate.fold_batchnorm", fold)
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    evaluate(model, _loader().val, CPU, torch.bfloat16)
+    weights = [m.weight for n in networks for m in n.modules() if isinstance(m, nn.Conv2d)]
+    assert len(networks) == len(SIZES)
+    assert {w.dtype for w in weights} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenet_v2"])

@@ -153,6 +153,20 @@ def test_a_second_conversion_into_the_same_folder_is_refused(demo, tmp_path, con
     assert sorted(os.listdir(tmp_path / "b")) == ["val.beton", "val.beton.json"]
 
 
+def test_a_finished_conversion_into_a_folder_that_became_read_only_is_there_already(
+    demo, tmp_path, convert, monkeypatch
+):
+    from pipelines.ffcv import convert as beton_convert
+
+    words = ["--data", demo, "--output", tmp_path / "b", "--splits", "val"]
+    assert convert(*words)[0] == 0
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path / "b")
+    monkeypatch.setattr(beton_convert, "FileLock", None)  # there is no place for its file
+    code, out, _ = convert(*words)
+    assert code == 0
+    assert "is there already" in out
+
+
 def test_a_sample_that_reads_back_differently_is_noticed(demo, tmp_path, convert, monkeypatch):
     from pipelines.ffcv import convert as beton_convert
 
