@@ -96,7 +96,13 @@ def test_a_stopped_run_goes_on_to_the_same_end():
     assert Path("run/metrics.jsonl").read_text().startswith(before)
 
 
-@pytest.mark.parametrize(("name", "words"), written.EVALUATED.items())
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if "original" in case[0] else ())
+        for case in written.EVALUATED.items()
+    ],
+)
 def test_a_checkpoint_is_evaluated_to_the_same_table(name, words):
     path = f"run/checkpoints/{name}" if name == "best.pt" else name
     call(*written.EVALUATE, "--resume", path, *words, "--output", "evaluated")
@@ -104,6 +110,7 @@ def test_a_checkpoint_is_evaluated_to_the_same_table(name, words):
     assert differences(found, EXPECTED["evaluations"][name], ROUNDING) == []
 
 
+@pytest.mark.slow
 def test_a_file_of_the_original_code_is_written_as_it_was_read():
     call("rsnet", "import", "original.pth.tar", *written.ORIGINAL, "--output", "imported")
     call("rsnet", "export", "imported/checkpoints/best.pt", "--output", "again.pth.tar")

@@ -69,7 +69,10 @@ def test_training_logits_and_losses_are_the_originals(arch):
         assert terms["total"].item() == pytest.approx(loss, rel=loss_tolerance)
 
 
-@pytest.mark.parametrize("arch", TOLERANCES)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=pytest.mark.slow if "50" in a else ()) for a in TOLERANCES],
+)
 def test_four_training_steps_are_the_originals(arch):
     model = _network(arch)
     expected = parity.numbers(arch)

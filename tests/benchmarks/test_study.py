@@ -51,6 +51,7 @@ def test_more_sizes_a_step_than_there_are_is_a_mistake(options):
     assert not options.output.exists()
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
     """train_dali.py is played by a few lines that write a run's files, and fail once."""
     calls = options.output.parent / "calls"

@@ -62,7 +62,11 @@ def _logits_error(model, arch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "parallel"), [*((a, True) for a in PARITY_ARCHS), ("parallel_resnet18", False)]
+    ("arch", "parallel"),
+    [
+        *(pytest.param(a, True, marks=pytest.mark.slow if "50" in a else ()) for a in PARITY_ARCHS),
+        ("parallel_resnet18", False),
+    ],
 )
 def test_an_originals_file_gives_the_originals_logits(tmp_path, arch, parallel):
     torch.save(_file(arch, parallel), tmp_path / "model.pth.tar")
@@ -84,7 +88,9 @@ def test_the_names_are_the_originals():
         }
 
 
-@pytest.mark.parametrize("arch", ["parallel_resnet18", "parallel_mobilenetv2"])
+@pytest.mark.parametrize(
+    "arch", ["parallel_resnet18", pytest.param("parallel_mobilenetv2", marks=pytest.mark.slow)]
+)
 def test_an_exported_file_is_the_imported_one(arch):
     file = _file(arch)
     back = to_original(from_original(file, sizes=SIZES))

@@ -47,7 +47,17 @@ def _load(checkpoint):
     return model
 
 
-@pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        # Two of the three networks with 50 layers: 20 s each.
+        pytest.param(
+            network, marks=pytest.mark.slow if "50 1/2" in name or "50 2/3" in name else ()
+        )
+        for name, network in NETWORKS.items()
+    ],
+    ids=list(NETWORKS),
+)
 def imported(request):
     """The original's graph, its sizes, the checkpoint made of it, and the network of that."""
     *network, sizes = request.param

@@ -97,6 +97,7 @@ def test_nothing_is_overwritten(original, tmp_path, capsys):
     assert (tmp_path / "back.pth.tar").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_imported_run_goes_on_and_stays_the_best_until_it_is_beaten(
     original, photos, tmp_path, monkeypatch, capsys
 ):

@@ -74,6 +74,7 @@ def test_the_index_lists_every_example_and_nothing_else():
     assert sorted(listed) == sorted(there)
 
 
+@pytest.mark.slow  # a training, a release, a prediction
 def test_train_cifar10_trains_and_releases_five_resolutions(photos, tmp_path):
     fast = ["--epochs", "1", "--batch-size", "8", "--wandb", "disabled"]
     out = _run([EXAMPLES / "train_cifar10.sh", photos, tmp_path / "out", *fast])
@@ -82,6 +83,7 @@ def test_train_cifar10_trains_and_releases_five_resolutions(photos, tmp_path):
     assert re.search(r"\.JPEG.*(ant|bee|cat)", out.splitlines()[-1])
 
 
+@pytest.mark.slow  # two trainings
 def test_fine_tune_starts_from_a_release_of_other_classes(folder, photos, tmp_path):
     """At a learning rate of next to nothing, the convolutions are those of the release."""
     same = ["--arch", "parallel_resnet10", "--width-mult", "0.25", "--sizes", "48", "32"]
@@ -158,6 +160,7 @@ def test_cascade_shows_what_each_way_answers(folder, labelled, capsys):
     assert rows["tuned"] == rows["size 32"]
 
 
+@pytest.mark.slow
 def test_onnx_inference_needs_no_torch_and_gives_the_probabilities_of_predict(
     folder, labelled, capsys
 ):
@@ -180,6 +183,7 @@ def test_onnx_inference_needs_no_torch_and_gives_the_probabilities_of_predict(
         assert percent in expected
 
 
+@pytest.mark.slow
 def test_onnx_inference_sees_the_pixels_of_an_evaluation(onnx, demo):
     """Of CMYK, grayscale, PNG, progressive and rotated files, too."""
     functions = _functions("onnx_inference.py")
@@ -196,6 +200,7 @@ def test_onnx_inference_sees_the_pixels_of_an_evaluation(onnx, demo):
     assert modes == {"CMYK", "L", "RGB"}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_inference_computes_the_logits_of_the_network(onnx, folder, demo):
     functions = _functions("onnx_inference.py")
@@ -217,6 +222,7 @@ def test_without_arguments_an_example_shows_its_header(monkeypatch, name):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_onnx_inference_names_the_resolutions_of_the_file(onnx):
     with pytest.raises(SystemExit, match=r"size 40: .*model\.onnx has 64 32"):
         _functions("onnx_inference.py")["main"](str(onnx), "40", "photo.jpg")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from rsnet.__main__ import main
 from tests.conftest import write_photo
 from tests.helpers.runs import NETWORK, write_run
@@ -30,6 +32,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow
 def test_using_a_release_imports_no_tool_of_training_and_unpickles_nothing(written, tmp_path):
     run, quantized = tmp_path / "run", tmp_path / "release"
     write_run(run, NETWORK | {"mode": "preact", "qw": 2, "qa": 2})
