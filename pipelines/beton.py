@@ -2,8 +2,8 @@
 
 import sys
 
-from pipelines.ffcv import ConvertOptions, convert_or_verify
-from pipelines.utils.cli import command
+from pipelines.__main__ import VERBS
+from pipelines.utils.cli import run_verb
 
 if __name__ == "__main__":
-    sys.exit(command("pipelines.beton", ConvertOptions, convert_or_verify))
+    sys.exit(run_verb("pipelines.beton", VERBS["convert"], sys.argv[1:]))

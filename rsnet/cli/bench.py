@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def run(options: Options) -> int:
     with ProgressBar("evaluate", len(folder.paths)) as bar:
         scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
     figures = measure(classifier, scores)
-    print(json.dumps(dataclasses.asdict(figures)) if options.json else _tables(figures))
+    print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
     if output is not None:
         plot = write_results(output, classifier.config["network"]["arch"], figures)
         if options.wandb != "disabled":

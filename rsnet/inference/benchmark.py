@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,13 @@ class Figures:
     sizes: list[SizeFigures]
     churn: dict[int, dict[int, float]]
     cascades: list[CascadeFigures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of bench.json; "ladder" is the name that version 0.1 had for a cascade."""
+        values = asdict(self)
+        for one in values["cascades"]:
+            one["ladder"] = one["cascade"]
+        return values
 
 
 def measure(classifier: SwitchableClassifier, scores: LabelledLogits) -> Figures:

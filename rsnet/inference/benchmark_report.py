@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def write_results(folder: str | Path, title: str, figures: Figures) -> Path:
     """Write bench.json and accuracy_latency.png into a new folder; return the path of the plot."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    atomic_write_json(folder / "bench.json", dataclasses.asdict(figures))
+    atomic_write_json(folder / "bench.json", figures.to_dict())
     path = folder / "accuracy_latency.png"
     plot(path, title, figures)
     return path

@@ -65,6 +65,7 @@ def test_json_the_table_the_files_and_the_card_agree(folder, data, tmp_path, cap
     assert code == 0
     content = json.loads(out)
     assert content == json.loads((output / "bench.json").read_text())
+    assert all(cascade["ladder"] == cascade["cascade"] for cascade in content["cascades"])
     assert content["conditions"]["dtype"] == "torch.bfloat16"
     with Image.open(output / "accuracy_latency.png") as image:
         assert image.format == "PNG"
