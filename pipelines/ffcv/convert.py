@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from pipelines.ffcv.beton import (
@@ -49,6 +48,7 @@ from pipelines.image_io import open_image
 from pipelines.sampler import Indices, uniforms
 from pipelines.utils.atomic_io import fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
 
@@ -186,22 +186,9 @@ def _locked(output: Path) -> Iterator[None]:
     if not os.access(output, os.W_OK):  # nor can another conversion; the files may be there already
         yield
         return
-    # A soft lock would outlive a process that is killed.
-    lock = FileLock(output / LOCK, blocking=False, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UsageError(f"--output: another conversion is writing into {output}") from None
-    except PermissionError:  # of another user
-        raise
-    except OSError:  # a file system that knows no locks
-        pass
-    try:
+    taken = f"--output: another conversion is writing into {output}"
+    with exclusive_lock(output / LOCK, taken, remove=True):
         yield
-    finally:
-        # Before the release: whoever has opened the removed file is told by filelock to open it again.
-        (output / LOCK).unlink(missing_ok=True)
-        lock.release()
 
 
 def _scan_sources(options: ConvertOptions, data: Path) -> list[_Source]:

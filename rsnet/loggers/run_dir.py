@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from pipelines.utils.atomic_io import atomic_write, atomic_write_json
 from pipelines.utils.errors import RunError, UsageError
+from pipelines.utils.locks import exclusive_lock
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
 
@@ -68,23 +68,12 @@ class RunDir:
 
         Raises UsageError if another one has it.
         """
-        # A soft lock would outlive a process that is killed.
-        lock = FileLock(self.path / "lock", timeout=0, fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UsageError(
-                f"--output: a process that still runs trains in {self.path}; wait for it, stop it, or "
-                "give another folder"
-            ) from None
-        except PermissionError:  # of another user
-            raise
-        except OSError:  # a file system that knows no locks
-            pass
-        try:
+        taken = (
+            f"--output: a process that still runs trains in {self.path}; wait for it, stop it, or "
+            "give another folder"
+        )
+        with exclusive_lock(self.path / "lock", taken):
             yield
-        finally:
-            lock.release()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a file whole: a crash leaves the old one or the new one."""

@@ -161,7 +161,7 @@ def test_a_finished_conversion_into_a_folder_that_became_read_only_is_there_alre
     words = ["--data", demo, "--output", tmp_path / "b", "--splits", "val"]
     assert convert(*words)[0] == 0
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path / "b")
-    monkeypatch.setattr(beton_convert, "FileLock", None)  # there is no place for its file
+    monkeypatch.setattr(beton_convert, "exclusive_lock", None)  # there is no place for its file
     code, out, _ = convert(*words)
     assert code == 0
     assert "is there already" in out

@@ -1,0 +1,38 @@
+"""Locks that one process holds at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipelines.utils.errors import UsageError
+
+
+@contextmanager
+def exclusive_lock(path: Path, taken: str, *, remove: bool = False) -> Iterator[None]:
+    """Hold the lock of the file `path`, which the kernel releases however this process ends.
+
+    remove: delete the file at the end. On a file system that knows no locks nothing is held.
+
+    Raises UsageError with the message `taken` if another process holds it, PermissionError if the file is
+    another user's.
+    """
+    # A soft lock, filelock's way without the kernel's, would outlive a process that is killed.
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(taken) from None
+    except PermissionError:
+        raise
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if remove:  # before the release: filelock tells whoever has opened the removed file to open it again
+            path.unlink(missing_ok=True)
+        lock.release()
