@@ -147,6 +147,7 @@ def test_a_classifier_of_a_release_predicts_the_same():
         assert differences(values, then, ROUNDING) == []
 
 
+@pytest.mark.slow
 def test_a_release_is_tuned_to_the_same_cascade():
     before = json.loads(Path("release/tuned.json").read_text())
     call(*written.tune(ROOT))

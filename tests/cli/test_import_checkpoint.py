@@ -61,6 +61,7 @@ def test_an_imported_run_is_evaluated_as_it_was_trained(
     assert json.loads((tmp_path / "d" / "evaluation.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_originals_file(original, photos, tmp_path, monkeypatch, capsys):
     words = ["--data", photos, "--resume", original, "--sizes", *SIZES, "-b", 8, "--epochs", 2]
     code = _train(

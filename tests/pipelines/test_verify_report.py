@@ -155,6 +155,7 @@ def test_an_evaluation_with_skip_bad_needs_val_alone(data, run):
     assert len(list(loaders_of(data, with_train=False, skip_bad=True).val)) == 7
 
 
+@pytest.mark.slow
 def test_a_run_that_a_broken_image_ended_goes_on_without_it(
     data, run, tmp_path, monkeypatch, capsys
 ):

@@ -18,6 +18,7 @@ from pipelines.synthetic import SyntheticOptions
 from pipelines.synthetic import make_loaders as make_synthetic
 from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import parse
+from rsnet.profiler import run as profile_run
 from rsnet.profiler import step_profiler as profile
 from rsnet.profiler.sweep import _candidates, names_of
 from rsnet.train import main
@@ -67,6 +68,9 @@ def sweep(backend, tmp_path, monkeypatch, capsys):
     """Run a sweep on 8 cores; returns what was said, and sweep.json."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setattr(profile, "measure_peak_tflops", lambda *_: 1.0)  # half of a trial's time
+    # The trace and the plot are of the first profile, which test_step_profiler looks at.
+    for name in ("_trace", "_plot"):
+        monkeypatch.setattr(profile_run, name, lambda *_: None)
     line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24 -b 8"
     words = [*line.split(), "--device", "cpu", "--output", str(tmp_path / "run")]
 

@@ -32,6 +32,7 @@ def train(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_modern_run_resumes_to_the_same_weights_and_evaluates_its_average(
     train, photos, tmp_path, monkeypatch
 ):

@@ -36,7 +36,7 @@ def _trainer(model, amp):
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by a copy
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_step_reads_no_number_and_mixes_no_devices(amp, monkeypatch):
     """Fake tensors raise for either. They have no backward without a GPU, and no fused SGD."""
     left_out = []

@@ -246,6 +246,7 @@ def _python(*words: object) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow  # a fresh interpreter
 def test_stderr_has_the_progress_and_nothing_of_the_decoders(data):
     """libjpeg and DALI have lines for these, without the image's name."""
     truncate(data / "train" / "ant" / "003.JPEG")

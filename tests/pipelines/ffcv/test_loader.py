@@ -250,6 +250,7 @@ def test_dropping_pages_in_random_order_is_refused():
         FfcvOptions(os_cache=False)
 
 
+@pytest.mark.slow  # a fresh interpreter
 def test_importing_ffcv_leaves_pytorchs_threads_alone():
     code = (
         "import torch; torch.set_num_threads(2); import pipelines.ffcv.loader; "
