@@ -50,7 +50,7 @@ MUTATIONS = (
     ),
     Mutation(
         "networks learn from the ensemble's loss",
-        "rsnet/losses.py", "_together(logits).detach())", "_together(logits))",
+        "rsnet/losses.py", "_stacked(logits).detach())", "_stacked(logits))",
         "tests/test_losses.py",
     ),
     Mutation(
@@ -100,7 +100,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a quantizer's thresholds are not in the middle",
-        "rsnet/models/quantization/lq_nets.py", "levels[:, :-1]) / 2", "levels[:, :-1]) / 2.1",
+        "rsnet/models/quantization/encode.py", "levels[:, :-1]) / 2,", "levels[:, :-1]) / 2.1,",
         "tests/models/quantization/test_lq_nets.py -k 'originals or level'",
     ),
     Mutation(
