@@ -15,25 +15,12 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.release import package as release
+from tests.helpers import releases
 
 SIZES = [64, 48, 32]
-NETWORK = {
-    "arch": "parallel_resnet10",
-    "width_mult": 0.25,
-    "stem": "imagenet",
-    "norm": "private",
-    "blurpool": False,
-    "mode": "resnet",
-    "qw": 32,
-    "qa": 32,
-    "tf_padding": False,
-    "sizes": SIZES,
-    "num_classes": 3,
-    "classes": ["ant", "bee", "cat"],
-    "normalize": "imagenet",
-    "eval_crop_ratio": 0.875,
-    "interpolation": "triangle, antialiased (PIL's BILINEAR)",
-}
+NETWORK = releases.NETWORK | {
+    "sizes": SIZES, "num_classes": 3, "classes": ["ant", "bee", "cat"],
+}  # fmt: skip
 
 
 def trained(network: dict, seed: int) -> dict[str, torch.Tensor]:
