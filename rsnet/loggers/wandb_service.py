@@ -137,7 +137,11 @@ def let_go(run: Any) -> None:
 
 
 def within(limit: float, action: Callable[[], object]) -> None:
-    """Raise what `action` does, as a RuntimeError, or TimeoutError if it takes more than `limit` seconds."""
+    """Raise what `action` does, as a RuntimeError, or TimeoutError if it takes more than `limit` seconds.
+
+    Which error a service that died leaves is a matter of the moment: of the socket (reset, closed, broken
+    pipe), or of the queue of answers. All are said in the same words.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -152,4 +156,8 @@ def within(limit: float, action: Callable[[], object]) -> None:
     if thread.is_alive():
         raise TimeoutError(f"no answer in {limit:g} s")
     if errors:
-        raise RuntimeError(first_line(errors[0])) from errors[0]
+        error = errors[0]
+        is_gone = (
+            isinstance(error, ConnectionError) or "wandb.sdk.mailbox" in type(error).__module__
+        )
+        raise RuntimeError("its service has ended" if is_gone else first_line(error)) from error

@@ -50,7 +50,7 @@ def test_a_training_whose_wandb_service_dies_ends_well_and_is_sent_whole(
 ):
     run = tmp_path / "run"
     run.mkdir()
-    said, _ = interrupted("train", run, lambda service: os.kill(service, signal.SIGKILL))
+    said = interrupted("train", run, lambda service: os.kill(service, signal.SIGKILL))
     assert said.count("W&B: lost") == 1
     assert f"python -m rsnet sync {run}" in said
     assert said.splitlines()[-1] == "finished"

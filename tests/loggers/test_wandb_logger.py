@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from wandb.proto import wandb_internal_pb2
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_logger import WandbLogger, read_sent
@@ -158,7 +159,7 @@ def _break(fault: str, server, service: int) -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("service killed", "Connection lost"),
+        ("service killed", "its service has ended"),
         pytest.param("server is silent", "Timed out finishing run", marks=pytest.mark.slow),
         pytest.param("service stopped", "no answer in 2 s", marks=pytest.mark.slow),
         pytest.param("server gone", "Timed out finishing run", marks=pytest.mark.slow),
@@ -166,9 +167,7 @@ def _break(fault: str, server, service: int) -> None:
         pytest.param("server refuses", "Fatal error while uploading data", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends_within_seconds(
-    wandb_server, tmp_path, fault, reason
-):
+def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends(wandb_server, tmp_path, fault, reason):
     run = tmp_path / "run"
     run.mkdir()
     services = []
@@ -178,7 +177,7 @@ def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends_within_seconds(
         _break(fault, wandb_server, service)
 
     try:
-        said, seconds = interrupted("log", run, break_it)
+        said = interrupted("log", run, break_it)
     finally:
         if fault == "service stopped":
             os.kill(services[0], signal.SIGKILL)
@@ -186,16 +185,33 @@ def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends_within_seconds(
     assert start.startswith("W&B: online at ")
     assert lost == [f"W&B: lost ({reason}); `python -m rsnet sync {run}` sends the metrics later"]
     assert end == "finished"
-    assert seconds < 14  # 5 s; 17 s if W&B reports its errors to a server that is silent
     sent = read_sent(run)
     assert sent
     assert sent.lines == 0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "reset"),
+        ConnectionResetError("lost"),
+        BrokenPipeError(32, "pipe"),
+        MailboxClosedError(),
+        HandleAbandonedError(),
+    ],
+)
+def test_each_error_of_a_service_that_died_is_said_in_the_same_words(error):
+    def fail():
+        raise error
+
+    with pytest.raises(RuntimeError, match="its service has ended"):
+        wandb_service.within(5, fail)
+
+
 def test_an_offline_run_goes_on_when_the_service_dies(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    said, _ = interrupted("log", run, lambda service: os.kill(service, signal.SIGKILL))
+    said = interrupted("log", run, lambda service: os.kill(service, signal.SIGKILL))
     start, lost, end = said.splitlines()
     assert start.startswith("W&B: offline in ")
     assert "W&B: lost" in lost
