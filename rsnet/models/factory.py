@@ -29,7 +29,7 @@ from rsnet.models.layers.onednn_workarounds import (
 from rsnet.models.pretrained import load_pretrained
 from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quantize
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
-from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 
 PREFIX = "parallel_"
 TIMM_PREFIX = PREFIX + "timm/"
@@ -114,11 +114,29 @@ def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
 
 def gflops(model: nn.Module, size: int) -> float:
     """Return the forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image."""
-    on_meta = copy.deepcopy(model).to("meta").eval()
+    on_meta = _shape_only(model)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         on_meta(torch.empty(1, 3, size, size, device="meta"))
     return float(counter.get_total_flops()) / 1e9
+
+
+def _shape_only(model: nn.Module) -> nn.Module:
+    """Return a copy without numbers, which computes shapes, and without layers that change none.
+
+    PyTorch takes BatchNorm and ReLU6 apart on the meta device: six forwards of ResNet-50 take 1.1 s with
+    them, 0.06 without.
+    """
+    replaced: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        replaced[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in model.buffers():
+        replaced[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for module in model.modules():
+        if isinstance(module, SwitchableBatchNorm2d | nn.Hardtanh):
+            replaced[id(module)] = nn.Identity()
+    return copy.deepcopy(model, replaced).eval()
 
 
 def _build_network(config: ModelConfig) -> nn.Module:
@@ -203,9 +221,9 @@ def _suggest(arch: str, known: list[str]) -> str:
 
 def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
     """Raise UsageError if the network cannot run at one of its sizes, or shrinks it to next to nothing."""
-    on_meta = copy.deepcopy(model).to("meta").eval()
+    on_meta = _shape_only(model)
     smallest = model.sizes[-1]
-    stride = _total_stride(on_meta)
+    stride = _total_stride(on_meta, model.sizes[0])
     # Under half the stride, the last two stages have one pixel: their 3x3 filters act as 1x1 filters.
     if smallest < stride // 2:
         raise UsageError(
@@ -222,7 +240,7 @@ def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
             ) from error
 
 
-def _total_stride(on_meta: ResolutionSwitchable, probe: int = 320) -> int:
+def _total_stride(on_meta: nn.Module, size: int, probe: int = 320) -> int:
     """Return how many times smaller the last spatial feature map is than a probe image."""
     smallest = probe
 
@@ -233,7 +251,7 @@ def _total_stride(on_meta: ResolutionSwitchable, probe: int = 320) -> int:
 
     hooks = [m.register_forward_hook(watch) for m in on_meta.modules() if isinstance(m, nn.Conv2d)]
     with torch.no_grad():
-        on_meta(torch.empty(1, 3, probe, probe, device="meta"), on_meta.sizes[0])
+        on_meta(torch.empty(1, 3, probe, probe, device="meta"), size)
     for hook in hooks:
         hook.remove()
     return round(probe / smallest)
