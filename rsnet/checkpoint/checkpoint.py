@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipelines.utils.errors import DataError
+from pipelines.utils.schema import (
+    NOTHING,
+    OBJECT,
+    TEXT,
+    Rule,
+    dict_of,
+    integer,
+    list_of,
+    require_fields,
+)
 from rsnet.config.model_config import ModelConfig
+from rsnet.config.model_rules import require_network
 
 FORMAT = 1
 
@@ -18,6 +31,69 @@ State = Mapping[str, Tensor]
 
 # Fields that the file leaves out if they are None.
 _OPTIONAL = ("ema", "optimizer", "scaler", "guard", "ranks")
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a dense tensor that holds as many bytes as it says: none is expanded."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _fields(rules: Mapping[str, Rule]) -> Rule:
+    """Return a rule for a dict with fields of its own."""
+    what = f"an object with {', '.join(rules)}"
+    return Rule(
+        what,
+        lambda v: isinstance(v, dict) and all(k in v and rules[k].holds(v[k]) for k in rules),
+    )
+
+
+_TENSOR = Rule("a tensor", _is_plain)
+_STATE = dict_of("tensors by name", _TENSOR)
+_FINITE = Rule("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v))
+_MEANS = Rule(
+    "names and a tensor of two rows",
+    lambda v: len(v) == 2 and _TENSOR.holds(v[1]) and v[1].shape == (2, len(v[0])),
+)
+_LOADER = _fields(
+    {
+        **dict.fromkeys(("epoch", "position", "samples"), integer(0)),
+        "seed": integer(-(2**63), 2**64),
+        **dict.fromkeys(("data", "order"), TEXT),
+    }
+)
+_OPTIMIZER = _fields(
+    {
+        "param_groups": list_of("", _fields({"params": list_of("", integer(0))})),
+        "state": Rule("", lambda v: isinstance(v, dict) and all(map(OBJECT.holds, v.values()))),
+    }
+)
+_RANK = _fields(
+    {
+        "buffers": list_of("tensors", _TENSOR),
+        "means": list_of("means", _MEANS),
+        "rng": _TENSOR,
+        "cuda_rng": _TENSOR | NOTHING,
+    }
+)
+_RULES = {
+    "model": _STATE,
+    "ema": _STATE | NOTHING,
+    "config": OBJECT,
+    "global_batch": integer(1) | NOTHING,
+    **dict.fromkeys(("epoch", "done", "step"), integer(0)),
+    "loader": _LOADER | NOTHING,
+    "best": list_of("a list of finite numbers", _FINITE),
+    "wandb_id": TEXT | NOTHING,
+    "optimizer": _OPTIMIZER | NOTHING,
+    "scaler": OBJECT | NOTHING,
+    "guard": list_of("a list of integers", integer(0)) | NOTHING,
+    "ranks": list_of("the state of each process", _RANK) | NOTHING,
+}
 
 
 @dataclass(frozen=True)
@@ -71,13 +147,15 @@ class Checkpoint:
     def from_dict(cls, content: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint that a file's content describes.
 
-        Raises DataError if the content is not of such a file.
+        Raises DataError if the content is not of such a file: each field is checked before it is used.
         """
-        known = {f.name for f in dataclasses.fields(cls)} - {"of_authors"}
-        values = {name: value for name, value in content.items() if name in known}
+        values = {name: value for name, value in content.items() if name in _RULES}
         try:
-            return cls(**values | {"network": ModelConfig.from_dict(content["network"])})
-        except (KeyError, TypeError, AttributeError) as error:
+            network = ModelConfig.from_dict(content["network"])
+            require_network(network.to_dict(), "network.")
+            require_fields(values, {name: _RULES[name] for name in {"model": None, **values}})
+            return cls(**values | {"network": network})
+        except (LookupError, TypeError, AttributeError) as error:
             raise DataError(f"it does not describe a network with its weights ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _serialized(content: Mapping[str, Any]) -> memoryview:
 
 def _noted_hashes(path: Path) -> list[str]:
     hash_file = _hash_file(path)
-    return hash_file.read_text().split() if hash_file.is_file() else []
+    return hash_file.read_text(errors="replace").split() if hash_file.is_file() else []
 
 
 def _hash_file(path: Path) -> Path:

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from pipelines.utils.errors import DataError, UsageError, first_line
+from rsnet.models.safe_load import require_plain_zip
+
+# tensorpack compresses its `.npz`; float32 weights become a tenth smaller by it, momentum of zeros vanishes.
+MAX_COMPRESSION = 20
 
 
 def read(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -28,6 +32,8 @@ def read(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     elif not path.is_file():
         raise UsageError(f"there is no file {path}")
     try:
+        if is_npz:
+            require_plain_zip(path, growth=MAX_COMPRESSION)
         arrays = (_load_npz if is_npz else _load_checkpoint)(path, is_wanted)
         return {name: torch.tensor(np.asarray(v, np.float32)) for name, v in arrays.items()}
     except UsageError:

@@ -7,12 +7,15 @@ An option of type `... | Unset` may be left unset on the command line: in `Train
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 
 from tyro.conf import arg
 
+from pipelines.utils.errors import DataError
 from rsnet.config.model_config import Mode
 from rsnet.config.option_rules import require_valid
 from rsnet.config.recipes import RecipeName
@@ -351,6 +354,23 @@ TOPICS: dict[str, Any] = {
     "logging": LoggingOptions,
     "profiling": ProfilingOptions,
 }
+
+
+def require_options(values: Mapping[str, Any], source: str) -> None:
+    """Check the types of what `to_plain_dict` gave, as it was read from a file; unknown names are left alone.
+
+    Raises DataError that names `source` and the first option whose value cannot be one.
+    """
+    from pydantic import TypeAdapter, ValidationError  # 0.1 s, which only a run to resume needs
+
+    for name, hint in get_type_hints(TrainConfig).items():
+        if name in values:
+            kind = hint[type(None)] if getattr(hint, "__parameters__", ()) else hint
+            try:
+                TypeAdapter(kind).validate_python(values[name])
+            except ValidationError as error:
+                value = reprlib.repr(values[name])
+                raise DataError(f"{source}: its option {name} cannot be {value}") from error
 
 
 def to_plain_dict(options: Any) -> dict[str, Any]:

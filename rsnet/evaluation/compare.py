@@ -11,7 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import UsageError
+from pipelines.utils.schema import read_json, reading
 from rsnet.losses import ENSEMBLE
 
 
@@ -44,10 +45,13 @@ def read_run(path: Path) -> RunSummary:
     """
     if not (path / "results.json").is_file():
         raise UsageError(f"{path}: no results.json; is it the directory of a finished run?")
-    try:
-        results: dict[str, Any] = json.loads((path / "results.json").read_text())
-        config: dict[str, Any] = json.loads((path / "config.json").read_text())
-        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    remedy = "leave the run out"
+    with reading(path, remedy):
+        results: dict[str, Any] = read_json(path / "results.json", remedy)
+        config: dict[str, Any] = read_json(path / "config.json", remedy)
+        metrics = path / "metrics.jsonl"
+        with reading(metrics, remedy):
+            lines = [json.loads(line) for line in metrics.read_bytes().splitlines()]
         gflops, parameters = results.pop("gflops"), results.pop("parameters")
         if len(results) == 2:
             results.pop(ENSEMBLE)  # of one size: itself
@@ -62,12 +66,6 @@ def read_run(path: Path) -> RunSummary:
             images=images,
             seconds=seconds,
         )
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: {error.filename}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: its files are damaged or of another version: {error!r}"
-        ) from error
 
 
 def tables(groups: Groups) -> str:

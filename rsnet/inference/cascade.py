@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.schema import reading
 from rsnet.inference.preprocess import eval_pixels
 
 TUNED_FILE, TUNED_FORMAT = "tuned.json", 1
@@ -151,7 +152,7 @@ def read_tuned(folder: str | Path, sha256: str, sizes: Sequence[int]) -> Tuned:
     path, advice = Path(folder) / TUNED_FILE, "run `python -m rsnet tune` again"
     if not path.is_file():
         raise UsageError(f"there is no {path}; `python -m rsnet tune` writes it")
-    try:
+    with reading(path, advice):
         content = json.loads(path.read_bytes())
         is_known, other = content["format"] == TUNED_FORMAT, content["sha256"] != sha256
         tuned = Tuned(
@@ -160,8 +161,6 @@ def read_tuned(folder: str | Path, sha256: str, sizes: Sequence[int]) -> Tuned:
                 CascadeStage(index(s["size"]), float(s["threshold"])) for s in content["cascade"]
             ),
         )
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} is damaged; {advice}") from error
     if other:
         raise DataError(f"{path} is of other weights; {advice}")
     if not (is_known and _is_valid(tuned, sizes)):

@@ -15,6 +15,7 @@ import torch
 
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.schema import reading
 
 # By size: {"median": ms, "p95": ms} of a forward of a whole batch.
 Table = dict[int, dict[str, float]]
@@ -88,13 +89,12 @@ def load(path: str | Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]
     path = Path(path)
     if not path.is_file():
         return None
-    try:
+    remedy = "remove it to have the sizes measured anew"
+    with reading(path, remedy):
         content = json.loads(path.read_bytes())
         if content["conditions"] != conditions:
             return None
         table = {s: {k: float(content["ms"][str(s)][k]) for k in ("median", "p95")} for s in sizes}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} is no table of latencies; remove it") from error
     if not all(0 < ms < float("inf") for times in table.values() for ms in times.values()):
         raise DataError(f"{path} has a latency that is none; remove it")
     return table

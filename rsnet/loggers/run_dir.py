@@ -106,13 +106,14 @@ class RunDir:
         if not self.active:
             return
         path = self.path / "metrics.jsonl"
-        kept: list[str] = []
-        abandoned: list[str] = []
-        for line in path.read_text().splitlines(keepends=True):
+        kept: list[bytes] = []
+        abandoned: list[bytes] = []
+        for line in path.read_bytes().splitlines(keepends=True):
             (kept if _is_kept(line, done, epochs) else abandoned).append(line)
         if abandoned:
-            self.append_text("metrics.abandoned.jsonl", "".join(abandoned))
-            atomic_write(path, "".join(kept).encode())
+            text = b"".join(abandoned).decode(errors="replace")
+            self.append_text("metrics.abandoned.jsonl", text)
+            atomic_write(path, b"".join(kept))
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -135,13 +136,13 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     }
 
 
-def _is_kept(line: str, done: float, epochs: int) -> bool:
+def _is_kept(line: bytes, done: float, epochs: int) -> bool:
     """Return whether a line of metrics is of that time; a line that a crash cut short is of none."""
     try:
         metrics = json.loads(line)
         is_evaluation = any(name.startswith("val/") for name in metrics)
         return bool(metrics["epoch"] <= (epochs if is_evaluation else done) + 1e-9)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

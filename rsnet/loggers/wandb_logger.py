@@ -15,7 +15,8 @@ from typing import Any
 import wandb
 
 from pipelines.utils.atomic_io import atomic_write_json
-from pipelines.utils.errors import DataError, first_line
+from pipelines.utils.errors import first_line
+from pipelines.utils.schema import NOTHING, TEXT, integer, reading, require_fields
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_service import SERVICE_TIMEOUT_S, Console, Mode, within
 
@@ -27,6 +28,9 @@ class Sent:
     id: str
     entity: str | None
     lines: int
+
+
+_SENT = {"id": TEXT, "entity": TEXT | NOTHING, "lines": integer(0)}
 
 
 class WandbLogger:
@@ -153,18 +157,18 @@ class WandbLogger:
 def count_lines(directory: Path) -> int:
     """Return the number of lines of metrics."""
     path = directory / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def read_sent(directory: Path) -> Sent | None:
     """Read what W&B has of a run directory; None if W&B was never told of the run."""
-    path = directory / "wandb.json"
-    try:
-        return Sent(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    path, remedy = directory / "wandb.json", "without it, the run becomes a new W&B run"
+    if not path.exists():
         return None
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged; without it, the run becomes a new W&B run") from error
+    with reading(path, remedy):
+        sent = json.loads(path.read_bytes())
+        require_fields(sent, _SENT)
+        return Sent(**sent)
 
 
 def write_sent(directory: Path, sent: Sent) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.schema import read_json, reading
 from rsnet.evaluation import report
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_logger import Sent, read_sent, write_sent
@@ -16,13 +17,13 @@ from rsnet.loggers.wandb_service import Console, Table
 # All lines of a run at once, 12 MB for the paper's recipe; and now W&B is what the user waits for.
 TIMEOUT_S = 600
 
+_REMEDY = "its metrics cannot be sent"
+
 
 def send_run(path: Path) -> str:
     """Send W&B the lines of metrics that it lacks of a run directory; return what was done, in words."""
-    try:
+    with reading(path, _REMEDY):
         rows, config, table = _read(path)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"its files are damaged or of another version: {error!r}") from error
     if not rows:
         raise UsageError("there are no metrics; is it the directory of a run?")
     sent = read_sent(path)
@@ -43,18 +44,19 @@ def send_run(path: Path) -> str:
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Table | None]:
     """Return metrics, options, and the final table if the run is finished."""
     metrics = path / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-    # A line without an end is still being written, or was cut short by a crash.
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
+    with reading(metrics, _REMEDY):
+        # A line without an end is still being written, or was cut short by a crash.
+        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
     if not rows:
         return [], {}, None
-    config = json.loads((path / "config.json").read_text())
-    world_size = json.loads((path / "env.json").read_text())["world_size"]
+    config = read_json(path / "config.json", _REMEDY)
+    world_size = read_json(path / "env.json", _REMEDY)["world_size"]
     config["global_batch"] = config["batch_size"] * world_size * config["accumulate"]
     config["wandb_name"] = config["wandb_name"] or path.resolve().name
     if not (path / "results.json").exists():
         return rows, config, None
-    results = json.loads((path / "results.json").read_text())
+    results = read_json(path / "results.json", _REMEDY)
     gflops = results.pop("gflops")
     del results["parameters"]
     table = report.COLUMNS, report.rows(results, gflops), path / "accuracy_flops.png"

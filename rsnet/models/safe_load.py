@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,27 @@ HARMLESS: list[Any] = [
 ]
 
 
+def require_plain_zip(path: Path, growth: float) -> None:
+    """Raise DataError if the members of a zip file claim to be more than `growth` times its size.
+
+    Deflate packs a thousand zeros into a byte, and members may overlap: a small file fills any memory.
+    """
+    with zipfile.ZipFile(path) as file:
+        claimed = sum(member.file_size for member in file.infolist())
+    size = path.stat().st_size
+    if claimed > growth * size:
+        raise DataError(f"its {size} bytes claim to hold {claimed}")
+
+
 def safe_load(path: Path) -> Any:
     """Return the content of `path`, on the CPU.
 
-    Raises DataError with one line if it cannot be read, or holds more than tensors and plain values.
+    Raises DataError with one line if it cannot be read, or holds more than tensors and plain values, or
+    would grow while it is read: `torch.save` compresses nothing.
     """
     try:
+        if zipfile.is_zipfile(path):
+            require_plain_zip(path, growth=1)
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (

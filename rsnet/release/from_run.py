@@ -68,7 +68,7 @@ def _accuracy(run_dir: Path, checkpoint: Checkpoint) -> Accuracy | None:
     metrics = run_dir / "metrics.jsonl"
     if checkpoint.done or not metrics.is_file():
         return None
-    for line in reversed(metrics.read_text().splitlines()):
+    for line in reversed(metrics.read_bytes().splitlines()):
         try:
             logged = json.loads(line)
             if logged["epoch"] == checkpoint.epoch:
@@ -76,6 +76,11 @@ def _accuracy(run_dir: Path, checkpoint: Checkpoint) -> Accuracy | None:
                     name: {what: logged[f"val/{what}@{name}"] for what in ("top1", "top5")}
                     for name in result_names(checkpoint.network.to_dict())
                 }
-        except (ValueError, KeyError):  # cut short by a crash, or no evaluation
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):  # cut short by a crash, or no evaluation
             continue
     return None

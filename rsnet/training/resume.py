@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Loader
-from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.schema import read_json
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import FULL
 from rsnet.config.resolve import ResolvedConfig, output_directory
-from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, to_plain_dict
+from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, require_options, to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.optim import load_momentum
@@ -91,6 +92,7 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
         source = Path(config.resume)
         with error_context("--resume"):
             found = io.load(source, config.arch, config.sizes)
+            require_options(found.config, str(source))
         is_of_output = (
             source.parent.parent.resolve()
             == output_directory(config, config.arch or found.network.arch).resolve()
@@ -102,6 +104,8 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
         return Start()
     with error_context("--resume"):
         newest = store.newest(say, moves=not config.evaluate)
+        if newest:
+            require_options(newest[1].config, str(newest[0]))
     noted = noted or (newest[1].config if newest else {})
     if config.resume is None and not noted:
         return Start()  # imported: resuming it needs --resume
@@ -116,10 +120,13 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
 def _noted(path: Path) -> dict[str, Any]:
     """Return the options in a run's config.json; {} if there are none or the file is damaged."""
     try:
-        noted = json.loads(path.read_text())
-    except (OSError, ValueError):
+        noted = read_json(path, "the checkpoint's are taken")
+        if not isinstance(noted, dict) or "imported" in noted:
+            return {}
+        require_options(noted, str(path))
+    except DataError:  # also if there is none
         return {}
-    return noted if isinstance(noted, dict) and "imported" not in noted else {}
+    return noted
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -205,6 +212,27 @@ def load_training_state(
 
     Return what is not as it was, in words.
     """
+    with _state_in_one_line():
+        return _load_training_state(trainer, model, checkpoint)
+
+
+@contextmanager
+def _state_in_one_line() -> Iterator[None]:
+    """Raise DataError for whatever a state of other shapes, or of no shape at all, makes of PyTorch."""
+    try:
+        yield
+    except (UsageError, DataError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(
+            f"--resume: the state beside the weights does not fit ({reason}); --init-from takes the weights"
+        ) from error
+
+
+def _load_training_state(
+    trainer: Trainer, model: ResolutionSwitchable, checkpoint: Checkpoint
+) -> list[str]:
     missing = []
     if checkpoint.scaler is not None:
         trainer.scaler.load_state_dict(checkpoint.scaler)

@@ -56,10 +56,12 @@ def test_a_checkpoint_becomes_the_content_of_its_file_and_back():
     plain = Checkpoint(CONFIG, weights).to_dict()
     run = ["best", "config", "done", "epoch", "global_batch", "loader", "step", "wandb_id"]
     assert sorted(plain) == sorted(["format", "network", "model", *run])
+    loader = {"epoch": 1, "position": 3, "seed": 0, "samples": 9, "data": "", "order": ""}
+    rank = {"buffers": [], "means": [], "rng": weights["w"], "cuda_rng": None}
     whole = Checkpoint(
         CONFIG, weights, ema=weights, config={"lr": 0.1}, global_batch=8, epoch=1, done=2, step=7,
-        loader={"position": 3}, best=[1.0], wandb_id="x", optimizer={"state": {}}, scaler={},
-        guard=[0, 0], ranks=[{"rng": 1}],
+        loader=loader, best=[1.0], wandb_id="x", optimizer={"state": {}, "param_groups": []},
+        scaler={}, guard=[0, 0], ranks=[rank],
     )  # fmt: skip
     added = set(whole.to_dict()) - set(plain)
     assert added == {"ema", "optimizer", "scaler", "guard", "ranks"}
