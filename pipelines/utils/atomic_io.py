@@ -6,18 +6,24 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def atomic_write(path: Path, data: bytes | memoryview) -> None:
+def atomic_write(path: Path, data: bytes | memoryview, *, alone: bool = False) -> None:
     """Write under a temporary name, then rename: a crash leaves the old file or the new one.
+
+    Of processes that write the same file at once the last one wins. alone: there are none, so that the
+    temporary name is always the same, and what a killed process left there, gigabytes of a checkpoint, is
+    overwritten.
 
     Raises OSError and leaves what was at `path`.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    infix = "" if alone else f".{secrets.token_hex(4)}"
+    temporary = path.with_name(f"{path.name}{infix}.tmp")
     try:
         with open(temporary, "wb", opener=_open_no_link) as file:
             file.write(data)

@@ -70,9 +70,14 @@ def _not_installed(error: ModuleNotFoundError, extra: str) -> UsageError | None:
 
 @contextlib.contextmanager
 def exit_if_not_installed(name: str, extra: str) -> Iterator[None]:
-    """End the script `name`, which needs `extra`, with one line if a library that it imports is missing."""
+    """End the script `name`, which needs `extra`, with one line if a library that it imports is missing, or
+    if it is interrupted meanwhile.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
         if (message := _not_installed(error, extra)) is None:
             raise

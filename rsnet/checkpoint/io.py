@@ -27,7 +27,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     older = [sha256(path)] if path.exists() else []
     note_hashes(path, [hashlib.sha256(data).hexdigest(), *older])
-    atomic_write(path, data)
+    atomic_write(path, data, alone=True)
 
 
 def note_hashes(path: Path, known: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def remove(path: Path) -> None:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write by `torch.save`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, _serialized(content))
+    atomic_write(path, _serialized(content), alone=True)
 
 
 def load(path: Path, arch: str | None = None, sizes: Sequence[int] | None = None) -> Checkpoint:

@@ -56,9 +56,8 @@ def run(options: Options) -> int:
         # As an error it is caught, and answered; as a warning it would end up in the server's output.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         sizes = " ".join(map(str, classifier.sizes))
-        url = server.url_of(listener)
-        print(f"{options.release}, sizes {sizes}: {url} (Ctrl-C ends)", flush=True)
-        server.serve_forever(app, listener)
+        line = f"{options.release}, sizes {sizes}: {server.url_of(listener)} (Ctrl-C ends)"
+        server.serve_forever(app, listener, lambda: print(line, flush=True))
     return 0
 
 

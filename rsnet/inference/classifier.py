@@ -5,6 +5,7 @@ Needs torch, torchvision, safetensors, numpy and pillow alone.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -183,10 +184,17 @@ class SwitchableClassifier:
 
         The table is kept beside the release, as latency-DEVICE.json, where that can be written.
         """
-        self._latencies = latency.measure(self.blank_forward(self.batch_size), self.sizes)
+        self._latencies = self.measure_batches(self.batch_size)
         with suppress(OSError):
             latency.save(self._latency_file, self.conditions, self._latencies)
         return self._latencies
+
+    def measure_batches(self, batch_size: int) -> latency.Table:
+        """Measure batches of this size, which takes seconds to minutes: it is said on stderr."""
+        sizes = " ".join(map(str, self.sizes))
+        what = f"measuring batches of {batch_size} at sizes {sizes} on {self.device}"
+        print(what, file=sys.stderr, flush=True)
+        return latency.measure(self.blank_forward(batch_size), self.sizes)
 
     def latencies(self) -> latency.Table:
         """Return milliseconds of a whole batch: from the table beside the release if it holds, else measured.

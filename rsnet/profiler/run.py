@@ -89,13 +89,19 @@ class ProfileRun:
         return found
 
     def _sweep(self, sweep: Sweep, names: list[str]) -> None:
-        """Try values, print the fastest command, and write sweep.json."""
-        config, say, device = self.config, self.say, self.context.device
+        """Try values; print the fastest command and write sweep.json, also of a sweep that is interrupted."""
+        say, device = self.say, self.context.device
         if "decoder-hw-load" in names and device.type != "cuda":
             say("--decoder-hw-load: not tried, it is of a GPU's JPEG engine")
             names = [name for name in names if name != "decoder-hw-load"]
         cores = len(os.sched_getaffinity(0))
-        sweep.run(names, device.type, cores, config.profile_limit)
+        try:
+            sweep.run(names, device.type, cores, self.config.profile_limit)
+        finally:
+            self._report(sweep)
+
+    def _report(self, sweep: Sweep) -> None:
+        config, say = self.config, self.say
         if sweep.not_tried:
             untried = ", ".join(sweep.not_tried)
             say(f"not tried, because --profile-limit {config.profile_limit:g} is over: {untried}")

@@ -49,7 +49,7 @@ def make_app(service: Service, info: dict[str, Any], hosts: Sequence[str] | None
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        service.stop()
+        await service.stop()
 
     # The generated documentation would load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None)

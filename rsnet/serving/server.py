@@ -5,12 +5,16 @@ and how it and its connections end.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
+import math
+import resource
 import signal
 import socket
+import sys
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -26,9 +30,18 @@ from rsnet.serving.upload import Limits
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
-
 # Seconds for the head of a request to be there, from the connection or the answer before.
 IDLE_S = 10.0
+# Once the server is to end, seconds for the rest of a body, and for all answers.
+LAST_BODY_S, LAST_ANSWER_S = 1.0, 5
+
+# Connections that may be open, where the limit of descriptors is not lower; and those that asyncio accepts
+# at once, before any of them is looked at.
+MOST_CONNECTIONS, BACKLOG = 1000, 64
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+# What a connection cannot be accepted for the lack of, and seconds until that is said again.
+SHORTAGES, SAY_AGAIN_S = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM), 60.0
 
 
 def make_service(classifier: SwitchableClassifier, config: ServerConfig) -> Service:
@@ -74,38 +87,98 @@ def make_app(service: Service, config: ServerConfig, is_loopback: bool) -> FastA
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for a request's head, and reads on after an early answer."""
+    """uvicorn's, which takes any number of connections, waits for ever for a request's head, and for its
+    body at the end, and reads on after an early answer.
+    """
+
+    _idle_since = 0.0  # on the loop's clock
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_request()
+        if len(self.connections) > most_connections():
+            self._make_room()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._expect_request()
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._is_busy and self.cycle.more_body:
+            self.loop.call_later(LAST_BODY_S, self._cut_off, self.cycle)
+
+    @property
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _expect_request(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:  # else a pipelined one has begun
+        self._idle_since = self.loop.time()
+        if not self._is_busy:  # else a pipelined one has begun
             self.loop.call_later(IDLE_S, self._close_if_idle, self.cycle)
 
     def _close_if_idle(self, answered: Any) -> None:
         if self.cycle is answered:
             self.transport.close()
 
+    def _cut_off(self, cycle: Any) -> None:
+        if cycle.more_body:
+            self.transport.close()
 
-def make_server(app: FastAPI) -> uvicorn.Server:
-    """Make uvicorn's server, with idle connections closed and nothing logged."""
-    return uvicorn.Server(
+    def _make_room(self) -> None:
+        """Close the connection that has been idle the longest, or, if all have requests, this one."""
+        others = [c for c in self.connections if isinstance(c, Protocol) and c is not self]
+        idle = [c for c in others if not (c._is_busy or c.transport.is_closing())]
+        if not idle:
+            self.transport.write(BUSY)
+        min(idle, key=lambda c: c._idle_since, default=self).transport.close()
+
+
+def most_connections() -> int:
+    """Return the connections that may be open at once: they leave half of the descriptors to all else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // 2)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says when it listens, and in one line that descriptors have run out."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+        self._said = -math.inf  # on the loop's clock
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        await super().startup(sockets)
+        self._on_listening()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in SHORTAGES):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said > SAY_AGAIN_S:  # asyncio tries again each second
+            self._said = loop.time()
+            print(f"connections wait: {error.strerror}", file=sys.stderr)
+
+
+def make_server(app: FastAPI, on_listening: Callable[[], None] = lambda: None) -> Server:
+    """Make uvicorn's server, with bounded connections and nothing logged."""
+    return Server(
         uvicorn.Config(
-            app, http=Protocol, ws="none", log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, timeout_graceful_shutdown=5,
-        )
+            app, http=Protocol, ws="none", loop="asyncio", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, backlog=BACKLOG,
+            timeout_graceful_shutdown=LAST_ANSWER_S,
+        ),
+        on_listening,
     )  # fmt: skip
 
 
-def serve_forever(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    server = make_server(app)
+def serve_forever(
+    app: FastAPI, listener: socket.socket, on_listening: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until SIGINT or SIGTERM. on_listening: called as soon as clients can connect."""
+    server = make_server(app, on_listening)
 
     def stop(*_: Any) -> None:
         server.should_exit = True
@@ -150,6 +223,5 @@ def is_loopback(listener: socket.socket) -> bool:
 
 def _costs(classifier: SwitchableClassifier, table: latency.Table) -> dict[int, Cost]:
     """Return medians: of a batch of one image, measured now, and of a full batch."""
-    pixels = {s: [torch.zeros(s, s, 3, dtype=torch.uint8)] for s in classifier.sizes}
-    single = latency.measure(lambda s: classifier.predict(pixels[s], s), classifier.sizes)
+    single = classifier.measure_batches(1)
     return {s: Cost(single[s]["median"], table[s]["median"]) for s in classifier.sizes}

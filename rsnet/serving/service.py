@@ -64,8 +64,9 @@ class Service:
     def start(self) -> None:
         self.batches.start()
 
-    def stop(self) -> None:
-        self.batches.stop()
+    async def stop(self) -> None:
+        """Stop when the batch under way is computed; requests that wait are answered meanwhile."""
+        await asyncio.to_thread(self.batches.stop)
         self._decoders.shutdown(cancel_futures=True)
 
     async def classify(
@@ -138,6 +139,8 @@ class Service:
                 return task.result()
             # Not read if the client has disconnected.
             raise HTTPException(504, f"there was no answer within {self._settings.timeout_s:g} s")
+        except asyncio.CancelledError:  # by the server, which has waited long enough for its end
+            raise _busy("it shuts down") from None
         finally:
             task.cancel()
             left.cancel()

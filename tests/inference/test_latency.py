@@ -156,6 +156,14 @@ def test_whole_batches_are_measured_once_and_kept_beside_the_release(folder, mea
     assert measured[3:] == [2, 2, 2]
 
 
+@pytest.mark.usefixtures("measured")
+def test_that_a_device_is_measured_is_said(folder, capsys):
+    classifier = SwitchableClassifier.load(folder, batch_size=3)
+    for _ in range(2):
+        classifier.classify(IMAGE, budget_ms=9.0)
+    assert capsys.readouterr().err == "measuring batches of 3 at sizes 64 48 32 on cpu\n"
+
+
 def test_milliseconds_an_image_are_the_median_batchs(folder, measured):
     classifier = SwitchableClassifier.load(folder, batch_size=4)
     assert classifier.ms_per_image() == {s: ms["median"] / 4 for s, ms in TABLE.items()}

@@ -74,10 +74,10 @@ def sweep(backend, tmp_path, monkeypatch, capsys):
     line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24 -b 8"
     words = [*line.split(), "--device", "cpu", "--output", str(tmp_path / "run")]
 
-    def run(names: str, *more: str):
+    def run(names: str, *more: str, code: int = 0):
         steps = ["--profile-steps", str(STEPS), "--profile-sweep", names]
         monkeypatch.setattr(sys, "argv", ["train_dali.py", *words, *steps, *more])
-        assert main("train_dali.py", PacedOptions, backend.make_loaders) == 0
+        assert main("train_dali.py", PacedOptions, backend.make_loaders) == code
         found = json.loads((tmp_path / "run" / "profile" / "sweep.json").read_text())
         return capsys.readouterr().out.splitlines(), found
 
@@ -200,6 +200,19 @@ def test_the_limit_ends_the_sweep_within_a_trial(sweep, backend):
         said
     )
     assert _parsed(found["command"])[1] == PacedOptions()
+
+
+def test_ctrl_c_keeps_the_trials_and_prints_the_best_so_far(sweep, backend):
+    def pause(options, _):
+        if options.workers == 1:
+            raise KeyboardInterrupt
+        return {4: 0.1, 8: 0.2, 2: 0.05}[options.workers]
+
+    backend.pause = pause
+    said, found = sweep("workers,batch-size", code=130)
+    assert _tried(found) == [("workers", 8, False), ("workers", 2, True)]
+    assert _parsed(found["command"])[1] == PacedOptions(workers=2)
+    assert found["command"] in said
 
 
 def test_a_decoder_that_is_not_there_is_left_out(sweep):

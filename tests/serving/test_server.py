@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import itertools
 import os
 import signal
@@ -11,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -393,6 +396,112 @@ def test_a_connection_without_a_request_is_closed(classifier, monkeypatch, sent)
     with serving(classifier) as client, connect(client) as idle:
         idle.sendall(sent)
         assert idle.recv(100) == b""
+
+
+def test_a_connection_more_than_may_be_open_takes_the_place_of_the_one_that_is_idle_the_longest(
+    classifier, monkeypatch
+):
+    monkeypatch.setattr(serve, "most_connections", lambda: 3)
+    with serving(classifier) as client, ExitStack() as stack:
+        idle = [stack.enter_context(connect(client)) for _ in range(6)]
+        assert client.get("/health").status_code == 200  # the fourth that may be open
+        assert [one.recv(1) for one in idle[:4]] == [b""] * 4
+        idle[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle[-1].recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_connection_more_than_may_be_open_is_refused_where_all_have_requests(
+    classifier, gate, monkeypatch
+):
+    monkeypatch.setattr(serve, "most_connections", lambda: 1)
+    with serving(classifier) as client, connect(client) as busy:
+        busy.sendall(_head(len(PHOTO)) + PHOTO)
+        gate.entered.wait(30)
+        with connect(client) as refused:
+            assert refused.recv(100).startswith(
+                b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1"
+            )
+        gate.is_open.set()
+        assert busy.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(("soft", "most"), [(256, 128), (4096, 1000), (-1, 1000)])
+def test_connections_leave_half_of_the_descriptors_to_all_else(monkeypatch, soft, most):
+    monkeypatch.setattr(serve.resource, "getrlimit", lambda _: (soft, soft))
+    assert serve.most_connections() == most
+
+
+def test_descriptors_that_run_out_are_one_line_and_other_errors_stay_as_they_are(
+    classifier, monkeypatch, capsys, caplog
+):
+    """asyncio reports each connection that it cannot accept, with a traceback."""
+    options = ServerConfig(batch_size=4)
+    app = serve.make_app(serve.make_service(classifier, options), options, True)
+    listener, accepted = serve.bind("127.0.0.1", 0), []
+    accept = socket.socket.accept
+
+    def accept_at_last(self):
+        accepted.append(self)
+        if len(accepted) <= 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(self)
+
+    def visit() -> None:
+        asyncio.get_running_loop().call_exception_handler({"message": "another error"})
+        stack.enter_context(socket.create_connection(listener.getsockname(), timeout=30))
+        monkeypatch.setattr(socket.socket, "accept", accept_at_last)
+        asyncio.get_running_loop().call_later(0.3, lambda: setattr(server, "should_exit", True))
+
+    server = serve.make_server(app, visit)
+    with ExitStack() as stack:
+        server.run([listener])
+    assert len(accepted) >= 3
+    assert capsys.readouterr().err == "connections wait: Too many open files\n"
+    assert caplog.messages == ["another error"]
+
+
+def test_the_address_is_told_once_clients_can_connect(classifier):
+    options = ServerConfig(batch_size=4)
+    app = serve.make_app(serve.make_service(classifier, options), options, True)
+    listener, found = serve.bind("127.0.0.1", 0), []
+
+    def visit() -> None:
+        with socket.create_connection(listener.getsockname(), timeout=30):
+            found.append("connected")
+        server.should_exit = True
+
+    server = serve.make_server(app, visit)
+    server.run([listener])
+    assert found == ["connected"]
+
+
+def test_a_body_that_its_client_stops_sending_does_not_hold_the_end(
+    classifier, monkeypatch, caplog
+):
+    monkeypatch.setattr(serve, "LAST_BODY_S", 0.05)
+    form = _head(100).replace(
+        b"\r\n\r\n", b"\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n"
+    )
+    with ExitStack() as stack, serving(classifier) as client:
+        for head in (_head(100), form):
+            stack.enter_context(connect(client)).sendall(head + b"--x\r\n")
+        _until(lambda: client.service._under_way == 2)
+    assert caplog.messages == []  # such as tasks that are cancelled, with their tracebacks
+
+
+def test_an_answer_that_takes_too_long_for_the_end_is_a_refusal_without_a_traceback(
+    classifier, gate, pool, monkeypatch, caplog
+):
+    monkeypatch.setattr(serve, "LAST_ANSWER_S", 0.05)
+    with ExitStack() as stack, serving(classifier) as client:
+        waiting = stack.enter_context(connect(client))
+        waiting.sendall(_head(len(PHOTO)) + PHOTO)
+        gate.entered.wait(30)
+        answer = pool.submit(waiting.recv, 1000)
+        answer.add_done_callback(lambda _: gate.is_open.set())
+    assert answer.result().startswith(b"HTTP/1.1 503 ")
+    assert b"it shuts down" in answer.result()
+    assert [record.exc_info for record in caplog.records] == [None]  # that it is cancelled
 
 
 def test_a_body_without_an_end_is_not_read_for_ever(classifier, monkeypatch):

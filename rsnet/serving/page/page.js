@@ -9,6 +9,8 @@ const element = (name, text = "", attributes = {}) => {
   return made;
 };
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
+// In three digits, never as 1.2e+3.
+const milliseconds = (ms) => String(Number(ms.toPrecision(3)));
 
 let info = null;
 let rows = new Map(); // by size
@@ -33,23 +35,31 @@ function makeRow(size) {
     element("td", top1, { "data-name": "accuracy" }),
     element("td", "", { class: "class" }),
     element("td", "", { "data-name": "confidence" }),
-    element("td", "", { "data-name": "ms" }),
+    element("td", milliseconds(info.latency.ms[size].p95), { "data-name": "ms" }),
   );
   by("rows").append(row);
   rows.set(size, row);
 }
 
+function emptyRows() {
+  for (const row of rows.values()) {
+    const [, , name, confidence] = row.children;
+    name.replaceChildren();
+    confidence.replaceChildren();
+  }
+}
+
 function fillRow({ size, ms, top }) {
-  const [, , name, confidence, time] = rows.get(size).children;
+  const [, , name, confidence] = rows.get(size).children;
   const list = element("ol");
   for (const one of top) list.append(element("li", `${one.class} ${percent(one.probability)}`));
   const details = element("details");
   details.append(element("summary", top[0].class), list);
+  details.append(element("p", `This image took ${milliseconds(ms)} ms.`));
   name.replaceChildren(details);
   const meter = element("meter", "", { min: 0, max: 1, "aria-label": `confidence at size ${size}` });
   meter.value = top[0].probability;
   confidence.replaceChildren(meter, ` ${percent(top[0].probability)}`);
-  time.textContent = ms.toFixed(2);
 }
 
 // The slider is logarithmic, from half of what the fastest size takes to twice the slowest.
@@ -61,7 +71,7 @@ function budget() {
 
 function showChosen() {
   const ms = budget();
-  const shown = `${ms.toPrecision(3)} ms`;
+  const shown = `${milliseconds(ms)} ms`;
   by("budget-ms").textContent = shown;
   by("budget").setAttribute("aria-valuetext", shown);
   const chosen = info.choices.find((one) => one.from_ms <= ms);
@@ -85,11 +95,12 @@ function showImage(file) {
 async function classify(file) {
   const number = ++newest;
   if (!info) return;
+  emptyRows();
+  showImage(file);
   if (file.size > info.max_bytes) {
     say(`The image is too large: ${info.max_bytes / 1e6} MB are allowed.`, true);
     return;
   }
-  showImage(file);
   say("Classifying…");
   try {
     const found = await answer(await fetch("compare", { method: "POST", body: file }));
@@ -130,7 +141,9 @@ async function start() {
     return;
   }
   by("about").textContent = `${info.classes} classes at ${info.sizes.join(", ")} pixels.`;
-  by("batch").textContent = `batch of ${info.latency.batch_size}`;
+  for (const place of document.querySelectorAll(".batch")) {
+    place.textContent = `batch of ${info.latency.batch_size}`;
+  }
   info.sizes.forEach(makeRow);
   showChosen();
   listen();

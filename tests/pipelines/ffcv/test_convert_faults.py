@@ -96,7 +96,7 @@ def test_a_hostile_file_is_a_broken_image(tmp_path, convert, make, write_mode):
     assert convert(*arguments, "--write-mode", write_mode, "--skip-bad")[0] == 0
 
 
-@pytest.mark.parametrize("name", ["val.beton.partial", "val.beton.json", "val.beton.json.tmp"])
+@pytest.mark.parametrize("name", ["val.beton.partial", "val.beton.json"])
 def test_a_folder_in_the_way_is_named(demo, tmp_path, convert, name):
     (tmp_path / "b" / name).mkdir(parents=True)
     code, _, err = convert("--data", demo, "--output", tmp_path / "b", "--splits", "val")

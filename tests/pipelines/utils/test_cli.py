@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipelines.utils.cli import command, exit_code
+from pipelines.utils.cli import command, exit_code, exit_if_not_installed
 from pipelines.utils.errors import DataError, UsageError
 
 
@@ -38,6 +38,13 @@ def test_an_error_is_one_line_and_an_exit_code(capsys, error, code, line):
 def test_a_fault_of_the_program_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         exit_code("name", lambda: 1 // 0)
+
+
+def test_ctrl_c_while_a_script_imports_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, exit_if_not_installed("train.py", "train"):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
 
 
 def test_a_path_that_is_no_text_can_be_printed(monkeypatch):
