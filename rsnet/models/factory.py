@@ -6,7 +6,7 @@ import copy
 import difflib
 import inspect
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torchvision
@@ -31,11 +31,16 @@ from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quan
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 
+Network = TypeVar("Network", bound=nn.Module)
+
 PREFIX = "parallel_"
 TIMM_PREFIX = PREFIX + "timm/"
 
 # The original's names that torchvision spells differently.
 _ALIASES = {"mobilenetv2": "mobilenet_v2"}
+
+# Pixels of an image that is large enough to see how often a network halves it.
+PROBE = 320
 
 # No BatchNorm; or, as MaxViT, only at the one size that its attention windows divide.
 _UNFIT = re.compile(r"alexnet|convnext|maxvit|squeezenet|swin|vgg\d+$|vit_")
@@ -121,7 +126,7 @@ def gflops(model: nn.Module, size: int) -> float:
     return float(counter.get_total_flops()) / 1e9
 
 
-def _shape_only(model: nn.Module) -> nn.Module:
+def _shape_only(model: Network) -> Network:
     """Return a copy without numbers, which computes shapes, and without layers that change none.
 
     PyTorch takes BatchNorm and ReLU6 apart on the meta device: six forwards of ResNet-50 take 1.1 s with
@@ -222,27 +227,48 @@ def _suggest(arch: str, known: list[str]) -> str:
 def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
     """Raise UsageError if the network cannot run at one of its sizes, or shrinks it to next to nothing."""
     on_meta = _shape_only(model)
-    smallest = model.sizes[-1]
-    stride = _total_stride(on_meta, model.sizes[0])
+    failures = {size: error for size in model.sizes if (error := _failure(on_meta, size))}
+    works = [size for size in model.sizes if size not in failures]
+    fixed = _fixed_size(model.network)
+    for size, error in failures.items():
+        alone = f"; it takes {fixed} alone" if fixed else ""
+        if not alone and works:
+            alone = f"; of these sizes, it works at {' '.join(map(str, works))}"
+        raise UsageError(
+            f"--sizes: {arch} does not work at {size} ({first_line(error)}){alone}"
+        ) from error
     # Under half the stride, the last two stages have one pixel: their 3x3 filters act as 1x1 filters.
+    stride = _total_stride(on_meta)
+    smallest = model.sizes[-1]
     if smallest < stride // 2:
         raise UsageError(
             f"--sizes: {smallest} is too small for {arch}, which shrinks its input {stride} times; "
             f"use {stride // 2} or more"
         )
-    for size in model.sizes:
-        try:
-            with torch.no_grad():
-                on_meta(torch.empty(1, 3, size, size, device="meta"))
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(
-                f"--sizes: {arch} does not work at {size} ({first_line(error)})"
-            ) from error
 
 
-def _total_stride(on_meta: nn.Module, size: int, probe: int = 320) -> int:
-    """Return how many times smaller the last spatial feature map is than a probe image."""
-    smallest = probe
+def _failure(on_meta: ResolutionSwitchable, size: int) -> Exception | None:
+    """Return what a forward at `size` raises, if anything; libraries raise what they like."""
+    try:
+        with torch.no_grad():
+            on_meta(torch.empty(1, 3, size, size, device="meta"), on_meta.sizes[0])
+    except Exception as error:
+        return error
+    return None
+
+
+def _fixed_size(network: nn.Module) -> int | None:
+    """Return the one size that a network of timm's takes, by its own account; None if it takes others."""
+    known = getattr(network, "default_cfg", None) or {}
+    return known["input_size"][-1] if known.get("fixed_input_size") else None
+
+
+def _total_stride(on_meta: ResolutionSwitchable) -> int:
+    """Return how many times smaller the last spatial feature map is than a large image.
+
+    Networks that take no other image than those of their size are watched at that.
+    """
+    smallest = 0
 
     def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal smallest
@@ -250,8 +276,12 @@ def _total_stride(on_meta: nn.Module, size: int, probe: int = 320) -> int:
             smallest = min(smallest, output.shape[-1])
 
     hooks = [m.register_forward_hook(watch) for m in on_meta.modules() if isinstance(m, nn.Conv2d)]
-    with torch.no_grad():
-        on_meta(torch.empty(1, 3, probe, probe, device="meta"), size)
-    for hook in hooks:
-        hook.remove()
-    return round(probe / smallest)
+    try:
+        for probe in (PROBE, on_meta.sizes[0]):
+            smallest = probe
+            if _failure(on_meta, probe) is None:
+                return round(probe / smallest)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 1
