@@ -58,6 +58,7 @@ def run(options: Options) -> int:
     from rsnet.inference.benchmark import measure
     from rsnet.inference.benchmark_report import section, write_results
     from rsnet.inference.calibration import collect_logits, find_labelled_images
+    from rsnet.inference.latency import unsteady
     from rsnet.release.model_card import update_bench
 
     output = options.output
@@ -71,6 +72,9 @@ def run(options: Options) -> int:
         scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
     figures = measure(classifier, scores)
     print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
+    times = {s.size: {"median": s.ms_batch["p50"], "p95": s.ms_batch["p95"]} for s in figures.sizes}
+    if reason := unsteady(times):
+        print(f"note: the device was busy with something else: {reason}", file=sys.stderr)
     if output is not None:
         plot = write_results(output, classifier.config["network"]["arch"], figures)
         if options.wandb != "disabled":

@@ -31,21 +31,39 @@ class ClassifierOptions:
     """Precision of the computation."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """Of verbs that choose by latencies."""
+
+    remeasure: bool = False
+    """Measure this device's latencies anew, in place of those in the release's latency-DEVICE.json."""
+
+
 def load_classifier(
-    release: Path, device: str | None, batch_size: int, dtype: Dtype = "float32", **options: Any
+    release: Path,
+    device: str | None,
+    batch_size: int,
+    dtype: Dtype = "float32",
+    *,
+    remeasure: bool = False,
+    **options: Any,
 ) -> SwitchableClassifier:
     """Load a release on the device, or on the GPU if none is named and there is one.
 
-    options: further ones of `SwitchableClassifier.load`, which says what is raised.
+    remeasure: measure its latencies. options: further ones of `SwitchableClassifier.load`, which says what
+    is raised.
     """
     import torch
 
     from rsnet.inference.classifier import SwitchableClassifier
 
-    return SwitchableClassifier.load(
+    classifier = SwitchableClassifier.load(
         release,
         device or ("cuda" if torch.cuda.is_available() else "cpu"),
         torch.bfloat16 if dtype == "bfloat16" else None,
         batch_size,
         **options,
     )
+    if remeasure:
+        classifier.calibrate_latency()
+    return classifier

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import DataError
 from pipelines.utils.tables import printable, text_table
-from rsnet.cli.classifier import ClassifierOptions, load_classifier
+from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ClassifierOptions):
+class Options(LatencyOptions, ClassifierOptions):
     """Classify images with a release: a table, in the order of the images, or JSON.
 
     An image that cannot be decoded, or has more than 100 million pixels, is named on stderr and left
@@ -72,6 +72,7 @@ def run(options: Options) -> int:
         options.device,
         options.batch_size,
         options.dtype,
+        remeasure=options.remeasure,
         top=options.top,
         fold=options.fold,
         cuda_graphs=options.cuda_graphs,

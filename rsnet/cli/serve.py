@@ -13,12 +13,12 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
-from rsnet.cli.classifier import load_classifier
+from rsnet.cli.classifier import LatencyOptions, load_classifier
 from rsnet.serving.config import ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ServerConfig):
+class Options(LatencyOptions, ServerConfig):
     """Serve a release: a web page that compares its sizes, and JSON. Ctrl-C ends it.
 
     Exit code: 0 if it was stopped, 1 if the port is taken, 2 for a mistake in the command.
@@ -49,8 +49,9 @@ def run(options: Options) -> int:
     _require_valid(options, int(Image.MAX_IMAGE_PIXELS or 0) / 1e6)
     with server.bind(options.host, options.port) as listener:
         classifier = load_classifier(
-            options.release, options.device, options.batch_size, top=options.top
-        )
+            options.release, options.device, options.batch_size,
+            remeasure=options.remeasure, top=options.top,
+        )  # fmt: skip
         service = server.make_service(classifier, options)
         app = server.make_app(service, options, server.is_loopback(listener))
         # As an error it is caught, and answered; as a warning it would end up in the server's output.

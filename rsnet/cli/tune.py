@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from pipelines.utils.errors import UsageError
 from pipelines.utils.tables import text_table
-from rsnet.cli.classifier import ClassifierOptions, load_classifier
+from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier
 
 if TYPE_CHECKING:
     from rsnet.inference.cascade import CascadeStage
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ClassifierOptions):
+class Options(LatencyOptions, ClassifierOptions):
     """Fit temperatures and the thresholds of a cascade to labelled images, for `rsnet predict --tuned`.
 
     Half of the images, drawn by chance, is fitted to; what is printed is of the other half. The result
@@ -51,7 +51,10 @@ def run(options: Options) -> int:
     from rsnet.inference.cascade import TUNED_FILE
     from rsnet.inference.cascade_search import tune_release
 
-    classifier = load_classifier(options.release, options.device, options.batch_size, options.dtype)
+    classifier = load_classifier(
+        options.release, options.device, options.batch_size, options.dtype,
+        remeasure=options.remeasure,
+    )  # fmt: skip
     folder = find_labelled_images(options.data, classifier.config["network"])
     if not os.access(options.release, os.W_OK):
         raise UsageError(f"cannot write into {options.release}, where {TUNED_FILE} belongs")

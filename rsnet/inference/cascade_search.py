@@ -244,7 +244,11 @@ def tune_release(
     fitted, other = scores.halves()
     temperatures = {s: fit_temperature(z, fitted.labels) for s, z in fitted.logits.items()}
     ms = classifier.ms_per_image()
-    chosen = choose(search(answers(fitted, temperatures), ms), target_top1, target_ms)
+    try:
+        chosen = choose(search(answers(fitted, temperatures), ms), target_top1, target_ms)
+    except DataError as error:
+        advice = "" if target_ms is None else classifier.remeasure_advice()
+        raise DataError(f"{error}{advice}") from error
     held_out = answers(other, temperatures)
     reported = simulate(held_out, chosen.cascade, ms)
     sizes = [

@@ -76,6 +76,7 @@ class SwitchableClassifier:
         self.config = content.config  # of config.json
         self.folder, self._sha256 = folder, content.config["weights"]["sha256"]
         self._latencies: latency.Table | None = None
+        self._is_stored = False  # whether they were read from the file
         self._normalize = PixelNormalizer(device, dtype or torch.float32, network["normalize"])
 
     @classmethod
@@ -175,16 +176,25 @@ class SwitchableClassifier:
         """
         found = self.tuned() if tuned else None
         is_free = [size, confidence, budget_ms] == [None, None, None]
-        cascade = found.cascade if found and is_free else self.cascade(size, confidence, budget_ms)
+        try:
+            cascade = (
+                found.cascade if found and is_free else self.cascade(size, confidence, budget_ms)
+            )
+        except latency.OverBudgetError as error:
+            raise UsageError(f"{error}{self.remeasure_advice()}") from error
         predict = partial(self.predict, temperatures=found.temperatures if found else UNCALIBRATED)
         return run_cascade(images, cascade, predict, self.batch_size)
 
     def calibrate_latency(self) -> latency.Table:
         """Measure a whole batch at each size, from pixels on the host to probabilities there.
 
-        The table is kept beside the release, as latency-DEVICE.json, where that can be written.
+        The table is kept beside the release, as latency-DEVICE.json, where that can be written; for this
+        process alone if the device was busy with something else, which is said on stderr.
         """
-        self._latencies = self.measure_batches(self.batch_size)
+        self._latencies, self._is_stored = self.measure_batches(self.batch_size), False
+        if reason := latency.unsteady(self._latencies):
+            print(f"these latencies are not stored: {reason}", file=sys.stderr, flush=True)
+            return self._latencies
         with suppress(OSError):
             latency.save(self._latency_file, self.conditions, self._latencies)
         return self._latencies
@@ -203,7 +213,14 @@ class SwitchableClassifier:
         """
         if self._latencies is None:
             self._latencies = latency.load(self._latency_file, self.conditions, self.sizes)
+            self._is_stored = self._latencies is not None
         return self._latencies or self.calibrate_latency()
+
+    def remeasure_advice(self) -> str:
+        """Return the end of an error about latencies that an earlier process measured; "" if this one did."""
+        if not self._is_stored:
+            return ""
+        return f"; says {self._latency_file}: --remeasure, or calibrate_latency(), measures anew"
 
     def ms_per_image(self) -> dict[int, float]:
         """Return, by size, the median batch's milliseconds over the images in it."""

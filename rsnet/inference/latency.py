@@ -22,8 +22,16 @@ Table = dict[int, dict[str, float]]
 
 WARM_UP, REPEATS = 5, 40
 
+# Largest p95 over the median of a device that has nothing else to do; programs that take turns on it make it
+# two and more.
+STEADY = 1.5
+
 # py-cpuinfo starts processes, and took 1.9 s to say the same.
 CPU_INFO = Path("/proc/cpuinfo")
+
+
+class OverBudgetError(UsageError):
+    """A budget that no size fits into."""
 
 
 def device_name(device: torch.device) -> str:
@@ -64,6 +72,14 @@ def sample(
     return times
 
 
+def unsteady(table: Table) -> str:
+    """Return what shows that the device was busy with something else meanwhile; "" if nothing does."""
+    spread, size = max((ms["p95"] / ms["median"], size) for size, ms in table.items())
+    if spread <= STEADY:
+        return ""
+    return f"at size {size}, one of twenty batches took {spread:.1f} times as long as usual"
+
+
 def percentile(times: list[float], percent: int) -> float:
     """Return a percentile, from 1 to 99, by linear interpolation."""
     return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
@@ -82,7 +98,8 @@ def save(path: str | Path, conditions: Mapping[str, Any], table: Table) -> None:
 
 
 def load(path: str | Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]) -> Table | None:
-    """Read a table; return None if there is none, or it was measured in other conditions.
+    """Read a table; return None if there is none, or it was measured in other conditions, or while the
+    device was busy.
 
     Raises DataError, in one line, for a file that is no such table.
     """
@@ -97,7 +114,7 @@ def load(path: str | Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]
         table = {s: {k: float(content["ms"][str(s)][k]) for k in ("median", "p95")} for s in sizes}
     if not all(0 < ms < float("inf") for times in table.values() for ms in times.values()):
         raise DataError(f"{path} has a latency that is none; remove it")
-    return table
+    return None if unsteady(table) else table
 
 
 def best_size(
@@ -105,13 +122,13 @@ def best_size(
 ) -> int:
     """Return the most accurate size, or the largest if accuracies are not known, whose p95 fits.
 
-    Raises UsageError, which says what the fastest takes, if none does.
+    Raises OverBudgetError, which says what the fastest takes, if none does.
     """
     fitting = [size for size, ms in table.items() if ms["p95"] <= budget_ms]
     if not fitting:
         size = min(table, key=lambda s: table[s]["p95"])
         fastest = f"size {size} takes {table[size]['p95']:.2f} ms in 95 of 100 batches"
-        raise UsageError(f"no size fits into {budget_ms} ms: {fastest}")
+        raise OverBudgetError(f"no size fits into {budget_ms} ms: {fastest}")
     if accuracy is None:
         return max(fitting)
     return max(fitting, key=lambda s: (accuracy[str(s)]["top1"], -table[s]["p95"]))

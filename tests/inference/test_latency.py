@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.utils.errors import DataError, UsageError
+from rsnet.__main__ import main
 from rsnet.inference import latency
 from rsnet.inference.classifier import SwitchableClassifier
 from tests.helpers import releases
@@ -162,6 +164,52 @@ def test_that_a_device_is_measured_is_said(folder, capsys):
     for _ in range(2):
         classifier.classify(IMAGE, budget_ms=9.0)
     assert capsys.readouterr().err == "measuring batches of 3 at sizes 64 48 32 on cpu\n"
+
+
+BUSY = {
+    64: {"median": 8.0, "p95": 9.0},
+    48: {"median": 4.0, "p95": 8.4},
+    32: {"median": 2.0, "p95": 3.0},
+}
+
+
+def test_what_a_busy_machine_measured_is_said_and_not_stored(folder, monkeypatch, capsys):
+    monkeypatch.setattr(latency, "measure", lambda *_: BUSY)
+    classifier = SwitchableClassifier.load(folder)
+    assert classifier.latencies() == BUSY
+    said = capsys.readouterr().err.splitlines()[-1]
+    reason = "at size 48, one of twenty batches took 2.1 times as long as usual"
+    assert said == f"these latencies are not stored: {reason}"
+    assert not list(folder.glob("latency-*"))
+
+
+def test_a_stored_table_of_a_busy_machine_is_measured_anew(folder, measured):
+    classifier = SwitchableClassifier.load(folder, batch_size=3)
+    latency.save(classifier._latency_file, classifier.conditions, BUSY)
+    assert classifier.latencies() == TABLE
+    assert measured == [3, 3, 3]
+    assert SwitchableClassifier.load(folder, batch_size=3).latencies() == TABLE
+    assert measured == [3, 3, 3]
+
+
+def test_a_budget_that_stored_latencies_refuse_names_the_file_and_how_to_measure_anew(
+    folder, monkeypatch, capsys
+):
+    """Not where this process has measured, and to no client of a server."""
+    monkeypatch.setattr(latency, "measure", lambda *_: TABLE)
+    words = [str(folder), str(folder / "a.png"), "--device", "cpu", "--budget-ms", "2.9"]
+    Image.fromarray(IMAGE).save(folder / "a.png")
+    for advice in (False, True):
+        assert main(["predict", *words]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        (file,) = folder.glob("latency-*")
+        end = f"; says {file}: --remeasure, or calibrate_latency(), measures anew" if advice else ""
+        assert error.endswith(f": size 32 takes 3.00 ms in 95 of 100 batches{end}")
+    monkeypatch.setattr(
+        latency, "measure", lambda *_: {s: {"median": 1.0, "p95": 1.0} for s in SIZES}
+    )
+    assert main(["predict", *words, "--remeasure"]) == 0
+    assert json.loads(file.read_text())["ms"]["64"]["p95"] == 1.0
 
 
 def test_milliseconds_an_image_are_the_median_batchs(folder, measured):

@@ -610,7 +610,7 @@ def signals_restored():
 def test_a_signal_ends_it_with_exit_code_0_after_the_answers_under_way(
     folder, classifier, gate, pool, monkeypatch, capfd, number
 ):
-    def load(given, _device, dtype, batch_size, top):
+    def load(given, _device, dtype, batch_size, *, top):
         assert (given, dtype, batch_size, top) == (folder, None, 8, 5)
         return classifier
 
