@@ -8,17 +8,18 @@ EXIF-rotated JPEG.
 
 from __future__ import annotations
 
-import shutil
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.utils.atomic_io import atomic_directory
 from pipelines.utils.cli import command
 from pipelines.utils.errors import UsageError
 
@@ -81,18 +82,19 @@ def write(options: DemoOptions) -> None:
     """Write both splits completely or not at all. Raises UsageError if `output` exists already."""
     if options.output.exists():
         raise UsageError(f"--output: {options.output} exists already")
-    partial = options.output.with_name(options.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for number, (split, images) in enumerate((("train", options.train), ("val", options.val))):
-        for label, name in enumerate(CLASSES):
-            folder = partial / split / name
-            folder.mkdir(parents=True)
-            for i in range(images):
-                rng = np.random.default_rng((options.seed, number, label, i))
-                # The odd kinds are the first images of the first classes, one each.
-                save = ODD_KINDS[label] if i == 0 and label < len(ODD_KINDS) else _save_plain
-                save(folder / f"{name}_{i:04}.JPEG", render(name, rng))
-    partial.rename(options.output)
+    with atomic_directory(options.output) as temporary:
+        for number, (split, images) in enumerate((("train", options.train), ("val", options.val))):
+            for label, name in enumerate(CLASSES):
+                folder = temporary / split / name
+                folder.mkdir(parents=True)
+                for i in range(images):
+                    rng = np.random.default_rng((options.seed, number, label, i))
+                    # The odd kinds are the first images of the first classes, one each.
+                    is_odd = i == 0 and label < len(ODD_KINDS)
+                    save = ODD_KINDS[label] if is_odd else _save_plain
+                    file = io.BytesIO()  # PIL has words of its own for a disk that is full
+                    save(file, render(name, rng))
+                    (folder / f"{name}_{i:04}.JPEG").write_bytes(file.getvalue())
 
 
 def write_demo(options: DemoOptions) -> int:
@@ -121,30 +123,30 @@ def render(name: str, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _save_plain(path: Path, image: Image.Image, **options: Any) -> None:
-    image.save(path, "JPEG", quality=90, **options)
+def _save_plain(file: IO[bytes], image: Image.Image, **options: Any) -> None:
+    image.save(file, "JPEG", quality=90, **options)
 
 
-def _save_cmyk(path: Path, image: Image.Image) -> None:
-    _save_plain(path, image.convert("CMYK"))
+def _save_cmyk(file: IO[bytes], image: Image.Image) -> None:
+    _save_plain(file, image.convert("CMYK"))
 
 
-def _save_png(path: Path, image: Image.Image) -> None:
-    image.save(path, "PNG")
+def _save_png(file: IO[bytes], image: Image.Image) -> None:
+    image.save(file, "PNG")
 
 
-def _save_gray(path: Path, image: Image.Image) -> None:
-    _save_plain(path, image.convert("L"))
+def _save_gray(file: IO[bytes], image: Image.Image) -> None:
+    _save_plain(file, image.convert("L"))
 
 
-def _save_exif(path: Path, image: Image.Image) -> None:
+def _save_exif(file: IO[bytes], image: Image.Image) -> None:
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = ROTATE_90
-    _save_plain(path, image, exif=exif)
+    _save_plain(file, image, exif=exif)
 
 
-def _save_progressive(path: Path, image: Image.Image) -> None:
-    _save_plain(path, image, progressive=True)
+def _save_progressive(file: IO[bytes], image: Image.Image) -> None:
+    _save_plain(file, image, progressive=True)
 
 
 ODD_KINDS = (_save_cmyk, _save_png, _save_gray, _save_exif, _save_progressive)

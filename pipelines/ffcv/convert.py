@@ -47,7 +47,7 @@ from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
 from pipelines.image_io import open_image
 from pipelines.sampler import Indices, uniforms
 from pipelines.utils.atomic_io import fsync_directory, sha256_file
-from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.errors import DataError, UsageError, error_context, first_line, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
@@ -293,7 +293,7 @@ def _convert_split(
         fsync_directory(output)
     except OSError as error:
         raise DataError(
-            f"cannot write {error.filename or partial}: {error.strerror or error}"
+            f"cannot write {error.filename or partial}: {error.strerror or error}{way_out(error)}"
         ) from None
     finally:
         with contextlib.suppress(OSError):

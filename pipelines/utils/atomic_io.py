@@ -20,7 +20,7 @@ def atomic_write(path: Path, data: bytes | memoryview, *, alone: bool = False) -
     temporary name is always the same, and what a killed process left there, gigabytes of a checkpoint, is
     overwritten.
 
-    Raises OSError and leaves what was at `path`.
+    Raises OSError, which names `path`, and leaves what was there.
     """
     infix = "" if alone else f".{secrets.token_hex(4)}"
     temporary = path.with_name(f"{path.name}{infix}.tmp")
@@ -30,9 +30,10 @@ def atomic_write(path: Path, data: bytes | memoryview, *, alone: bool = False) -
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        name_path(error, path)
         raise
     fsync_directory(path.parent)
 
@@ -46,7 +47,8 @@ def atomic_write_json(path: Path, content: Mapping[str, Any]) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` when the block ends, or removed if it raises.
 
-    Raises OSError, also if `path` is a file or a folder that is not empty; it is left as it is.
+    Raises OSError, which names `path` or what belongs into it, also if `path` is a file or a folder that is
+    not empty; it is left as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -54,10 +56,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            name = str(error.filename or path)
+            name_path(error, Path(name.replace(str(temporary), str(path), 1)))
         raise
     fsync_directory(path.parent)
+
+
+def name_path(error: OSError, path: Path) -> None:
+    """Let an error's message name this path alone: full disks name none, renames a temporary one, too."""
+    error.filename = str(path)
+    del error.filename2  # if it were None, the message would say so
 
 
 def fsync_directory(folder: Path) -> None:

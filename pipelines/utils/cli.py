@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError, way_out
 
 Options = TypeVar("Options")
 
@@ -173,7 +173,7 @@ def exit_code(name: str, action: Callable[[], int], advice: str = "", *, extra: 
         print(f"{name}: error: {message}", file=sys.stderr)
         return message.exit_code
     except OSError as error:  # a disk or folder that does not let us; the message names the path
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}{way_out(error)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"{name}: interrupted{advice}", file=sys.stderr)

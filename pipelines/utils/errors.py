@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,3 +37,9 @@ def error_context(what: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def way_out(error: OSError) -> str:
+    """Return what to do about a full disk, to follow the error's message; "" about other errors."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "; free some space there, or write elsewhere" if is_full else ""

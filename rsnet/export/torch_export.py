@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.utils.atomic_io import atomic_write
 from rsnet.models.fold import fold_batchnorm, plain
 from rsnet.models.quantization.encode import level_table
 from rsnet.models.quantization.lq_nets import ActivationQuantizer
@@ -63,7 +65,9 @@ def write(path: Path, network: nn.Module, size: int, about: Mapping[str, Any]) -
         program = torch.export.export(network, (images,), dynamic_shapes=batch)
     for node in program.graph.nodes:  # paths on this machine
         node.meta.pop("stack_trace", None)
-    torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
+    data = io.BytesIO()  # into a file, a full disk would be a fault of the exporter's
+    torch.export.save(program, data, extra_files={"about.json": json.dumps(about)})
+    atomic_write(path, data.getbuffer())
 
 
 def load(path: Path) -> Callable[[Tensor, int], Tensor]:

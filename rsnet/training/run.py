@@ -207,24 +207,29 @@ class TrainingRun:
             **training_state(self.trainer, self.model),
         )
 
-        def write() -> str:
+        def write() -> tuple[str, bool]:
             try:
                 self.run_dir.sync()
                 self.manager.save(checkpoint, is_best)
             except OSError as error:
-                return f"cannot save to {self.manager.folder}: {error.strerror or error}"
-            return ""
+                problem = f"cannot save to {self.manager.folder}: {error.strerror or error}"
+                return problem, self.manager.last.exists()
+            return "", True
 
-        problem = distributed.run_on_main(write)
+        problem, has_older = distributed.run_on_main(write)
         self.last_save = time.monotonic()
         self.watchdog.tick()
         if problem and self.config.on_save_error == "stop":
+            older = (
+                "the checkpoint before it is whole" if has_older else "there is no checkpoint yet"
+            )
             raise RunError(
-                f"{problem}; the checkpoint before it is whole: free some space and run the same command, "
+                f"{problem}; {older}: free some space and run the same command, "
                 "or train on with --on-save-error continue"
             )
         if problem:
-            self.console.say(f"{problem}; the checkpoint before it stays, the training goes on")
+            older = "the checkpoint before it stays" if has_older else "there is no checkpoint yet"
+            self.console.say(f"{problem}; {older}, the training goes on")
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines.demo import CLASSES, DemoOptions, write
+from pipelines.demo import CLASSES, DemoOptions, write, write_demo
 from pipelines.image_folder import scan_train_val
+from pipelines.utils.cli import command
 from pipelines.utils.errors import UsageError
 
 
@@ -29,6 +30,18 @@ def test_ten_classes_in_train_and_val(demo):
     train, val = scan_train_val(demo)
     assert train.classes == val.classes == sorted(CLASSES)
     assert (len(train.paths), len(val.paths)) == (20, 10)
+
+
+def test_a_full_disk_leaves_nothing_and_names_the_folder(tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    output = tmp_path / "data"
+    assert command("demo", DemoOptions, write_demo, ["--output", str(output)]) == 1
+    line = f"demo: error: [Errno 28] No space left on device: '{output}'; free some space there, "
+    assert capsys.readouterr().err.startswith(line)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_seed_writes_the_same_files(demo, tmp_path):

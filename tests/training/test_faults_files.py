@@ -8,16 +8,19 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from pipelines.utils.errors import DataError
+from pipelines.utils.errors import DataError, RunError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.config.model_config import ModelConfig
+from rsnet.training import run as training
 from tests.helpers import processes
 
 pytestmark = pytest.mark.faults
@@ -180,3 +183,26 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
         for name in ("last-1.pt", "best.pt"):
             if (tmp_path / name).exists():
                 checkpoint.load(tmp_path / name)  # whole, too
+
+
+@pytest.mark.parametrize("has_older", [False, True])
+@pytest.mark.parametrize("reaction", ["stop", "continue"])
+def test_a_full_disk_is_told_with_the_checkpoint_before_it_if_there_is_one(
+    tmp_path, monkeypatch, reaction, has_older
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "Full")
+
+    if has_older:
+        (tmp_path / "last.pt").touch()
+    for name in ("Checkpoint", "training_state", "to_plain_dict"):
+        monkeypatch.setattr(training, name, lambda *_, **__: {})
+    run = mock.MagicMock(manager=CheckpointManager(tmp_path))
+    run.config.on_save_error = reaction
+    monkeypatch.setattr(run.manager, "save", full)
+    with pytest.raises(RunError) if reaction == "stop" else nullcontext() as error:
+        training.TrainingRun._save(run, is_best=False)
+    said = str(error.value) if error else run.console.say.call_args[0][0]
+    older = "the checkpoint before it" if has_older else "there is no checkpoint yet"
+    assert said.startswith(f"cannot save to {tmp_path}: Full; {older}")
+    assert ("the checkpoint before it" in said) == has_older

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
-from pipelines.utils.atomic_io import atomic_write, sha256_file
+from pipelines.utils.atomic_io import atomic_directory, atomic_write, sha256_file
 
 
 def test_a_link_under_the_temporary_name_leads_to_no_other_file(tmp_path):
@@ -14,7 +15,7 @@ def test_a_link_under_the_temporary_name_leads_to_no_other_file(tmp_path):
     other.write_text("kept")
     path.parent.mkdir()
     (path.parent / "tuned.json.tmp").symlink_to(other)
-    with pytest.raises(OSError, match=r"tuned\.json\.tmp"):
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: '.*tuned\.json'"):
         atomic_write(path, b"new", alone=True)
     assert other.read_text() == "kept"
     atomic_write(path, b"new", alone=True)
@@ -35,6 +36,32 @@ def test_processes_that_write_one_file_at_once_do_not_disturb_each_other(tmp_pat
     atomic_write(path, b"this one's")
     assert path.read_bytes() == b"this one's"
     assert os.listdir(tmp_path) == ["tuned.json"]
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a write, it names no file
+
+
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(OSError, match="28") as error:
+        atomic_write(path, b"new")
+    assert str(error.value) == f"[Errno 28] No space left on device: '{path}'"
+    assert os.listdir(tmp_path) == ["tuned.json"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_full_disk_names_the_folder_or_its_file_by_the_final_name(tmp_path):
+    path = tmp_path / "release"
+    with pytest.raises(OSError, match="28") as error, atomic_directory(path):
+        _full()
+    assert error.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as error, atomic_directory(path) as temporary:
+        (temporary / "none" / "config.json").write_bytes(b"")
+    assert error.value.filename == str(path / "none" / "config.json")
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
