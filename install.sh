@@ -67,8 +67,14 @@ fi
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
 set -- sync --locked --quiet --compile-bytecode --extra train --extra timm --extra onnx --extra serve
 if has_ffcv_libraries; then
-    "$UV" "$@" --extra ffcv
+    "$UV" "$@" --extra ffcv || {
+        say "FFCV cannot be built, for the reason above: going on without it"
+        "$UV" "$@"
+    }
 else
+    if command -v pkg-config >/dev/null && pkg-config --exists opencv5; then
+        say "FFCV needs OpenCV 4, here is 5"
+    fi
     say "without FFCV, which needs: sudo apt-get install $APT_PACKAGES"
     "$UV" "$@"
 fi

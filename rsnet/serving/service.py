@@ -21,7 +21,7 @@ from rsnet.serving.dynamic_batcher import DynamicBatcher
 from rsnet.serving.size_controller import SizeController
 
 # PIL decodes without Python's lock. Each thread may hold a decoded image of `most_pixels`.
-DECODERS = min(4, os.cpu_count() or 1)
+DECODERS = min(4, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
