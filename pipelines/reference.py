@@ -52,6 +52,8 @@ def make_loaders(options: ReferenceOptions, spec: LoaderSpec, with_train: bool =
 class ReferenceLoader(ScheduledLoader):
     """Batches of one image folder. A broken image raises DataError with its path."""
 
+    pipeline = "torchvision"
+
     def __init__(
         self, options: ReferenceOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
     ) -> None:

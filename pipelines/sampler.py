@@ -107,6 +107,8 @@ class Schedule:
 class ScheduledLoader(ABC):
     """A `Loader` over a `Schedule`: keeps the epoch and the position; a backend adds `_read`."""
 
+    pipeline = ""  # what reads the images, as users know it
+
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._epoch = 0
@@ -138,6 +140,7 @@ class ScheduledLoader(ABC):
             "seed": self.schedule.seed,
             "samples": self.schedule.samples,
             "data": self.fingerprint,
+            "pipeline": self.pipeline,
             "order": self.schedule.order_name,
         }
 
@@ -148,7 +151,9 @@ class ScheduledLoader(ABC):
         in the middle of one of this schedule's steps.
         """
         own = self.state_dict()
-        for field in ("seed", "samples", "data", "order"):
+        if state["samples"] == own["samples"] and state["data"] != own["data"]:
+            raise UsageError("--resume: the checkpoint's data has other images than this run's")
+        for field in ("seed", "samples", "order"):
             if state[field] != own[field]:
                 raise UsageError(
                     f"--resume: the checkpoint's data has {field} {state[field]}, "

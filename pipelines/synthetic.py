@@ -41,6 +41,8 @@ def make_loaders(options: SyntheticOptions, spec: LoaderSpec, with_train: bool =
 class SyntheticLoader(ScheduledLoader):
     """The same images in every batch, made once, so that only the labels cost time."""
 
+    pipeline = "synthetic"
+
     def __init__(self, spec: LoaderSpec, images: int, classes: int, training: bool) -> None:
         super().__init__(make_schedule(spec, images, training))
         self._spec, self._classes = spec, classes

@@ -74,6 +74,8 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
 class DaliLoader(ScheduledLoader):
     """Batches of one image folder. A broken image raises DataError with its path."""
 
+    pipeline = "DALI"
+
     def __init__(
         self, options: DaliOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
     ) -> None:

@@ -86,15 +86,11 @@ def open_beton(path: Path) -> Beton:
     if not path.is_file():
         raise UsageError(f"there is no file {path}; python -m pipelines.beton makes it")
     _check_header(path)
+    _check_fields(path)
     try:
         reader = Reader(str(path))
-        kinds = {name: type(field) for name, field in reader.handlers.items()}
     except Exception as error:  # FFCV checks nothing: whatever numpy says of the bytes
         raise _broken_file(path, f"its header is damaged ({error!r})") from None
-    if kinds != {name: type(field) for name, field in FIELDS.items()}:
-        raise _broken_file(
-            path, f"its fields are {', '.join(kinds)} instead of an image and a label"
-        )
     columns = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))
     image, labels = (reader.metadata[columns[name]] for name in FIELDS)
     samples = Samples(
@@ -281,6 +277,27 @@ def _check_header(path: Path) -> None:
         raise _broken_file(path, "it was not written to its end")
     if table + samples * ALLOC_TABLE_TYPE.itemsize != size or not samples:
         raise _broken_file(path, f"it is cut off, or longer than it should be ({size} bytes)")
+
+
+def _check_fields(path: Path) -> None:
+    """Raise DataError, which names all fields with their types, unless they are an image and a label."""
+    count = int(np.fromfile(path, HeaderType, count=1)[0]["num_fields"])
+    found = _named(np.fromfile(path, FieldDescType, count=count, offset=HeaderType.itemsize))
+    wanted = _named(_field_descriptors())
+    if sorted(found) != sorted(wanted):
+        raise _broken_file(
+            path, f"its fields are {', '.join(found)} instead of {' and '.join(wanted)}"
+        )
+
+
+def _named(descriptors: NDArray[Any]) -> list[str]:
+    """Return each field as `name (type)`. Of types that FFCV does not know, it has the number alone."""
+    handlers = {n: handler.__name__ for n, handler in TYPE_ID_HANDLER.items() if handler}
+    return [
+        f"{field['name'].tobytes().partition(bytes(1))[0].decode(errors='backslashreplace')} "
+        f"({handlers.get(int(field['type_id']), 'a type of its own')})"
+        for field in descriptors
+    ]
 
 
 def _stored_sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:

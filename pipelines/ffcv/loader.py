@@ -80,6 +80,8 @@ def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Lo
 class FfcvLoader(ScheduledLoader):
     """Batches of one file. A sample that cannot be read raises DataError with its index."""
 
+    pipeline = "FFCV"
+
     def __init__(
         self,
         options: FfcvOptions,

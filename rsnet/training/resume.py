@@ -155,15 +155,8 @@ def restore_position(
     there, here = checkpoint.loader, loader.state_dict()
     if there is None:  # weights alone: there is no order to keep
         return 0, []
-    differing = {
-        "data": [f for f in ("data", "samples", "order") if there[f] != here[f]],
-        "seed": ["seed"] if there["seed"] != here["seed"] else [],
-    }
-    problems = [
-        (name, f"{field} {there[field]} -> {here[field]}")
-        for name, fields in differing.items()
-        for field in fields
-    ]
+    differing = {"data": _other_data(there, here), "seed": _other(["seed"], there, here)}
+    problems = [(name, what) for name, found in differing.items() for what in found]
     if checkpoint.global_batch != global_batch:
         problems.append(
             ("global-batch", f"global batch {checkpoint.global_batch} -> {global_batch}")
@@ -188,6 +181,21 @@ def restore_position(
     done = min(there["position"] // global_batch, steps_per_epoch)
     loader.load_state_dict({**there, "position": done * global_batch})
     return done, moved
+
+
+def _other(fields: Sequence[str], there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [f"{f} {there[f]} -> {here[f]}" for f in fields if f in there and there[f] != here[f]]
+
+
+def _other_data(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return how the data of two loaders' states differ; of other classes, the network's, is said before."""
+    is_other = there["data"] != here["data"]  # two pipelines may know images by the same
+    found = _other(["pipeline", "samples"] if is_other else ["samples"], there, here)
+    if is_other and not found:
+        # Version 0.1 did not note the pipeline, and each has a way of its own to know images again.
+        unknown = "" if "pipeline" in there else ", or another pipeline reads them"
+        found = [f"as many images as before, but others (names, order, labels or sizes){unknown}"]
+    return [*found, *_other(["order"], there, here)]
 
 
 def training_state(trainer: Trainer, model: ResolutionSwitchable) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import shutil
 
 import pytest
+from PIL import Image
 
 from rsnet.inference.classifier import SwitchableClassifier
 from tests.helpers import releases
@@ -98,6 +99,15 @@ def test_a_dropped_image_shows_what_every_size_says(page, server):
     listed = page.locator("#rows tr").first.locator("li").all_inner_texts()
     pairs = zip(expected[0].classes, expected[0].probabilities, strict=True)
     assert listed == [f"{name} {100 * p:.1f} %" for name, p in pairs]
+
+
+def test_an_image_is_shown_as_it_is_stored_whatever_its_exif_says(page):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # EXIF's orientation: to be turned by a quarter
+    _drop(page, "turned.jpg", encoded(photo(1, 60, 50), "JPEG", exif=exif))
+    page.get_by_text("turned.jpg: 3 sizes.").wait_for()
+    shown = page.get_by_alt_text("Your image turned.jpg").bounding_box()
+    assert shown["width"] / shown["height"] == pytest.approx(60 / 50, rel=0.02)
 
 
 def test_names_of_others_stay_text(page):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
+import pytest
 import torch
 
 from pipelines.dali import DaliOptions
+from pipelines.utils.errors import UsageError
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
@@ -69,3 +72,35 @@ def test_the_state_of_other_ranks_is_not_taken_for_this_ones():
     assert line.startswith(
         "2 processes then, 1 now: BatchNorm's statistics go on from those of the first"
     )
+
+
+THERE = {
+    "pipeline": "DALI", "samples": 25, "data": "ab12", "seed": 0, "order": "random",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pipeline": "FFCV", "data": "cd34"}, "pipeline DALI -> FFCV"),
+        ({"samples": 24, "data": "cd34"}, "samples 25 -> 24"),
+        ({"data": "cd34"}, "as many images as before, but others (names, order, labels or sizes)"),
+        ({"order": "quasi-random"}, "order random -> quasi-random"),
+        ({"data": "cd34", "seed": 3}, "others (names, order, labels or sizes); seed 0 -> 3"),
+        (
+            {"pipeline": None, "data": "cd34"},  # as in a checkpoint of version 0.1
+            "others (names, order, labels or sizes), or another pipeline reads them",
+        ),
+    ],
+)
+def test_other_data_at_a_resume_are_told_in_words(changed, message):
+    there = {k: v for k, v in THERE.items() if changed.get(k, "") is not None}
+    here = THERE | {k: v for k, v in changed.items() if v is not None}
+    config, _ = parse(DaliOptions, ["--data", "d", "--arch", "parallel_resnet10"])
+    resolved = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
+    loader = mock.Mock(state_dict=lambda: here)
+    checkpoint = Checkpoint(NETWORK, {}, global_batch=8, loader=there)
+    with pytest.raises(UsageError) as error:
+        state.restore_position(checkpoint, resolved, loader, 8, 1)
+    assert f"{message}: the run would not go on with the images that come next" in str(error.value)
+    assert "ab12" not in str(error.value)

@@ -128,6 +128,25 @@ def test_what_is_wrong_with_a_file_is_said_before_training(beton, damage):
         loaders_of(beton)
 
 
+@pytest.mark.parametrize(
+    ("type_id", "name"), [(0, "FloatField"), (255, "a type of its own"), (77, "a type of its own")]
+)
+def test_a_field_of_another_type_is_named_with_its_type(beton, type_id, name):
+    """By the descriptors of the format: type (1 byte), name (16), arguments (1024)."""
+    path = beton / "val.beton"
+    data = bytearray(path.read_bytes())
+    place = data.index(b"label\0") - 1
+    data[place] = type_id
+    path.write_bytes(data)
+    with pytest.raises(DataError) as error:
+        loaders_of(beton)
+    fields = f"image (RGBImageField), label ({name})"
+    assert (
+        f": its fields are {fields} instead of image (RGBImageField) and label (IntField); "
+        in str(error.value)
+    )
+
+
 def test_a_label_that_no_data_set_has_is_refused(beton):
     for split in ("train", "val"):
         (beton / f"{split}.beton.json").unlink()
