@@ -22,14 +22,14 @@ VERBS = {
     "export": Verb(
         "rsnet.cli.export", "write ONNX, torch.export, or a checkpoint for the original code"
     ),
-    "report": Verb("rsnet.cli.report", "compare finished runs in a table and a plot"),
+    "report": Verb("rsnet.cli.report", "compare finished runs in a table and a plot", prints=True),
     "add-resolution": Verb(
         "rsnet.cli.add_resolution", "add a resolution to a trained network", extra="train"
     ),
     "release": Verb("rsnet.cli.release", "write a trained network as a folder to publish"),
-    "predict": Verb("rsnet.cli.predict", "classify images with a release"),
+    "predict": Verb("rsnet.cli.predict", "classify images with a release", prints=True),
     "tune": Verb("rsnet.cli.tune", "find a cascade for an accuracy or a latency"),
-    "bench": Verb("rsnet.cli.bench", "measure a release on this device"),
+    "bench": Verb("rsnet.cli.bench", "measure a release on this device", prints=True),
     "serve": Verb("rsnet.cli.serve", "serve a release: web page and JSON API", extra="serve"),
     "sync": Verb("rsnet.cli.sync", "send W&B the metrics that it lacks", extra="train"),
 }

@@ -24,6 +24,7 @@ from pipelines.dali.options import VerifyOptions
 from pipelines.image_folder import ImageFolder, dali_error_line, decode_error, scan_folder
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import guard_output
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import SplitReport, Stamp
@@ -197,6 +198,7 @@ def _decoder_messages_dropped() -> Iterator[None]:
         if sys.stderr is sys.__stderr__:  # else it is redirected already
             stderr = stack.enter_context(os.fdopen(own, "w", buffering=1, closefd=False))
             stack.enter_context(contextlib.redirect_stderr(stderr))
+            guard_output(False)  # the copy, too
         with open(os.devnull, "wb") as null:  # noqa: PTH123
             os.dup2(null.fileno(), 2)
         stack.callback(os.dup2, own, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import io
 import re
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from pipelines.utils.errors import DataError, RunError, UsageError, way_out
+from pipelines.utils.output import guard_output, lost_output
 
 Options = TypeVar("Options")
 
@@ -24,6 +26,7 @@ class Verb(NamedTuple):
     module: where its options, a dataclass, and `run` are, which takes them and returns the exit code.
     options: None where `run` takes the words of the command line and parses them itself.
     extra: of pyproject.toml; it installs all that the verb always needs.
+    prints: whether its result is what it prints, without which there is no reason to go on.
     """
 
     module: str
@@ -31,9 +34,10 @@ class Verb(NamedTuple):
     options: str | None = "Options"
     run: str = "run"
     extra: str = "cli"
+    prints: bool = False
 
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
 # The extra of pyproject.toml that installs a library.
 EXTRAS = {
@@ -126,6 +130,7 @@ def verb_command(
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run a verb of `program` and return the exit code. words: from the verb on."""
+    guard_output(False)
     verb, *rest = words or ["--help"]
     verb = aliases.get(verb, verb)
     if verb in verbs:
@@ -152,18 +157,26 @@ def run_verb(name: str, verb: Verb, words: Sequence[str]) -> int:
         options_type = getattr(module, verb.options)
         return run(parse_options(options_type, [options_type], words))
 
-    return exit_code(name, action, extra=verb.extra)
+    return exit_code(name, action, extra=verb.extra, prints=verb.prints)
 
 
-def exit_code(name: str, action: Callable[[], int], advice: str = "", *, extra: str = "cli") -> int:
+def exit_code(
+    name: str,
+    action: Callable[[], int],
+    advice: str = "",
+    *,
+    extra: str = "cli",
+    prints: bool = False,
+) -> int:
     """Return what `action` returns, or, after one line on stderr, the code of the error that ended it.
 
-    advice: follows the line that says that the action was interrupted. extra: as of a `Verb`.
+    advice: follows the line that says that the action was interrupted. extra, prints: as of a `Verb`.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that are no text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    guard_output(prints)
     try:
-        return action()
+        code = action()
+        sys.stdout.flush()
+        return code
     except (UsageError, DataError, RunError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -173,11 +186,17 @@ def exit_code(name: str, action: Callable[[], int], advice: str = "", *, extra: 
         print(f"{name}: error: {message}", file=sys.stderr)
         return message.exit_code
     except OSError as error:  # a disk or folder that does not let us; the message names the path
+        if error is lost_output():
+            if error.errno == errno.EPIPE:  # as of `| head`, which has all that it wants
+                return EXIT_PIPE
+            error = OSError(f"cannot write to stdout: {error.strerror}")
         print(f"{name}: error: {error}{way_out(error)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"{name}: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        guard_output(False)  # at the end of Python nothing can be told any longer
 
 
 def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:

@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from pipelines.utils.output import is_terminal
+
 LINE_EVERY = 10.0  # seconds
 
 
@@ -19,9 +21,9 @@ class ProgressBar:
         self._title, self._total = title, total
         self._started = self._last_line = 0.0  # seconds, set on entry
         self._task = TaskID(0)
-        console = Console(file=sys.stderr)
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if is_terminal(sys.stderr):
+            console = Console(file=sys.stderr, force_terminal=True, force_interactive=True)
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[info]}", markup=False), console=console, transient=True,

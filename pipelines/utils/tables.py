@@ -1,4 +1,4 @@
-"""Tables as plain text, and text of others made safe for a terminal."""
+"""Tables as plain text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from pipelines.utils.output import printable
 
 
 def text_table(
@@ -25,8 +27,3 @@ def text_table(
     with console.capture() as capture:
         console.print(table, no_wrap=True)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def printable(text: str) -> str:
-    """Escape what would move the terminal's cursor: paths and a release's names are others' texts."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

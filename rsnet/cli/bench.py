@@ -71,7 +71,6 @@ def run(options: Options) -> int:
     with ProgressBar("evaluate", len(folder.paths)) as bar:
         scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
     figures = measure(classifier, scores)
-    print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
     times = {s.size: {"median": s.ms_batch["p50"], "p95": s.ms_batch["p95"]} for s in figures.sizes}
     if reason := unsteady(times):
         print(f"note: the device was busy with something else: {reason}", file=sys.stderr)
@@ -81,6 +80,7 @@ def run(options: Options) -> int:
             _log_to_wandb(options, output, figures, plot)
     if options.card:
         update_bench(options.release, section(figures))
+    print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
     return 0
 
 

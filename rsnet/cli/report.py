@@ -29,9 +29,9 @@ def run(options: Options) -> int:
         raise UsageError("name one or more run directories")
     groups = {str(path): [read_run(path)] for path in options.runs}
     text = tables(groups)
-    print(text)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "report.md").write_text(text + "\n")
         plot(options.output / "report.png", groups)
+    print(text)
     return 0

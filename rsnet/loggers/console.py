@@ -1,9 +1,10 @@
-"""Messages and progress of a run on stdout."""
+"""Messages and progress of a run on stdout, and the messages in the run's own log."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -16,13 +17,26 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipelines.utils.output import is_terminal, lost_output
+
 
 class ConsoleLogger:
-    """Progress on a terminal as a bar, elsewhere as plain lines; silent if not `active`."""
+    """Progress on a terminal as a bar, elsewhere as plain lines; silent if not `active`.
+
+    log: takes the messages, too.
+    """
 
     def __init__(self, active: bool) -> None:
-        self._active = active
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.log: Callable[[str], None] = lambda _: None
+        self._active, self._is_lost = active, False
+        self._draws = is_terminal(sys.stdout)
+        self._console = Console(
+            file=sys.stdout,
+            highlight=False,
+            soft_wrap=True,
+            force_terminal=self._draws,
+            force_interactive=self._draws,
+        )
         self._bar: Progress | None = None
         self._task: Any = None
         self._title, self._total = "", 0
@@ -30,23 +44,32 @@ class ConsoleLogger:
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print and log a line, above the bar if there is one."""
         if self._active:
-            self._console.print(text, markup=False)
+            self.log(text)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        if not self._active:
+            return
+        self._console.print(text, markup=False)
+        if not self._is_lost and (error := lost_output()):
+            self._is_lost = True
+            self.log(f"stdout is lost ({error.strerror}): the training goes on without")
 
     def start(self, title: str, total: int) -> None:
         """Begin a phase of `total` units."""
         self.stop()
         self._title, self._total = title, total
         self._started = self._last_line = time.perf_counter()
-        if self._active and self._console.is_terminal:
+        if self._active and self._draws:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[info]}"),
+                TextColumn("{task.fields[info]}", markup=False),
                 console=self._console,
                 transient=True,
             )
@@ -63,7 +86,7 @@ class ConsoleLogger:
             return
         self._last_line = now
         left = (now - self._started) / done * (self._total - done)
-        self.say(
+        self._print(
             "  ".join(
                 filter(
                     None, (f"{self._title} {done}/{self._total}", info, f"eta {_duration(left)}")

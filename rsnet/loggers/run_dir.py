@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,15 @@ class RunDir:
             if self.on_error is None:
                 raise RunError(f"{line}; free some space and run the same command") from error
             self.on_error(line)
+
+    def note(self, text: str) -> None:
+        """Append a message, with the time, to log.txt, which is for eyes: a disk that does not take it ends
+        nothing. Other processes' errors are noted there, too."""
+        with (
+            suppress(OSError),
+            (self.path / "log.txt").open("a", errors="backslashreplace") as file,
+        ):
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def sync(self) -> None:
         """Wait until the metrics are on the disk."""

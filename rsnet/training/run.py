@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -31,7 +32,8 @@ from rsnet.training.resume import (
 from rsnet.training.signals import StopRequest, TrainingInterrupted
 from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
 
-SAVE = 1  # what ranks vote for, besides the number of a signal that asks to stop, which is larger
+SAVE = 1  # what ranks vote for, and, to stop, STOP and the signal's number
+STOP = 1000
 
 
 def train(context: RunContext, start: Start) -> Results:
@@ -52,7 +54,16 @@ def train(context: RunContext, start: Start) -> Results:
     run_dir.active = main
     with ExitStack() as stack:
         distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
-        return TrainingRun(context, trainer, run_dir, start).run()
+        context.console.log = run_dir.note
+        try:
+            return TrainingRun(context, trainer, run_dir, start).run()
+        except TrainingInterrupted as stop:
+            context.console.log(f"stopped by {stop}")
+            raise
+        except Exception as error:
+            where = "" if main else f"rank {distributed.rank()}: "
+            run_dir.note(where + "".join(traceback.format_exception(error)))
+            raise
 
 
 class TrainingRun:
@@ -136,7 +147,10 @@ class TrainingRun:
     def _after_update(self) -> None:
         self.watchdog.tick()
         self.done += 1
-        self._act_on(self.vote.cast(self.stop.number or (SAVE if self._is_save_due() else 0)))
+        self._act_on(self.vote.cast(self._asked() or (SAVE if self._is_save_due() else 0)))
+
+    def _asked(self) -> int:
+        return STOP + self.stop.number if self.stop.number else 0
 
     def _is_save_due(self) -> bool:
         every = self.config.checkpoint_every
@@ -152,11 +166,11 @@ class TrainingRun:
         if agreed == 0:
             return
         raise_if_not_finite(self.trainer)
-        if agreed > SAVE:
+        if agreed > STOP:
             self.vote.count()  # what was cast with it
         self._save(is_best=False)
-        if agreed > SAVE:
-            raise TrainingInterrupted(agreed, self._place())
+        if agreed > STOP:
+            raise TrainingInterrupted(agreed - STOP, self._place())
 
     def _evaluate(self) -> Results:
         """Evaluate the network, or its averaged weights. A signal ends it; the resumed run repeats it."""
@@ -170,7 +184,7 @@ class TrainingRun:
             batches += 1
             # Ranks may have one batch more than others, which they cannot vote on.
             if batches < least:
-                self._act_on(self.vote.cast(self.stop.number))
+                self._act_on(self.vote.cast(self._asked()))
 
         model = self.trainer.ema.model if self.trainer.ema else self.model
         results = evaluate_with_progress(self.context, model, after_batch)

@@ -8,8 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Ctrl-C, what schedulers send before they kill, and what Slurm is told to send some time before the end.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, what schedulers send before they kill, what Slurm and others are told to send some time before the
+# end, a terminal that was closed, and a limit of CPU time.
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGXCPU,
+)
+# A terminal's end is told by the kernel and by the shell, a limit of CPU time every second from then on.
+REPEATED = (signal.SIGHUP, signal.SIGXCPU)
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - it is what was asked for
@@ -28,9 +38,16 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals in this block. The second ends the process: renaming is all that a save does to
-        files that are there, so a checkpoint is whole at any moment."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Note signals in this block, but for those that were ignored before, as nohup and shells do.
+
+        The second ends the process: renaming is all that a save does to files that are there, so a
+        checkpoint is whole at any moment.
+        """
+        before = {
+            number: signal.signal(number, self._note)
+            for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -38,6 +55,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.number and number in REPEATED:
+            return
         if self.number:
             os._exit(128 + number)
         self.number = number

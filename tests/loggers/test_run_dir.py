@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError
 from rsnet.loggers import run_dir
 from rsnet.loggers.console import ConsoleLogger
@@ -64,6 +66,35 @@ def test_ranks_that_are_not_the_first_say_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_console_that_is_lost_is_said_in_the_runs_own_log(tmp_path, monkeypatch):
+    run = RunDir(tmp_path, continues=False, active=True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = open(writer, "wb", closefd=False)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
+
+    def train() -> int:
+        display = ConsoleLogger(True)
+        display.log = run.note
+        for epoch in (1, 2):
+            display.update(epoch, "loss 0.5")
+            display.say(f"epoch {epoch}/2")
+        return 0
+
+    assert exit_code("train_dali.py", train) == 0
+    lines = [line[20:] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    os.close(writer)
+    assert lines == [
+        "stdout is lost (Broken pipe): the training goes on without", "epoch 1/2", "epoch 2/2",
+    ]  # fmt: skip
+
+
+def test_a_log_that_the_disk_does_not_take_ends_nothing(tmp_path, monkeypatch):
+    run = RunDir(tmp_path, continues=False, active=True)
+    monkeypatch.setattr(Path, "open", _no_space)
+    run.note("epoch 1/2")
+
+
 def test_metrics_are_one_json_line_each(tmp_path):
     run = RunDir(tmp_path / "run", continues=False, active=True)
     run.append_metrics({"step": 1, "lr": 0.5})
@@ -110,7 +141,7 @@ def test_metrics_that_a_full_disk_does_not_take_end_the_run_or_are_said(tmp_path
     assert said == [f"cannot write to {tmp_path / 'metrics.jsonl'}: No space left on device"]
 
 
-def _no_space(*_):
+def _no_space(*_, **__):
     raise OSError(28, "No space left on device")
 
 

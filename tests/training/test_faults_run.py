@@ -18,6 +18,7 @@ from rsnet.train import main
 from rsnet.training import run as session
 from rsnet.training import trainer as engine
 from rsnet.training.trainer import Trainer
+from tests.helpers import faults
 from tests.helpers.faults import (
     RUN,
     UPDATES,
@@ -58,7 +59,10 @@ def train(monkeypatch, capsys, photos, tmp_path):
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(n, marks=SLOW) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
+    [
+        pytest.param(n, marks=SLOW)
+        for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    ],
 )
 def test_a_signal_in_an_evaluation_stops_it_and_the_run_goes_on_exactly(
     train, whole, tmp_path, monkeypatch, number
@@ -90,6 +94,18 @@ def test_a_signal_in_an_evaluation_stops_it_and_the_run_goes_on_exactly(
     )
     assert saved(run)["epoch"] == 1
     finish(command(tmp_path.parent / "unused", run, "--data", saved(run)["config"]["data"]))
+    assert_same_end(run, whole)
+
+
+@SLOW
+def test_a_run_goes_on_to_the_same_end_without_a_console(photos, whole, tmp_path):
+    run = tmp_path / "run"
+    process = start(command(photos, run))
+    wait_for(reached(run, 2), process)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(faults.LIMIT_S) == 0
+    assert "stdout is lost (Broken pipe)" in (run / "log.txt").read_text()
     assert_same_end(run, whole)
 
 

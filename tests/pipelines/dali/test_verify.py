@@ -255,7 +255,9 @@ def test_stderr_has_the_progress_and_nothing_of_the_decoders(data):
     script = (
         "import sys; from pipelines.dali import verify; from pipelines.utils import progress; "
         "progress.LINE_EVERY = 0.0; "
-        "verify.verify(verify.VerifyOptions(verify.Path(sys.argv[1]))); print('end', file=sys.stderr)"
+        "from pipelines.utils.cli import exit_code; "
+        "exit_code('x', lambda: verify.verify(verify.VerifyOptions(verify.Path(sys.argv[1])))); "
+        "print('end', file=sys.stderr)"
     )
     done = _python("-c", script, data)
     assert "train: 25/25, " in done.stderr
