@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import shutil
 import stat
 import threading
 import time
@@ -46,7 +45,7 @@ from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
 from pipelines.image_io import open_image
 from pipelines.sampler import Indices, uniforms
-from pipelines.utils.atomic_io import fsync_directory, sha256_file
+from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.progress import ProgressBar, format_bytes
@@ -257,7 +256,7 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
         print(f"{source.split}: {len(source.chosen)} images of {format_bytes(source.bytes)}, "
               f"about {format_bytes(size)} to write")  # fmt: skip
         total += size
-    free = shutil.disk_usage(output).free
+    free = free_space(output)
     if total > free:
         raise UsageError(
             f"--output: about {format_bytes(total)} are to be written, {output} has {format_bytes(free)} free"
@@ -331,7 +330,7 @@ def _write(
         if not stored:
             raise DataError(f"{source.folder.root}: all {len(skipped)} images are broken")
         writer.finish()
-        os.fsync(file.fileno())
+        fsync(file.fileno(), partial)
     return skipped, dict(stored)
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pipelines.utils.output import note_once
+
+# What a file system says that lacks a call, as CIFS before Linux 4.17, NFS without a lock daemon, some FUSE.
+NOT_THERE = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def atomic_write(path: Path, data: bytes | memoryview, *, alone: bool = False) -> None:
@@ -28,7 +35,7 @@ def atomic_write(path: Path, data: bytes | memoryview, *, alone: bool = False) -
         with open(temporary, "wb", opener=_open_no_link) as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno(), path)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -73,11 +80,39 @@ def name_path(error: OSError, path: Path) -> None:
 
 def fsync_directory(folder: Path) -> None:
     """Wait until the names of a folder's files are on the disk, so that they survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written, but not read
+        return
+    try:
+        fsync(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def fsync(descriptor: int, path: Path) -> None:
+    """Wait until an open file or folder is on the disk, if its file system can tell. Raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        note_once(
+            "fsync",
+            f"{path}: its file system does not tell when a file is on the disk ({error.strerror}); "
+            "after a power failure the newest may be missing",
+        )
+
+
+def free_space(folder: Path) -> float:
+    """Return the bytes that can be written into a folder; infinity where its file system does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+        return math.inf
+    return usage.free if usage.total else math.inf
 
 
 def sha256_file(path: Path) -> str:

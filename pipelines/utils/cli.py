@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from pipelines.utils.errors import DataError, RunError, UsageError, way_out
+from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
 from pipelines.utils.output import guard_output, lost_output
 
 Options = TypeVar("Options")
@@ -190,7 +190,7 @@ def exit_code(
             if error.errno == errno.EPIPE:  # as of `| head`, which has all that it wants
                 return EXIT_PIPE
             error = OSError(f"cannot write to stdout: {error.strerror}")
-        print(f"{name}: error: {error}{way_out(error)}", file=sys.stderr)
+        print(f"{name}: error: {os_error_line(error)}{way_out(error)}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"{name}: interrupted{advice}", file=sys.stderr)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
+import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 
 
 class UsageError(ValueError):
@@ -32,6 +37,35 @@ def error_context(what: str) -> Iterator[None]:
         yield
     except (UsageError, DataError, RunError) as error:
         raise type(error)(f"{what}: {error}") from error
+
+
+def os_error_line(error: OSError) -> str:
+    """Return an error of the system as "PATH: REASON"; without the path for one that is about none.
+
+    Python leaves the path out where a file is open: of reads, writes and fsync, as on a full disk.
+    """
+    reason = error.strerror or first_line(error)
+    paths = [str(p) for p in (error.filename, error.filename2) if p is not None]
+    if not paths and error.errno is not None and not isinstance(error, _OF_NO_FILE):
+        paths = _open_path(error.__traceback__)
+    return f"{' -> '.join(paths)}: {reason}" if paths else reason
+
+
+_OF_NO_FILE = (ConnectionError, TimeoutError, ChildProcessError, socket.gaierror, socket.herror)
+
+
+def _open_path(at: TracebackType | None) -> list[str]:
+    """Return the path of the file that the innermost function of a traceback, which has one, works on."""
+    for frame, _ in reversed([*traceback.walk_tb(at)]):
+        values = list(frame.f_locals.values())
+        for value in values:
+            name = getattr(value, "name", None)
+            if isinstance(value, io.IOBase) and isinstance(name, str | Path):
+                return [str(name)]
+        for value in values:
+            if isinstance(value, Path):
+                return [str(value)]
+    return []
 
 
 def first_line(error: BaseException) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import note_once
 
 
 @contextmanager
@@ -28,11 +29,16 @@ def exclusive_lock(path: Path, taken: str, *, remove: bool = False) -> Iterator[
         raise UsageError(taken) from None
     except PermissionError:
         raise
-    except OSError:
-        pass
+    except OSError as error:
+        note_once(
+            "lock",
+            f"{path}: no lock can be held ({error.strerror}); "
+            "do not start a second command of this kind there",
+        )
     try:
         yield
     finally:
         if remove:  # before the release: filelock tells whoever has opened the removed file to open it again
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
         lock.release()

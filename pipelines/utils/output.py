@@ -88,6 +88,16 @@ def lost_output() -> OSError | None:
     return _stdout.lost if _stdout else None
 
 
+def note_once(kind: str, text: str) -> None:
+    """Print on stderr what does not end the command, unless the same kind was printed before."""
+    if kind not in _noted:
+        _noted.add(kind)
+        print(f"note: {printable(text)}", file=sys.stderr)
+
+
+_noted: set[str] = set()
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Return whether a bar can be drawn on a stream; FORCE_COLOR, which rich heeds, is about colours."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")

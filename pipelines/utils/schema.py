@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.utils.errors import DataError, RunError, UsageError, first_line
+from pipelines.utils.errors import DataError, RunError, UsageError, first_line, os_error_line
 
 # Counters in files are exact as long as a float64 can hold them.
 MAX_COUNT = 2**53
@@ -103,8 +103,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
     except (UsageError, DataError, RunError):
         raise
     except OSError as error:
-        where = error.filename or path
-        raise DataError(f"{where} cannot be read: {error.strerror or error}") from error
+        raise DataError(os_error_line(error)) from error
     except (
         ValueError,  # no JSON, no UTF-8, a number that is none
         LookupError,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line
 from rsnet.distributed.rendezvous import open_store
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -108,8 +108,8 @@ def _attempt(action: Callable[[], T]) -> T | UsageError | DataError | RunError:
         return action()
     except (UsageError, DataError, RunError) as error:
         return error
-    except OSError as error:  # names the file
-        return DataError(str(error))
+    except OSError as error:
+        return DataError(os_error_line(error))
 
 
 def run_on_all(action: Callable[[], T]) -> T:

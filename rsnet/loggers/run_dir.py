@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipelines.utils.atomic_io import atomic_write, atomic_write_json
+from pipelines.utils.atomic_io import atomic_write, atomic_write_json, fsync
 from pipelines.utils.errors import RunError, UsageError
 from pipelines.utils.locks import exclusive_lock
 from rsnet.checkpoint import io
@@ -106,7 +106,7 @@ class RunDir:
         """Wait until the metrics are on the disk."""
         if self.active:
             with (self.path / "metrics.jsonl").open("a") as file:
-                os.fsync(file.fileno())
+                fsync(file.fileno(), self.path / "metrics.jsonl")
 
     def rewind(self, done: float, epochs: int) -> None:
         """Move the metrics of what comes after `done` epochs, and of evaluations after `epochs` of them,

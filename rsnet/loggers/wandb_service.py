@@ -107,8 +107,9 @@ def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequenc
     """Log one line of metrics, which W&B also takes for the run's summary; the plot and the files."""
     run.log({**figures, "profile/plot": wandb.Image(str(plot))})
     for file in files:
-        # W&B warns of links, and the next profile overwrites what they lead to.
-        copy = shutil.copy(file, run.dir)
+        # W&B warns of links, and the next profile overwrites what they lead to. Without the mode, which some
+        # file systems do not let us set.
+        copy = shutil.copyfile(file, Path(run.dir, file.name))
         run.save(copy, base_path=run.dir, policy="now", glob=False)
 
 

@@ -123,5 +123,5 @@ def test_what_is_no_finished_run_is_named(tmp_path, capsys):
     with pytest.raises(DataError, match="damaged"):
         read_run(run)
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(DataError, match=r"metrics\.jsonl cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: No such file"):
         read_run(run)

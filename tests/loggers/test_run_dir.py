@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.utils import output
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError
 from rsnet.loggers import run_dir
@@ -174,14 +175,22 @@ def test_the_repository_that_the_trainer_is_installed_in_is_not_taken_for_its_ow
     assert environment(torch.device("cpu"), 1)["git_sha"] is None
 
 
-def test_where_there_are_no_locks_a_killed_run_leaves_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_where_there_are_no_locks_it_is_said_once_and_a_killed_run_leaves_none(
+    tmp_path, monkeypatch, capsys, number
+):
     def flock(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(number, os.strerror(number))
 
+    monkeypatch.setattr(output, "_noted", set())
     monkeypatch.setattr(fcntl, "flock", flock)
     killed, next_ = (RunDir(tmp_path, continues=True, active=True) for _ in range(2))
     with killed.alone(), next_.alone():
         pass
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path / 'lock'}: no lock can be held ({os.strerror(number)}); "
+        "do not start a second command of this kind there\n"
+    )
 
 
 def test_the_environment_names_versions_device_and_commit():

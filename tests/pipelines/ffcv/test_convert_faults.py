@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -130,6 +133,28 @@ def test_nothing_but_broken_images_is_an_error(tmp_path, convert):
     assert code == 1
     assert "all 2 images are broken" in err
     assert not os.listdir(tmp_path / "b")
+
+
+def test_a_file_system_that_is_not_local_is_written_to(demo, tmp_path, convert, monkeypatch):
+    """As SMB, FUSE and NFS are: no fsync of folders, no locks, no figure of the free space."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    usage = shutil.disk_usage(tmp_path)._replace(total=0, used=0, free=0)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    words = ["--data", demo, "--output", tmp_path / "b", "--splits", "val"]
+    code, _, err = convert(*words)
+    assert code == 0, err
+    assert sorted(os.listdir(tmp_path / "b")) == ["val.beton", "val.beton.json"]
 
 
 def test_too_little_space_is_said_before_writing(demo, tmp_path, convert, monkeypatch):

@@ -4,10 +4,75 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import pytest
 
-from pipelines.utils.atomic_io import atomic_directory, atomic_write, sha256_file
+from pipelines.utils import output
+from pipelines.utils.atomic_io import atomic_directory, atomic_write, free_space, sha256_file
+
+
+@pytest.fixture(autouse=True)
+def _nothing_noted(monkeypatch):
+    monkeypatch.setattr(output, "_noted", set())
+
+
+def _fails(number: int):
+    def call(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_is_written_to_and_said_once(
+    tmp_path, monkeypatch, capsys, number
+):
+    monkeypatch.setattr(os, "fsync", _fails(number))
+    atomic_write(tmp_path / "x", b"new")
+    with atomic_directory(tmp_path / "folder") as folder:
+        (folder / "y").touch()
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert (tmp_path / "folder" / "y").exists()
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: {tmp_path / 'x'}: its file system does not tell when")
+    assert os.strerror(number) in err
+    assert err.count("\n") == 1
+
+
+def test_a_disk_that_fails_in_fsync_is_an_error_with_the_path(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", _fails(errno.EIO))
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/x'"):
+        atomic_write(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_that_may_not_be_read_is_written_to(tmp_path, monkeypatch):
+    real = os.open
+
+    def call(path, flags, *mode):
+        if flags == os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", call)
+    atomic_write(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_a_file_system_that_does_not_tell_its_space_has_enough(tmp_path, monkeypatch):
+    assert 0 < free_space(tmp_path) <= shutil.disk_usage(tmp_path).total
+    for total, free, expected in ((0, 0, float("inf")), (10, 0, 0), (10, 4, 4)):
+        usage = shutil.disk_usage(tmp_path)._replace(total=total, free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert free_space(tmp_path) == expected
+    monkeypatch.setattr(shutil, "disk_usage", _fails(errno.ENOSYS))
+    assert free_space(tmp_path) == float("inf")
+    monkeypatch.setattr(shutil, "disk_usage", _fails(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        free_space(tmp_path)
 
 
 def test_a_link_under_the_temporary_name_leads_to_no_other_file(tmp_path):

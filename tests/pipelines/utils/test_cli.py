@@ -26,11 +26,11 @@ def _raise(error: BaseException) -> int:
     [
         (UsageError("--x: no"), 2, "name: error: --x: no"),
         (DataError("broken"), 1, "name: error: broken"),
-        (PermissionError(13, "Not you", "/p"), 1, "name: error: [Errno 13] Not you: '/p'"),
+        (PermissionError(13, "Not you", "/p"), 1, "name: error: /p: Not you"),
         (
             OSError(28, "Full", "/p"),
             1,
-            "name: error: [Errno 28] Full: '/p'; free some space there, or write elsewhere",
+            "name: error: /p: Full; free some space there, or write elsewhere",
         ),
         (KeyboardInterrupt(), 130, "name: interrupted, go on"),
     ],
