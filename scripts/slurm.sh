@@ -17,7 +17,8 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Below 32768, from where on Linux gives ports to whoever asks for any.
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
 srun --kill-on-bad-exit=1 bash -c '

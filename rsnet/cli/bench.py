@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,11 @@ class Options(ClassifierOptions):
     ] = "disabled"
     """Weights & Biases: the table and the plot; needs --output."""
 
-    wandb_project: str = "rsnet"
-    """W&B project."""
+    wandb_project: Annotated[str | None, arg(metavar="NAME")] = None
+    """W&B project. Unset: WANDB_PROJECT, else rsnet."""
 
     wandb_name: Annotated[str | None, arg(metavar="NAME")] = None
-    """W&B run name. Unset: the output folder's name."""
+    """W&B run name. Unset: WANDB_NAME, else the output folder's name."""
 
     def __post_init__(self) -> None:
         if self.wandb != "disabled" and self.output is None:
@@ -127,14 +128,15 @@ def _times(times: Times) -> str:
 
 
 def _log_to_wandb(options: Options, output: Path, figures: Figures, plot: Path) -> None:
+    from rsnet.config.resolve import wandb_project
     from rsnet.inference import benchmark_report
     from rsnet.loggers.wandb_logger import WandbLogger
 
     log = WandbLogger(
         options.wandb,
         output,
-        project=options.wandb_project,
-        name=options.wandb_name,
+        project=options.wandb_project or wandb_project(),
+        name=options.wandb_name or os.environ.get("WANDB_NAME") or None,
         config={**figures.conditions, "images": figures.images},
         run_id=None,
         say=lambda line: print(line, file=sys.stderr),

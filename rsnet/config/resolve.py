@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ def output_directory(config: TrainConfig, arch: str) -> Path:
     return config.output or Path("runs", arch.replace("/", "_"))
 
 
+def wandb_project() -> str:
+    """Return the W&B project of whom gives none."""
+    return os.environ.get("WANDB_PROJECT") or "rsnet"
+
+
 def resolve(
     config: TrainConfig,
     *,
@@ -112,6 +118,8 @@ def resolve(
         "amp": "bf16" if has_bf16 else "off",
         "output": output_directory(config, arch),
         "num_classes": known.get("num_classes"),
+        "wandb_project": wandb_project(),
+        "wandb_name": os.environ.get("WANDB_NAME") or None,
     }
     # On the command line these are not None where they are not given.
     not_given = {"width_mult": 1.0, "blurpool": False, "tf_padding": False}

@@ -270,7 +270,7 @@ class CheckpointOptions(Generic[Unset]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingOptions:
+class LoggingOptions(Generic[Unset]):
     """Logging."""
 
     log_interval: Annotated[int, arg(aliases=("-p", "--print-freq"))] = 50
@@ -281,11 +281,11 @@ class LoggingOptions:
     ] = None
     """Weights & Biases. Unset: online if a key is configured, else offline."""
 
-    wandb_project: str = "rsnet"
-    """W&B project."""
+    wandb_project: Annotated[str | Unset, arg(metavar="NAME")] = UNSET
+    """W&B project. Unset: WANDB_PROJECT, else rsnet."""
 
     wandb_name: Annotated[str | None, arg(metavar="NAME")] = None
-    """W&B run name. Unset: the run directory's name."""
+    """W&B run name. Unset: WANDB_NAME, else the run directory's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +309,7 @@ class ProfilingOptions:
 class TrainOptions(
     # The fields of the last base come first.
     ProfilingOptions,
-    LoggingOptions,
+    LoggingOptions[Unset],
     CheckpointOptions[Unset],
     DistributedOptions,
     ComputeOptions[Unset],
@@ -351,7 +351,7 @@ TOPICS: dict[str, Any] = {
     "compute": ComputeOptions[None],
     "distributed": DistributedOptions,
     "checkpointing": CheckpointOptions[None],
-    "logging": LoggingOptions,
+    "logging": LoggingOptions[None],
     "profiling": ProfilingOptions,
 }
 

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line
-from rsnet.distributed.rendezvous import open_store
+from pipelines.utils.errors import DataError, RunError, UsageError, first_line, os_error_line
+from rsnet.distributed.rendezvous import integer_variable, open_store
 
 Device = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
+MOST = 1 << 20  # processes
 
 # For what the hosts have to agree on, beside the devices: gloo, whatever the gradients go through.
 _control: Any = None
@@ -29,9 +30,11 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
 
     timeout_s: how long one process waits for another.
 
-    Raises UsageError for --device cuda without a GPU, or with fewer GPUs than processes.
+    Raises UsageError for --device cuda without a GPU, or with fewer GPUs than processes, and for environment
+    variables that are missing or wrong; RunError if the processes do not find each other.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    own, world = _place()
+    local_rank = integer_variable("LOCAL_RANK", range(MOST)) if os.environ.get("LOCAL_RANK") else 0
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(
@@ -41,20 +44,37 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if os.environ.get("WORLD_SIZE") and not dist.is_initialized():
         global _control
         # The watchdog, which can name who is late, comes first.
         timeout = timedelta(seconds=2 * timeout_s)
-        own, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo",
-            store=open_store(own, world, timeout),
-            rank=own,
-            world_size=world,
-            timeout=timeout,
-        )
-        _control = dist.new_group(backend="gloo", timeout=timeout)
+        try:
+            dist.init_process_group(
+                "nccl" if use_cuda else "gloo",
+                store=open_store(own, world, timeout),
+                rank=own,
+                world_size=world,
+                timeout=timeout,
+            )
+            _control = dist.new_group(backend="gloo", timeout=timeout)
+        except (UsageError, RunError):
+            raise
+        except (RuntimeError, ValueError) as error:  # those of the store are RuntimeErrors, too
+            raise RunError(
+                f"rank {own} cannot connect to the other processes: {first_line(error)}; "
+                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network"
+            ) from error
     return chosen
+
+
+def _place() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, as torchrun sets them; 0 and 1 alone."""
+    if not os.environ.get("WORLD_SIZE"):
+        if os.environ.get("RANK"):
+            raise UsageError("RANK is set, but WORLD_SIZE is not: set or unset both")
+        return 0, 1
+    world = integer_variable("WORLD_SIZE", range(1, MOST))
+    return integer_variable("RANK", range(world)), world
 
 
 def shutdown() -> None:

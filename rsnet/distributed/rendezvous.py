@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import time
 import uuid
 from datetime import timedelta
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipelines.utils.errors import RunError
+from pipelines.utils.errors import RunError, UsageError, first_line
 
 # The store is looked at so often; rank 0 waits so long for an answer before it asks again.
 INTERVAL_S, PATIENCE_S = 0.05, 2.0
@@ -40,13 +42,64 @@ def open_store(rank: int, world: int, timeout: timedelta) -> Any:
 
 
 def connect(timeout: timedelta, hosts: bool = False) -> Any:
-    """Return a new connection to the server of the store."""
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=hosts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timeout,
+    """Return a new connection to the server of the store, which rank 0 `hosts` unless torchrun does.
+
+    Raises UsageError if there is no such place, RunError if nothing answers there in time.
+    """
+    host, port = rendezvous_address()
+    is_master = hosts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if is_master:
+        _require_free(port)
+    try:
+        return dist.TCPStore(host, port, is_master=is_master, timeout=timeout)  # type: ignore[attr-defined]
+    except dist.DistError as error:
+        raise RunError(
+            f"nothing answers at MASTER_ADDR {host}, MASTER_PORT {port} ({first_line(error)}): "
+            "does the process with RANK 0 run there?"
+        ) from error
+
+
+def rendezvous_address() -> tuple[str, int]:
+    """Return MASTER_ADDR and MASTER_PORT. Raises UsageError for a host or port that is none."""
+    host, port = require_variable("MASTER_ADDR"), integer_variable("MASTER_PORT", range(1, 65536))
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise UsageError(f"MASTER_ADDR {host}: {reason}") from None
+    return host, port
+
+
+def require_variable(name: str) -> str:
+    """Return an environment variable of torchrun's. Raises UsageError if it is not set."""
+    if value := os.environ.get(name):
+        return value
+    raise UsageError(
+        f"{name} is not set, as it has to be where WORLD_SIZE is; torchrun sets all that is needed. To train "
+        "with one process alone, unset WORLD_SIZE"
     )
+
+
+def integer_variable(name: str, valid: range) -> int:
+    """Return an environment variable of torchrun's, a number. Raises UsageError unless it is a valid one."""
+    text = require_variable(name)
+    if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) not in valid:
+        raise UsageError(
+            f"{name} {text}: a number from {valid.start} to {valid.stop - 1} is needed"
+        )
+    return int(text)
+
+
+def _require_free(port: int) -> None:
+    """Raise UsageError if no server can be opened at a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UsageError(
+                f"MASTER_PORT {port}: {error.strerror}; give another one to all processes"
+            ) from None
 
 
 def _ask(store: Any, world: int) -> str:

@@ -36,10 +36,12 @@ _SENT = {"id": TEXT, "entity": TEXT | NOTHING, "lines": integer(0)}
 class WandbLogger:
     """One W&B run; does nothing if `mode` is "disabled".
 
-    mode None: online if a key is configured, else offline; WANDB_MODE decides before that.
+    mode None: WANDB_MODE's, else online. Without a key, or a server that takes the run, it is offline.
     directory: the run directory.
     run_id: the run to continue, or None.
     remedy: what is left of what W&B does not get. Unset: `rsnet sync`, which reads a training's metrics.
+
+    Raises UsageError if an environment variable of W&B has a value that is none.
 
     No failure of W&B ends a training, or holds it up beyond the limits of `wandb_service`. The first is said
     in one line, and W&B is left alone from then on.
@@ -64,8 +66,8 @@ class WandbLogger:
         command = shlex.join(["python", "-m", "rsnet", "sync", str(directory)])
         self._remedy = remedy or f"`{command}` sends the metrics later"
         if mode != "disabled":
-            self._console = Console()
-        mode, reason = (mode, "--wandb") if mode else wandb_service.default_mode()
+            self._console = Console(mode)
+        mode, reason = wandb_service.choose_mode(mode)
         if mode == "disabled":
             say(f"W&B: disabled ({reason})")
             return
@@ -87,7 +89,7 @@ class WandbLogger:
                 try:
                     self._run = start("online")
                 except wandb.errors.Error as error:
-                    mode, reason = "offline", f"the server did not answer: {first_line(error)}"
+                    mode, reason = "offline", f"no run online: {first_line(error)}"
             self._run = self._run or start("offline")
             self.run_id = self._run.id
             self._is_whole = self._begin(run_id) and mode == "online"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import threading
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
+from pydantic import ValidationError
 
-from pipelines.utils.errors import first_line
+from pipelines.utils.errors import UsageError, first_line
 
 Mode = Literal["online", "offline", "disabled"]
 Table = tuple[list[str | int], list[list[Any]], Path]  # columns, rows; the plot, a PNG
@@ -27,14 +29,28 @@ SERVICE_TIMEOUT_S = 10
 
 
 class Console:
-    """Takes what W&B would print, and keeps the warnings: all that it says of data that it gave up."""
+    """Takes what W&B would print, and keeps the warnings: all that it says of data that it gave up.
 
-    def __init__(self) -> None:
+    mode: instead of WANDB_MODE. Raises UsageError for a value in the environment that W&B does not take.
+    """
+
+    def __init__(self, mode: Mode | None = None) -> None:
         # Reports of W&B's own errors: a process lives 12 s longer if the server does not answer them.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         logging.getLogger("wandb").setLevel(logging.ERROR)
         self.warnings: list[str] = []
-        wandb.termsetup(wandb.setup(wandb.Settings(silent=True)).settings, self)
+        init_timeout(), finish_timeout()
+        try:
+            settings = wandb.Settings(silent=True)
+            if mode is not None:
+                settings.mode = mode
+            wandb.termsetup(wandb.setup(settings).settings, self)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = "_".join(map(str, ("WANDB", *first["loc"]))).upper()
+            raise UsageError(
+                f"{name} {first['input']}: W&B does not take it: {first['msg']}"
+            ) from None
 
     def info(self, msg: str) -> None:
         pass
@@ -46,18 +62,28 @@ class Console:
     error = warning
 
 
-def default_mode() -> tuple[Mode, str]:
-    """Return WANDB_MODE's mode, else online if there is a key; and why."""
-    modes: tuple[Mode, ...] = ("online", "offline", "disabled")
-    for mode in modes:
-        if os.environ.get("WANDB_MODE") == mode:
-            return mode, "WANDB_MODE"
+def choose_mode(asked: Mode | None) -> tuple[Mode, str]:
+    """Return the mode that is asked for, or WANDB_MODE's, else online; offline without a key; and why."""
+    variable = os.environ.get("WANDB_MODE", "")
+    mode = asked or _MODES.get(variable, "online")
+    reason = "WANDB_MODE" if variable in _MODES else "a key is configured"
+    if asked is not None:
+        reason = "--wandb"
+    if mode != "online":
+        return mode, reason
     try:
         if wandb.login(prompt=False, verify=False):
-            return "online", "a key is configured"
+            return "online", reason
     except wandb.errors.Error as error:
         return "offline", f"the key is not usable: {first_line(error)}"
     return "offline", "no key is configured"
+
+
+# dryrun and run are older names of the two.
+_MODES: dict[str, Mode] = {
+    "online": "online", "run": "online", "offline": "offline", "dryrun": "offline",
+    "disabled": "disabled",
+}  # fmt: skip
 
 
 def start(
@@ -74,7 +100,7 @@ def start(
 ) -> Any:
     """Start a W&B run; one that exists under the id is continued or, with resume None, replaced."""
     timeouts = {
-        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)),
+        "init_timeout": init_timeout(),
         "finish_timeout": finish_timeout(),
     }
     run = wandb.init(
@@ -113,9 +139,25 @@ def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequenc
         run.save(copy, base_path=run.dir, policy="now", glob=False)
 
 
+def init_timeout() -> float:
+    """Return the seconds that the start of a run may take."""
+    return _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT_S)
+
+
 def finish_timeout() -> float:
     """Return the seconds that the end of a run may take."""
-    return float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT_S))
+    return _seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT_S)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name) or str(default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < threading.TIMEOUT_MAX / 2:
+        raise UsageError(f"{name} {text}: must be a positive number of seconds")
+    return seconds
 
 
 def finish(run: Any, console: Console, failed: bool) -> None:

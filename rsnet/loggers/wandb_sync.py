@@ -30,7 +30,7 @@ def send_run(path: Path) -> str:
     if sent and sent.lines == len(rows):
         return f"W&B has all {len(rows)} lines of metrics"
     console = wandb_service.Console()
-    mode, reason = wandb_service.default_mode()
+    mode, reason = wandb_service.choose_mode(None)
     if mode != "online":
         raise UsageError(f"W&B is {mode} ({reason}); call `wandb login`, or set WANDB_API_KEY")
     try:

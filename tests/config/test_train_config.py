@@ -178,6 +178,17 @@ def test_a_continued_run_keeps_what_it_was_started_with():
     assert again.lr == pytest.approx(0.05)  # scaled to the new batch
 
 
+def test_the_environments_names_for_wandb_count_where_none_are_given(monkeypatch):
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert (_resolve().wandb_project, _resolve().wandb_name) == ("rsnet", None)
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "night")
+    assert (_resolve().wandb_project, _resolve().wandb_name) == ("theirs", "night")
+    given = _resolve("--wandb-project mine --wandb-name day")
+    assert (given.wandb_project, given.wandb_name) == ("mine", "day")
+
+
 def test_sizes_are_sorted_from_the_largest():
     assert _resolve("--sizes 32 96 64").sizes == (96, 64, 32)
 

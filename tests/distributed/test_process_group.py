@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from pipelines.utils.errors import RunError, UsageError
+from rsnet.distributed import process_group
 from tests.helpers import processes
 
 ROOT = processes.ROOT
@@ -72,3 +75,96 @@ def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
     assert len(matrices) > 60
     assert all(torch.equal(first[i], second[i]) for i in matrices)
     assert not all(map(torch.equal, first, second))
+
+
+VARIABLES = {
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Join a process group with these variables instead of torchrun's; None for one that is not set."""
+
+    def call(**changes: str | None) -> None:
+        for name, value in (VARIABLES | changes).items():
+            monkeypatch.setenv(name, value or "") if value else monkeypatch.delenv(name, False)
+        process_group.setup("cpu", 0.25)
+
+    yield call
+    process_group.shutdown()
+
+
+@pytest.fixture
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": None}, "RANK is not set, as it has to be where WORLD_SIZE is"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": None}, "RANK is set, but WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE 0: a number from 1 to "),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE two: a number from 1 to "),
+        ({"RANK": "1"}, "RANK 1: a number from 0 to 0 is needed"),
+        ({"RANK": "-1"}, "RANK -1: a number from 0 to 0 is needed"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK x: a number from 0 to "),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT 70000: a number from 1 to 65535 is needed"),
+        ({"MASTER_PORT": "1e3"}, "MASTER_PORT 1e3: a number from 1 to 65535 is needed"),
+        ({"MASTER_ADDR": "a..b"}, r"MASTER_ADDR a\.\.b: no name of a host"),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_missing_or_wrong_is_named(start, changes, message):
+    with pytest.raises(UsageError, match=message):
+        start(**changes)
+
+
+def test_a_host_that_nobody_knows_is_named(start, monkeypatch):
+    def getaddrinfo(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(UsageError, match=r"MASTER_ADDR 127\.0\.0\.1: Name or service not known"):
+        start()
+
+
+def test_a_port_that_is_taken_is_named(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"MASTER_PORT {port}: Address already in use; give"):
+            start(MASTER_PORT=str(port))
+
+
+def test_a_first_process_that_is_not_there_is_said(start, free_port):
+    match = f"nothing answers at MASTER_ADDR 127.0.0.1, MASTER_PORT {free_port} .*RANK 0 run there"
+    with pytest.raises(RunError, match=match):
+        start(RANK="1", WORLD_SIZE="2", MASTER_PORT=free_port)
+
+
+def test_a_network_that_is_not_there_is_said(start, free_port, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    with pytest.raises(RunError, match="rank 0 cannot connect to the other processes: "):
+        start(MASTER_PORT=free_port)
+
+
+def test_one_process_with_all_variables_starts(start, free_port):
+    start(MASTER_PORT=free_port)
+    assert (process_group.rank(), process_group.world_size()) == (0, 1)
+
+
+def test_slurms_ports_are_none_that_the_system_gives_away():
+    """Linux gives away those from 32768 on, by default."""
+    (line,) = (
+        line
+        for line in (ROOT / "scripts" / "slurm.sh").read_text().splitlines()
+        if line.startswith("MASTER_PORT=")
+    )
+    for job in (1, 19_999, 20_000, 12_345_678):
+        code = f"SLURM_JOB_ID={job}; {line}; echo $MASTER_PORT"
+        port = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        assert 1024 < int(port.stdout) < 32768

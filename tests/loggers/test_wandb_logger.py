@@ -13,6 +13,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
+from pipelines.utils.errors import UsageError
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_logger import WandbLogger, read_sent
 from tests.helpers.wandb_run import interrupted, log, rows
@@ -79,11 +80,45 @@ def test_an_offline_run_can_be_read_back(tmp_path):
     assert any(i.key == "lr" and json.loads(i.value_json) == 0.1 for i in configs)
 
 
-def test_without_a_key_a_run_is_offline(tmp_path):
+@pytest.mark.parametrize("mode", [None, "online"])
+def test_without_a_key_a_run_is_offline(tmp_path, mode):
     said: list[str] = []
-    _start(tmp_path, None, said).finish()
+    _start(tmp_path, mode, said).finish()
     assert "offline" in said[0]
     assert "no key is configured" in said[0]
+
+
+def test_an_option_counts_more_than_the_environment(wandb_server, tmp_path, monkeypatch):  # noqa: ARG001
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    said: list[str] = []
+    _start(tmp_path, "online", said).finish()
+    assert said[0].startswith("W&B: online at ")
+    assert said[0].endswith("(--wandb)")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WANDB_INIT_TIMEOUT", "abc"),
+        ("WANDB_FINISH_TIMEOUT", "-1"),
+        ("WANDB_FINISH_TIMEOUT", "nan"),
+        ("WANDB_MODE", "bogus"),
+        ("WANDB_BASE_URL", "nonsense"),
+    ],
+)
+def test_a_variable_of_the_environment_that_is_wrong_is_named(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{name} {value}: "):
+        _start(tmp_path, None, [])
+
+
+def test_the_entity_and_tags_of_the_environment_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_ENTITY", "my-team")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    _start(tmp_path, "offline", []).finish()
+    runs = [r.run for r in _records(tmp_path) if r.WhichOneof("record_type") == "run"]
+    assert runs[0].entity == "my-team"
+    assert list(runs[0].tags) == ["a", "b"]
 
 
 def test_a_malformed_key_is_said_and_the_run_is_offline(tmp_path, monkeypatch):
@@ -106,7 +141,7 @@ def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
     log.log({"step": 1, "train/total": 1.5})
     log.finish()
     assert "offline" in said[0]
-    assert "the server did not answer" in said[0]
+    assert "(no run online: " in said[0]
     assert _history(tmp_path)[0]["train/total"] == 1.5
 
 
