@@ -30,7 +30,6 @@ from pipelines import dali, ffcv, reference
 from pipelines.batch import Loader, Loaders, LoaderSpec
 from pipelines.ffcv.beton import Samples, open_beton
 from pipelines.ffcv.decode import FINE, Job, decode, training_views
-from pipelines.ffcv.turbojpeg import JpegDecoder
 from pipelines.sampler import Indices, crop_params
 
 
@@ -71,40 +70,38 @@ class HostOnly:
     def __init__(self, folder: Path, options: Options) -> None:
         self._beton = open_beton(folder / "train.beton")
         self._options = options
-        self._decoders = [JpegDecoder() for _ in range(options.workers)]
 
-    def images_per_s(self, work: Callable[[int, int, Indices], None]) -> float:
+    def images_per_s(self, work: Callable[[int, Indices], None]) -> float:
         """Over the training samples, an equal share a thread."""
         count, workers = len(self._beton), self._options.workers
         with self._beton.path.open("rb", buffering=0) as file, ThreadPoolExecutor(workers) as pool:
 
             def run(worker: int) -> None:
-                decoder = self._decoders[worker].handle
                 for first in range(32 * worker, count, 32 * workers):
                     indices = np.arange(first, min(first + 32, count))
-                    work(file.fileno(), decoder, indices)
+                    work(file.fileno(), indices)
 
             start = time.perf_counter()
             list(pool.map(run, range(workers)))
             return count / (time.perf_counter() - start)
 
-    def decode(self, file: int, decoder: int, indices: Indices) -> None:
-        decode_all(file, decoder, self._beton.samples.take(indices))
+    def decode(self, file: int, indices: Indices) -> None:
+        decode_all(file, self._beton.samples.take(indices))
 
-    def resize(self, file: int, decoder: int, indices: Indices) -> None:
+    def resize(self, file: int, indices: Indices) -> None:
         sizes, count = self._options.sizes, len(indices)
         outs = tuple(np.empty((count, s, 3 * s), np.uint8) for s in sizes)
         status = np.empty(count, np.uint8)
         params = crop_params(0, 0, indices, len(sizes), "independent")
         job = Job(self._beton.samples.take(indices), None, outs, status)
-        training_views(file, decoder, job, 0, count, params)
+        training_views(file, job, 0, count, params)
         assert not status.any()
 
 
 @njit(nogil=True)
-def decode_all(file: int, decoder: int, samples: Samples) -> None:
+def decode_all(file: int, samples: Samples) -> None:
     for i in range(len(samples.pointer)):
-        status, _ = decode(file, decoder, samples, i)
+        status, _ = decode(file, samples, i)
         assert status == FINE
 
 

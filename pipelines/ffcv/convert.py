@@ -13,7 +13,6 @@ import dataclasses
 import io
 import os
 import stat
-import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -40,7 +39,7 @@ from pipelines.ffcv.beton import (
     write_sidecar,
 )
 from pipelines.ffcv.options import ConvertOptions, WriteMode
-from pipelines.ffcv.turbojpeg import Bytes, JpegDecoder
+from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
 from pipelines.image_io import open_image
@@ -106,7 +105,6 @@ class Encoder:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._local = threading.local()
 
     def __call__(self, path: str, index: int) -> Encoded | DataError:
         """Return what is stored of image `index`, the same in every run, or what is wrong with it."""
@@ -120,8 +118,6 @@ class Encoder:
 
     def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
         """Return the file's bytes, None unless the loader's decoder takes them, and its pixels."""
-        if not hasattr(self._local, "decoder"):
-            self._local.decoder = JpegDecoder()
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would block
                 raise DataError("it is no regular file")
@@ -131,7 +127,7 @@ class Encoder:
         if data.size == 0:
             raise DataError("the file is empty")
         try:
-            return data, self._local.decoder.decode(data)
+            return data, decode_jpeg(data)
         except DataError:  # no JPEG, CMYK, or with faults that PIL tolerates
             return None, _pixels_by_pil(path)
 

@@ -37,21 +37,21 @@ class Job(NamedTuple):
 _read = njit(nogil=True)(read)
 _decompress = turbojpeg.decompress
 _read_header = turbojpeg.read_header
+_open_handle = turbojpeg.open_handle
+_close_handle = turbojpeg.close_handle
 _random_resized_crop = njit(nogil=True)(transforms.random_resized_crop)
 _eval_view = njit(nogil=True)(transforms.eval_view)
 
 
 @njit(nogil=True)
-def training_views(
-    file: int, decoder: int, job: Job, first: int, last: int, crop_params: CropParams
-) -> None:
+def training_views(file: int, job: Job, first: int, last: int, crop_params: CropParams) -> None:
     """Write samples `first` to `last` - 1 of a batch, cropped and flipped by `crop_params`.
 
-    file: descriptor of the .beton file; decoder: TurboJPEG handle.
+    file: descriptor of the .beton file.
     """
     samples, status = job.samples, job.status
     for i in range(first, last):
-        status[i], pixels = decode(file, decoder, samples, i)
+        status[i], pixels = decode(file, samples, i)
         if status[i] == FINE:
             box = _random_resized_crop(samples.height[i], samples.width[i], crop_params, i)
             for k in range(len(job.outs)):
@@ -61,11 +61,11 @@ def training_views(
 
 
 @njit(nogil=True)
-def eval_views(file: int, decoder: int, job: Job, first: int, last: int) -> None:
+def eval_views(file: int, job: Job, first: int, last: int) -> None:
     """Write samples as `training_views` does, but as evaluation's centre crop of each size."""
     samples, status = job.samples, job.status
     for i in range(first, last):
-        status[i], pixels = decode(file, decoder, samples, i)
+        status[i], pixels = decode(file, samples, i)
         if status[i] == FINE:
             height, width = samples.height[i], samples.width[i]
             box = Rectangle(0, 0, height, width)
@@ -75,7 +75,7 @@ def eval_views(file: int, decoder: int, job: Job, first: int, last: int) -> None
 
 
 @njit(nogil=True)
-def decode(file: int, decoder: int, samples: Samples, i: int) -> Any:
+def decode(file: int, samples: Samples, i: int) -> Any:
     """Return the status of sample `i` and, if it is FINE, its pixels as (height, 3 * width)."""
     height, width = samples.height[i], samples.width[i]
     stored = np.empty(samples.size[i], np.uint8)
@@ -83,15 +83,23 @@ def decode(file: int, decoder: int, samples: Samples, i: int) -> Any:
         return CUT_OFF, stored.reshape(1, -1)
     if samples.mode[i] == RAW:
         return FINE, stored.reshape(height, 3 * width)
+    pixels = np.empty((height, 3 * width), np.uint8)
+    handle = _open_handle()  # of its own, as `turbojpeg` says
+    code = _decode_jpeg(handle, stored, pixels)
+    _close_handle(handle)
+    return (FINE if code == 0 else UNDECODABLE), pixels
+
+
+@njit(nogil=True)
+def _decode_jpeg(handle: Any, jpeg: Bytes, pixels: Bytes) -> Any:
+    """Decode into (height, 3 * width); return 0 if the JPEG is sound and has that size."""
+    height, width = len(pixels), pixels.shape[1] // 3
     # The decoder takes any size that fits, and would leave the rest of the pixels uninitialised.
     header = np.empty(4, np.int32)
     at = header.ctypes.data
-    code = _read_header(decoder, stored.ctypes.data, stored.size, at, at + 4, at + 8, at + 12)
+    code = _read_header(handle, jpeg.ctypes.data, jpeg.size, at, at + 4, at + 8, at + 12)
     if code != 0 or header[0] != width or header[1] != height:
-        return UNDECODABLE, stored.reshape(1, -1)
-    pixels = np.empty((height, 3 * width), np.uint8)
-    code = _decompress(
-        decoder, stored.ctypes.data, stored.size, pixels.ctypes.data,
-        width, 0, height, RGB, ACCURATE_DCT,
-    )  # fmt: skip
-    return (FINE if code == 0 else UNDECODABLE), pixels
+        return -1
+    return _decompress(
+        handle, jpeg.ctypes.data, jpeg.size, pixels.ctypes.data, width, 0, height, RGB, ACCURATE_DCT
+    )

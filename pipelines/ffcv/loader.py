@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ from pipelines.ffcv.beton import (
 )
 from pipelines.ffcv.decode import CUT_OFF, FINE, Job, Views
 from pipelines.ffcv.options import FfcvOptions
-from pipelines.ffcv.turbojpeg import JpegDecoder
 from pipelines.ffcv.verify import reasons
 from pipelines.host_batch import (
     HostBatch,
@@ -257,23 +255,15 @@ def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bo
 
 
 class _Workers:
-    """Threads that share an open file; each task borrows a decoder."""
+    """Threads that share an open file."""
 
     def __init__(self, threads: int, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
-        self._decoders: deque[JpegDecoder] = deque()
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
 
     def run(self, views: Views, *arguments: Any) -> None:
-        """Call `views` with the file and a decoder, on the calling thread, which is one of the pool's."""
-        try:
-            decoder = self._decoders.pop()
-        except IndexError:  # as many tasks run as decoders were made so far
-            decoder = JpegDecoder()
-        try:
-            views(self._file.fileno(), decoder.handle, *arguments)
-        finally:
-            self._decoders.append(decoder)
+        """Call `views` with the file, on the calling thread, which is one of the pool's."""
+        views(self._file.fileno(), *arguments)
 
     def advise(self, page: int, page_size: int, advice: int) -> None:
         """Tell the operating system how a page of the file will be used: a POSIX_FADV_ constant."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,39 +56,43 @@ read_header = _function(
     "tjDecompressHeader3", _int,
     _handle, _address, ctypes.c_ulong, _address, _address, _address, _address,
 )  # fmt: skip
-_open = _function("tjInitDecompress", _handle)
-_close = _function("tjDestroy", _int, _handle)
+# A handle decodes one image: it keeps an image's tables for the next, and a damaged table makes it refuse
+# every image that follows. Opening and closing one takes 1 us. Also called from compiled code.
+open_handle = _function("tjInitDecompress", _handle)
+close_handle = _function("tjDestroy", _int, _handle)
 _error = _function("tjGetErrorStr2", ctypes.c_char_p, _handle)
 
 
-class JpegDecoder:
-    """A TurboJPEG handle, for one thread at a time. Raises DataError with libjpeg's message."""
+def decode_jpeg(jpeg: Bytes) -> Bytes:
+    """Return (height, width, 3) of a complete JPEG without faults; CMYK is not supported.
 
-    def __init__(self) -> None:
-        self.handle: int = _open()
-        weakref.finalize(self, _close, self.handle)
-
-    def shape(self, jpeg: Bytes) -> tuple[int, int]:
-        """Return (height, width) from the file's header."""
+    Raises DataError with libjpeg's message.
+    """
+    with _new_handle() as handle:
         numbers = np.empty(4, np.int32)
         places = [numbers[i:].ctypes.data for i in range(4)]
-        self._check(read_header(self.handle, jpeg.ctypes.data, jpeg.size, *places))
-        return int(numbers[1]), int(numbers[0])
-
-    def decode(self, jpeg: Bytes) -> Bytes:
-        """Return (height, width, 3) of a complete JPEG without faults; CMYK is not supported."""
-        height, width = self.shape(jpeg)
+        _check(handle, read_header(handle, jpeg.ctypes.data, jpeg.size, *places))
+        width, height = int(numbers[0]), int(numbers[1])
         if height * width > MAX_PIXELS:
             raise DataError(f"its header says {height} x {width} pixels, which is too large")
         pixels = np.empty((height, width, 3), np.uint8)
-        self._check(
-            decompress(
-                self.handle, jpeg.ctypes.data, jpeg.size, pixels.ctypes.data,
-                width, 0, height, RGB, ACCURATE_DCT,
-            )
+        code = decompress(
+            handle, jpeg.ctypes.data, jpeg.size, pixels.ctypes.data,
+            width, 0, height, RGB, ACCURATE_DCT,
         )  # fmt: skip
-        return pixels
+        _check(handle, code)
+    return pixels
 
-    def _check(self, code: int) -> None:
-        if code != 0:
-            raise DataError(_error(self.handle).decode(errors="replace"))
+
+@contextlib.contextmanager
+def _new_handle() -> Iterator[int]:
+    handle = open_handle()
+    try:
+        yield handle
+    finally:
+        close_handle(handle)
+
+
+def _check(handle: int, code: int) -> None:
+    if code != 0:
+        raise DataError(_error(handle).decode(errors="replace"))

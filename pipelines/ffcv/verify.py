@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.ffcv.beton import RAW, Beton, check_sidecar, open_beton, read_sidecar
-from pipelines.ffcv.turbojpeg import Bytes, JpegDecoder
+from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
 from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError
@@ -45,14 +44,11 @@ def verify(path: Path, workers: int) -> int:
 
 def reasons(beton: Beton, indices: Indices, workers: int) -> Generator[str | None]:
     """Read and decode each of the samples; yield what is wrong with it, None if nothing is."""
-    local = threading.local()
     with beton.path.open("rb", buffering=0) as file:
 
         def reason(index: int) -> str | None:
-            if not hasattr(local, "decoder"):
-                local.decoder = JpegDecoder()
             try:
-                pixels(beton, file.fileno(), local.decoder, index)
+                pixels(beton, file.fileno(), index)
             except DataError as error:
                 return str(error)
             return None
@@ -60,13 +56,13 @@ def reasons(beton: Beton, indices: Indices, workers: int) -> Generator[str | Non
         yield from ordered_map(reason, indices.tolist(), workers)
 
 
-def pixels(beton: Beton, file: int, decoder: JpegDecoder, index: int) -> Bytes:
+def pixels(beton: Beton, file: int, index: int) -> Bytes:
     """Return (height, width, 3) of one sample of the open file. Raises DataError if it is broken."""
     shape = int(beton.samples.height[index]), int(beton.samples.width[index])
     data = stored_bytes(beton, file, index)
     if beton.samples.mode[index] == RAW:
         return data.reshape(*shape, 3)
-    decoded = decoder.decode(data)
+    decoded = decode_jpeg(data)
     if decoded.shape[:2] != shape:
         raise DataError(
             f"its JPEG has {decoded.shape[:2]} pixels, the table of contents says {shape}"

@@ -162,7 +162,7 @@ def test_leaving_an_epoch_cancels_what_has_not_begun(beton, monkeypatch):
     def slow(*arguments):
         calls.append(arguments)
         time.sleep(0.05)
-        arguments[2].status[:] = ffcv_decode.FINE
+        arguments[1].status[:] = ffcv_decode.FINE
 
     monkeypatch.setattr(ffcv_decode, "training_views", slow)
     batches = iter(loaders_of(beton, prefetch=6).train)  # two threads, seven tasks
