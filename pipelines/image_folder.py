@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.image_io import images_below, open_image
+from pipelines.image_io import images_below, list_folder, load_rgb
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 
 
@@ -42,11 +42,13 @@ class ImageFolder:
 def scan_folder(root: Path) -> ImageFolder:
     """Find the images below the class folders of `root`, at any depth.
 
-    Raises UsageError if `root` is missing, holds no class folders, or a class holds no image.
+    Raises UsageError if `root` is missing, holds no class folders, or a class holds no image; RunError if
+    a folder cannot be listed.
     """
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}")
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    folders = [Path(path).name for path, is_folder in list_folder(root) if is_folder]
+    classes = [name for name in folders if not name.startswith(".")]
     if not classes:
         what = "images but no class folders" if images_below(root) else "no images"
         raise UsageError(f"{root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
@@ -71,7 +73,7 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
     splits = ("train", "val") if with_train else ("val",)
     for split in splits:
         if not (data / split).is_dir():
-            found = sorted(e.name for e in os.scandir(data) if e.is_dir())[:5]
+            found = [Path(path).name for path, is_folder in list_folder(data) if is_folder][:5]
             raise UsageError(
                 f"--data: {data} has no folder {split!r} "
                 f"(it has {', '.join(found) if found else 'no folders'})"
@@ -115,12 +117,11 @@ def verify_command(data: Path, report: Path | None = None) -> str:
 
 
 def decode_error(path: str) -> str | None:
-    """Return why PIL cannot decode the image at `path`, None if it can."""
+    """Return why PIL cannot decode the image at `path`, None if it can. Raises RunError."""
     try:
-        with open_image(path) as image:
-            image.convert("RGB")
-    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
-        return first_line(error)
+        load_rgb(path)
+    except DataError as error:
+        return str(error)
     return None
 
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
 from pipelines.image_folder import ImageFolder, decode_error, explain_failure, scan_train_val
-from pipelines.image_io import eval_image, open_image
+from pipelines.image_io import eval_image, load_rgb
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import (
     AUGMENTATION_LANE,
@@ -26,7 +26,7 @@ from pipelines.sampler import (
     uniforms,
 )
 from pipelines.transforms import random_resized_crop
-from pipelines.utils.errors import DataError
+from pipelines.utils.errors import DataError, RunError
 
 _AUGMENTATIONS = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
 
@@ -71,7 +71,7 @@ class ReferenceLoader(ScheduledLoader):
             pin_memory=spec.device.type == "cuda",
         )
         for item in loader:
-            if isinstance(item, DataError):
+            if isinstance(item, DataError | RunError):
                 raise item
             images, labels = item
             pixels = (x.to(spec.device, non_blocking=True) for x in images)
@@ -84,7 +84,7 @@ class ReferenceLoader(ScheduledLoader):
         return self._folder.fingerprint()
 
 
-class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError]):
+class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError | RunError]):
     """Gives one (s, s, 3) uint8 tensor per size and the label of a sample, or the error to raise.
 
     The error is returned, because a DataLoader replaces the message of what a worker raises by a traceback.
@@ -93,13 +93,14 @@ class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError]):
     def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool, epoch: int) -> None:
         self._spec, self._folder, self._training, self._epoch = spec, folder, training, epoch
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int] | DataError:
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int] | DataError | RunError:
         path = self._folder.paths[index]
         try:
-            with open_image(path) as image:
-                rgb = image.convert("RGB")
-        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
+            rgb = load_rgb(path)
+        except DataError as error:
             return explain_failure([path], error, self._spec.data, decode_error)
+        except RunError as error:
+            return error
         views = self._training_views(rgb, index) if self._training else self._eval_views(rgb)
         pixels = [torch.from_numpy(np.array(view)) for view in views]
         return pixels, int(self._folder.labels[index])
@@ -130,12 +131,12 @@ class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError]):
 
 
 def _collate(
-    samples: list[tuple[list[Tensor], int] | DataError],
-) -> tuple[list[Tensor], Tensor] | DataError:
+    samples: list[tuple[list[Tensor], int] | DataError | RunError],
+) -> tuple[list[Tensor], Tensor] | DataError | RunError:
     """Stack the samples to (N, s, s, 3) per size and (N,) labels, or return the first error."""
     good = []
     for sample in samples:
-        if isinstance(sample, DataError):
+        if isinstance(sample, DataError | RunError):
             return sample
         good.append(sample)
     views, labels = zip(*good, strict=True)

@@ -16,6 +16,7 @@ import numpy as np
 from pipelines.image_folder import ImageFolder, verify_command
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.reading import file_state, reading
 
 REPORT = "verified.json"  # in the folder that has train and val
 VERSION = 1
@@ -35,7 +36,10 @@ class SplitReport:
 
 
 def stamps(folder: ImageFolder) -> dict[str, Stamp]:
-    """Return each image's stamp by its path below the root, in order; takes 5 s for a million images."""
+    """Return each image's stamp by its path below the root, in order; takes 5 s for a million images.
+
+    Raises RunError if a file's state cannot be read.
+    """
     return {name: _stamp(path) for name, path in zip(folder.names, folder.paths, strict=True)}
 
 
@@ -56,7 +60,9 @@ def write(report: Path, splits: dict[str, SplitReport]) -> None:
 def read(report: Path) -> dict[str, SplitReport]:
     """Return the results by split, empty if there is no such file. Raises UsageError if it is no report."""
     try:
-        content = json.loads(report.read_text())
+        with reading(report):
+            text = report.read_text()
+        content = json.loads(text)
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, not {VERSION}")
         return {split: _parse_split(**found) for split, found in content["splits"].items()}
@@ -134,8 +140,5 @@ def _parse_split(fingerprint: Any, images: Any, bad: Any) -> SplitReport:
 
 
 def _stamp(path: str) -> Stamp:
-    try:
-        state = os.stat(path)  # noqa: PTH116 - pathlib is slow on a million files
-    except OSError:
-        return None
-    return state.st_size, state.st_mtime_ns
+    state = file_state(path)
+    return None if state is None else (state.st_size, state.st_mtime_ns)

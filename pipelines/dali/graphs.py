@@ -78,13 +78,13 @@ def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[
 def image_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any]:
     """Give evaluation's images as bytes, (height, width, 3)."""
     (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
-    return (_whole(paths, **_decoder(options, spec.device))[1],)
+    return (_whole(fn.io.file.read(paths), **_decoder(options, spec.device))[1],)
 
 
 def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
     """Give evaluation's normalised images, (s, s, 3) of each size."""
     (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
-    shape, image = _whole(paths, **_decoder(options, spec.device))
+    shape, image = _whole(fn.io.file.read(paths), **_decoder(options, spec.device))
     outputs = []
     for size in spec.sizes:
         lengths = [_long_or_short(shape[axis], shape[1 - axis], size) for axis in (0, 1)]
@@ -104,7 +104,10 @@ def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any,
 
 
 def build_decoder(batch_size: int) -> Any:
-    """Build the pipeline that decodes whole files on the CPU: `run(paths=...)` of at most `batch_size`."""
+    """Build the pipeline that decodes whole files on the CPU: `run(files=...)`, at most `batch_size`.
+
+    It takes their bytes: DALI's error does not say whether it could not read or not decode a file.
+    """
     pipeline = pipeline_def(_decoding_graph)(
         batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1
     )
@@ -118,13 +121,12 @@ def path_batch(paths: list[str]) -> list[Any]:
 
 
 def _decoding_graph() -> tuple[Any, Any]:
-    paths = fn.external_source(name="paths", batch=True)
-    return _whole(paths, **_decoder(DaliOptions(), torch.device("cpu")))
+    encoded = fn.external_source(name="files", batch=True)
+    return _whole(encoded, **_decoder(DaliOptions(), torch.device("cpu")))
 
 
-def _whole(paths: Any, **decoder: Any) -> tuple[Any, Any]:
+def _whole(encoded: Any, **decoder: Any) -> tuple[Any, Any]:
     """Decode whole files; give (height, width, channels) and the pixels of each."""
-    encoded = fn.io.file.read(paths)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
     return shape, fn.decoders.image(encoded, **decoder)
 

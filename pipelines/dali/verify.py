@@ -18,14 +18,17 @@ from collections.abc import Container, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelines import verify_report
-from pipelines.dali.graphs import build_decoder, path_batch
+from pipelines.dali.graphs import build_decoder
 from pipelines.dali.options import VerifyOptions
 from pipelines.image_folder import ImageFolder, dali_error_line, decode_error, scan_folder
 from pipelines.utils.cli import EXIT_FAILED
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.output import guard_output
 from pipelines.utils.progress import ProgressBar, format_bytes
+from pipelines.utils.reading import cannot_read, read_file
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import SplitReport, Stamp
 
@@ -35,7 +38,8 @@ BATCH = 16  # images; a fifth faster than one by one, but each is decoded again 
 def verify(options: VerifyOptions) -> int:
     """Verify `options.data`/train and /val; return 0 if no bad image is left, else 1.
 
-    Raises UsageError for a mistake in the options, DataError if all images of a class are bad.
+    Raises UsageError for a mistake in the options, DataError if all images of a class are bad, RunError if
+    an image or a folder cannot be read: then nothing is recorded.
     """
     data, report = options.data, options.report or options.data / verify_report.REPORT
     folders = [scan_folder(data / split) for split in ("train", "val") if (data / split).is_dir()]
@@ -66,32 +70,42 @@ class Decoder:
         self._pipeline: Any = None
 
     def reasons(self, paths: list[str]) -> list[str | None]:
-        """Return for each of at most `batch_size` files what is wrong with it, None if nothing is."""
-        # DALI would wait forever for a pipe.
-        if all(map(os.path.isfile, paths)) and self._failure(paths) is None:
+        """Return for each of at most `batch_size` files what is wrong with it, None if nothing is.
+
+        Raises RunError if one cannot be read: nothing is known about it then.
+        """
+        try:
+            files = [read_file(path) for path in paths]
+        except DataError:
+            files = []
+        if files and self._failure(files) is None:
             return [None] * len(paths)
         return [self.reason(path) for path in paths]
 
     def reason(self, path: str) -> str | None:
-        """Return what is wrong with the file, None if nothing is."""
-        if not os.path.isfile(path):  # noqa: PTH113 - pathlib is slow on a million files
-            return decode_error(path) or "it was no file a moment ago"
-        error = self._failure([path])
+        """Return what is wrong with the file, None if nothing is. Raises RunError if it cannot be read."""
+        try:
+            data = read_file(path)
+        except DataError as fault:
+            return str(fault)
+        error = self._failure([data])
         if error is None:
             return None
+        if "bad_alloc" in str(error):
+            raise cannot_read(path, "not enough memory to decode it")
         # PIL's messages are clearer than DALI's.
         return (
             decode_error(path)
             or f"PIL decodes it, but DALI does not ({dali_error_line(error)}); save it anew"
         )
 
-    def _failure(self, paths: list[str]) -> Exception | None:
+    def _failure(self, files: list[bytes]) -> Exception | None:
         """Return DALI's error if it cannot decode all of the files."""
         if self._pipeline is None:  # it does not survive an error; a new one takes 5 ms
             self._pipeline = build_decoder(self._batch_size)
         try:
-            self._pipeline.run(paths=path_batch(paths))
-        except (RuntimeError, MemoryError) as error:
+            self._pipeline.run(files=[np.frombuffer(data, np.uint8) for data in files])
+        except RuntimeError as error:
             self._pipeline = None
             return error
         return None

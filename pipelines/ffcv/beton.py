@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from pipelines.ffcv.turbojpeg import Bytes, kept_threads
 from pipelines.utils.atomic_io import atomic_write_json
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.reading import file_state, reading
 
 with kept_threads():
     from ffcv.fields import IntField, RGBImageField
@@ -88,7 +89,10 @@ def open_beton(path: Path) -> Beton:
     _check_header(path)
     _check_fields(path)
     try:
-        reader = Reader(str(path))
+        with reading(path):
+            reader = Reader(str(path))
+    except RunError:
+        raise
     except Exception as error:  # FFCV checks nothing: whatever numpy says of the bytes
         raise _broken_file(path, f"its header is damaged ({error!r})") from None
     columns = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))
@@ -200,6 +204,12 @@ class Sidecar:
 
     version: int = SIDECAR_VERSION
 
+    @property
+    def lacks(self) -> str:
+        """How many of the source's images the file lacks, as text."""
+        images = self.samples + len(self.skipped)
+        return f"lacks {len(self.skipped)} of {images} images, which were broken and left out"
+
 
 def sidecar_path(beton: Path) -> Path:
     """Return the path of a .beton file's sidecar."""
@@ -217,7 +227,9 @@ def read_sidecar(beton: Path) -> Sidecar | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        with reading(path):
+            text = path.read_text()
+        content = json.loads(text)
         if content["version"] != SIDECAR_VERSION:
             raise DataError(
                 f"{path}: written by version {content['version']} of the converter, this is version "
@@ -254,11 +266,12 @@ def source_fingerprint(root: Path, paths: Sequence[str]) -> tuple[str, int]:
 
 
 def file_size(path: str) -> int:
-    """Return the bytes of a file, 0 if it is missing (as a dangling link): reading it will say so."""
-    try:
-        return os.stat(path).st_size  # noqa: PTH116 - pathlib is slow on a million files
-    except OSError:
-        return 0
+    """Return the bytes of a file, 0 if it is missing (as a dangling link): reading it will say so.
+
+    Raises RunError.
+    """
+    state = file_state(path)
+    return 0 if state is None else state.st_size
 
 
 def _check_header(path: Path) -> None:
@@ -269,7 +282,8 @@ def _check_header(path: Path) -> None:
     size = path.stat().st_size
     if size < HeaderType.itemsize:
         raise _broken_file(path, f"it has {size} bytes only")
-    header = np.fromfile(path, HeaderType, count=1)[0]
+    with reading(path):
+        header = np.fromfile(path, HeaderType, count=1)[0]
     table, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
     if header["version"] != CURRENT_VERSION or not 1 <= header["num_fields"] <= 64:
         raise _broken_file(path, f"it is no FFCV file of version {CURRENT_VERSION}")

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import stat
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -42,12 +41,13 @@ from pipelines.ffcv.options import ConvertOptions, WriteMode
 from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
-from pipelines.image_io import open_image
+from pipelines.image_io import decode_errors, memory_errors, open_image
 from pipelines.sampler import Indices, uniforms
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
-from pipelines.utils.errors import DataError, UsageError, error_context, first_line, way_out
+from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.progress import ProgressBar, format_bytes
+from pipelines.utils.reading import read_file
 from pipelines.utils.thread_map import ordered_map
 
 PROBES = 64  # images that are encoded for the estimate, and compared after writing
@@ -76,7 +76,11 @@ def convert(options: ConvertOptions, data: Path, output: Path) -> None:
     except OSError as error:
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     with _locked(output):
-        sources = [source for source in sources if not _is_there(output, source, settings)]
+        sources = [
+            source
+            for source in sources
+            if not _is_there(output, source, settings, options.skip_bad)
+        ]
         encoder = Encoder(settings)
         _check_space(output, sources, encoder, options.workers)
         for source in sources:
@@ -107,29 +111,26 @@ class Encoder:
         self._settings = settings
 
     def __call__(self, path: str, index: int) -> Encoded | DataError:
-        """Return what is stored of image `index`, the same in every run, or what is wrong with it."""
+        """Return what is stored of image `index`, the same in every run, or what is wrong with it.
+
+        Raises RunError if the system does not let the file be read.
+        """
         try:
-            jpeg, pixels = self._read(path)
-            return self._encode(jpeg, pixels, index)
+            with memory_errors(path):
+                jpeg, pixels = self._read(path)
+                return self._encode(jpeg, pixels, index)
         except DataError as error:
             return error
-        except MemoryError:
-            return DataError("it does not fit into the memory")
 
     def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
         """Return the file's bytes, None unless the loader's decoder takes them, and its pixels."""
+        data = read_file(path)
+        jpeg = np.frombuffer(data, np.uint8)
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would block
-                raise DataError("it is no regular file")
-            data = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise DataError(error.strerror or str(error)) from None
-        if data.size == 0:
-            raise DataError("the file is empty")
-        try:
-            return data, decode_jpeg(data)
+            return jpeg, decode_jpeg(jpeg)
         except DataError:  # no JPEG, CMYK, or with faults that PIL tolerates
-            return None, _pixels_by_pil(path)
+            with open_image(data) as image, decode_errors():
+                return None, np.asarray(image.convert("RGB"))
 
     def _encode(self, jpeg: Bytes | None, pixels: Bytes, index: int) -> Encoded:
         settings = self._settings
@@ -211,10 +212,11 @@ def _spread(indices: Indices, count: int) -> Indices:
     return indices[np.arange(count) * len(indices) // count]
 
 
-def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
+def _is_there(output: Path, source: _Source, settings: Settings, skip_bad: bool) -> bool:
     """Return whether the file exists already, made from the same images with the same options.
 
-    Raises UsageError if it was made differently, DataError if it is broken.
+    Raises UsageError if it was made differently, or lacks images without `skip_bad`; DataError if it is
+    broken.
     """
     path = output / f"{source.split}.beton"
     if not path.exists():
@@ -230,10 +232,17 @@ def _is_there(output: Path, source: _Source, settings: Settings) -> bool:
             f"--output: {path} exists already, made from other images or with other options; "
             "remove it, or give another folder"
         )
+    if found.skipped and not skip_bad:
+        raise UsageError(
+            f"--output: {path} exists already, but {found.lacks}; remove it to have them converted, too, "
+            "or add --skip-bad"
+        )
     check_sidecar(found, path, len(open_beton(path)))
     print(
         f"{path}: is there already, with the same options, from images of the same names and sizes"
     )
+    if found.skipped:
+        print(f"{path}: {found.lacks}")
     return True
 
 
@@ -298,7 +307,7 @@ def _convert_split(
     print(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
           f"{format_bytes(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
     if skipped:
-        print(f"{final}: {len(skipped)} broken images were left out; its sidecar lists them")
+        print(f"{final}: {content.lacks}; its sidecar lists them")
 
 
 def _write(
@@ -359,14 +368,6 @@ def _encode(
     source: _Source, indices: Indices, encoder: Encoder, workers: int
 ) -> Generator[Encoded | DataError]:
     return ordered_map(lambda i: encoder(source.path(i), i), indices.tolist(), workers)
-
-
-def _pixels_by_pil(path: str) -> Bytes:
-    try:
-        with open_image(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
-        raise DataError(first_line(error)) from None
 
 
 def _shrunk(pixels: Bytes, longest: int) -> Bytes:

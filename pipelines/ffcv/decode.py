@@ -22,7 +22,7 @@ with kept_threads():
 # `training_views` or `eval_views`.
 Views = Callable[..., None]
 
-FINE, CUT_OFF, UNDECODABLE = 0, 1, 2
+FINE, FAULTY = 0, 1
 
 
 class Job(NamedTuple):
@@ -80,14 +80,14 @@ def decode(file: int, samples: Samples, i: int) -> Any:
     height, width = samples.height[i], samples.width[i]
     stored = np.empty(samples.size[i], np.uint8)
     if _read(file, stored, samples.pointer[i]) != stored.size:
-        return CUT_OFF, stored.reshape(1, -1)
+        return FAULTY, stored.reshape(1, -1)
     if samples.mode[i] == RAW:
         return FINE, stored.reshape(height, 3 * width)
     pixels = np.empty((height, 3 * width), np.uint8)
     handle = _open_handle()  # of its own, as `turbojpeg` says
     code = _decode_jpeg(handle, stored, pixels)
     _close_handle(handle)
-    return (FINE if code == 0 else UNDECODABLE), pixels
+    return (FINE if code == 0 else FAULTY), pixels
 
 
 @njit(nogil=True)

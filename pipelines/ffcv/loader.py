@@ -35,7 +35,7 @@ from pipelines.ffcv.beton import (
     open_beton,
     read_sidecar,
 )
-from pipelines.ffcv.decode import CUT_OFF, FINE, Job, Views
+from pipelines.ffcv.decode import FINE, Job, Views
 from pipelines.ffcv.options import FfcvOptions
 from pipelines.ffcv.verify import reasons
 from pipelines.host_batch import (
@@ -50,7 +50,8 @@ from pipelines.host_batch import (
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, make_schedule
 from pipelines.transforms import CropParams
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.reading import cannot_read
 
 READ_AHEAD = 8  # batches, in quasi-random order
 # 1 GiB of FFCV's pages of 8 MiB: about 10,000 ImageNet photos are mixed, from 128 places of the file.
@@ -163,7 +164,10 @@ class FfcvLoader(ScheduledLoader):
         blocks: list[Tensor],
         status: NDArray[np.uint8],
     ) -> Batch:
-        """Make the batch from what the threads wrote. Raises DataError if a sample's status is not FINE."""
+        """Make the batch from what the threads wrote.
+
+        Raises DataError if a sample is broken, RunError if it could not be read.
+        """
         if (status != FINE).any():
             raise self._broken(indices, status)
         labels = torch.from_numpy(self._beton.labels[indices])
@@ -174,14 +178,12 @@ class FfcvLoader(ScheduledLoader):
             labels = labels.pin_memory().to(self._spec.device, non_blocking=True)
         return Batch(as_images(blocks), labels)
 
-    def _broken(self, indices: Indices, status: NDArray[np.uint8]) -> DataError:
-        first = int(np.argmax(status != FINE))
-        index = int(indices[first])
-        reason = (
-            "the file ends before it does"
-            if status[first] == CUT_OFF
-            else "its JPEG does not decode without fault"
-        )
+    def _broken(self, indices: Indices, status: NDArray[np.uint8]) -> DataError | RunError:
+        """Return the error for the first sample that is not FINE, which is read again to tell why."""
+        index = int(indices[np.argmax(status != FINE)])
+        (reason,) = reasons(self._beton, np.array([index]), workers=1)
+        if reason is None:
+            return cannot_read(self._beton.path, f"sample {index} was unreadable for a moment")
         return broken_sample(self._beton, index, self._classes[self._beton.labels[index]], reason)
 
 
@@ -211,6 +213,8 @@ def _checked_sidecar(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Si
     found = read_sidecar(beton.path)
     if found is not None:
         check_sidecar(found, beton.path, len(beton))
+        if found.skipped and spec.rank == 0:
+            print(f"{beton.path}: {found.lacks}")
     elif not options.trust:
         if spec.rank == 0:
             print(

@@ -14,6 +14,7 @@ from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError
 from pipelines.utils.progress import ProgressBar
+from pipelines.utils.reading import reading
 from pipelines.utils.thread_map import ordered_map
 
 
@@ -34,6 +35,8 @@ def verify(path: Path, workers: int) -> int:
                 print(f"{path}: sample {index} (label {beton.labels[index]}) is broken: {reason}")
             size += int(beton.samples.size[index])
             progress.update(index + 1, size, bad)
+    if found is not None and found.skipped:
+        print(f"{path}: {found.lacks}")
     changed = found is not None and sha256_file(path) != found.sha256
     if changed:
         print(f"{path}: its SHA-256 is not its sidecar's: it was changed after it was written")
@@ -71,9 +74,13 @@ def pixels(beton: Beton, file: int, index: int) -> Bytes:
 
 
 def stored_bytes(beton: Beton, file: int, index: int) -> Bytes:
-    """Return the stored bytes of a sample. Raises DataError if the file ends before the sample does."""
+    """Return the stored bytes of a sample.
+
+    Raises DataError if the file ends before the sample does, RunError if it cannot be read.
+    """
     size = int(beton.samples.size[index])
-    data = np.frombuffer(os.pread(file, size, int(beton.samples.pointer[index])), np.uint8)
+    with reading(beton.path):
+        data = np.frombuffer(os.pread(file, size, int(beton.samples.pointer[index])), np.uint8)
     if data.size != size:
         raise DataError("the file ends before it does")
     return data

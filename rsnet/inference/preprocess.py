@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipelines.image_io import eval_image, images_below, open_image
 from pipelines.transforms import eval_view
-from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.errors import DataError, RunError, UsageError, first_line
+from pipelines.utils.reading import read_file
 
 # A path, a PIL image, uint8 as an (H, W, 3) array, or uint8 as a (3, H, W) tensor on any device.
 ImageInput = str | Path | Image.Image | NDArray[np.uint8] | Tensor
@@ -73,6 +74,8 @@ def _to_rgb(image: Image.Image, size: int) -> Image.Image:
 def _decode_errors(name: str) -> Iterator[None]:
     try:
         yield
+    except RunError as error:  # it names the path
+        raise DataError(str(error)) from error
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
         raise DataError(f"{name}: {first_line(error)}") from error
 
@@ -81,7 +84,7 @@ def _open(path: str | Path) -> Image.Image:
     with warnings.catch_warnings():
         # PIL's, of half as many pixels as it refuses; MAX_PIXELS is between.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return open_image(path)
+        return open_image(read_file(path))
 
 
 def _from_array(array: NDArray[np.uint8] | Tensor, name: str) -> Image.Image:

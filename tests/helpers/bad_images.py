@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -79,3 +80,18 @@ def touch(path: Path) -> None:
 def loaders_of(data: Path, rank: int = 0, with_train: bool = True, **options):
     spec = LoaderSpec(data, (32, 24), 4, torch.device("cpu"), rank=rank, world_size=rank + 1)
     return dali.make_loaders(dali.DaliOptions(workers=2, **options), spec, with_train)
+
+
+def forbid_reading(monkeypatch, path: Path, code: int = errno.EACCES) -> None:
+    """Let reading this file or listing this folder fail, as for any user but root, and on a bad disk."""
+
+    def refusing(function):
+        def call(at, *arguments, **options):
+            if isinstance(at, str | Path) and Path(at) == path:
+                raise OSError(code, os.strerror(code), str(at))
+            return function(at, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Path, "read_bytes", refusing(Path.read_bytes))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))

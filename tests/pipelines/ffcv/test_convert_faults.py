@@ -50,7 +50,7 @@ def test_broken_images_can_be_left_out(broken, tmp_path, convert):
     code, out, _ = convert("--data", broken, "--output", tmp_path / "b", "--skip-bad")
     assert code == 0
     assert "train.beton: 7 samples of 2 classes" in out
-    assert "3 broken images were left out" in out
+    assert "lacks 3 of 10 images, which were broken and left out" in out
     skipped = sidecar_of(tmp_path / "b" / "train.beton")["skipped"]
     assert [s["image"] for s in skipped] == ["ant/002.JPEG", "ant/004.JPEG", "bee/001.JPEG"]
     assert all(s["reason"] for s in skipped)
