@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.image_io import images_below, list_folder, load_rgb
+from pipelines.image_formats import load_rgb
+from pipelines.image_io import images_below, list_folder
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 
 

@@ -16,7 +16,8 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
 from pipelines.image_folder import ImageFolder, decode_error, explain_failure, scan_train_val
-from pipelines.image_io import eval_image, load_rgb
+from pipelines.image_formats import load_rgb
+from pipelines.image_io import eval_image
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import (
     AUGMENTATION_LANE,

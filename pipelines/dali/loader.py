@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
+from pipelines.dali.decoder import Decoder
 from pipelines.dali.graphs import (
     AUGMENTATION_NUMBERS,
     build,
@@ -30,7 +31,6 @@ from pipelines.dali.graphs import (
     training_graph,
 )
 from pipelines.dali.options import DaliOptions
-from pipelines.dali.verify import Decoder
 from pipelines.host_batch import (
     HostBatch,
     allocate_blocks,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from pipelines.image_formats import MAX_MEGAPIXELS, require_megapixels
 from pipelines.utils.errors import UsageError
 
 
@@ -64,6 +65,10 @@ class VerifyOptions:
     move_to: Annotated[Path | None, arg(metavar="DIR")] = None
     """Move the bad images to this folder, below which they keep their paths."""
 
+    max_megapixels: float = MAX_MEGAPIXELS
+    """Larger images are bad: a file of kilobytes can claim gigabytes."""
+
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        require_megapixels(self.max_megapixels)

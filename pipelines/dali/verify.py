@@ -1,7 +1,7 @@
 """`rsnet verify DIR`: find the images that would end a training, before it starts.
 
 DALI itself decides, image by image, whether it can decode a file: it is neither as tolerant as PIL nor as
-strict. `Decoder` also names the image when a training batch could not be decoded.
+strict. A size limit, and the rule of `image_formats`, come before.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ import threading
 import time
 from collections.abc import Container, Generator, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from pipelines import verify_report
-from pipelines.dali.graphs import build_decoder
+from pipelines.dali.decoder import Decoder
 from pipelines.dali.options import VerifyOptions
-from pipelines.image_folder import ImageFolder, dali_error_line, decode_error, scan_folder
+from pipelines.image_folder import ImageFolder, scan_folder
 from pipelines.utils.cli import EXIT_FAILED
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import UsageError
 from pipelines.utils.output import guard_output
 from pipelines.utils.progress import ProgressBar, format_bytes
-from pipelines.utils.reading import cannot_read, read_file
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import SplitReport, Stamp
 
@@ -58,59 +54,6 @@ def verify(options: VerifyOptions) -> int:
     return 0
 
 
-class Decoder:
-    """Tries whether DALI's CPU decoder can decode whole files. For one thread at a time.
-
-    In 3000 damaged files, training's crop of a file never failed where the whole file had decoded; PIL
-    would have accepted 8 bad ones, and rejected 170 that DALI reads.
-    """
-
-    def __init__(self, batch_size: int = 1) -> None:
-        self._batch_size = batch_size
-        self._pipeline: Any = None
-
-    def reasons(self, paths: list[str]) -> list[str | None]:
-        """Return for each of at most `batch_size` files what is wrong with it, None if nothing is.
-
-        Raises RunError if one cannot be read: nothing is known about it then.
-        """
-        try:
-            files = [read_file(path) for path in paths]
-        except DataError:
-            files = []
-        if files and self._failure(files) is None:
-            return [None] * len(paths)
-        return [self.reason(path) for path in paths]
-
-    def reason(self, path: str) -> str | None:
-        """Return what is wrong with the file, None if nothing is. Raises RunError if it cannot be read."""
-        try:
-            data = read_file(path)
-        except DataError as fault:
-            return str(fault)
-        error = self._failure([data])
-        if error is None:
-            return None
-        if "bad_alloc" in str(error):
-            raise cannot_read(path, "not enough memory to decode it")
-        # PIL's messages are clearer than DALI's.
-        return (
-            decode_error(path)
-            or f"PIL decodes it, but DALI does not ({dali_error_line(error)}); save it anew"
-        )
-
-    def _failure(self, files: list[bytes]) -> Exception | None:
-        """Return DALI's error if it cannot decode all of the files."""
-        if self._pipeline is None:  # it does not survive an error; a new one takes 5 ms
-            self._pipeline = build_decoder(self._batch_size)
-        try:
-            self._pipeline.run(files=[np.frombuffer(data, np.uint8) for data in files])
-        except RuntimeError as error:
-            self._pipeline = None
-            return error
-        return None
-
-
 def _verify_split(
     folder: ImageFolder, known: dict[str, SplitReport], report: Path, options: VerifyOptions
 ) -> ImageFolder:
@@ -122,7 +65,7 @@ def _verify_split(
         print(f"{folder.root}: has not changed since {report} was written")
     else:
         _check_writable(report)  # before it takes hours
-        bad = _decode(folder, stamps, options.workers)
+        bad = _decode(folder, stamps, options)
         known[split] = SplitReport(fingerprint, len(stamps), bad)
         verify_report.write(report, known)
     bad = known[split].bad
@@ -150,11 +93,13 @@ def _check_writable(report: Path) -> None:
         ) from None
 
 
-def _decode(folder: ImageFolder, stamps: dict[str, Stamp], workers: int) -> dict[str, str]:
+def _decode(
+    folder: ImageFolder, stamps: dict[str, Stamp], options: VerifyOptions
+) -> dict[str, str]:
     """Return what is wrong with each bad image, by its path below the folder's root."""
     bad: dict[str, str] = {}
     size, started = 0, time.perf_counter()
-    reasons = contextlib.closing(_reasons(folder.paths, workers))
+    reasons = contextlib.closing(_reasons(folder.paths, options.workers, options.max_megapixels))
     title = folder.root.name
     with (
         _decoder_messages_dropped(),
@@ -171,13 +116,13 @@ def _decode(folder: ImageFolder, stamps: dict[str, Stamp], workers: int) -> dict
     return bad
 
 
-def _reasons(paths: list[str], workers: int) -> Generator[str | None]:
+def _reasons(paths: list[str], workers: int, max_megapixels: float) -> Generator[str | None]:
     """Yield for each of the images what is wrong with it, None if nothing is."""
     local = threading.local()
 
     def check(batch: list[str]) -> list[str | None]:
         if not hasattr(local, "decoder"):
-            local.decoder = Decoder(BATCH)
+            local.decoder = Decoder(BATCH, max_megapixels)
         found: list[str | None] = local.decoder.reasons(batch)
         return found
 

@@ -41,7 +41,7 @@ from pipelines.ffcv.options import ConvertOptions, WriteMode
 from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
-from pipelines.image_io import decode_errors, memory_errors, open_image
+from pipelines.image_formats import check_image, decode_rgb, memory_errors, open_image
 from pipelines.sampler import Indices, uniforms
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
@@ -81,7 +81,7 @@ def convert(options: ConvertOptions, data: Path, output: Path) -> None:
             for source in sources
             if not _is_there(output, source, settings, options.skip_bad)
         ]
-        encoder = Encoder(settings)
+        encoder = Encoder(settings, options.max_megapixels)
         _check_space(output, sources, encoder, options.workers)
         for source in sources:
             _convert_split(output, source, settings, encoder, options)
@@ -107,8 +107,8 @@ class Encoded(NamedTuple):
 class Encoder:
     """Turns image files into samples; may be called from several threads at once."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, max_megapixels: float) -> None:
+        self._settings, self._max_megapixels = settings, max_megapixels
 
     def __call__(self, path: str, index: int) -> Encoded | DataError:
         """Return what is stored of image `index`, the same in every run, or what is wrong with it.
@@ -125,12 +125,13 @@ class Encoder:
     def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
         """Return the file's bytes, None unless the loader's decoder takes them, and its pixels."""
         data = read_file(path)
+        with open_image(data) as image:
+            check_image(image, self._max_megapixels)
         jpeg = np.frombuffer(data, np.uint8)
         try:
             return jpeg, decode_jpeg(jpeg)
         except DataError:  # no JPEG, CMYK, or with faults that PIL tolerates
-            with open_image(data) as image, decode_errors():
-                return None, np.asarray(image.convert("RGB"))
+            return None, np.asarray(decode_rgb(data, self._max_megapixels))
 
     def _encode(self, jpeg: Bytes | None, pixels: Bytes, index: int) -> Encoded:
         settings = self._settings

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from pipelines.image_formats import MAX_MEGAPIXELS, require_megapixels
 from pipelines.utils.errors import UsageError
 
 Order = Literal["random", "quasi-random"]
@@ -95,12 +96,16 @@ class ConvertOptions:
     skip_bad: bool = False
     """Leave broken images out, and list them in the sidecar."""
 
+    max_megapixels: float = MAX_MEGAPIXELS
+    """Larger images are broken: a file of kilobytes can claim gigabytes."""
+
     verify: Annotated[Path | None, arg(metavar="FILE")] = None
     """Convert nothing: decode every sample of this .beton file and report the broken ones."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        require_megapixels(self.max_megapixels)
         if self.subset is not None and self.subset < 1:
             raise UsageError(f"--subset {self.subset}: at least one image is needed")
         if self.max_resolution is not None and self.max_resolution < 32:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.image_io import eval_image, images_below, open_image
+from pipelines.image_formats import MAX_MEGAPIXELS, check_image, open_image, to_rgb
+from pipelines.image_io import eval_image, images_below
 from pipelines.transforms import eval_view
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.reading import read_file
 
 # A path, a PIL image, uint8 as an (H, W, 3) array, or uint8 as a (3, H, W) tensor on any device.
 ImageInput = str | Path | Image.Image | NDArray[np.uint8] | Tensor
-
-# Takes 0.3 GB decoded. A file of kilobytes can claim more; no photo has more.
-MAX_PIXELS = 100_000_000
 
 
 def find_images(given: Sequence[str | Path]) -> list[str]:
@@ -48,7 +45,7 @@ def decode(source: ImageInput, name: str, size: int) -> Image.Image:
     Raises UsageError for what is no image, DataError for one that cannot be decoded or is too large.
     """
     if isinstance(source, str | Path):
-        with _decode_errors(str(source)), _open(source) as image:
+        with _decode_errors(str(source)), open_image(read_file(source)) as image:
             return _to_rgb(image, size)
     image = source if isinstance(source, Image.Image) else _from_array(source, name)
     with _decode_errors(name):
@@ -64,10 +61,11 @@ def _to_rgb(image: Image.Image, size: int) -> Image.Image:
     """Convert to RGB; refuse a huge image before its pixels are read, and one too long to be resized."""
     if 0 in image.size:
         raise DataError("it has no pixels")
+    check_image(image)
     resized = eval_view(image.height, image.width, size)
-    if max(image.height * image.width, resized.height * resized.width) > MAX_PIXELS:
-        raise DataError(f"{image.width} x {image.height} pixels are too many, or too long a row")
-    return image.convert("RGB")
+    if resized.height * resized.width > 1e6 * MAX_MEGAPIXELS:
+        raise DataError(f"{image.width} x {image.height} pixels are too long a row")
+    return to_rgb(image)
 
 
 @contextmanager
@@ -78,13 +76,6 @@ def _decode_errors(name: str) -> Iterator[None]:
         raise DataError(str(error)) from error
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ... by format
         raise DataError(f"{name}: {first_line(error)}") from error
-
-
-def _open(path: str | Path) -> Image.Image:
-    with warnings.catch_warnings():
-        # PIL's, of half as many pixels as it refuses; MAX_PIXELS is between.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return open_image(read_file(path))
 
 
 def _from_array(array: NDArray[np.uint8] | Tensor, name: str) -> Image.Image:

@@ -1,0 +1,132 @@
+"""One file is one picture: a table of formats and decoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.dali import verify
+from pipelines.dali.decoder import Decoder
+from pipelines.dali.graphs import build_decoder
+from pipelines.image_folder import decode_error
+from pipelines.image_formats import check_image, decode_rgb, open_image, to_rgb
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.inference import preprocess
+from tests.conftest import needs_ffcv
+from tests.helpers.formats import GRAY, PICTURE, REFUSED, SAME, H, W
+from tests.helpers.fuzzed import small_jpeg
+
+
+def _encoder(max_megapixels: float = 100):
+    from pipelines.ffcv.convert import Encoder, Settings
+
+    return Encoder(Settings("raw", None, 90, 0.5), max_megapixels)
+
+
+def _by_dali(path: Path) -> np.ndarray:
+    return np.asarray(build_decoder(1).run(files=[np.fromfile(path, np.uint8)])[1][0])
+
+
+def _by_converter(path: Path) -> np.ndarray:
+    stored = _encoder()(str(path), 0).stored
+    return stored.data.reshape(stored.height, stored.width, 3)
+
+
+def _by_predict(path: Path) -> np.ndarray:
+    return np.asarray(preprocess.decode(path, "x", 32))
+
+
+DECODERS = [_by_dali, pytest.param(_by_converter, marks=needs_ffcv), _by_predict]
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "x.jpg"
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_gives_the_same_picture(path, decoder):
+    for name, data in SAME.items():
+        path.write_bytes(data)
+        expected = np.asarray(decode_rgb(data)).astype(int)
+        pixels = decoder(path)
+        assert pixels.shape == expected.shape == (H, W, 3), name
+        assert np.abs(pixels - expected).max() <= 1, name
+
+
+def test_every_format_is_close_to_the_picture_it_was_made_of():
+    for name, data in SAME.items():
+        gray = any(word in name for word in ("gray", "pgm", "4 bits"))
+        original = np.asarray((GRAY if gray else PICTURE).convert("RGB")).astype(int)
+        if "1 bit" not in name and name != "pbm":
+            assert np.abs(np.asarray(decode_rgb(data)) - original).mean() < 15, name
+
+
+def test_verify_accepts_what_all_decode_alike_and_no_more(path):
+    decoder = Decoder()
+    for name, data in SAME.items():
+        path.write_bytes(data)
+        assert decoder.reason(str(path)) is None, name
+    for name, (data, words) in REFUSED.items():
+        path.write_bytes(data)
+        assert words in (decoder.reason(str(path)) or ""), name
+
+
+@needs_ffcv
+def test_what_decoders_see_differently_is_refused_by_all(path):
+    encoder = _encoder()
+    for name, (data, words) in REFUSED.items():
+        path.write_bytes(data)
+        assert words in (decode_error(str(path)) or ""), name
+        assert words in str(encoder(str(path), 0)), name
+        with pytest.raises(DataError, match=words):
+            preprocess.decode(path, "x", 32)
+
+
+def test_verify_finds_a_difference_that_no_rule_knows(path, monkeypatch):
+    data, _ = REFUSED["tiff upside down"]
+    monkeypatch.setattr("pipelines.image_formats._seen_differently", lambda image: None)  # noqa: ARG005
+    path.write_bytes(data)
+    assert "DALI and PIL decode it to different pictures" in Decoder().reason(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "byte"), [(0, 0), (128, 0), (129, 1), (25700, 100), (65535, 255)]
+)
+def test_16_bits_are_rounded_to_8(value, byte):
+    image = Image.fromarray(np.full((2, 2), value, np.uint16))
+    assert to_rgb(image).getpixel((0, 0)) == (byte,) * 3
+
+
+def _huge(side: int) -> bytes:
+    jpeg = bytearray(small_jpeg(1))
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = side.to_bytes(2, "big") * 2
+    return bytes(jpeg)
+
+
+@needs_ffcv
+def test_a_size_beyond_the_limit_is_refused_before_anything_is_decoded(path, monkeypatch):
+    path.write_bytes(_huge(12000))
+    monkeypatch.setattr("pipelines.dali.decoder.build_decoder", None)
+    monkeypatch.setattr("pipelines.ffcv.convert.decode_jpeg", None)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    words = "12000 x 12000 pixels are more than 100 megapixels"
+    assert Decoder().reason(str(path)) == words
+    assert str(_encoder()(str(path), 0)) == words
+    assert decode_error(str(path)) == words
+    with pytest.raises(DataError, match=words):
+        preprocess.decode(path, "x", 32)
+
+
+def test_the_limit_can_be_moved(path):
+    path.write_bytes(SAME["png"])
+    assert Decoder(max_megapixels=H * W / 1e6).reason(str(path)) is None
+    with open_image(path.read_bytes()) as image, pytest.raises(DataError, match="megapixels"):
+        check_image(image, H * W / 1e6 - 1e-6)
+    for limit in (0.0, -1.0, float("nan"), 179.0):
+        with pytest.raises(UsageError, match=r"--max-megapixels .*: above 0, and at most 178"):
+            verify.VerifyOptions(path, max_megapixels=limit)
