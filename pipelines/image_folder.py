@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipelines.image_formats import load_rgb
 from pipelines.image_io import images_below, list_folder
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.tables import first_names
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
         only_val = sorted(set(val.classes) - set(train.classes))
         raise UsageError(
             f"--data: the classes of {data}/train and {data}/val differ: "
-            f"only in train: {_some(only_train)}; only in val: {_some(only_val)}"
+            f"only in train: {first_names(only_train)}; only in val: {first_names(only_val)}"
         )
     return train, val
 
@@ -107,7 +108,7 @@ def explain_failure(
             what, advice = f"broken image {path}: {reason}", "repair it or remove it; "
             break
     else:
-        what, advice = f"cannot read one of {_some(paths)}: {dali_error_line(error)}", ""
+        what, advice = f"cannot read one of {first_names(paths)}: {dali_error_line(error)}", ""
     return DataError(f"{what}; {advice}{verify_command(data)} finds all broken images")
 
 
@@ -130,11 +131,3 @@ def dali_error_line(error: Exception) -> str:
     """Return the line of DALI's message that says what went wrong: the one after "encountered:"."""
     lines = str(error).partition("encountered:")[2].split("\n")
     return next((line.strip() for line in lines if line.strip()), first_line(error))
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    """Return the first names, and how many more there are, as text."""
-    if not names:
-        return "none"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

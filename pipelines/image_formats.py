@@ -26,6 +26,9 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_MEGAPIXELS = 100.0
 MOST_MEGAPIXELS = 178.0
 
+# Of a file of which the decoder made a picture nevertheless.
+DECODES_WITH_ERRORS = "decodes with errors"
+
 ORIENTATION = 274  # TIFF's tag
 
 
@@ -85,6 +88,12 @@ def require_megapixels(limit: float) -> None:
     """Raise UsageError for a --max-megapixels that PIL does not take."""
     if not 0 < limit <= MOST_MEGAPIXELS:
         raise UsageError(f"--max-megapixels {limit:g}: above 0, and at most {MOST_MEGAPIXELS:g}")
+
+
+def require_strict_of_skip_bad(strict: bool, skip_bad: bool) -> None:
+    """Raise UsageError for --strict alone."""
+    if strict and not skip_bad:
+        raise UsageError("--strict: add --skip-bad, which then leaves out what decodes with errors")
 
 
 def is_plain_jpeg(image: Image.Image) -> bool:

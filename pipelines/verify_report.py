@@ -19,7 +19,7 @@ from pipelines.utils.errors import DataError, UsageError, error_context, first_l
 from pipelines.utils.reading import file_state, reading
 
 REPORT = "verified.json"  # in the folder that has train and val
-VERSION = 1
+VERSION = 2  # 1 knew neither `faulty` nor `max_megapixels`
 
 # Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
 Stamp = tuple[int, int] | None
@@ -33,6 +33,12 @@ class SplitReport:
     images: int
     bad: dict[str, str]
     """Path below the split's folder, and what is wrong with the image."""
+
+    faulty: dict[str, str] | None = None
+    """The same of images that decode, but with errors; None if that was not looked for."""
+
+    max_megapixels: float | None = None
+    """The limit by which larger images are bad."""
 
 
 def stamps(folder: ImageFolder) -> dict[str, Stamp]:
@@ -63,7 +69,7 @@ def read(report: Path) -> dict[str, SplitReport]:
         with reading(report):
             text = report.read_text()
         content = json.loads(text)
-        if content["version"] != VERSION:
+        if content["version"] not in (1, VERSION):
             raise ValueError(f"version {content['version']}, not {VERSION}")
         return {split: _parse_split(**found) for split, found in content["splits"].items()}
     except FileNotFoundError:
@@ -76,9 +82,15 @@ def read(report: Path) -> dict[str, SplitReport]:
 
 
 def skip_bad(
-    train: ImageFolder | None, val: ImageFolder, report: Path | None, verbose: bool
+    train: ImageFolder | None,
+    val: ImageFolder,
+    report: Path | None,
+    strict: bool = False,
+    verbose: bool = False,
 ) -> tuple[ImageFolder | None, ImageFolder]:
-    """Return the folders without the images that `verify` found bad; `verbose`: print how many.
+    """Return the folders without the images that `verify` found bad.
+
+    strict: nor those that decode with errors. verbose: print how many.
 
     Raises UsageError if there is no report or it is of another state of the folders, DataError if
     all images of a class are bad.
@@ -98,9 +110,14 @@ def skip_bad(
             raise UsageError(
                 f"--skip-bad: {path} is of another state of {folder.root}; {command} writes it anew"
             )
-        left = without(folder, found.bad)
+        if strict and found.faulty is None:
+            raise UsageError(
+                f"--strict: {path} does not say which images decode with errors; {command} writes it anew"
+            )
+        names = found.bad | (found.faulty or {} if strict else {})
+        left = without(folder, names)
         require_every_class(left)
-        counts.append(f"{len(found.bad)} of {found.images} images of {folder.root.name}")
+        counts.append(f"{len(names)} of {found.images} images of {folder.root.name}")
         return left
 
     result = (None if train is None else without_bad(train)), without_bad(val)
@@ -127,16 +144,23 @@ def require_every_class(folder: ImageFolder) -> None:
         )
 
 
-def _parse_split(fingerprint: Any, images: Any, bad: Any) -> SplitReport:
+def _parse_split(
+    fingerprint: Any, images: Any, bad: Any, faulty: Any = None, max_megapixels: Any = None
+) -> SplitReport:
     """Return one split's result. Raises TypeError if the fields are not of its types."""
     if not (
         isinstance(fingerprint, str)
         and isinstance(images, int)
-        and isinstance(bad, dict)
-        and all(isinstance(reason, str) for reason in bad.values())
+        and _are_reasons(bad)
+        and (faulty is None or _are_reasons(faulty))
+        and isinstance(max_megapixels, float | None)
     ):
         raise TypeError("a field is of another type")
-    return SplitReport(fingerprint, images, bad)
+    return SplitReport(fingerprint, images, bad, faulty, max_megapixels)
+
+
+def _are_reasons(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values())
 
 
 def _stamp(path: str) -> Stamp:

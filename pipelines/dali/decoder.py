@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +23,43 @@ from pipelines.image_formats import (
     open_image,
 )
 from pipelines.utils.errors import DataError
+from pipelines.utils.output import guard_output
 from pipelines.utils.reading import cannot_read, read_file
+
+
+class Messages:
+    """What decoders have written to file descriptor 2, which does not name the image."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    @property
+    def size(self) -> int:
+        """The bytes so far."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def since(self, size: int) -> str:
+        """Return the first line behind `size` bytes, "" if there is none."""
+        return os.pread(self._file.fileno(), 200, size).decode(errors="replace").partition("\n")[0]
+
+
+@contextlib.contextmanager
+def decoder_messages() -> Iterator[Messages]:
+    """Collect what libjpeg, libpng and DALI write to file descriptor 2 in the block.
+
+    Python's own stderr still works, through a copy of the descriptor.
+    """
+    with contextlib.ExitStack() as stack:
+        own = os.dup(2)
+        stack.callback(os.close, own)
+        if sys.stderr is sys.__stderr__:  # else it is redirected already
+            stderr = stack.enter_context(os.fdopen(own, "w", buffering=1, closefd=False))
+            stack.enter_context(contextlib.redirect_stderr(stderr))
+            guard_output(False)  # the copy, too
+        file = stack.enter_context(tempfile.TemporaryFile())
+        os.dup2(file.fileno(), 2)
+        stack.callback(os.dup2, own, 2)
+        yield Messages(file)
 
 
 class Decoder:
@@ -57,6 +98,17 @@ class Decoder:
         """Return what is wrong with the file, None if nothing is. Raises RunError if it cannot be read."""
         (reason,) = self.reasons([path])
         return reason
+
+    def words(self, path: str, messages: Messages) -> str:
+        """Return what libjpeg says of a JPEG that it decodes nevertheless, "" if nothing.
+
+        No other thread may decode meanwhile. Other formats' messages are of colour profiles and the like: in
+        their pixels a fault is an error.
+        """
+        before = messages.size
+        if self.reason(path) is not None or not read_file(path).startswith(b"\xff\xd8"):
+            return ""
+        return messages.since(before)
 
     def _checked_file(self, path: str) -> tuple[bytes, bool]:
         """Return a file's content, and whether it is a plain JPEG. Raises DataError for its header."""

@@ -63,7 +63,9 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
     """
     train, val = scan_train_val(spec.data, with_train)
     if options.skip_bad:
-        train, val = skip_bad(train, val, options.skip_bad_report, verbose=spec.rank == 0)
+        train, val = skip_bad(
+            train, val, options.skip_bad_report, options.strict, verbose=spec.rank == 0
+        )
     return Loaders(
         DaliLoader(options, spec, train, training=True) if train else None,
         DaliLoader(options, spec, val, training=False),

@@ -9,7 +9,11 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from pipelines.image_formats import MAX_MEGAPIXELS, require_megapixels
+from pipelines.image_formats import (
+    MAX_MEGAPIXELS,
+    require_megapixels,
+    require_strict_of_skip_bad,
+)
 from pipelines.utils.errors import UsageError
 
 
@@ -29,6 +33,9 @@ class DaliOptions:
     skip_bad: bool = False
     """Leave out the images that `rsnet verify` found to be broken."""
 
+    strict: bool = False
+    """With --skip-bad: leave out images, too, that decode with errors."""
+
     skip_bad_report: Annotated[Path | None, arg(metavar="FILE")] = None
     """File that `rsnet verify --report` wrote. Unset: verified.json in --data."""
 
@@ -39,6 +46,7 @@ class DaliOptions:
             raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
         if self.prefetch < 1:
             raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+        require_strict_of_skip_bad(self.strict, self.skip_bad)
         if self.skip_bad_report and not self.skip_bad:
             raise UsageError("--skip-bad-report: add --skip-bad to leave out what it lists")
 

@@ -7,23 +7,23 @@ strict. A size limit, and the rule of `image_formats`, come before.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Container, Generator, Iterator
+from collections.abc import Container, Generator
 from pathlib import Path
 
 from pipelines import verify_report
-from pipelines.dali.decoder import Decoder
+from pipelines.dali.decoder import Decoder, Messages, decoder_messages
 from pipelines.dali.options import VerifyOptions
 from pipelines.image_folder import ImageFolder, scan_folder
+from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
-from pipelines.utils.output import guard_output
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import SplitReport, Stamp
@@ -61,23 +61,41 @@ def _verify_split(
     split, stamps = folder.root.name, verify_report.stamps(folder)
     # Taken before decoding, so that a file that changes meanwhile is noticed.
     fingerprint = verify_report.fingerprint(stamps)
-    if split in known and known[split].fingerprint == fingerprint:
+    if _is_known(known.get(split), fingerprint, options):
         print(f"{folder.root}: has not changed since {report} was written")
     else:
         _check_writable(report)  # before it takes hours
-        bad = _decode(folder, stamps, options)
-        known[split] = SplitReport(fingerprint, len(stamps), bad)
+        bad, faulty = _decode(folder, stamps, options)
+        known[split] = SplitReport(fingerprint, len(stamps), bad, faulty, options.max_megapixels)
         verify_report.write(report, known)
-    bad = known[split].bad
+    bad, faulty = known[split].bad, known[split].faulty or {}
     for name, reason in bad.items():
         print(f"{folder.root}/{name}: {reason}")
+    for name, words in faulty.items():
+        print(f"{folder.root}/{name}: {DECODES_WITH_ERRORS}: {words}")
     print(f"{folder.root}: {len(bad)} of {len(stamps)} images are bad")
+    if faulty:
+        print(
+            f"{folder.root}: {len(faulty)} more decode with errors; --skip-bad --strict leaves them out"
+        )
     if bad and options.move_to:
         _move(folder, bad, options.move_to / split)
         stamps = {name: stamp for name, stamp in stamps.items() if name not in bad}
-        known[split] = SplitReport(verify_report.fingerprint(stamps), len(stamps), {})
+        known[split] = dataclasses.replace(
+            known[split], fingerprint=verify_report.fingerprint(stamps), images=len(stamps), bad={}
+        )
         verify_report.write(report, known)
     return verify_report.without(folder, bad)
+
+
+def _is_known(known: SplitReport | None, fingerprint: str, options: VerifyOptions) -> bool:
+    """Return whether the report answers for the folder in this state."""
+    return (
+        known is not None
+        and known.fingerprint == fingerprint
+        and known.faulty is not None
+        and known.max_megapixels == options.max_megapixels
+    )
 
 
 def _check_writable(report: Path) -> None:
@@ -95,39 +113,54 @@ def _check_writable(report: Path) -> None:
 
 def _decode(
     folder: ImageFolder, stamps: dict[str, Stamp], options: VerifyOptions
-) -> dict[str, str]:
-    """Return what is wrong with each bad image, by its path below the folder's root."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what is wrong with each bad image, and with those that decode with errors.
+
+    By path below the folder's root.
+    """
     bad: dict[str, str] = {}
+    heard: list[str] = []
     size, started = 0, time.perf_counter()
-    reasons = contextlib.closing(_reasons(folder.paths, options.workers, options.max_megapixels))
-    title = folder.root.name
     with (
-        _decoder_messages_dropped(),
-        reasons as found,
-        ProgressBar(title, len(stamps)) as progress,
+        decoder_messages() as messages,
+        contextlib.closing(_reasons(folder.paths, options, messages)) as found,
+        ProgressBar(folder.root.name, len(stamps)) as progress,
     ):
-        for done, ((name, stamp), reason) in enumerate(zip(stamps.items(), found, strict=True)):
+        results = zip(stamps.items(), found, strict=True)
+        for done, ((name, stamp), (reason, message)) in enumerate(results):
             if reason is not None:
                 bad[name] = reason
+            elif message:
+                heard.append(name)
             size += stamp[0] if stamp else 0
             progress.update(done + 1, size, len(bad))
+        # Threads decoded at once: only now can a message be told to be of an image.
+        decoder = Decoder(max_megapixels=options.max_megapixels)
+        words = {name: decoder.words(str(folder.root / name), messages) for name in heard}
     speed = len(stamps) / (time.perf_counter() - started)
     print(f"{folder.root}: {len(stamps)} images, {format_bytes(size)}, {speed:.0f} images/s")
-    return bad
+    return bad, {name: said for name, said in words.items() if said}
 
 
-def _reasons(paths: list[str], workers: int, max_megapixels: float) -> Generator[str | None]:
-    """Yield for each of the images what is wrong with it, None if nothing is."""
+def _reasons(
+    paths: list[str], options: VerifyOptions, messages: Messages
+) -> Generator[tuple[str | None, bool]]:
+    """Yield for each of the images what is wrong with it, None if nothing is.
+
+    And whether decoders said something meanwhile, perhaps of another one.
+    """
     local = threading.local()
 
-    def check(batch: list[str]) -> list[str | None]:
+    def check(batch: list[str]) -> list[tuple[str | None, bool]]:
         if not hasattr(local, "decoder"):
-            local.decoder = Decoder(BATCH, max_megapixels)
+            local.decoder = Decoder(BATCH, options.max_megapixels)
+        before = messages.size
         found: list[str | None] = local.decoder.reasons(batch)
-        return found
+        heard = messages.size > before
+        return [(reason, heard) for reason in found]
 
     batches = (paths[i : i + BATCH] for i in range(0, len(paths), BATCH))
-    for found in ordered_map(check, batches, workers):
+    for found in ordered_map(check, batches, options.workers):
         yield from found
 
 
@@ -143,22 +176,3 @@ def _move(folder: ImageFolder, names: Container[str], target: Path) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, to)
     print(f"{folder.root}: moved {len(moves)} images to {target}")
-
-
-@contextlib.contextmanager
-def _decoder_messages_dropped() -> Iterator[None]:
-    """Drop what libjpeg, libpng and DALI write to file descriptor 2: it does not name the image.
-
-    Python's own stderr still works, through a copy of the descriptor.
-    """
-    with contextlib.ExitStack() as stack:
-        own = os.dup(2)
-        stack.callback(os.close, own)
-        if sys.stderr is sys.__stderr__:  # else it is redirected already
-            stderr = stack.enter_context(os.fdopen(own, "w", buffering=1, closefd=False))
-            stack.enter_context(contextlib.redirect_stderr(stderr))
-            guard_output(False)  # the copy, too
-        with open(os.devnull, "wb") as null:  # noqa: PTH123
-            os.dup2(null.fileno(), 2)
-        stack.callback(os.dup2, own, 2)
-        yield

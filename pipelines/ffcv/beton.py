@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.ffcv.turbojpeg import Bytes, kept_threads
+from pipelines.image_formats import DECODES_WITH_ERRORS, MOST_MEGAPIXELS
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.utils.reading import file_state, reading
+from pipelines.utils.tables import first_names
 
 with kept_threads():
     from ffcv.fields import IntField, RGBImageField
@@ -107,6 +109,9 @@ def open_beton(path: Path) -> Beton:
     raw = samples.mode == RAW
     wrong = raw & (samples.size != (3 * samples.height * samples.width).astype(np.uint64))
     wrong |= (samples.mode != RAW) & (samples.mode != JPG)
+    wrong |= (
+        samples.height * samples.width > 1e6 * MOST_MEGAPIXELS
+    )  # before memory is taken for them
     wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():
         raise _broken_file(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
@@ -202,7 +207,28 @@ class Sidecar:
     skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
     """Images that were left out, with the reason."""
 
+    encoded: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Images whose own bytes the file has not, by the reason: their format, or the decoder's words."""
+
     version: int = SIDECAR_VERSION
+
+    @property
+    def faulty(self) -> list[str]:
+        """The images that decode with errors."""
+        parts = (
+            images for why, images in self.encoded.items() if why.startswith(DECODES_WITH_ERRORS)
+        )
+        return [image for images in parts for image in images]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known of the images that were left out or encoded anew, as text."""
+        faulty = {DECODES_WITH_ERRORS: self.faulty} if self.faulty else {}
+        formats = {k: v for k, v in self.encoded.items() if not k.startswith(DECODES_WITH_ERRORS)}
+        return ([self.lacks] if self.skipped else []) + [
+            f"decoded and stored anew: {len(images)} ({why}: {first_names(images)})"
+            for why, images in (faulty | formats).items()
+        ]
 
     @property
     def lacks(self) -> str:

@@ -10,25 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pipelines.ffcv.beton import (
-    JPG,
     PAGE_SIZE,
-    RAW,
     BetonWriter,
     Sidecar,
-    Stored,
     check_sidecar,
     file_size,
     open_beton,
@@ -37,17 +31,15 @@ from pipelines.ffcv.beton import (
     source_fingerprint,
     write_sidecar,
 )
-from pipelines.ffcv.options import ConvertOptions, WriteMode
-from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
+from pipelines.ffcv.encoder import Encoded, Encoder, Settings
+from pipelines.ffcv.options import ConvertOptions
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
-from pipelines.image_formats import check_image, decode_rgb, memory_errors, open_image
-from pipelines.sampler import Indices, uniforms
+from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.progress import ProgressBar, format_bytes
-from pipelines.utils.reading import read_file
 from pipelines.utils.thread_map import ordered_map
 
 PROBES = 64  # images that are encoded for the estimate, and compared after writing
@@ -61,12 +53,6 @@ def convert(options: ConvertOptions, data: Path, output: Path) -> None:
     Raises UsageError for a malformed folder, a lack of space or another file in the way, DataError for
     a broken image without --skip-bad or a file that cannot be written.
     """
-    settings = Settings(
-        options.write_mode,
-        options.max_resolution,
-        options.jpeg_quality,
-        options.compress_probability,
-    )
     sources = _scan_sources(options, data)  # before anything is created
     for split in ("train", "val"):
         if output.resolve().is_relative_to((data / split).resolve()):
@@ -76,83 +62,11 @@ def convert(options: ConvertOptions, data: Path, output: Path) -> None:
     except OSError as error:
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     with _locked(output):
-        sources = [
-            source
-            for source in sources
-            if not _is_there(output, source, settings, options.skip_bad)
-        ]
-        encoder = Encoder(settings, options.max_megapixels)
+        sources = [source for source in sources if not _is_there(output, source, options)]
+        encoder = Encoder(options)
         _check_space(output, sources, encoder, options.workers)
         for source in sources:
-            _convert_split(output, source, settings, encoder, options)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options that the stored bytes depend on."""
-
-    write_mode: WriteMode
-    max_resolution: int | None
-    jpeg_quality: int
-    compress_probability: float
-
-
-class Encoded(NamedTuple):
-    """A sample, and how it was made: "copied", "encoded" or "raw"."""
-
-    stored: Stored
-    how: str
-
-
-class Encoder:
-    """Turns image files into samples; may be called from several threads at once."""
-
-    def __init__(self, settings: Settings, max_megapixels: float) -> None:
-        self._settings, self._max_megapixels = settings, max_megapixels
-
-    def __call__(self, path: str, index: int) -> Encoded | DataError:
-        """Return what is stored of image `index`, the same in every run, or what is wrong with it.
-
-        Raises RunError if the system does not let the file be read.
-        """
-        try:
-            with memory_errors(path):
-                jpeg, pixels = self._read(path)
-                return self._encode(jpeg, pixels, index)
-        except DataError as error:
-            return error
-
-    def _read(self, path: str) -> tuple[Bytes | None, Bytes]:
-        """Return the file's bytes, None unless the loader's decoder takes them, and its pixels."""
-        data = read_file(path)
-        with open_image(data) as image:
-            check_image(image, self._max_megapixels)
-        jpeg = np.frombuffer(data, np.uint8)
-        try:
-            return jpeg, decode_jpeg(jpeg)
-        except DataError:  # no JPEG, CMYK, or with faults that PIL tolerates
-            return None, np.asarray(decode_rgb(data, self._max_megapixels))
-
-    def _encode(self, jpeg: Bytes | None, pixels: Bytes, index: int) -> Encoded:
-        settings = self._settings
-        height, width = pixels.shape[:2]
-        longest = max(height, width)
-        if settings.max_resolution is not None and longest > settings.max_resolution:
-            jpeg, pixels = None, _shrunk(pixels, settings.max_resolution)
-            height, width = pixels.shape[:2]
-        if max(height, width) > MAX_SIDE:
-            raise DataError(f"{height} x {width} pixels are too many a side; use --max-resolution")
-        if settings.write_mode == "raw" or (
-            settings.write_mode == "proportion"
-            and uniforms(0, 0, np.array([index]), 1)[0, 0] >= settings.compress_probability
-        ):
-            return Encoded(Stored(RAW, height, width, pixels.reshape(-1)), "raw")
-        if jpeg is not None:
-            return Encoded(Stored(JPG, height, width, jpeg), "copied")
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=settings.jpeg_quality)
-        encoded = np.frombuffer(file.getvalue(), np.uint8)
-        return Encoded(Stored(JPG, height, width, encoded), "encoded")
+            _convert_split(output, source, encoder, options)
 
 
 @dataclass(frozen=True)
@@ -172,6 +86,10 @@ class _Source:
 
     def path(self, index: int) -> str:
         return self.folder.paths[index]
+
+    def name(self, index: int) -> str:
+        """The path below the split's folder."""
+        return os.path.relpath(self.path(index), self.folder.root)
 
 
 @contextlib.contextmanager
@@ -213,11 +131,11 @@ def _spread(indices: Indices, count: int) -> Indices:
     return indices[np.arange(count) * len(indices) // count]
 
 
-def _is_there(output: Path, source: _Source, settings: Settings, skip_bad: bool) -> bool:
+def _is_there(output: Path, source: _Source, options: ConvertOptions) -> bool:
     """Return whether the file exists already, made from the same images with the same options.
 
-    Raises UsageError if it was made differently, or lacks images without `skip_bad`; DataError if it is
-    broken.
+    Raises UsageError if it was made differently, or has other images than --skip-bad and --strict say;
+    DataError if it is broken.
     """
     path = output / f"{source.split}.beton"
     if not path.exists():
@@ -225,7 +143,7 @@ def _is_there(output: Path, source: _Source, settings: Settings, skip_bad: bool)
     found = read_sidecar(path)
     if (
         found is None
-        or found.settings != dataclasses.asdict(settings)
+        or found.settings != dataclasses.asdict(Settings.of(options))
         or found.source.get("fingerprint") != source.fingerprint
         or found.classes != source.folder.classes
     ):
@@ -233,7 +151,12 @@ def _is_there(output: Path, source: _Source, settings: Settings, skip_bad: bool)
             f"--output: {path} exists already, made from other images or with other options; "
             "remove it, or give another folder"
         )
-    if found.skipped and not skip_bad:
+    if options.strict and (faulty := found.faulty):
+        raise UsageError(
+            f"--output: {path} exists already, with {len(faulty)} images that decode with errors; "
+            "remove it, or leave --strict out"
+        )
+    if found.skipped and not options.skip_bad:
         raise UsageError(
             f"--output: {path} exists already, but {found.lacks}; remove it to have them converted, too, "
             "or add --skip-bad"
@@ -242,8 +165,8 @@ def _is_there(output: Path, source: _Source, settings: Settings, skip_bad: bool)
     print(
         f"{path}: is there already, with the same options, from images of the same names and sizes"
     )
-    if found.skipped:
-        print(f"{path}: {found.lacks}")
+    for line in found.remarks:
+        print(f"{path}: {line}")
     return True
 
 
@@ -270,27 +193,27 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
 
 
 def _convert_split(
-    output: Path, source: _Source, settings: Settings, encoder: Encoder, options: ConvertOptions
+    output: Path, source: _Source, encoder: Encoder, options: ConvertOptions
 ) -> None:
     """Write one split under a temporary name, check it, and rename it. Raises DataError."""
     final = output / f"{source.split}.beton"
     partial = final.with_name(final.name + ".partial")
     started = time.perf_counter()
     try:
-        skipped, stored = _write(partial, source, encoder, options)
+        skipped, stored, encoded = _write(partial, source, encoder, options)
         _read_back(partial, source, skipped, encoder, options.workers)
         content = Sidecar(
             samples=len(source.chosen) - len(skipped),
             classes=source.folder.classes,
-            settings=dataclasses.asdict(settings),
+            settings=dataclasses.asdict(Settings.of(options)),
             bytes=partial.stat().st_size,
             sha256=sha256_file(partial),
             source={"images": len(source.chosen), "fingerprint": source.fingerprint},
             stored=stored,
             skipped=[
-                {"image": os.path.relpath(source.path(index), source.folder.root), "reason": reason}
-                for index, reason in skipped.items()
+                {"image": source.name(index), "reason": reason} for index, reason in skipped.items()
             ],
+            encoded=encoded,
         )
         # In this order, so that there is never a .beton file without its sidecar.
         write_sidecar(sidecar_path(final), content)
@@ -307,15 +230,20 @@ def _convert_split(
     kinds = ", ".join(f"{count} {how}" for how, count in sorted(stored.items()))
     print(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
           f"{format_bytes(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
-    if skipped:
-        print(f"{final}: {content.lacks}; its sidecar lists them")
+    for line in content.remarks:
+        print(f"{final}: {line}; its sidecar lists them")
 
 
 def _write(
     partial: Path, source: _Source, encoder: Encoder, options: ConvertOptions
-) -> tuple[dict[int, str], dict[str, int]]:
-    """Write the file; return what is wrong with each image left out, and counts by way of storage."""
+) -> tuple[dict[int, str], dict[str, int], dict[str, list[str]]]:
+    """Write the file.
+
+    Return what is wrong with each image left out, counts by way of storage, and the images that were
+    encoded anew by the reason for it.
+    """
     skipped: dict[int, str] = {}
+    anew: dict[str, list[str]] = {}
     stored: Counter[str] = Counter()
     encoding = contextlib.closing(_encode(source, source.chosen, encoder, options.workers))
     progress = ProgressBar(source.split, len(source.chosen))
@@ -331,13 +259,15 @@ def _write(
                 skipped[index] = str(encoded)
             else:
                 stored[encoded.how] += 1
+                if encoded.why:
+                    anew.setdefault(encoded.why, []).append(source.name(index))
                 writer.add(encoded.stored, int(source.folder.labels[index]))
             progress.update(done + 1, writer.bytes_written, len(skipped))
         if not stored:
             raise DataError(f"{source.folder.root}: all {len(skipped)} images are broken")
         writer.finish()
         fsync(file.fileno(), partial)
-    return skipped, dict(stored)
+    return skipped, dict(stored), anew
 
 
 def _read_back(
@@ -369,11 +299,3 @@ def _encode(
     source: _Source, indices: Indices, encoder: Encoder, workers: int
 ) -> Generator[Encoded | DataError]:
     return ordered_map(lambda i: encoder(source.path(i), i), indices.tolist(), workers)
-
-
-def _shrunk(pixels: Bytes, longest: int) -> Bytes:
-    """Resize to a longest side of `longest`, by the filter that keeps the most detail for the crops."""
-    height, width = pixels.shape[:2]
-    scale = longest / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))

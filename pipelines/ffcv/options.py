@@ -9,7 +9,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from pipelines.image_formats import MAX_MEGAPIXELS, require_megapixels
+from pipelines.image_formats import (
+    MAX_MEGAPIXELS,
+    require_megapixels,
+    require_strict_of_skip_bad,
+)
 from pipelines.utils.errors import UsageError
 
 Order = Literal["random", "quasi-random"]
@@ -96,6 +100,9 @@ class ConvertOptions:
     skip_bad: bool = False
     """Leave broken images out, and list them in the sidecar."""
 
+    strict: bool = False
+    """With --skip-bad: leave out JPEGs, too, that decode with errors."""
+
     max_megapixels: float = MAX_MEGAPIXELS
     """Larger images are broken: a file of kilobytes can claim gigabytes."""
 
@@ -106,6 +113,7 @@ class ConvertOptions:
         if self.workers < 1:
             raise UsageError(f"--workers {self.workers}: at least one thread is needed")
         require_megapixels(self.max_megapixels)
+        require_strict_of_skip_bad(self.strict, self.skip_bad)
         if self.subset is not None and self.subset < 1:
             raise UsageError(f"--subset {self.subset}: at least one image is needed")
         if self.max_resolution is not None and self.max_resolution < 32:

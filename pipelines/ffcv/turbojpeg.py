@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipelines.image_formats import MOST_MEGAPIXELS
 from pipelines.utils.errors import DataError
 
 
@@ -34,7 +35,6 @@ Bytes = NDArray[np.uint8]
 
 RGB = 0  # TJPF_RGB
 ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT
-MAX_PIXELS = 2 * 1024**3 // 4 // 3  # PIL's limit, above which it suspects a decompression bomb
 
 _handle, _address, _int = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 
@@ -73,7 +73,7 @@ def decode_jpeg(jpeg: Bytes) -> Bytes:
         places = [numbers[i:].ctypes.data for i in range(4)]
         _check(handle, read_header(handle, jpeg.ctypes.data, jpeg.size, *places))
         width, height = int(numbers[0]), int(numbers[1])
-        if height * width > MAX_PIXELS:
+        if height * width > 1e6 * MOST_MEGAPIXELS:
             raise DataError(f"its header says {height} x {width} pixels, which is too large")
         pixels = np.empty((height, width, 3), np.uint8)
         code = decompress(

@@ -11,6 +11,7 @@ from PIL import Image
 from pipelines.dali import verify
 from pipelines.dali.decoder import Decoder
 from pipelines.dali.graphs import build_decoder
+from pipelines.ffcv import ConvertOptions
 from pipelines.image_folder import decode_error
 from pipelines.image_formats import check_image, decode_rgb, open_image, to_rgb
 from pipelines.utils.errors import DataError, UsageError
@@ -21,9 +22,9 @@ from tests.helpers.fuzzed import small_jpeg
 
 
 def _encoder(max_megapixels: float = 100):
-    from pipelines.ffcv.convert import Encoder, Settings
+    from pipelines.ffcv.encoder import Encoder
 
-    return Encoder(Settings("raw", None, 90, 0.5), max_megapixels)
+    return Encoder(ConvertOptions(write_mode="raw", max_megapixels=max_megapixels))
 
 
 def _by_dali(path: Path) -> np.ndarray:
@@ -112,7 +113,7 @@ def _huge(side: int) -> bytes:
 def test_a_size_beyond_the_limit_is_refused_before_anything_is_decoded(path, monkeypatch):
     path.write_bytes(_huge(12000))
     monkeypatch.setattr("pipelines.dali.decoder.build_decoder", None)
-    monkeypatch.setattr("pipelines.ffcv.convert.decode_jpeg", None)
+    monkeypatch.setattr("pipelines.ffcv.encoder.decode_jpeg", None)
     monkeypatch.setattr(Image.Image, "convert", None)
     words = "12000 x 12000 pixels are more than 100 megapixels"
     assert Decoder().reason(str(path)) == words

@@ -77,7 +77,7 @@ def test_a_report_elsewhere_is_read_where_it_is(data, run, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", '{"version": 2, "splits": {}}', '{"version": 1, "splits": {"train": {"fingerprint": "x"}}}',
+    ["", "[]", '{"version": 3, "splits": {}}', '{"version": 1, "splits": {"train": {"fingerprint": "x"}}}',
      '{"version": 1, "splits": {"train": {"fingerprint": "x", "images": 1, "bad": ["x"]}}}',
      '{"samples": 3}', "\xff"],
 )  # fmt: skip

@@ -109,6 +109,12 @@ def _zeroed_table(beton):
     return "its samples and its allocation table do not agree"
 
 
+def _impossible_picture(beton):
+    image = table_of(beton / "val.beton")[table_of(beton / "val.beton").dtype.names[0]]
+    image["height"][3] = image["width"][3] = 65000
+    return "sample 3 has an impossible shape"
+
+
 def _edit(path: Path, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
@@ -119,7 +125,7 @@ def _edit(path: Path, **fields) -> None:
         _missing_file, _another_version, _damaged_sidecar, _sidecar_without_a_field, _wrong_types,
         _numbered_classes, _endless_nesting, _folder_for_a_sidecar, _other_size, _other_classes,
         _classes_in_another_order, _too_few_classes, _cut_off, _half_written, _something_else,
-        _empty, _zeroed_table,
+        _empty, _zeroed_table, _impossible_picture,
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_before_training(beton, damage):
