@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -29,8 +28,10 @@ def convert_to_checkpointed(network: nn.Module, what: What) -> int:
 
     Blocks are the members of the outermost `nn.Sequential`s that have BatchNorm: a residual block, a stage.
     what: "norm", they keep the outputs of their convolutions, and the backward computes normalisation,
-    activation and sums again; "blocks", they keep their input alone. The numbers stay the same bits;
-    BatchNorm's running statistics are updated once. Returns the number of blocks.
+    activation and sums again; "blocks", they keep their input alone. The numbers stay the same bits, random
+    ones too (dropout, stochastic depth): the generators are set back for the second forward, in every block,
+    as no list of classes tells which ones draw. BatchNorm's running statistics are updated once. Returns the
+    number of blocks.
     """
     count = 0
     for module in network.children():
@@ -54,7 +55,12 @@ def _make_checkpointed(block: nn.Module, norms: list[SwitchableBatchNorm2d], wha
     checkpointed.checkpointed_quantizers = [m for m in block.modules() if isinstance(m, Quantizer)]
     checkpointed.checkpointed_layers = castable_layers(block)
     checkpointed.checkpointed_what = what
-    checkpointed.checkpointed_random = any(isinstance(m, _DropoutNd) for m in block.modules())
+    if (
+        what == "norm"
+    ):  # what it keeps may not be overwritten: a convolution's output without BatchNorm
+        for module in block.modules():
+            if getattr(module, "inplace", False) is True:
+                vars(module)["inplace"] = False
 
 
 class _Checkpointed(nn.Module):
@@ -64,7 +70,6 @@ class _Checkpointed(nn.Module):
     checkpointed_quantizers: list[Quantizer]
     checkpointed_layers: list[nn.Module]
     checkpointed_what: What
-    checkpointed_random: bool  # whether it has dropout
 
     def forward(self, *inputs: Any) -> Any:
         forward: Callable[..., Any] = super().forward
@@ -74,7 +79,6 @@ class _Checkpointed(nn.Module):
             forward,
             *inputs,
             use_reentrant=False,
-            preserve_rng_state=self.checkpointed_random,
             context_fn=partial(self._contexts, self.checkpointed_norms[0].active),
         )
 
@@ -111,8 +115,10 @@ def _again(
     layers: list[Any] = [norm.by_resolution[active] for norm in norms]
     held = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for norm, layer in zip(norms, layers, strict=True):
-        # Without running statistics it would keep fewer tensors than in the forward.
-        norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, None
+        # Without running statistics it would keep fewer tensors than in the forward. SyncBatchNorm insists
+        # on a counter.
+        spare = torch.zeros_like(layer.num_batches_tracked) if _insists(layer) else None
+        norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, spare
     for quantizer, value in quantizers.items():
         quantizer.counting, quantizer.cached = False, value
     for layer, weight in weights.items():
@@ -126,6 +132,10 @@ def _again(
             quantizer.counting, quantizer.cached = True, None
         for norm, layer, was, (momentum, count) in zip(norms, layers, before, held, strict=True):
             norm.active, layer.momentum, layer.num_batches_tracked = was, momentum, count
+
+
+def _insists(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.SyncBatchNorm)
 
 
 @contextmanager
