@@ -87,13 +87,13 @@ def require_fields(value: Mapping[str, Any], rules: Mapping[str, Rule], where: s
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Return what a JSON file holds. Raises as `reading` does."""
-    with reading(path, remedy):
+    """Return what a JSON file holds. Raises as `parsing` does."""
+    with parsing(path, remedy):
         return json.loads(path.read_bytes())
 
 
 @contextmanager
-def reading(path: Path, remedy: str) -> Iterator[None]:
+def parsing(path: Path, remedy: str) -> Iterator[None]:
     """Turn whatever a damaged file makes of the block that reads it into one DataError.
 
     remedy: what to do, after a semicolon. Errors of this project pass as they are.

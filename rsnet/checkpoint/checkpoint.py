@@ -29,8 +29,11 @@ FORMAT = 1
 
 State = Mapping[str, Tensor]
 
+# What makes a checkpoint the best: top-1 at the largest size, then the mean of all sizes' top-1 and top-5.
+BEST_BY = "top1"
+
 # Fields that the file leaves out if they are None.
-_OPTIONAL = ("ema", "optimizer", "scaler", "guard", "ranks")
+_OPTIONAL = ("best_by", "ema", "optimizer", "scaler", "guard", "ranks")
 
 
 def _is_plain(value: Any) -> bool:
@@ -88,7 +91,7 @@ _RULES = {
     **dict.fromkeys(("epoch", "done", "step"), integer(0)),
     "loader": _LOADER | NOTHING,
     "best": list_of("a list of finite numbers", _FINITE),
-    "wandb_id": TEXT | NOTHING,
+    **dict.fromkeys(("best_by", "wandb_id"), TEXT | NOTHING),
     "optimizer": _OPTIMIZER | NOTHING,
     "scaler": OBJECT | NOTHING,
     "guard": list_of("a list of integers", integer(0)) | NOTHING,
@@ -129,7 +132,10 @@ class Checkpoint:
     """The training loader's state dict."""
 
     best: list[float] = field(default_factory=list)
-    """Score of the best evaluation so far; empty if there was none."""
+    """Score of best.pt; empty if there is none yet. In best.pt itself, of its weights."""
+
+    best_by: str | None = None
+    """What that score is made of; None, a sum that version 0.1.0 compared."""
 
     wandb_id: str | None = None
     optimizer: dict[str, Any] | None = None
@@ -149,11 +155,13 @@ class Checkpoint:
 
         Raises DataError if the content is not of such a file: each field is checked before it is used.
         """
-        values = {name: value for name, value in content.items() if name in _RULES}
+        known = {f.name for f in dataclasses.fields(cls)} - {"network", "of_authors"}
+        values = {name: value for name, value in content.items() if name in known}
+        rules = {name: _RULES[name] for name in {"model": None, **values}}
         try:
             network = ModelConfig.from_dict(content["network"])
             require_network(network.to_dict(), "network.")
-            require_fields(values, {name: _RULES[name] for name in {"model": None, **values}})
+            require_fields(values, rules)
             return cls(**values | {"network": network})
         except (LookupError, TypeError, AttributeError) as error:
             raise DataError(f"it does not describe a network with its weights ({error})") from error
@@ -164,6 +172,11 @@ class Checkpoint:
         del values["of_authors"]
         values = {k: v for k, v in values.items() if v is not None or k not in _OPTIONAL}
         return {"format": FORMAT, **values, "network": self.network.to_dict()}
+
+    @property
+    def score(self) -> list[float]:
+        """`best`, if it can be compared with the scores of this version; else empty."""
+        return self.best if self.best_by == BEST_BY else []
 
     @property
     def eval_weights(self) -> State:

@@ -27,18 +27,19 @@ class CheckpointManager:
         self.best = folder / "best.pt"
 
     def save(self, checkpoint: Checkpoint, is_best: bool = False) -> None:
-        """Write `checkpoint` to last.pt, and to best.pt if `is_best`.
+        """Write `checkpoint` to last.pt, and before that to best.pt if `is_best`: last.pt never tells of a
+        best one that is not there.
 
         Raises OSError, if the disk does not take it; what was there stays, under the same names.
         """
         pending = self.last.with_name("next.pt")
         io.save(pending, checkpoint)
+        if is_best:
+            _copy(pending, self.best)
         for age in range(self.keep - 1, 0, -1):
             if self._aged(age - 1).exists():
                 _copy(self._aged(age - 1), self._aged(age))
         _copy(pending, self.last)
-        if is_best:
-            _copy(pending, self.best)
         io.remove(pending)
 
     def newest(
@@ -66,6 +67,17 @@ class CheckpointManager:
             best = f"; go on from the best by --resume {self.best}" if self.best.exists() else ""
             raise DataError(f"{self.folder} has no last checkpoint that is whole{best}")
         return None
+
+    def load_best(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """Return the content of best.pt; None if there is none. A damaged one is renamed, which is said."""
+        if not self.best.exists():
+            return None
+        try:
+            return io.load(self.best)
+        except DataError as error:
+            moved = self.best.replace(self.best.with_name(self.best.name + ".damaged"))
+            say(f"{error}; it is now {moved.name}, and the next epoch's is the best")
+            return None
 
     def _aged(self, age: int) -> Path:
         return self.last if age == 0 else self.folder / f"last-{age}.pt"

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pipelines.utils.errors import UsageError
-from pipelines.utils.schema import read_json, reading
+from pipelines.utils.schema import parsing, read_json
 from rsnet.losses import ENSEMBLE
 
 
@@ -46,11 +46,11 @@ def read_run(path: Path) -> RunSummary:
     if not (path / "results.json").is_file():
         raise UsageError(f"{path}: no results.json; is it the directory of a finished run?")
     remedy = "leave the run out"
-    with reading(path, remedy):
+    with parsing(path, remedy):
         results: dict[str, Any] = read_json(path / "results.json", remedy)
         config: dict[str, Any] = read_json(path / "config.json", remedy)
         metrics = path / "metrics.jsonl"
-        with reading(metrics, remedy):
+        with parsing(metrics, remedy):
             lines = [json.loads(line) for line in metrics.read_bytes().splitlines()]
         gflops, parameters = results.pop("gflops"), results.pop("parameters")
         if len(results) == 2:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
-from pipelines.utils.schema import reading
+from pipelines.utils.schema import parsing
 from rsnet.inference.preprocess import eval_pixels
 
 TUNED_FILE, TUNED_FORMAT = "tuned.json", 1
@@ -152,7 +152,7 @@ def read_tuned(folder: str | Path, sha256: str, sizes: Sequence[int]) -> Tuned:
     path, advice = Path(folder) / TUNED_FILE, "run `python -m rsnet tune` again"
     if not path.is_file():
         raise UsageError(f"there is no {path}; `python -m rsnet tune` writes it")
-    with reading(path, advice):
+    with parsing(path, advice):
         content = json.loads(path.read_bytes())
         is_known, other = content["format"] == TUNED_FORMAT, content["sha256"] != sha256
         tuned = Tuned(

@@ -15,7 +15,7 @@ import torch
 
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
-from pipelines.utils.schema import reading
+from pipelines.utils.schema import parsing
 
 # By size: {"median": ms, "p95": ms} of a forward of a whole batch.
 Table = dict[int, dict[str, float]]
@@ -107,7 +107,7 @@ def load(path: str | Path, conditions: Mapping[str, Any], sizes: tuple[int, ...]
     if not path.is_file():
         return None
     remedy = "remove it to have the sizes measured anew"
-    with reading(path, remedy):
+    with parsing(path, remedy):
         content = json.loads(path.read_bytes())
         if content["conditions"] != conditions:
             return None

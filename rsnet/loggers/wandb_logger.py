@@ -16,7 +16,7 @@ import wandb
 
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import first_line
-from pipelines.utils.schema import NOTHING, TEXT, integer, reading, require_fields
+from pipelines.utils.schema import NOTHING, TEXT, integer, parsing, require_fields
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_service import SERVICE_TIMEOUT_S, Console, Mode, within
 
@@ -167,7 +167,7 @@ def read_sent(directory: Path) -> Sent | None:
     path, remedy = directory / "wandb.json", "without it, the run becomes a new W&B run"
     if not path.exists():
         return None
-    with reading(path, remedy):
+    with parsing(path, remedy):
         sent = json.loads(path.read_bytes())
         require_fields(sent, _SENT)
         return Sent(**sent)

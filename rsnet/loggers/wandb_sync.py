@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.utils.errors import DataError, UsageError, first_line
-from pipelines.utils.schema import read_json, reading
+from pipelines.utils.schema import parsing, read_json
 from rsnet.evaluation import report
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_logger import Sent, read_sent, write_sent
@@ -22,7 +22,7 @@ _REMEDY = "its metrics cannot be sent"
 
 def send_run(path: Path) -> str:
     """Send W&B the lines of metrics that it lacks of a run directory; return what was done, in words."""
-    with reading(path, _REMEDY):
+    with parsing(path, _REMEDY):
         rows, config, table = _read(path)
     if not rows:
         raise UsageError("there are no metrics; is it the directory of a run?")
@@ -45,7 +45,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Table | Non
     """Return metrics, options, and the final table if the run is finished."""
     metrics = path / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
-    with reading(metrics, _REMEDY):
+    with parsing(metrics, _REMEDY):
         # A line without an end is still being written, or was cut short by a crash.
         rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
     if not rows:

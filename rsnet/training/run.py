@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from pipelines.utils.errors import RunError, UsageError
-from rsnet.checkpoint.checkpoint import Checkpoint
+from pipelines.utils.errors import RunError, UsageError, error_context
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import BEST_BY, Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
+from rsnet.checkpoint.weights import load_weights
 from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.watchdog import Watchdog
@@ -86,7 +90,8 @@ class TrainingRun:
         self.watchdog = Watchdog(self.config.timeout)
         self.epoch = 0  # epochs that are finished
         self.done = 0  # updates of the one that is not
-        self.best: list[float] = []
+        self.best: list[float] = []  # the score of best.pt; empty without one
+        self._unscored: Checkpoint | None = None  # best.pt, if its score is not known
         self.last_save = time.monotonic()
         self._warned: set[str] = set()
         if self.config.on_save_error == "continue":
@@ -95,11 +100,10 @@ class TrainingRun:
         if start.checkpoint is not None:
             self._restore(start, start.checkpoint)
             if start.continues:
-                self.best, wandb_id = start.checkpoint.best, start.checkpoint.wandb_id
+                wandb_id = start.checkpoint.wandb_id
         if start.continues:
+            self._restore_best()
             run_dir.rewind(self.epoch + self.done / self.steps_per_epoch, self.epoch)
-        # Of an imported network: it is the best until an epoch is better.
-        self._is_best_unknown = start.checkpoint is not None and start.continues and not self.best
         self.logger = RunLogger(context, run_dir, self.steps_per_epoch, wandb_id)
 
     def run(self) -> Results:
@@ -107,8 +111,8 @@ class TrainingRun:
         failed = True
         try:
             with self.stop.listening(), self.watchdog.running():
-                if self._is_best_unknown:
-                    self.best = self._score(self._evaluate())
+                if self._unscored is not None:
+                    self._score_best(self._unscored)
                 results = self._train_epochs()
             shared, private = self.model.count_parameters()
             self.logger.log_results(results, report.model_cost(self.model), shared, private)
@@ -138,10 +142,8 @@ class TrainingRun:
             results = self._evaluate()
             self.epoch, self.done = epoch + 1, 0
             self.logger.log_evaluation(results, self.epoch, self.trainer.step)
-            score = self._score(results)
-            is_best = score > self.best
-            self.best = max(score, self.best)
-            self._save(is_best)
+            reached = score(results, self.model.sizes)
+            self._save(reached if reached > self.best else None)
         return results or self._evaluate()
 
     def _after_update(self) -> None:
@@ -168,12 +170,15 @@ class TrainingRun:
         raise_if_not_finite(self.trainer)
         if agreed > STOP:
             self.vote.count()  # what was cast with it
-        self._save(is_best=False)
+        self._save()
         if agreed > STOP:
             raise TrainingInterrupted(agreed - STOP, self._place())
 
-    def _evaluate(self) -> Results:
-        """Evaluate the network, or its averaged weights. A signal ends it; the resumed run repeats it."""
+    def _evaluate(self, model: ResolutionSwitchable | None = None) -> Results:
+        """Evaluate the network, or its averaged weights, or another `model`.
+
+        A signal ends it; the resumed run repeats it.
+        """
         loaders = self.context.loaders
         least = min(distributed.all_gather_object(len(loaders.val)))
         batches = 0
@@ -186,7 +191,8 @@ class TrainingRun:
             if batches < least:
                 self._act_on(self.vote.cast(self._asked()))
 
-        model = self.trainer.ema.model if self.trainer.ema else self.model
+        if model is None:
+            model = self.trainer.ema.model if self.trainer.ema else self.model
         results = evaluate_with_progress(self.context, model, after_batch)
         self._act_on(self.vote.count())
         return results
@@ -197,18 +203,14 @@ class TrainingRun:
         if self.trainer.ema:
             distributed.broadcast_buffers(self.trainer.ema.model)
 
-    def _score(self, results: Results) -> list[float]:
-        """Return top-1 + top-5 at the largest size, then the mean over sizes, which decides a tie."""
-        scores = [results[str(s)]["top1"] + results[str(s)]["top5"] for s in self.model.sizes]
-        return [scores[0], sum(scores) / len(scores)]
-
     def _alpha(self) -> dict[int, float]:
         return dict(zip(self.model.sizes, self.model.ensemble_weights().tolist(), strict=True))
 
     def _place(self) -> str:
         return f"update {self.done}/{self.steps_per_epoch} of epoch {self.epoch + 1}"
 
-    def _save(self, is_best: bool) -> None:
+    def _save(self, new_best: list[float] | None = None) -> None:
+        """Save a checkpoint; new_best: its score, if it is the best so far."""
         checkpoint = Checkpoint(
             network=self.context.network,
             config=to_plain_dict(self.config),
@@ -216,21 +218,24 @@ class TrainingRun:
             epoch=self.epoch,
             done=self.done,
             loader=self.train_loader.state_dict(),
-            best=self.best,
+            best=new_best or self.best,
+            best_by=BEST_BY,
             wandb_id=self.logger.wandb.run_id,
             **training_state(self.trainer, self.model),
         )
 
-        def write() -> tuple[str, bool]:
+        def write() -> tuple[str, bool, list[float]]:
             try:
                 self.run_dir.sync()
-                self.manager.save(checkpoint, is_best)
+                self.manager.save(checkpoint, new_best is not None)
             except OSError as error:
                 problem = f"cannot save to {self.manager.folder}: {error.strerror or error}"
-                return problem, self.manager.last.exists()
-            return "", True
+                found = self.manager.load_best(self.console.say) if new_best else None
+                best = self.best if new_best is None else found.score if found else []
+                return problem, self.manager.last.exists(), best
+            return "", True, checkpoint.best
 
-        problem, has_older = distributed.run_on_main(write)
+        problem, has_older, self.best = distributed.run_on_main(write)
         self.last_save = time.monotonic()
         self.watchdog.tick()
         if problem and self.config.on_save_error == "stop":
@@ -244,6 +249,23 @@ class TrainingRun:
         if problem:
             older = "the checkpoint before it stays" if has_older else "there is no checkpoint yet"
             self.console.say(f"{problem}; {older}, the training goes on")
+
+    def _restore_best(self) -> None:
+        """Take the score to beat from best.pt itself, whichever checkpoint the run resumes from."""
+        best = distributed.run_on_main(lambda: self.manager.load_best(self.console.say))
+        if best is not None:
+            self.best = best.score
+            # Of an imported network, or of version 0.1.0's other score.
+            self._unscored = None if best.score else best
+
+    def _score_best(self, checkpoint: Checkpoint) -> None:
+        """Evaluate best.pt and note its score there: it stays the best until an epoch is better."""
+        model = copy.deepcopy(self.model)
+        with error_context(f"{self.manager.best} does not fit"):
+            load_weights(model, checkpoint.eval_weights, checkpoint.network.sizes)
+        self.best = score(self._evaluate(model), self.model.sizes)
+        scored = dataclasses.replace(checkpoint, best=self.best, best_by=BEST_BY)
+        distributed.run_on_main(lambda: io.save(self.manager.best, scored))
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:
@@ -269,6 +291,13 @@ class TrainingRun:
         self.console.say(f"resumed {start.source} {where}{what}")
         for line in (*missing, *moved):
             self.console.say(f"not as before: {line}")
+
+
+def score(results: Results, sizes: Sequence[int]) -> list[float]:
+    """Return top-1 at the largest size, then the mean of all sizes' top-1 and top-5, which decides a tie."""
+    of_sizes = [results[str(s)] for s in sizes]
+    both = [r["top1"] + r["top5"] for r in of_sizes]
+    return [of_sizes[0]["top1"], sum(both) / (2 * len(both))]
 
 
 def evaluate_with_progress(

@@ -194,9 +194,9 @@ def test_every_epoch_has_its_own_order_also_after_resuming(train, photos, monkey
 def test_a_continued_run_keeps_its_best_score_and_its_wandb_run(train, photos, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    last = run / "checkpoints" / "last.pt"
-    changed = dataclasses.replace(checkpoint.load(last), best=[201.0, 201.0], wandb_id="abc123")
-    checkpoint.save(last, changed)
+    last, best = (run / "checkpoints" / name for name in ("last.pt", "best.pt"))
+    checkpoint.save(last, dataclasses.replace(checkpoint.load(last), wandb_id="abc123"))
+    checkpoint.save(best, dataclasses.replace(checkpoint.load(best), best=[201.0, 201.0]))
     code, _, _ = train(
         "--data", photos, *RUN, "--resume", "auto", "--epochs", 3, "--output", run,
         "--wandb", "offline",
