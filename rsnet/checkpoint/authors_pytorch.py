@@ -27,6 +27,9 @@ ARCHS = (
     "parallel_mobilenetv2",
 )
 
+# How far below the largest alpha float32's softmax gives 0.
+NO_SHARE = 104.0
+
 
 def is_original(content: Any) -> bool:
     """Return whether a loaded file is the original's: a state dict with its names, or a dict around one."""
@@ -98,7 +101,9 @@ def to_original(checkpoint: Checkpoint) -> dict[str, Any]:
         what = " with ".join([config.arch, *changed])
         raise UsageError(f"the original has no {what}; its networks are {_known()}")
     names = _names(config.arch, config.num_classes, config.sizes)
-    weights = checkpoint.eval_weights
+    weights = dict(checkpoint.eval_weights)
+    # A size that was added has alpha -inf, of which the original's weight decay makes NaN.
+    weights["alpha"] = weights["alpha"].clamp(min=weights["alpha"].max().item() - NO_SHARE)
     state = {f"module.{theirs}": weights[ours] for theirs, (ours, _) in names.items()}
     parameters = [name for name, (ours, _) in names.items() if _is_parameter(ours)]
     group = {

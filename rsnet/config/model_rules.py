@@ -15,6 +15,7 @@ from pipelines.utils.schema import (
     number,
     one_of,
     pattern,
+    require,
     require_fields,
 )
 from rsnet.config.model_config import BITS, FULL, Mode, NormalizeName
@@ -57,6 +58,11 @@ def require_network(network: Mapping[str, Any], where: str = "") -> None:
     where: what to put before the field's name.
     """
     require_fields(network, _NETWORK, where)
+    sizes = set(map(str, network["sizes"]))
+    added = Rule(
+        "an object of some of the sizes", lambda v: isinstance(v, dict) and v.keys() <= sizes
+    )
+    require(where + "calibrated", added, network.get("calibrated", {}))
     known, outputs = len(network["classes"]), network["num_classes"]
     if known > outputs:
         raise DataError(f"{where}classes has {known} names, {where}num_classes is {outputs}")

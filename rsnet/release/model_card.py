@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def text(config: Mapping[str, Any]) -> str:
         **config["parameters"],
         what_is_private=_what_is_private(network["norm"]),
         table=_table(config),
-        note=_note(config["accuracy"] is not None),
+        note=_note(config["accuracy"] is not None, network.get("calibrated", {})),
         crop_ratio=preprocessing["crop_ratio"],
         short_sides=", ".join(f"{s}: {side}" for s, side in preprocessing["short_sides"].items()),
         interpolation=preprocessing["interpolation"],
@@ -164,7 +164,9 @@ def _table(config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _note(is_evaluated: bool) -> str:
+def _note(is_evaluated: bool, added: Collection[str]) -> str:
     cost = "GFLOPs (2 x multiply-accumulate) are an image's; the ensemble needs all sizes."
+    if added:
+        cost += f" Added after the training, without weight in the ensemble: {', '.join(added)}."
     how = f"Accuracies are of the {_DATASET}, one centre crop each."
     return f"{how} {cost}" if is_evaluated else f"Its accuracies are not known. {cost}"

@@ -206,9 +206,16 @@ def _require_tensors(tensors: State, expected: State) -> None:
     )
     if problems:
         raise DataError(f"does not fit the network in {CONFIG}: {_escaped(problems)}")
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    broken = [name for name, value in tensors.items() if not _is_usable(name, value)]
     if broken:  # all probabilities would be NaN
         raise DataError(f"has numbers that are not finite: {_escaped(', '.join(broken))}")
+
+
+def _is_usable(name: str, value: Tensor) -> bool:
+    """Return whether all numbers are finite; alpha may be -inf, weight 0, of a size that was added."""
+    if name == "alpha":
+        return bool((value.isfinite() | value.isneginf()).all() and value.isfinite().any())
+    return bool(value.isfinite().all())
 
 
 def _escaped(text: str) -> str:

@@ -34,6 +34,31 @@ def test_the_averaged_weights_are_released_where_there_are_some(tmp_path, capsys
     assert read_config(tmp_path / "release")["weights"]["averaged"] is True
 
 
+def test_a_size_that_was_added_is_released_with_its_weight_of_0(tmp_path, capsys):
+    config = ModelConfig.from_dict(NETWORK | {"calibrated": {"48": "distil"}})
+    state = trained(NETWORK, 1)
+    state["alpha"][1] = -torch.inf
+    checkpoint.save(tmp_path / "best-48.pt", Checkpoint(config, state))
+    words = [str(tmp_path / "best-48.pt"), "--output", str(tmp_path / "release")]
+    assert main(["release", *words]) == 0, capsys.readouterr().err
+    model = release.load(tmp_path / "release")
+    assert model.ensemble_weights()[1] == 0
+    assert_same_logits(model, reference(checkpoint.load(tmp_path / "best-48.pt")))
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "Added after the training, without weight in the ensemble: 48." in card
+
+
+def test_an_added_size_has_no_share_in_an_originals_file_either():
+    network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": [64, 48, 32]}
+    state = trained(network, 3)
+    state["alpha"] = torch.tensor([1.0, -torch.inf, 0.5])
+    alpha = to_original(Checkpoint(ModelConfig.from_dict(network), state))["state_dict"][
+        "module.alpha"
+    ]
+    assert alpha.isfinite().all()  # weight decay makes NaN of -inf
+    assert torch.equal(alpha.softmax(0), state["alpha"].softmax(0))
+
+
 def test_a_file_of_the_original_is_released(tmp_path, capsys):
     sizes = [224, 192, 160, 128, 96]
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": sizes}
