@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -55,12 +56,10 @@ def _make_checkpointed(block: nn.Module, norms: list[SwitchableBatchNorm2d], wha
     checkpointed.checkpointed_quantizers = [m for m in block.modules() if isinstance(m, Quantizer)]
     checkpointed.checkpointed_layers = castable_layers(block)
     checkpointed.checkpointed_what = what
-    if (
-        what == "norm"
-    ):  # what it keeps may not be overwritten: a convolution's output without BatchNorm
-        for module in block.modules():
-            if getattr(module, "inplace", False) is True:
-                vars(module)["inplace"] = False
+    # What is kept may not be overwritten: the block's input, and the outputs of convolutions.
+    for module in block.modules():
+        if getattr(module, "inplace", False) is True:
+            vars(module)["inplace"] = False
 
 
 class _Checkpointed(nn.Module):
@@ -76,7 +75,8 @@ class _Checkpointed(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return forward(*inputs)
         return checkpoint(
-            forward,
+            # HRNet's blocks put their results into the list that they are given: each time it is a new one.
+            lambda *given: forward(*tree_map(lambda value: value, given)),
             *inputs,
             use_reentrant=False,
             context_fn=partial(self._contexts, self.checkpointed_norms[0].active),
