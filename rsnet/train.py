@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,7 +15,8 @@ import torch
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError, error_context, first_line
-from rsnet.checkpoint.weights import load_weights, require_match, start_from
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.weights import load_weights, require_match
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
@@ -35,6 +35,7 @@ from rsnet.models.factory import create_model, synchronize_batchnorm
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
+from rsnet.training.fine_tune import freeze, read_switchable, start_from
 from rsnet.training.resume import Start, find_start
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted
@@ -86,8 +87,12 @@ def run(
     """
     device = distributed.setup(config.device, config.timeout)
     console = ConsoleLogger(distributed.is_main())
+    initial = _read_initial(config, Start()) if config.arch is None else None
+    if initial is not None:
+        config = dataclasses.replace(config, arch=initial.network.arch)
     start = distributed.run_on_main(lambda: find_start(config, console.say))
-    resolve_here = _resolver(config, start, device)
+    initial = initial or _read_initial(config, start)
+    resolve_here = _resolver(config, start, initial, device)
     resolved = resolve_here(config)
     _require_trainable(resolved, device)
     swept = names_of(resolved.profile_sweep, options, distributed.world_size())
@@ -99,7 +104,7 @@ def run(
     try:
         with _device_errors_in_one_line(resolved, device):
             network = resolved.model_config(loaders.classes, _num_classes(resolved, loaders))
-            model = _create_model(resolved, network, start).to(device)
+            model = _create_model(resolved, network, start, initial, console.say).to(device)
             model = model.to(memory_format=torch.channels_last)
             context = RunContext(
                 script=script,
@@ -111,7 +116,8 @@ def run(
                 device=device,
                 console=console,
             )
-            _load_weights(context, start)
+            _load_weights(context, start, initial)
+            freeze(model, resolved.freeze, network)
             console.say(context.command())
             _warn_of_late_decay(context)
             if resolved.evaluate:
@@ -142,8 +148,16 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     return results
 
 
+def _read_initial(config: TrainConfig, start: Start) -> Checkpoint | None:
+    """Return the RS-Net that the training starts from, if it is one and there is no checkpoint to resume."""
+    source = config.pretrained or start.config.get("pretrained")
+    if source is None or start.checkpoint is not None or config.evaluate:
+        return None
+    return distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes))
+
+
 def _resolver(
-    config: TrainConfig, start: Start, device: torch.device
+    config: TrainConfig, start: Start, initial: Checkpoint | None, device: torch.device
 ) -> Callable[[TrainConfig], ResolvedConfig]:
     """Return what resolves options on this machine, for a run that begins with `start`."""
     checkpoint = start.checkpoint
@@ -154,6 +168,7 @@ def _resolver(
         device_type="cuda" if device.type == "cuda" else "cpu",
         has_bf16=has_bf16(device),
         trained=checkpoint.network if checkpoint else None,
+        initial=initial.network if initial else None,
         previous=None if config.evaluate else previous,
         previous_global_batch=checkpoint.global_batch if checkpoint else None,
     )
@@ -167,10 +182,14 @@ def _require_trainable(config: ResolvedConfig, device: torch.device) -> None:
 
 
 def _create_model(
-    config: ResolvedConfig, network: ModelConfig, start: Start
+    config: ResolvedConfig,
+    network: ModelConfig,
+    start: Start,
+    initial: Checkpoint | None,
+    say: Callable[[str], None],
 ) -> ResolutionSwitchable:
-    pretrained = config.pretrained if start.checkpoint is None else None
-    model = create_model(network, pretrained, config.fixed_qa)
+    is_ordinary = start.checkpoint is None and initial is None
+    model = create_model(network, config.pretrained if is_ordinary else None, config.fixed_qa, say)
     if config.sync_bn:
         synchronize_batchnorm(model, config.arch)
     if config.recompute != "off":
@@ -178,8 +197,8 @@ def _create_model(
     return model
 
 
-def _load_weights(context: RunContext, start: Start) -> None:
-    """Give the model the weights of the checkpoint to resume or evaluate, or those of --init-from."""
+def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None) -> None:
+    """Give the model the weights of the checkpoint to resume or evaluate, or those of --pretrained."""
     config, model, checkpoint = context.config, context.model, start.checkpoint
     if checkpoint is not None:
         training = not config.evaluate
@@ -189,9 +208,11 @@ def _load_weights(context: RunContext, start: Start) -> None:
             load_weights(model, weights, checkpoint.network.sizes)
         if training:
             model.complete_alpha()
-    elif config.init_from is not None:
-        path = Path(config.init_from)
-        distributed.run_on_all(lambda: start_from(model, context.network, path))
+    elif initial is not None:
+        source = str(config.pretrained)
+        notes = distributed.run_on_all(lambda: start_from(model, context.network, initial, source))
+        for line in notes:
+            context.console.say(line)
 
 
 def _warn_of_late_decay(context: RunContext) -> None:

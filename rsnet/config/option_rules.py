@@ -19,14 +19,12 @@ def require_valid(c: Any) -> None:
             raise UsageError(f"{flag} {shown}".rstrip() + f": {rule}")
     if c.evaluate and c.is_profile:
         raise UsageError("--evaluate and --profile: choose one of them")
-    if c.pretrained is not None and c.init_from is not None:
-        raise UsageError("--pretrained and --init-from: choose one of them to start from")
     if c.compile and c.recompute != "off":
         raise UsageError("--compile and --recompute: choose one; the compiler recomputes by itself")
     if c.evaluate and c.resume is None:
         raise UsageError("--evaluate: say which checkpoint, with --resume PATH or --resume auto")
-    if c.evaluate and c.init_from is not None:
-        raise UsageError("--init-from: a training starts from it; --evaluate takes --resume")
+    if c.evaluate and c.pretrained is not None:
+        raise UsageError("--pretrained: a training starts from it; --evaluate takes --resume")
 
 
 def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:

@@ -29,13 +29,14 @@ OF_A_RECIPE = {
     "warmup",
 }  # unless the recipe changes
 TAKEN_OVER = OF_A_RECIPE | {
-    "auto_augment", "clip_grad", "cutmix", "epochs", "init_from", "mixup", "pretrained", "recipe",
-    "seed", "sizes_per_step", "weight_decay",
+    "auto_augment", "clip_grad", "cutmix", "epochs", "freeze", "mixup", "pretrained", "recipe", "seed",
+    "sizes_per_step", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "mixup": 0.0, "cutmix": 0.0, "auto_augment": "none",
+    "freeze": "none",
 }  # fmt: skip
 
 
@@ -85,16 +86,21 @@ def resolve(
     device_type: Literal["cuda", "cpu"],
     has_bf16: bool,
     trained: ModelConfig | None = None,
+    initial: ModelConfig | None = None,
     previous: Mapping[str, Any] | None = None,
     previous_global_batch: int | None = None,
 ) -> ResolvedConfig:
     """Fill in what was left unset: from the checkpoint, then the recipe.
 
-    trained: the checkpoint's network. previous: its run's configuration, if that
-    run is to be continued, and the images of one of its updates.
+    trained: the checkpoint's network. initial: that of the RS-Net of --pretrained. previous: the
+    checkpoint's run's configuration, if that run is to be continued, and the images of one of its updates.
     """
     given = _given(config, previous, previous_global_batch, world_size)
-    known = trained.to_dict() if trained else {}
+    known = {}
+    if network := trained or initial:
+        known = network.to_dict()
+    if not trained:
+        known.pop("num_classes", None)  # the data's
     arch = config.arch or known.get("arch", DEFAULT_ARCH)
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
@@ -132,6 +138,10 @@ def resolve(
     }
     resolved = ResolvedConfig(**(given | unset | fixed))
     _check_quantization(resolved)
+    if resolved.freeze != "none" and resolved.pretrained is None and trained is None:
+        raise UsageError(
+            f"--freeze {resolved.freeze}: there is nothing to keep without --pretrained"
+        )
     return resolved
 
 
@@ -174,11 +184,8 @@ def _check_quantization(c: ResolvedConfig) -> None:
         raise UsageError(
             f"--blurpool: what is blurred is no longer at the levels of --qa {c.qa}; give one of them"
         )
-    if c.pretrained is not None and c.mode != "resnet":
-        raise UsageError(
-            f"--pretrained: no library has pre-activation ResNets (--mode {c.mode}); train one in full "
-            "precision, and start from it by --init-from"
-        )
+    if c.freeze != "none" and c.is_quantized:
+        raise UsageError(f"--freeze {c.freeze}: the quantizers of --qw and --qa follow the weights")
 
 
 def _spread(

@@ -71,14 +71,16 @@ class ModelOptions(Generic[Unset]):
     tf_padding: bool = False
     """Pad strided layers as TensorFlow does; quantized networks of the original code need it."""
 
-    init_from: Annotated[
-        str | None, arg(aliases=("--initial-checkpoint",), metavar="CHECKPOINT.pt")
+    pretrained: Annotated[
+        str | None,
+        arg(aliases=("--initial-checkpoint", "--init-from"), metavar="default|NAME|PATH"),
     ] = None
-    """Start from the weights of a full-precision run of this network."""
+    """Start from trained weights: of a run directory, checkpoint, release or file of the original code; or of
+    the ordinary, single-resolution network, its library's or a file. Unset: random initialisation."""
 
-    pretrained: Annotated[str | None, arg(metavar="default|NAME|PATH")] = None
-    """Start from weights of the ordinary, single-resolution network: its library's, or a file. Unset: random
-    initialisation."""
+    freeze: Annotated[str | Unset, arg(metavar="none|backbone|LAYER")] = UNSET
+    """Weights that stay as they are: backbone, all but the classifier; or all up to the layer of this name.
+    BatchNorm always learns. Unset: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

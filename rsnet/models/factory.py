@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
+import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder
 from torchvision.models import list_models as list_torchvision_models
@@ -63,7 +67,10 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    config: ModelConfig, pretrained: str | None = None, fixed_qa: bool = False
+    config: ModelConfig,
+    pretrained: str | None = None,
+    fixed_qa: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> ResolutionSwitchable:
     """Build the network that `config` describes, with private BatchNorm per size.
 
@@ -73,15 +80,23 @@ def create_model(
     but not of a pre-activation one.
 
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
-    fixed_qa: see `rsnet.models.quantization.lq_nets.quantize`.
+    fixed_qa: see `rsnet.models.quantization.lq_nets.quantize`. say: is told what is not taken from them.
 
     Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
     """
+    if pretrained is not None and config.mode != "resnet":
+        raise UsageError(
+            f"--pretrained: no library has pre-activation ResNets (--mode {config.mode}); train one in full "
+            "precision, and give its run"
+        )
     network = _build_network(config)
     if config.stem == "small":
         convert_to_small_stem(network)
     if pretrained is not None:
-        load_pretrained(network, *_library_name(config.arch), pretrained)
+        library, name = _library_name(config.arch)
+        classifier = functools.partial(classifier_names, config)
+        if note := load_pretrained(network, library, name, pretrained, classifier):
+            say(note)
     if config.blurpool:
         convert_to_blurpool(network)
     if config.tf_padding:
@@ -101,6 +116,28 @@ def create_model(
         raise UsageError(f"--arch {config.arch}: {error}") from error
     _check_sizes(model, config.arch)
     return model
+
+
+def classifier_names(config: ModelConfig) -> frozenset[str]:
+    """Return the names, in the ordinary network, of the parameters whose shapes the classes decide."""
+    with WeightsOnMeta():
+        here, other = (
+            _build_network(dataclasses.replace(config, num_classes=config.num_classes + more))
+            for more in (0, 1)
+        )
+    shapes = {name: value.shape for name, value in other.state_dict().items()}
+    return frozenset(n for n, value in here.state_dict().items() if shapes.get(n) != value.shape)
+
+
+class WeightsOnMeta(TorchFunctionMode):
+    """Makes torch.empty, by which layers make their weights, allocate on the meta device.
+
+    `with torch.device("meta")` would also move what builders compute with, as RegNet's does.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_meta = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **(kwargs or {}) | on_meta)
 
 
 def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:

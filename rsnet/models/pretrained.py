@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,42 +19,57 @@ STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def load_pretrained(
-    network: nn.Module, library: Literal["torchvision", "timm"], name: str, weights: str
-) -> None:
+    network: nn.Module,
+    library: Literal["torchvision", "timm"],
+    name: str,
+    weights: str,
+    classifier: Callable[[], Collection[str]],
+) -> str:
     """Load `weights` into `network`, which is not switchable yet, so that each of the private BatchNorms
     will start as a copy of the ordinary one.
 
     weights: "default" or a name that the library has for network `name` (torchvision: IMAGENET1K_V1,
     timm: a1_in1k), which is downloaded once, or the path of a file with a state dict (.pth, .safetensors).
-    The classifier keeps its initialisation if it has another number of classes.
+    classifier: returns the names of the parameters whose shapes the classes decide. They keep their
+    initialisation if there is another number of classes, or no classifier, which the line that is returned
+    says; "" if all is taken.
 
     Raises UsageError if there are no such weights, DataError, with names and shapes, if they do not fit.
     """
-    loaded = _read(Path(weights)) if _is_path(weights) else _download(library, name, weights)
+    loaded = _read(Path(weights)) if is_path(weights) else _download(library, name, weights)
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     state = {
         k.removeprefix("module.").removeprefix("_orig_mod."): v  # of DDP, of torch.compile
         for k, v in loaded.items()
         if isinstance(k, str) and isinstance(v, Tensor) and (k in expected or not _is_extra(k))
     }
-    for key in _other_classes(network, state):
-        state.pop(key, None)
-        expected.pop(key)
-    if problems := describe_mismatch(expected, state):
+    note = ""
+    problems = describe_mismatch(expected, state)
+    if problems and (names := classifier()) and (what := _other_classifier(names, expected, state)):
+        note = f"--pretrained: {weights}: the classifier starts anew: {what}"
+        for key in names:
+            state.pop(key, None)
+            expected.pop(key)
+        problems = describe_mismatch(expected, state)
+    if problems:
         raise DataError(f"--pretrained: {weights} does not fit {name}: {problems}")
     network.load_state_dict(state, strict=False)
+    return note
 
 
-def _other_classes(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Return the parameters' names of the last linear layer if `state` has another number of classes."""
-    layers = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        return []
-    name, classifier = layers[-1]
-    weight = state.get(f"{name}.weight")
-    if weight is None or weight.ndim != 2 or len(weight) == classifier.out_features:
-        return []
-    return [f"{name}.{key}" for key in classifier.state_dict()]
+def _other_classifier(
+    names: Collection[str], expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
+) -> str:
+    """Return in words how the classifier of `state` differs from the expected; "" if it does not."""
+    there = {name: tuple(state[name].shape) for name in names if name in state}
+    if not there:
+        return "there is none"
+    if any(len(shape) != len(expected[name]) or not shape for name, shape in there.items()):
+        return ""  # another network's
+    name, shape = next(iter(there.items()))
+    if shape == expected[name]:
+        return ""
+    return f"{shape[0]} classes there, {expected[name][0]} here"
 
 
 def _is_extra(key: str) -> bool:
@@ -66,7 +81,8 @@ def _is_extra(key: str) -> bool:
     return key == "n_averaged" or key.split(".")[0] in ("aux1", "aux2", "AuxLogits")
 
 
-def _is_path(weights: str) -> bool:
+def is_path(weights: str) -> bool:
+    """Return whether --pretrained names a file, and not weights of a library."""
     return "/" in weights or Path(weights).suffix in (".pth", ".pt", ".tar", ".safetensors")
 
 

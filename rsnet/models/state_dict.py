@@ -26,20 +26,44 @@ def select_sizes(
     missing = [s for s in wanted if s not in trained]
     if missing:
         raise ValueError(f"sizes {missing} are not among the trained {list(trained)}")
-    source = [list(trained).index(size) for size in sorted(wanted, reverse=True)]
-    part: dict[str, Tensor] = {}
+    return take_sizes(state, trained, wanted, shared_norm)[0]
+
+
+def take_sizes(
+    state: Mapping[str, Tensor],
+    trained: Sequence[int],
+    wanted: Sequence[int],
+    shared_norm: bool = False,
+) -> tuple[dict[str, Tensor], dict[int, int]]:
+    """Return the state dict of a network of sizes `wanted`, made of one of sizes `trained` (largest first),
+    and, by size, the trained one whose BatchNorm it gets: its own, or else that of the nearest.
+
+    The alpha of a size that was not trained is -inf, see `ResolutionSwitchable.complete_alpha`.
+    """
+    sources = {}
+    for size in sorted(wanted, reverse=True):
+        shares = {size: 1.0} if size in trained else neighbour_shares(trained, size)
+        sources[size] = max(shares, key=lambda s: (shares[s], s))
+    taken: dict[str, Tensor] = {}
     for key, value in state.items():
         layer, infix, tail = key.partition(_INFIX)
         if not infix or shared_norm:
-            part[key] = value
+            taken[key] = value
             continue
         index, name = tail.split(".", 1)
-        if int(index) in source:
-            part[f"{layer}{infix}{source.index(int(index))}.{name}"] = value
-    part["alpha"] = state["alpha"][source]
-    if not part["alpha"].isfinite().any():  # sizes that were added, whose weight is 0 beside others
-        part["alpha"] = torch.ones_like(part["alpha"])
-    return part
+        for i, source in enumerate(sources.values()):
+            if trained.index(source) == int(index):
+                taken[f"{layer}{infix}{i}.{name}"] = value
+    alpha = state["alpha"]
+    none = alpha.new_tensor(-torch.inf)
+    taken["alpha"] = torch.stack(
+        [alpha[trained.index(s)] if s in trained else none for s in sources]
+    )
+    if (
+        not taken["alpha"].isfinite().any()
+    ):  # sizes that were added, whose weight is 0 beside others
+        taken["alpha"] = torch.ones_like(taken["alpha"])
+    return taken, sources
 
 
 def neighbour_shares(trained: Sequence[int], size: int) -> dict[int, float]:

@@ -17,13 +17,12 @@ import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pipelines.utils.atomic_io import atomic_directory, atomic_write, atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from rsnet import __version__
 from rsnet.config.model_config import FULL, ModelConfig
-from rsnet.models.factory import create_model
+from rsnet.models.factory import WeightsOnMeta, create_model
 from rsnet.models.quantization.bit_packing import pack_state_dict, unpack_state_dict
 from rsnet.models.state_dict import describe_mismatch, select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
@@ -155,21 +154,10 @@ def _unpacked_config(network: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(ModelConfig.from_dict(network), qw=FULL)
 
 
-class _WeightsOnMeta(TorchFunctionMode):
-    """Makes torch.empty, by which layers make their weights, allocate on the meta device.
-
-    `with torch.device("meta")` would also move what builders compute with, as RegNet's does.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        on_meta = {"device": "meta"} if func is torch.empty else {}
-        return func(*args, **(kwargs or {}) | on_meta)
-
-
 def _on_meta(config: ModelConfig) -> ResolutionSwitchable:
     """Build a network without memory, for the names, shapes and types of its state."""
     try:
-        with _WeightsOnMeta():
+        with WeightsOnMeta():
             return create_model(config)
     except UsageError:
         raise

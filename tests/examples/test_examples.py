@@ -20,7 +20,6 @@ from torch import nn
 from rsnet.__main__ import main as verbs
 from rsnet.inference.cascade import CascadeStage, Tuned, write_tuned
 from rsnet.inference.preprocess import decode, eval_pixels
-from rsnet.models.resnet import scaled_resnet
 from rsnet.release import package as release
 from tests.helpers import releases
 from tests.helpers.releases import CLASSES, SIZES
@@ -95,15 +94,6 @@ def test_fine_tune_starts_from_a_release_of_other_classes(folder, photos, tmp_pa
     for name, layer in tuned_model.network.named_modules():
         if isinstance(layer, nn.Conv2d):
             torch.testing.assert_close(layer.weight, before.network.get_submodule(name).weight)
-
-
-@torch.no_grad()
-def test_fine_tune_takes_the_largest_resolution_as_the_ordinary_network(folder):
-    network = scaled_resnet("resnet10", 8, 0.25).eval()
-    network.load_state_dict(_functions("fine_tune.py")["ordinary_weights"](str(folder)))
-    images = torch.randn(2, 3, SIZES[0], SIZES[0])
-    expected = release.load(folder)(images)
-    torch.testing.assert_close(network(images), expected)
 
 
 def test_own_loop_trains_private_batchnorm_and_shared_convolutions(photos, capsys):

@@ -127,8 +127,8 @@ def test_training_starts_from_a_full_precision_run(train, photos, runs, tmp_path
         (["--mode", "preact", "--pretrained", "default"], "no library has pre-activation ResNets"),
         (["--mode", "preact", "--arch", "parallel_mobilenetv2"], "--mode preact: there is no such "
          "parallel_mobilenetv2"),
-        (["--qw", "2", "--pretrained", "default", "--init-from", "x.pt"], "choose one"),
-        (["--qw", "2", "--init-from", "x.pt"], "--init-from: there is no checkpoint x.pt"),
+        (["--qw", "2", "--pretrained", "x.pt"], "--pretrained: there is no file x.pt"),
+        (["--qw", "2", "--pretrained", "default", "--freeze", "backbone"], "backbone: the quantizers"),
         ([*BOTH, "--blurpool"], "--blurpool: what is blurred is no longer at the levels of --qa 2"),
     ],
 )  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(train, photos, tmp_path, words, m
     [
         ("both", ["--mode", "preact", "--qw", "4"], "--qw is 2 there and 4 here"),
         ("plain", ["--qw", "2"], "--qw is 32 there and 2 here; to start from it in full "
-         "precision, give it to --init-from"),
+         "precision, give it to --pretrained"),
         ("weights", ["--qw", "32"], "--qw is 2 there and 32 here"),
         ("weights", ["--mode", "preact"], "--mode is resnet there and preact here"),
     ],
@@ -184,8 +184,7 @@ def test_a_schedule_that_no_epoch_reaches_is_said(train, photos, tmp_path):
     ("source", "words", "message"),
     [
         ("weights", ["--qw", "2"], "it is quantized itself; --resume goes on with it"),
-        ("preact", ["--qw", "2"], "--mode is preact there and resnet here"),
-        ("plain", ["--qw", "2", "--sizes", "40", "32"], "--sizes is 32 24 16 there and 40 32 here"),
+        ("preact", ["--qw", "2", "--mode", "resnet"], "--mode is preact there and resnet here"),
         (
             "plain",
             ["--qw", "2", "--normalize", "unit"],
