@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Normalize = Literal["imagenet", "unit"]
+Normalize = Literal["imagenet", "unit", "inception", "clip", "dpn"]
 Flip = Literal["independent", "shared"]
 AutoAugment = Literal["trivial", "rand"]
 

@@ -11,6 +11,10 @@ from pipelines.batch import Normalize
 MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    # What some libraries' weights expect: timm's constants of these names.
+    "inception": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
+    "dpn": ((124.0, 117.0, 104.0), (1 / 0.0167, 1 / 0.0167, 1 / 0.0167)),
 }
 
 

@@ -20,7 +20,7 @@ from rsnet.checkpoint.weights import load_weights, require_match
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
-from rsnet.config.train_config import TrainConfig
+from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed import watchdog
 from rsnet.distributed.device import has_bf16, peak_memory_gb
@@ -31,7 +31,7 @@ from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.autocast import AMP_DTYPES
-from rsnet.models.factory import create_model, synchronize_batchnorm
+from rsnet.models.factory import create_model, pretrained_normalize, synchronize_batchnorm
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
@@ -92,6 +92,7 @@ def run(
         config = dataclasses.replace(config, arch=initial.network.arch)
     start = distributed.run_on_main(lambda: find_start(config, console.say))
     initial = initial or _read_initial(config, start)
+    config = _normalized_as_pretrained(config, start, initial, console.say)
     resolve_here = _resolver(config, start, initial, device)
     resolved = resolve_here(config)
     _require_trainable(resolved, device)
@@ -154,6 +155,26 @@ def _read_initial(config: TrainConfig, start: Start) -> Checkpoint | None:
     if source is None or start.checkpoint is not None or config.evaluate:
         return None
     return distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes))
+
+
+def _normalized_as_pretrained(
+    config: TrainConfig, start: Start, initial: Checkpoint | None, say: Callable[[str], None]
+) -> TrainConfig:
+    """Return `config` with the --normalize of an ordinary network's weights, if it starts from some."""
+    source = config.pretrained or start.config.get("pretrained")
+    if source is None or initial is not None or start.checkpoint is not None:
+        return config
+    arch = config.arch or start.config.get("arch", DEFAULT_ARCH)
+    theirs = pretrained_normalize(arch, source)
+    if config.normalize is None and theirs not in (None, "imagenet"):
+        say(f"--pretrained: images are normalised as for these weights: --normalize {theirs}")
+        return dataclasses.replace(config, normalize=theirs)
+    if theirs != (config.normalize or "imagenet"):
+        say(
+            f"note: the weights of --pretrained expect images normalised by {theirs or 'other values'}, not "
+            f"--normalize {config.normalize or 'imagenet'}"
+        )
+    return config
 
 
 def _resolver(

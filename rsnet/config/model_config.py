@@ -13,7 +13,7 @@ from pipelines.transforms import EVAL_CROP_RATIO, RESIZE_FILTER
 Mode = Literal["resnet", "preact", "preact_typeA"]
 Stem = Literal["imagenet", "small"]
 Norm = Literal["private", "shared"]
-NormalizeName = Literal["imagenet", "unit"]
+NormalizeName = Literal["imagenet", "unit", "inception", "clip", "dpn"]
 
 BITS = range(1, 9)
 FULL = 32  # bits of what is not quantized

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 from tyro.conf import arg
 
 from pipelines.utils.errors import DataError
-from rsnet.config.model_config import Mode
+from rsnet.config.model_config import Mode, NormalizeName
 from rsnet.config.option_rules import require_valid
 from rsnet.config.recipes import RecipeName
 
@@ -90,10 +90,11 @@ class DataOptions(Generic[Unset]):
     data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
     """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or, for FFCV, with train.beton and val.beton."""
 
-    normalize: Annotated[Literal["imagenet", "unit"] | Unset, arg(metavar="{imagenet,unit}")] = (
-        UNSET
-    )
-    """imagenet: ImageNet's mean and std; unit: [0, 1], as in the original. Unset: imagenet."""
+    normalize: Annotated[
+        NormalizeName | Unset, arg(metavar="{imagenet,unit,inception,clip,dpn}")
+    ] = UNSET
+    """imagenet: ImageNet's mean and std; unit: [0, 1], as in the original; inception, clip, dpn: timm's of
+    these names. Unset: what --pretrained was trained with, else imagenet."""
 
     batch_size: Annotated[int | Unset, arg(aliases=("-b",), metavar="INT")] = UNSET
     """Images per process and step. Unset: 256 on a GPU, 32 on a CPU."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torchvision.models import list_models as list_torchvision_models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipelines.utils.errors import UsageError, first_line
-from rsnet.config.model_config import FULL, Mode, ModelConfig
+from rsnet.config.model_config import FULL, Mode, ModelConfig, NormalizeName
 from rsnet.models import preact_resnet
 from rsnet.models.layers.activations import convert_activations
 from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
@@ -30,7 +31,7 @@ from rsnet.models.layers.onednn_workarounds import (
     convert_pointwise_convs,
     convert_single_pixel_convs,
 )
-from rsnet.models.pretrained import load_pretrained
+from rsnet.models.pretrained import expected_normalize, load_pretrained
 from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quantize
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
@@ -116,6 +117,18 @@ def create_model(
         raise UsageError(f"--arch {config.arch}: {error}") from error
     _check_sizes(model, config.arch)
     return model
+
+
+def pretrained_normalize(arch: str, pretrained: str) -> NormalizeName | None:
+    """Return how images are normalised for an ordinary network's weights, see `create_model`; None if in a
+    way that has no name here, or the network is unknown.
+    """
+    known = list_models()
+    if arch.startswith(TIMM_PREFIX) and importlib.util.find_spec("timm") is None:
+        return None
+    if not arch.startswith(TIMM_PREFIX) and arch not in known:
+        return None
+    return expected_normalize(*_library_name(arch), pretrained)
 
 
 def classifier_names(config: ModelConfig) -> frozenset[str]:

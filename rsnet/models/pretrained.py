@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+from pipelines.normalize import MEAN_STD
 from pipelines.utils.errors import DataError, UsageError, first_line
+from rsnet.config.model_config import NormalizeName
 from rsnet.models.safe_load import safe_load
 from rsnet.models.state_dict import describe_mismatch
 
@@ -37,12 +42,16 @@ def load_pretrained(
     Raises UsageError if there are no such weights, DataError, with names and shapes, if they do not fit.
     """
     loaded = _read(Path(weights)) if is_path(weights) else _download(library, name, weights)
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    state = {
-        k.removeprefix("module.").removeprefix("_orig_mod."): v  # of DDP, of torch.compile
+    own = network.state_dict()
+    expected = {key: tuple(value.shape) for key, value in own.items()}
+    state = OrderedDict(
+        (_name(k), v)
         for k, v in loaded.items()
         if isinstance(k, str) and isinstance(v, Tensor) and (k in expected or not _is_extra(k))
-    }
+    )
+    # The layers' versions, without which MNASNet does not load; safetensors keep none.
+    versions = getattr(loaded, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
+    state._metadata = {_name(k): v for k, v in versions.items()}  # type: ignore[attr-defined]
     note = ""
     problems = describe_mismatch(expected, state)
     if problems and (names := classifier()) and (what := _other_classifier(names, expected, state)):
@@ -55,6 +64,37 @@ def load_pretrained(
         raise DataError(f"--pretrained: {weights} does not fit {name}: {problems}")
     network.load_state_dict(state, strict=False)
     return note
+
+
+def expected_normalize(
+    library: Literal["torchvision", "timm"], name: str, weights: str
+) -> NormalizeName | None:
+    """Return how images are normalised for a library's weights, or for a file of its network; None if by a
+    mean and standard deviation that have no name here.
+    """
+    if library == "torchvision":
+        # These, with weights, turn ImageNet's normalisation into this one (transform_input).
+        return "inception" if name in ("googlenet", "inception_v3") else "imagenet"
+    import timm
+
+    tagged = name if weights == "default" or is_path(weights) else f"{name}.{weights}"
+    config = timm.models.get_pretrained_cfg(tagged, allow_unregistered=True)
+    if config is None:
+        return "imagenet"
+    there = [255 * value for value in (*config.mean, *config.std)]
+    names: tuple[NormalizeName, ...] = get_args(NormalizeName)
+    for known in names:
+        here = (value for values in MEAN_STD[known] for value in values)
+        if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(there, here, strict=True)):
+            return known
+    return None
+
+
+def _name(key: str) -> str:
+    """Return a parameter's name without what DDP, torch.compile and older versions put into it."""
+    key = key.removeprefix("module.").removeprefix("_orig_mod.")
+    # torchvision's DenseNets are published with such names as denselayer1.norm.1.weight.
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])(?=\.|$)", r"\1\2", key)
 
 
 def _other_classifier(

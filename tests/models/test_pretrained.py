@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 
 import pytest
@@ -9,9 +10,11 @@ import timm
 import torch
 import torchvision
 
+from pipelines.normalize import PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.model_config import ModelConfig
-from rsnet.models.factory import create_model
+from rsnet.models.factory import create_model, pretrained_normalize
+from rsnet.models.pretrained import load_pretrained
 from rsnet.models.resnet import scaled_resnet
 
 SIZES = (48, 32)
@@ -56,6 +59,122 @@ def test_every_resolution_starts_as_the_ordinary_network(tmp_path, arch, make):
     for size in SIZES:
         x = torch.randn(2, 3, size, size)
         torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def _published(name: str, network) -> dict:
+    """The state dict as torchvision publishes it."""
+    state = network.state_dict()
+    if "densenet" in name:  # torchvision renames these when it loads them
+        pattern = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])\.")
+        old = {pattern.sub(r"\1.\2.", key): value for key, value in state.items()}
+        assert "features.denseblock1.denselayer1.norm.1.weight" in old
+        return old
+    return state
+
+
+@torch.no_grad()
+def _require_the_librarys_logits(arch, plain, state, mean, std, tmp_path):
+    """Of the same bytes, each with its own normalisation."""
+    torch.save(state, tmp_path / "published.pth")
+    weights = str(tmp_path / "published.pth")
+    normalize = pretrained_normalize(arch, weights)
+    assert normalize is not None
+    model = create_model(ModelConfig(arch, 10, (96,)), pretrained=weights).eval()
+    pixels = torch.randint(256, (2, 96, 96, 3), dtype=torch.uint8)
+    ours = PixelNormalizer(torch.device("cpu"), torch.float32, normalize)(pixels)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+    expected = plain((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
+    found = model(ours.permute(0, 3, 1, 2))
+    # Rounding alone is up to 5e-4 in the deepest, another normalisation 5e-2 or more.
+    assert float((found - expected).abs().max() / expected.abs().max()) < 2e-3
+
+
+def _settled(network):
+    """BatchNorm with the statistics of noise, so that logits neither vanish nor overflow."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, 1, 0.1)
+            module.momentum = None
+    network.train()
+    with torch.no_grad():
+        network(torch.randn(4, 3, 96, 96))
+    return network.eval()
+
+
+TORCHVISION = [
+    "densenet121", "googlenet", "inception_v3", "mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s",
+    "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "wide_resnet50_2",
+    "shufflenet_v2_x0_5", "vgg11_bn",
+]  # fmt: skip
+FAST = ["mnasnet0_5", "shufflenet_v2_x0_5"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in TORCHVISION]
+)
+def test_logits_are_torchvisions_of_its_published_files(tmp_path, name):
+    with_weights = {}
+    if name in ("googlenet", "inception_v3"):  # so torchvision builds them where there are weights
+        with_weights = {"transform_input": True, "aux_logits": False, "init_weights": False}
+    plain = _settled(torchvision.models.get_model(name, num_classes=10, **with_weights))
+    arch = "parallel_mobilenetv2" if name == "mobilenet_v2" else f"parallel_{name}"
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    _require_the_librarys_logits(arch, plain, _published(name, plain), *imagenet, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenetv3_small_050",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (
+            "inception_v3", "tf_efficientnet_b0", "dpn48b", "regnety_002", "repvgg_a0", "resnet18",
+            "mobilenetv4_conv_small", "fastvit_t8", "ghostnet_050", "hrnet_w18_small", "densenet121",
+        )),
+    ],
+)  # fmt: skip
+def test_logits_are_timms_of_its_files(tmp_path, name):
+    plain = _settled(timm.create_model(name, num_classes=10))
+    config = timm.models.get_pretrained_cfg(name) or Namespace(
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    )
+    state = plain.state_dict()
+    arch = f"parallel_timm/{name}"
+    _require_the_librarys_logits(arch, plain, state, config.mean, config.std, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights", "normalize"),
+    [
+        ("parallel_resnet18", "default", "imagenet"),
+        ("parallel_googlenet", "IMAGENET1K_V1", "inception"),
+        ("parallel_timm/resnet50_clip.openai", "default", "clip"),
+        ("parallel_timm/dpn68", "mx_in1k", "dpn"),
+        ("parallel_timm/tf_efficientnetv2_s", "in21k", "inception"),
+        ("parallel_timm/tf_efficientnet_b0", "ns_jft_in1k", "imagenet"),
+        ("parallel_timm/mobilevit_s", "cvnets_in1k", "unit"),
+        ("parallel_resnet19", "default", None),
+    ],
+)
+def test_weights_know_how_their_images_are_normalised(arch, weights, normalize):
+    assert pretrained_normalize(arch, weights) == normalize
+
+
+def test_names_of_older_densenets_and_versions_of_layers_are_read(tmp_path):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.denselayer1 = torch.nn.ModuleDict({"norm1": torch.nn.BatchNorm2d(2)})
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            assert "version" in metadata
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    old = {f"module.denselayer1.norm.1.{k}": torch.full((2,), 3.0) for k in
+           ("weight", "bias", "running_mean", "running_var")}  # fmt: skip
+    torch.save(old, tmp_path / "old.pth")
+    network = Network()
+    assert load_pretrained(network, "torchvision", "it", str(tmp_path / "old.pth"), set) == ""
+    assert network.denselayer1["norm1"].running_var.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,11 @@ def test_a_config_that_is_none_is_refused(folder, capsys, text, message):
         ({"num_classes": 2}, 1, "network.classes has 3 names, network.num_classes is 2"),
         ({"width_mult": 1e6}, 1, "must be a number from 0.01 to 16"),
         ({"width_mult": 0.5}, 1, "does not fit the network in config.json"),
-        ({"normalize": "none"}, 1, 'must be "imagenet" or "unit"'),
+        (
+            {"normalize": "none"},
+            1,
+            'must be "imagenet" or "unit" or "inception" or "clip" or "dpn"',
+        ),
         ({"normalize": "unit"}, 1, "preprocessing is not what this version does"),
         ({"eval_crop_ratio": 0.5}, 1, "must be 0.875"),
         ({"stem": "large"}, 1, 'must be "imagenet" or "small"'),
