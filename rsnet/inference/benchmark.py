@@ -210,7 +210,10 @@ def peak_bytes(computation: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     # Without it, Kineto logs its start, its stop, and that there is no GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: see `rsnet.profiler.run`.
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         computation()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

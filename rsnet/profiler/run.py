@@ -166,7 +166,8 @@ class ProfileRun:
 def _trace(trainer: Trainer, loader: Loader, device: torch.device, path: Path) -> None:
     """Write a Chrome trace of a few steps by PyTorch's profiler."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with torch.profiler.profile(activities=kinds) as profiler:
+    # acc_events: without it, torch 2.11 warns that only the last of several cycles is kept.
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
         for batch in islice(endless(loader), TRACED_STEPS):
             trainer.forward_backward(batch, last=True)
             trainer.update()

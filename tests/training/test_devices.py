@@ -1,4 +1,4 @@
-"""A training step for a GPU, on a machine without one: with tensors that have a device, but no numbers."""
+"""A training step for a GPU, also without one: then with tensors that have a device, but no numbers."""
 
 from __future__ import annotations
 
@@ -64,3 +64,27 @@ def test_a_step_reads_no_number_and_mixes_no_devices(amp, monkeypatch):
             trainer.update()
     assert {term.device for term in terms.values()} == {GPU}
     assert left_out == [GPU, "sgd"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_no_step_synchronises_on_a_gpu(amp):
+    device = torch.device("cuda", 0)
+    model = create_model(ModelConfig("parallel_mobilenetv2", 10, SIZES, width_mult=0.125)).to(
+        device
+    )
+    config = TrainConfig(
+        data=Path(), arch="parallel_mobilenetv2", sizes=SIZES, amp=amp, clip_grad=1.0
+    )
+    config = resolve(config, world_size=1, device_type="cuda", has_bf16=True)
+    trainer = make_trainer(config, model, 10, 100, device)
+    images = tuple(torch.randn(4, 3, s, s, device=device) for s in SIZES)
+    batch = Batch(images, torch.arange(4, device=device))
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            trainer.forward_backward(batch, last=True)
+            trainer.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -388,25 +388,3 @@ def test_channels_last_survives_every_convolution(arch):
     with autocast(CPU, torch.bfloat16):
         model.forward_all(images)
     assert not lost
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-def test_no_step_synchronises_on_a_gpu(amp):
-    device = torch.device("cuda", 0)
-    model = ResolutionSwitchable(_tiny(), SIZES).to(device)
-    schedule = LrSchedule(0.1, "cosine", steps=100, steps_per_epoch=10)
-    objective = Objective(model, "ens_topdown")
-    trainer = Trainer(
-        objective, make_sgd(model, 0.1, 0.9, 1e-4), schedule, device, amp, clip_grad=1.0
-    )
-    images = tuple(torch.randn(4, 3, s, s, device=device) for s in SIZES)
-    batch = Batch(images, torch.arange(4, device=device))
-    for step in range(4):
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
-            trainer.forward_backward(batch, last=True)
-            trainer.update()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -6,15 +6,18 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import backend
 from PIL import Image
 from torchvision.transforms import functional as F
 
 from pipelines import dali, reference
 from pipelines.batch import Loaders, LoaderSpec
+from pipelines.dali import graphs
 from pipelines.dali import loader as dali_loader
 from pipelines.demo import ODD_KINDS, render
 from pipelines.utils.errors import DataError, UsageError
@@ -57,6 +60,18 @@ def with_the_graph_of_a_gpu(loaders: Loaders) -> Loaders:
     for loader in loaders[:2]:
         loader._on_gpu = True
     return loaders
+
+
+def test_dalis_warning_of_libraries_that_no_graph_uses_is_not_shown(monkeypatch, photos):
+    """Warnings are errors here. DALI looks for its libraries when a pipeline for a GPU is built."""
+    fake = mock.Mock(build=backend.check_cuda_runtime)
+    monkeypatch.setattr(graphs, "pipeline_def", lambda *_, **__: lambda *_, **__: fake)
+    monkeypatch.setattr(backend, "cuda_checked", False)
+    monkeypatch.setattr(backend, "GetCudaVersion", lambda: 13000)
+    for name in ("GetCufftVersion", "GetNppVersion"):
+        monkeypatch.setattr(backend, name, lambda: -1)
+    graphs.build(graphs.eval_graph, None, dali.DaliOptions(), _spec(photos))
+    assert backend.cuda_checked
 
 
 def _differences(spec: LoaderSpec, split: str) -> torch.Tensor:
