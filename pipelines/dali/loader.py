@@ -8,6 +8,7 @@ generators depend on the number of shards, and cannot start in the middle of an 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ from pipelines.host_batch import (
     iterate_finished,
     pixel_table,
 )
-from pipelines.image_folder import ImageFolder, explain_failure, scan_train_val
+from pipelines.image_folder import ImageFolder, dali_error_line, explain_failure, scan_train_val
 from pipelines.resize import resize
 from pipelines.sampler import (
     AUGMENTATION_LANE,
@@ -120,7 +121,10 @@ class DaliLoader(ScheduledLoader):
                 taken = take(outputs, self._labels(self._feed.in_flight[0]))
                 self._pipeline.release_outputs()
                 self._pipeline.schedule_run()
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # of the GPU, from whatever was started before, and not of an image
             except RuntimeError as error:
+                _raise_if_of_the_gpu(error)
                 suspects = [p for indices in self._feed.in_flight for p in self._paths(indices)]
                 self.close()  # DALI's pipelines do not survive an error
                 reason_of = Decoder().reason
@@ -179,6 +183,14 @@ class DaliLoader(ScheduledLoader):
             .permute(0, 3, 1, 2)
             .to(self._spec.dtype)
         )
+
+
+def _raise_if_of_the_gpu(error: RuntimeError) -> None:
+    """Raise an error of DALI's again if it is the GPU's: DALI has one type for all errors."""
+    if re.search(r"cudaErrorMemoryAllocation|CUDA allocation failed", str(error)):
+        raise torch.OutOfMemoryError(f"DALI: {dali_error_line(error)}") from error
+    if re.search(r"CUDA (runtime|driver) API error", str(error)):
+        raise error
 
 
 class Resizer:

@@ -160,6 +160,55 @@ def test_a_broken_image_is_named(tmp_path, backend, damage, split):
         list(getattr(loaders, split))
 
 
+def _of_dali(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"Critical error in pipeline:\nError in GPU operator, encountered:\n\n{reason}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            torch.OutOfMemoryError,
+            "CUDA out of memory",
+        ),
+        (torch.AcceleratorError("CUDA error: 700"), torch.AcceleratorError, "CUDA error: 700"),
+        (
+            _of_dali("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"),
+            torch.OutOfMemoryError,
+            r"DALI: CUDA runtime API error cudaErrorMemoryAllocation \(2\)",
+        ),
+        (
+            _of_dali("CUDA allocation failed"),
+            torch.OutOfMemoryError,
+            "DALI: CUDA allocation failed",
+        ),
+        (
+            _of_dali("CUDA driver API error CUDA_ERROR_LAUNCH_FAILED (719)"),
+            RuntimeError,
+            "^Critical error in pipeline",
+        ),
+        (_of_dali("cannot decode"), DataError, "cannot read one of .*: cannot decode"),
+    ],
+)
+def test_an_error_of_the_gpu_is_not_taken_for_an_unreadable_image(
+    spec, monkeypatch, error, expected, message
+):
+    monkeypatch.setattr(dali_loader, "build", lambda *_: mock.MagicMock(empty=lambda: True))
+    loader = _loaders(spec).train
+
+    def fail(**_):
+        raise error
+
+    loader._feed.in_flight.append(np.arange(2))
+    monkeypatch.setattr(loader, "_drain", lambda: setattr(loader._pipeline, "share_outputs", fail))
+    with pytest.raises(expected, match=message) as raised:
+        list(loader)
+    assert raised.type is expected
+
+
 @pytest.mark.parametrize(
     ("flag", "options"),
     [
