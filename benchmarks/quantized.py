@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks.throughput import device_in_use
 from pipelines.batch import Batch
 from rsnet.config.model_config import Mode, ModelConfig
 from rsnet.config.resolve import resolve
@@ -56,7 +57,7 @@ class Options:
 
 def measure(arch: str, o: Options) -> dict[str, Any]:
     """Images/s and ratios of one network."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_in_use()
     steps = {kind: make_step(arch, kind, o, device) for kind in KINDS}
     taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for i in range(o.rounds):

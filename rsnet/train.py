@@ -23,7 +23,7 @@ from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed import watchdog
-from rsnet.distributed.device import has_bf16, peak_memory_gb
+from rsnet.distributed.device import has_bf16, peak_memory_gb, time_convolutions
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
 from rsnet.loggers.console import ConsoleLogger
@@ -290,7 +290,7 @@ def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> 
 
 def _set_up_torch(config: ResolvedConfig) -> None:
     torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = not config.deterministic  # fixed input shapes: it pays at once
+    time_convolutions(deterministic=config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

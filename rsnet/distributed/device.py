@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 
 
+def time_convolutions(*, deterministic: bool = False) -> None:
+    """Let cuDNN time its algorithms for each shape, as there are few: a training, and its benchmarks.
+
+    deterministic: take the same algorithm in every run.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+
+
 def has_bf16(device: torch.device) -> bool:
     """Return whether the device computes bfloat16 itself; emulated, it is slower than float32."""
     if device.type == "cuda":
