@@ -14,6 +14,7 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
+from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
 
 
@@ -21,8 +22,9 @@ from pipelines.utils.errors import UsageError
 class DaliOptions:
     """Reading with DALI."""
 
-    workers: Annotated[int, arg(aliases=("-j",))] = 4
-    """CPU threads that read and decode; without a GPU as many more resize."""
+    workers: Annotated[int, arg(aliases=("-j",))] = field(default_factory=default_workers)
+    """CPU threads that read and decode; without a GPU as many more resize. Unset: 4; with GPUs, this
+    process's cores over the machine's GPUs, 16 at most."""
 
     decoder_hw_load: float = 0.65
     """Share of the images that the GPU's JPEG engine decodes (A100, H100, ...), 0 to 1."""

@@ -14,6 +14,7 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
+from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
 
 Order = Literal["random", "quasi-random"]
@@ -23,8 +24,9 @@ Order = Literal["random", "quasi-random"]
 class FfcvOptions:
     """Reading .beton files."""
 
-    workers: Annotated[int, arg(aliases=("-j",))] = 4
-    """CPU threads that read, decode and resize."""
+    workers: Annotated[int, arg(aliases=("-j",))] = field(default_factory=default_workers)
+    """CPU threads that read, decode and resize. Unset: 4; with GPUs, this process's cores over the
+    machine's GPUs, 16 at most."""
 
     prefetch: int = 3
     """Batches prepared ahead."""

@@ -1,4 +1,4 @@
-"""Precision that a device supports, and memory that it has used."""
+"""Precision that a device supports, how it is set up, and memory that it has used."""
 
 from __future__ import annotations
 
