@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipelines.image_formats import load_rgb
 from pipelines.image_io import images_below, list_folder
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
-from pipelines.utils.tables import first_names
+from pipelines.utils.output import first_names
 
 
 @dataclass(frozen=True)

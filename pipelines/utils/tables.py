@@ -27,11 +27,3 @@ def text_table(
     with console.capture() as capture:
         console.print(table, no_wrap=True)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def first_names(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names, and how many more there are, as text."""
-    if not names:
-        return "none"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
