@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -13,20 +16,46 @@ from torchvision.transforms.functional import InterpolationMode
 from pipelines.transforms import eval_short_side
 from pipelines.utils.reading import reading
 
+# torchvision's, and two more names of JPEGs.
+SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".jpe")
+
+
+class Found(NamedTuple):
+    """The image files below a folder, sorted, and the number of its other files by their suffix."""
+
+    images: list[str]
+    passed_over: Counter[str]
+
 
 def images_below(folder: Path) -> list[str]:
-    """Return the sorted paths of the image files below `folder`, linked folders included.
+    """Return the images of `find_images` below one folder."""
+    (found,) = find_images([folder])
+    return found.images
 
-    A link to one of its own parent folders is not followed. Raises RunError if a folder cannot be listed.
+
+def find_images(roots: Sequence[Path]) -> list[Found]:
+    """Find the files with an image's suffix below each of the folders, at any depth.
+
+    Hidden files are none. Folders that begin with a dot or @ are not entered: other programs keep copies and
+    thumbnails there. Links to folders are followed, but to one above, or to one that is entered anyway.
+
+    Raises RunError if a folder cannot be listed.
     """
-    found, left = [], [str(folder)]
-    while left:
-        for path, is_folder in list_folder(left.pop()):
-            if is_folder:
-                left += [] if _leads_back(path) else [path]
-            elif path.lower().endswith(IMG_EXTENSIONS):
-                found.append(path)
-    return sorted(found)
+    entered = {os.path.realpath(root) for root in roots}
+    found = [Found([], Counter()) for _ in roots]
+    links: list[tuple[Found, str]] = []
+    for root, result in zip(roots, found, strict=True):
+        links += [(result, link) for link in _walk(str(root), entered, result)]
+    while links:  # after all folders that are no links, so that an image is found where it lies
+        result, link = links.pop(0)
+        target = os.path.realpath(link)
+        is_above = Path(link).parent.resolve().is_relative_to(target)
+        if target not in entered and not is_above:
+            entered.add(target)
+            links += [(result, further) for further in _walk(link, entered, result)]
+    for result in found:
+        result.images.sort()
+    return found
 
 
 def list_folder(folder: str | Path) -> list[tuple[str, bool]]:
@@ -45,15 +74,39 @@ def eval_image(image: Image.Image, size: int) -> Image.Image:
     return centre
 
 
+def _walk(root: str, entered: set[str], result: Found) -> list[str]:
+    """Add the files below `root` to `result`, and its folders' real paths to `entered`; return its links."""
+    links: list[str] = []
+    left = [(root, os.path.realpath(root))]
+    while left:
+        folder, real = left.pop()
+        for path, is_folder in list_folder(folder):
+            name = path[len(folder.rstrip("/")) + 1 :]
+            if not is_folder:
+                _count(path, name, result)
+            elif name.startswith((".", "@")):
+                continue
+            elif os.path.islink(path):  # noqa: PTH114
+                links.append(path)
+            elif (below := f"{real.rstrip('/')}/{name}") not in entered:
+                entered.add(below)
+                left.append((path, below))
+    return links
+
+
+def _count(path: str, name: str, result: Found) -> None:
+    """Add a file to the images or to those passed over."""
+    if name.startswith("."):
+        result.passed_over["hidden"] += 1
+    elif name.lower().endswith(SUFFIXES):
+        result.images.append(path)
+    else:
+        result.passed_over[os.path.splitext(name)[1].lower() or "without suffix"] += 1  # noqa: PTH122
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         with reading(entry.path):
             return entry.is_dir()
     except OSError:  # a link that leads nowhere
         return False
-
-
-def _leads_back(path: str) -> bool:
-    """Return whether a path is a link to one of its own parent folders."""
-    link = Path(path)
-    return link.is_symlink() and link.parent.resolve().is_relative_to(link.resolve())

@@ -130,7 +130,7 @@ def without(folder: ImageFolder, names: Container[str]) -> ImageFolder:
     """Return the folder without the images of these paths below its root, but with all its classes."""
     kept = [i for i, name in enumerate(folder.names) if name not in names]
     paths = [folder.paths[i] for i in kept]
-    return ImageFolder(folder.root, folder.classes, paths, folder.labels[kept])
+    return dataclasses.replace(folder, paths=paths, labels=folder.labels[kept])
 
 
 def require_every_class(folder: ImageFolder) -> None:

@@ -41,7 +41,13 @@ from pipelines.host_batch import (
     iterate_finished,
     pixel_table,
 )
-from pipelines.image_folder import ImageFolder, dali_error_line, explain_failure, scan_train_val
+from pipelines.image_folder import (
+    ImageFolder,
+    announce,
+    dali_error_line,
+    explain_failure,
+    scan_train_val,
+)
 from pipelines.resize import resize
 from pipelines.sampler import (
     AUGMENTATION_LANE,
@@ -63,6 +69,8 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
     Raises UsageError on a malformed folder, and with --skip-bad on one that was not verified.
     """
     train, val = scan_train_val(spec.data, with_train)
+    if spec.rank == 0:
+        announce(train, val)
     if options.skip_bad:
         train, val = skip_bad(
             train, val, options.skip_bad_report, options.strict, verbose=spec.rank == 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from pipelines import verify_report
 from pipelines.dali.decoder import Decoder, Messages, decoder_messages
 from pipelines.dali.options import VerifyOptions
-from pipelines.image_folder import ImageFolder, scan_folder
+from pipelines.image_folder import ImageFolder, announce, scan_folder
 from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
@@ -44,6 +44,7 @@ def verify(options: VerifyOptions) -> int:
     for folder in folders:
         if options.move_to and options.move_to.resolve().is_relative_to(folder.root.resolve()):
             raise UsageError(f"--move-to: {options.move_to} lies among the images of {folder.root}")
+    announce(*folders)
     known = verify_report.read(report)
     left = [_verify_split(folder, known, report, options) for folder in folders]
     for folder in left:

@@ -25,8 +25,8 @@ from pipelines.ffcv.turbojpeg import Bytes, kept_threads
 from pipelines.image_formats import DECODES_WITH_ERRORS, MOST_MEGAPIXELS
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, RunError, UsageError
-from pipelines.utils.output import first_names
 from pipelines.utils.reading import file_state, reading
+from pipelines.utils.text import first_names
 
 with kept_threads():
     from ffcv.fields import IntField, RGBImageField

@@ -34,7 +34,7 @@ from pipelines.ffcv.beton import (
 from pipelines.ffcv.encoder import Encoded, Encoder, Settings
 from pipelines.ffcv.options import ConvertOptions
 from pipelines.ffcv.verify import reasons, stored_bytes
-from pipelines.image_folder import ImageFolder, scan_folder, scan_train_val
+from pipelines.image_folder import ImageFolder, announce, scan_folder, scan_train_val
 from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
@@ -115,6 +115,7 @@ def _scan_sources(options: ConvertOptions, data: Path) -> list[_Source]:
     else:
         with error_context("--data"):
             folders = {split: scan_folder(data / split) for split in options.splits}
+    announce(*(folders[split] for split in options.splits))
     sources = []
     for split in options.splits:
         folder = folders[split]

@@ -47,11 +47,13 @@ from pipelines.host_batch import (
     iterate_finished,
     pixel_table,
 )
+from pipelines.image_folder import count_text, warn_of_single_class
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, make_schedule
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.utils.reading import cannot_read
+from pipelines.utils.text import distinct, first_names
 
 READ_AHEAD = 8  # batches, in quasi-random order
 # 1 GiB of FFCV's pages of 8 MiB: about 10,000 ImageNet photos are mixed, from 128 places of the file.
@@ -69,6 +71,11 @@ def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Lo
     betons = [open_beton(path) for path in paths]
     sidecars = [_checked_sidecar(options, spec, beton) for beton in betons]
     classes = _common_classes(spec.data, betons, sidecars)
+    if spec.rank == 0:
+        for beton in betons:
+            print(f"{beton.path}: {count_text(len(beton), len(classes))}")
+        if len(classes) == 1:
+            warn_of_single_class(spec.data, classes[0])
     loaders = [
         FfcvLoader(options, spec, beton, classes, training=beton.path.stem == "train")
         for beton in betons
@@ -244,7 +251,11 @@ def _common_classes(data: Path, betons: list[Beton], sidecars: list[Sidecar | No
         different = sorted(set(lists[0]) ^ set(lists[-1]))
         raise UsageError(
             f"--data: the classes of {data}/train.beton and {data}/val.beton differ"
-            + (f": {', '.join(different[:5])}" if different else " in their order")
+            + (
+                f": {first_names(list(map(distinct, different)))}"
+                if different
+                else " in their order"
+            )
         )
     if outputs > len(lists[0]):
         raise DataError(f"{data}: there is a label {outputs - 1}, but {len(lists[0])} classes")

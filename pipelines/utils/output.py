@@ -7,8 +7,9 @@ import io
 import os
 import select
 import sys
-from collections.abc import Sequence
 from typing import Any, TextIO
+
+from pipelines.utils.text import printable
 
 
 class _Stream(io.RawIOBase):
@@ -102,19 +103,6 @@ _noted: set[str] = set()
 def is_terminal(stream: TextIO) -> bool:
     """Return whether a bar can be drawn on a stream; FORCE_COLOR, which rich heeds, is about colours."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-
-
-def printable(text: str) -> str:
-    """Escape what would move the terminal's cursor: paths and a release's names are others' texts."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def first_names(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names, and how many more there are, as text."""
-    if not names:
-        return "none"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _raw(stream: TextIO) -> Any:

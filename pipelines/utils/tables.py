@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.utils.output import printable
+from pipelines.utils.text import printable
 
 
 def text_table(

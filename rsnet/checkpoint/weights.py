@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.text import distinct
 from rsnet.checkpoint.checkpoint import State
 from rsnet.config.model_config import FULL, WEIGHT_FIELDS, ModelConfig
 from rsnet.models.state_dict import select_sizes
@@ -31,7 +32,10 @@ def require_match(trained: ModelConfig, wanted: ModelConfig, training: bool) -> 
     if not problems and trained.classes and trained.classes != wanted.classes:
         pairs = zip_longest(trained.classes, wanted.classes, fillvalue="missing")
         i, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        problems.append(f"--data has other classes: class {i} is {there} there and {here} here")
+        problems.append(
+            f"--data has other classes: class {i} is {distinct(there)} there and "
+            f"{distinct(here)} here"
+        )
     same = set(trained.sizes) == set(wanted.sizes)
     subset = set(wanted.sizes) <= set(trained.sizes)
     if not (same if training else subset):

@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import DataError
-from pipelines.utils.output import printable
 from pipelines.utils.tables import text_table
+from pipelines.utils.text import printable
 from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier
 
 if TYPE_CHECKING:

@@ -70,7 +70,7 @@ def find_labelled_images(data: str | Path, network: Mapping[str, Any]) -> ImageF
     for what, some in (("has a class", unknown), ("lacks the class", missing)):
         if some:
             raise UsageError(
-                f"--data: {folder.root} {what} {min(some)!r}, other than the release"
+                f"--data: {folder.root} {what} {min(some)!a}, other than the release"
                 f" ({len(folder.classes)} classes there, {len(names)} here)"
             )
     output_of = {name: i for i, name in enumerate(names)}
