@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from pipelines.batch import Loaders, LoaderSpec
+from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError, error_context, first_line
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -20,9 +22,10 @@ from rsnet.checkpoint.weights import load_weights, require_match
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
-from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig
+from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed import watchdog
+from rsnet.distributed.agreement import data_facts, require_same
 from rsnet.distributed.device import has_bf16, peak_memory_gb, time_convolutions
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
@@ -39,6 +42,9 @@ from rsnet.training.fine_tune import freeze, read_switchable, start_from
 from rsnet.training.resume import Start, find_start
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted
+
+# A node may have its data and checkpoints elsewhere; rank 0 alone resumes, saves and logs.
+OWN_OF_A_NODE = {"data", "output", "resume", "wandb", "wandb_name", "wandb_project"}
 
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]
@@ -94,15 +100,22 @@ def run(
     initial = initial or _read_initial(config, start)
     config = _normalized_as_pretrained(config, start, initial, console.say)
     resolve_here = _resolver(config, start, initial, device)
-    resolved = resolve_here(config)
-    _require_trainable(resolved, device)
-    swept = names_of(resolved.profile_sweep, options, distributed.world_size())
-    start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
+
+    def checked() -> tuple[ResolvedConfig, list[str]]:
+        resolved = resolve_here(config)
+        _require_trainable(resolved, device)
+        swept = names_of(resolved.profile_sweep, options, distributed.world_size())
+        start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
+        return resolved, swept
+
+    resolved, swept = distributed.run_on_all(checked)
+    require_same("options", lambda: _options_of_all(resolved))
     _set_up_torch(resolved)
     loaders = distributed.run_on_all(
         lambda: make_loaders(options, _loader_spec(resolved, device), not resolved.evaluate)
     )
     try:
+        require_same("data", lambda: data_facts(loaders))
         with _device_errors_in_one_line(resolved, device):
             network = resolved.model_config(loaders.classes, _num_classes(resolved, loaders))
             model = _create_model(resolved, network, start, initial, console.say).to(device)
@@ -193,6 +206,18 @@ def _resolver(
         previous=None if config.evaluate else previous,
         previous_global_batch=checkpoint.global_batch if checkpoint else None,
     )
+
+
+def _options_of_all(config: ResolvedConfig) -> dict[str, Any]:
+    """Return the options that all ranks must have; of files their content, wherever a node has its copy."""
+    facts = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in to_plain_dict(config).items()
+        if name not in OWN_OF_A_NODE
+    }
+    if config.pretrained is not None and Path(config.pretrained).is_file():
+        facts["--pretrained"] = sha256_file(Path(config.pretrained))
+    return facts
 
 
 def _require_trainable(config: ResolvedConfig, device: torch.device) -> None:

@@ -234,7 +234,7 @@ def _state_in_one_line() -> Iterator[None]:
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(
-            f"--resume: the state beside the weights does not fit ({reason}); --init-from takes the weights"
+            f"--resume: the state beside the weights does not fit ({reason}); --pretrained takes the weights"
         ) from error
 
 
