@@ -259,7 +259,7 @@ def test_other_data_is_refused_by_the_names_of_its_files(train, photos, whole, t
     image.rename(image.with_name("renamed" + image.suffix))
     code, _, err = train(whole, "--resume", "auto", "--epochs", 6, "--data", data)
     assert code == 2
-    assert "--resume: data " in err
+    assert "--resume: as many images as before, but others" in err
     assert "add --allow-change data" in err
 
 
