@@ -19,7 +19,7 @@ from pipelines.utils.errors import DataError, UsageError, error_context, first_l
 from pipelines.utils.reading import file_state, reading
 
 REPORT = "verified.json"  # in the folder that has train and val
-VERSION = 2  # 1 knew neither `faulty` nor `max_megapixels`
+VERSION = 2  # 1 knew neither `faulty` nor `max_megapixels`, and had no hash
 
 # Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
 Stamp = tuple[int, int] | None
@@ -60,7 +60,12 @@ def fingerprint(stamps: dict[str, Stamp]) -> str:
 def write(report: Path, splits: dict[str, SplitReport]) -> None:
     """Write the report atomically. Raises OSError."""
     content = {split: dataclasses.asdict(found) for split, found in splits.items()}
-    atomic_write_json(report, {"version": VERSION, "splits": content})
+    atomic_write_json(report, {"version": VERSION, "sha256": _sha256(content), "splits": content})
+
+
+def _sha256(splits: Any) -> str:
+    """Return the hash of a report's content, which decides what is trained on."""
+    return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
 
 
 def read(report: Path) -> dict[str, SplitReport]:
@@ -71,6 +76,8 @@ def read(report: Path) -> dict[str, SplitReport]:
         content = json.loads(text)
         if content["version"] not in (1, VERSION):
             raise ValueError(f"version {content['version']}, not {VERSION}")
+        if content["version"] > 1 and content["sha256"] != _sha256(content["splits"]):
+            raise ValueError("it was changed since it was written")
         return {split: _parse_split(**found) for split, found in content["splits"].items()}
     except FileNotFoundError:
         return {}

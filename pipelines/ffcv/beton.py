@@ -9,11 +9,7 @@ its size and SHA-256.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,11 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.ffcv.turbojpeg import Bytes, kept_threads
-from pipelines.image_formats import DECODES_WITH_ERRORS, MOST_MEGAPIXELS
-from pipelines.utils.atomic_io import atomic_write_json
+from pipelines.image_formats import MOST_MEGAPIXELS
 from pipelines.utils.errors import DataError, RunError, UsageError
-from pipelines.utils.reading import file_state, reading
-from pipelines.utils.text import first_names
+from pipelines.utils.reading import reading
 
 with kept_threads():
     from ffcv.fields import IntField, RGBImageField
@@ -46,7 +40,6 @@ FIELDS = {"image": RGBImageField(), "label": IntField()}
 # FFCV's own choice. It reads whole pages, so a sample never crosses a page; pages grow for a larger sample.
 PAGE_SIZE = 1 << 23
 MAX_CLASSES = 1 << 20
-SIDECAR_VERSION = 1
 
 
 class Samples(NamedTuple):
@@ -71,6 +64,8 @@ class Beton:
     samples: Samples
     labels: NDArray[np.int64]  # (N,)
     page_size: int
+    table_sha256: str
+    """Of all in the file but the images: labels, sizes and positions."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,7 +110,8 @@ def open_beton(path: Path) -> Beton:
     wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():
         raise _broken_file(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
-    return Beton(path, samples, labels.astype(np.int64), int(reader.page_size))
+    digest = _table_sha256(path, reader.metadata.nbytes)
+    return Beton(path, samples, labels.astype(np.int64), int(reader.page_size), digest)
 
 
 def broken_sample(beton: Beton, index: int, name: str, reason: str) -> DataError:
@@ -187,119 +183,6 @@ class BetonWriter:
         self._file.flush()
 
 
-@dataclass(frozen=True)
-class Sidecar:
-    """The content of FILE.beton.json."""
-
-    samples: int
-    classes: list[str]
-    settings: dict[str, Any]
-    """The converter's options that the samples depend on."""
-
-    bytes: int
-    sha256: str
-    source: dict[str, Any]
-    """Number of images in the source folder, and the SHA-256 of their names and sizes."""
-
-    stored: dict[str, int]
-    """Number of samples by the way they were stored: copied, encoded, raw."""
-
-    skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    """Images that were left out, with the reason."""
-
-    encoded: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Images whose own bytes the file has not, by the reason: their format, or the decoder's words."""
-
-    version: int = SIDECAR_VERSION
-
-    @property
-    def faulty(self) -> list[str]:
-        """The images that decode with errors."""
-        parts = (
-            images for why, images in self.encoded.items() if why.startswith(DECODES_WITH_ERRORS)
-        )
-        return [image for images in parts for image in images]
-
-    @property
-    def remarks(self) -> list[str]:
-        """What is to be known of the images that were left out or encoded anew, as text."""
-        faulty = {DECODES_WITH_ERRORS: self.faulty} if self.faulty else {}
-        formats = {k: v for k, v in self.encoded.items() if not k.startswith(DECODES_WITH_ERRORS)}
-        return ([self.lacks] if self.skipped else []) + [
-            f"decoded and stored anew: {len(images)} ({why}: {first_names(images)})"
-            for why, images in (faulty | formats).items()
-        ]
-
-    @property
-    def lacks(self) -> str:
-        """How many of the source's images the file lacks, as text."""
-        images = self.samples + len(self.skipped)
-        return f"lacks {len(self.skipped)} of {images} images, which were broken and left out"
-
-
-def sidecar_path(beton: Path) -> Path:
-    """Return the path of a .beton file's sidecar."""
-    return beton.with_name(beton.name + ".json")
-
-
-def write_sidecar(path: Path, sidecar: Sidecar) -> None:
-    """Write the sidecar atomically. Raises OSError."""
-    atomic_write_json(path, dataclasses.asdict(sidecar))
-
-
-def read_sidecar(beton: Path) -> Sidecar | None:
-    """Return the sidecar of a .beton file, None if there is none. Raises DataError if it is damaged."""
-    path = sidecar_path(beton)
-    if not path.exists():
-        return None
-    try:
-        with reading(path):
-            text = path.read_text()
-        content = json.loads(text)
-        if content["version"] != SIDECAR_VERSION:
-            raise DataError(
-                f"{path}: written by version {content['version']} of the converter, this is version "
-                f"{SIDECAR_VERSION}; convert the data anew with python -m pipelines.beton"
-            )
-        found = Sidecar(**content)
-        _check_types(found)
-        return found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path} is damaged ({type(error).__name__}: {error}); remove it to have {beton.name} "
-            "checked sample by sample instead"
-        ) from None
-
-
-def check_sidecar(sidecar: Sidecar, beton: Path, samples: int) -> None:
-    """Raise DataError unless `beton` has the size and the number of samples that its sidecar says."""
-    size = beton.stat().st_size
-    if (size, samples) != (sidecar.bytes, sidecar.samples):
-        raise DataError(
-            f"{beton} has {size} bytes and {samples} samples, its sidecar says {sidecar.bytes} and "
-            f"{sidecar.samples}; convert the data anew with python -m pipelines.beton"
-        )
-
-
-def source_fingerprint(root: Path, paths: Sequence[str]) -> tuple[str, int]:
-    """Return the SHA-256 of the files' names below `root` and sizes, and the sum of the sizes."""
-    digest, total = hashlib.sha256(), 0
-    for path in paths:
-        size = file_size(path)
-        digest.update(f"{os.path.relpath(path, root)}\0{size}\n".encode(errors="surrogateescape"))
-        total += size
-    return digest.hexdigest(), total
-
-
-def file_size(path: str) -> int:
-    """Return the bytes of a file, 0 if it is missing (as a dangling link): reading it will say so.
-
-    Raises RunError.
-    """
-    state = file_state(path)
-    return 0 if state is None else state.st_size
-
-
 def _check_header(path: Path) -> None:
     """Raise DataError if the file is incomplete, before FFCV reads it.
 
@@ -340,13 +223,27 @@ def _named(descriptors: NDArray[Any]) -> list[str]:
     ]
 
 
+def _table_sha256(path: Path, metadata_bytes: int) -> str:
+    """Return the SHA-256 of header, fields, metadata and allocation table: 0.1 s for ImageNet's 70 MB."""
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    descriptors = int(header["num_fields"]) * FieldDescType.itemsize
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(HeaderType.itemsize + descriptors + metadata_bytes))
+        file.seek(int(header["alloc_table_ptr"]))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
 def _stored_sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:
     """Return the number of bytes at each pointer, from the allocation table."""
     order = np.argsort(table["ptr"])
     rows = order[np.searchsorted(table["ptr"], pointers, sorter=order).clip(0, len(table) - 1)]
     sizes: NDArray[np.uint64] = table["size"][rows]
-    ends = pointers + sizes
-    if (table["ptr"][rows] != pointers).any() or ends.max() > path.stat().st_size:
+    end = np.uint64(path.stat().st_size)
+    # A sum of both could wrap around.
+    fits = (pointers <= end) & (sizes <= end - np.minimum(pointers, end))
+    if not (fits & (table["ptr"][rows] == pointers)).all():
         raise _broken_file(path, "its samples and its allocation table do not agree")
     return sizes
 
@@ -367,13 +264,3 @@ def _field_descriptors() -> NDArray[Any]:
 def _round_up(position: int, page: int) -> int:
     """Return the first multiple of `page` from `position` on."""
     return -(-position // page) * page
-
-
-def _check_types(sidecar: Sidecar) -> None:
-    """Raise TypeError unless each field is of its type."""
-    for field in dataclasses.fields(sidecar):
-        kind = str(field.type).partition("[")[0]
-        if type(getattr(sidecar, field.name)).__name__ != kind:
-            raise TypeError(f"{field.name} is no {kind}")
-    if not all(isinstance(name, str) for name in sidecar.classes):
-        raise TypeError("classes are no strings")

@@ -22,17 +22,19 @@ import numpy as np
 from pipelines.ffcv.beton import (
     PAGE_SIZE,
     BetonWriter,
+    open_beton,
+)
+from pipelines.ffcv.encoder import Encoded, Encoder, Settings
+from pipelines.ffcv.options import ConvertOptions
+from pipelines.ffcv.sidecar import (
     Sidecar,
     check_sidecar,
     file_size,
-    open_beton,
     read_sidecar,
     sidecar_path,
     source_fingerprint,
     write_sidecar,
 )
-from pipelines.ffcv.encoder import Encoded, Encoder, Settings
-from pipelines.ffcv.options import ConvertOptions
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.image_folder import ImageFolder, announce, scan_folder, scan_train_val
 from pipelines.sampler import Indices
@@ -162,7 +164,7 @@ def _is_there(output: Path, source: _Source, options: ConvertOptions) -> bool:
             f"--output: {path} exists already, but {found.lacks}; remove it to have them converted, too, "
             "or add --skip-bad"
         )
-    check_sidecar(found, path, len(open_beton(path)))
+    check_sidecar(found, open_beton(path))
     print(
         f"{path}: is there already, with the same options, from images of the same names and sizes"
     )
@@ -215,6 +217,7 @@ def _convert_split(
                 {"image": source.name(index), "reason": reason} for index, reason in skipped.items()
             ],
             encoded=encoded,
+            table_sha256=open_beton(partial).table_sha256,
         )
         # In this order, so that there is never a .beton file without its sidecar.
         write_sidecar(sidecar_path(final), content)

@@ -29,14 +29,12 @@ from pipelines.batch import Batch, Loaders, LoaderSpec
 from pipelines.ffcv import decode as ffcv_decode
 from pipelines.ffcv.beton import (
     Beton,
-    Sidecar,
     broken_sample,
-    check_sidecar,
     open_beton,
-    read_sidecar,
 )
 from pipelines.ffcv.decode import FINE, Job, Views
 from pipelines.ffcv.options import FfcvOptions
+from pipelines.ffcv.sidecar import Sidecar, check_sidecar, read_sidecar
 from pipelines.ffcv.verify import reasons
 from pipelines.host_batch import (
     HostBatch,
@@ -219,7 +217,7 @@ def _checked_sidecar(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Si
     """
     found = read_sidecar(beton.path)
     if found is not None:
-        check_sidecar(found, beton.path, len(beton))
+        check_sidecar(found, beton)
         if found.skipped and spec.rank == 0:
             print(f"{beton.path}: {found.lacks}")
     elif not options.trust:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.ffcv.beton import RAW, Beton, check_sidecar, open_beton, read_sidecar
+from pipelines.ffcv.beton import RAW, Beton, open_beton
+from pipelines.ffcv.sidecar import check_sidecar, read_sidecar
 from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
 from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import sha256_file
@@ -26,7 +27,7 @@ def verify(path: Path, workers: int) -> int:
     beton = open_beton(path)
     found = read_sidecar(path)
     if found is not None:
-        check_sidecar(found, path, len(beton))
+        check_sidecar(found, beton)
     bad, size = 0, 0
     with ProgressBar(path.name, len(beton)) as progress:
         for index, reason in enumerate(reasons(beton, np.arange(len(beton)), workers)):

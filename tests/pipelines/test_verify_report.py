@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import dali
+from pipelines import dali, verify_report
 from pipelines.utils.errors import UsageError
 from rsnet.train import main
 from tests.helpers.bad_images import (
@@ -89,6 +89,20 @@ def test_another_file_is_not_overwritten(data, run, tmp_path, content):
     assert f"{other} is no report of a verification" in err
     assert err.count("\n") == 1
     assert other.read_text(encoding="latin-1") == content
+
+
+def test_a_report_that_was_changed_is_noticed(data, run):
+    """One image more is left out than verify found bad."""
+    run(data)
+    report = data / "verified.json"
+    splits = verify_report.read(report)
+    content = json.loads(report.read_text())
+    content["splits"]["train"]["bad"]["ant/001.JPEG"] = "no"
+    report.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="was changed since it was written"):
+        verify_report.read(report)
+    verify_report.write(report, splits)
+    assert verify_report.read(report) == splits
 
 
 def test_a_report_is_written_as_a_whole_or_not_at_all(data, run, monkeypatch):
