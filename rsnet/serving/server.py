@@ -8,11 +8,14 @@ import asyncio
 import errno
 import ipaddress
 import math
+import os
 import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -35,13 +38,13 @@ IDLE_S = 10.0
 # Once the server is to end, seconds for the rest of a body, and for all answers.
 LAST_BODY_S, LAST_ANSWER_S = 1.0, 5
 
-# Connections that may be open, where the limit of descriptors is not lower; and those that asyncio accepts
-# at once, before any of them is looked at.
-MOST_CONNECTIONS, BACKLOG = 1000, 64
+# Connections that may be open, where the limit of descriptors is not lower; those that asyncio accepts at
+# once, before any of them is looked at; and those that may wait for that.
+MOST_CONNECTIONS, AT_ONCE, WAITING = 1000, 16, 1024
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
-# What a connection cannot be accepted for the lack of, and seconds until that is said again.
-SHORTAGES, SAY_AGAIN_S = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM), 60.0
+# Seconds until a lack of descriptors is said again.
+SAY_AGAIN_S = 60.0
 
 
 def make_service(classifier: SwitchableClassifier, config: ServerConfig) -> Service:
@@ -141,25 +144,56 @@ def most_connections() -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says when it listens, and in one line that descriptors have run out."""
+    """uvicorn's server, which says when it listens."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_listening = on_listening
-        self._said = -math.inf  # on the loop's clock
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(WAITING)
         self._on_listening()
 
-    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        if not (isinstance(error, OSError) and error.errno in SHORTAGES):
-            loop.default_exception_handler(context)
-        elif loop.time() - self._said > SAY_AGAIN_S:  # asyncio tries again each second
-            self._said = loop.time()
-            print(f"connections wait: {error.strerror}", file=sys.stderr)
+
+class Listener(socket.socket):
+    """A socket of TCP that refuses connections where descriptors have run out, and says so now and then.
+
+    asyncio would report each that waits with a traceback, and try again after the server has ended.
+    """
+
+    def __init__(self, family: int) -> None:
+        # asyncio turns off Nagle's delay, of 40 ms an answer, only for sockets that say that they are TCP's.
+        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self._spare = [os.open(os.devnull, os.O_RDONLY)]  # a descriptor to refuse with
+        self._said = -math.inf
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; raise BlockingIOError if none waits, or one was refused."""
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            if time.monotonic() - self._said > SAY_AGAIN_S:
+                self._said = time.monotonic()
+                print(f"connections are refused: {error.strerror}", file=sys.stderr, flush=True)
+            self._refuse()
+            raise BlockingIOError from error
+
+    def close(self) -> None:
+        while self._spare:
+            os.close(self._spare.pop())
+        super().close()
+
+    def _refuse(self) -> None:
+        """Accept and close a connection, by the spare descriptor; else it would wait, and wake the loop."""
+        while self._spare:
+            os.close(self._spare.pop())
+        with suppress(OSError):  # another thread was faster
+            super().accept()[0].close()
+            self._spare.append(os.open(os.devnull, os.O_RDONLY))
 
 
 def make_server(app: FastAPI, on_listening: Callable[[], None] = lambda: None) -> Server:
@@ -167,7 +201,7 @@ def make_server(app: FastAPI, on_listening: Callable[[], None] = lambda: None) -
     return Server(
         uvicorn.Config(
             app, http=Protocol, ws="none", loop="asyncio", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, backlog=BACKLOG,
+            server_header=False, proxy_headers=False, backlog=AT_ONCE,
             timeout_graceful_shutdown=LAST_ANSWER_S,
         ),
         on_listening,
@@ -194,7 +228,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> Listener:
     """Bind a socket to the address; nobody can connect before it listens.
 
     Raises UsageError if there is no such address, DataError if it is taken or not permitted.
@@ -205,8 +239,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"--host {host!r}: is no name of a host") from error
     except OSError as error:
         raise UsageError(f"--host {host}: {error.strerror}") from error
-    # asyncio turns off Nagle's delay, of 40 ms an answer, only for sockets that say that they are TCP's.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = Listener(family)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
