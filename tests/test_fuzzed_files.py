@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from pipelines import verify_report
 from pipelines.dali import DaliOptions
@@ -36,28 +36,12 @@ from rsnet.models.factory import create_model
 from rsnet.release import config as release_config
 from rsnet.training import resume
 from rsnet.training.trainer import make_trainer
-from tests.helpers.fuzzing import JUNK, accepts_or_refuses, altered, damaged
+from tests.helpers.fuzzing import JUNK, accepts_or_refuses, altered, damaged, efforts
 from tests.helpers.written import FOLDER, RUN
 
 SIZES = (32, 24, 16)
 CONDITIONS = {"batch_size": 4}
 SHA256 = json.loads((FOLDER / "release" / "tuned.json").read_bytes())["sha256"]
-
-# The same examples every time: what fails is found again, and costs the same.
-QUICK = settings(
-    max_examples=6,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-efforts = pytest.mark.parametrize(
-    "effort",
-    [
-        pytest.param(QUICK, id="few"),
-        pytest.param(settings(QUICK, max_examples=200), id="many", marks=pytest.mark.slow),
-    ],
-)
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a release": ("config.json", lambda path: release_config.parse(path.read_bytes())),

@@ -7,9 +7,27 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from pipelines.utils.errors import DataError, RunError, UsageError
+
+# The same examples every time: what fails is found again, and costs the same.
+QUICK = settings(
+    max_examples=6,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+efforts = pytest.mark.parametrize(
+    "effort",
+    [
+        pytest.param(QUICK, id="few"),
+        pytest.param(settings(QUICK, max_examples=200), id="many", marks=pytest.mark.slow),
+    ],
+)
 
 JUNK = [None, True, -1, 0, 3, 2**70, 1.5, float("nan"), float("inf"), "x", "a\nb", "\ud800", [], {}]
 JUNK += [[[1]], {"x": {}}, [None] * 3]
