@@ -88,7 +88,7 @@ class Decoder:
             return [self._difference(path, *file, pixels) for path, file, pixels in found]
         if len(paths) > 1:
             return [self.reason(path) for path in paths]
-        if "bad_alloc" in str(pictures):
+        if isinstance(pictures, MemoryError) or "bad_alloc" in str(pictures):
             raise cannot_read(paths[0], "not enough memory to decode it")
         # PIL's messages are clearer than DALI's.
         words = f"PIL decodes it, but DALI does not ({dali_error_line(pictures)}); save it anew"
@@ -113,7 +113,7 @@ class Decoder:
     def _checked_file(self, path: str) -> tuple[bytes, bool]:
         """Return a file's content, and whether it is a plain JPEG. Raises DataError for its header."""
         data = read_file(path)
-        with open_image(data) as image:
+        with memory_errors(path), open_image(data) as image:
             check_image(image, self._max_megapixels)
             return data, is_plain_jpeg(image)
 
@@ -123,7 +123,7 @@ class Decoder:
             self._pipeline = build_decoder(self._batch_size)
         try:
             _, images = self._pipeline.run(files=[np.frombuffer(data, np.uint8) for data in files])
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._pipeline = None
             return error
         return [np.asarray(images[i]) for i in range(len(files))]

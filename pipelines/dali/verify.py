@@ -25,6 +25,7 @@ from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
 from pipelines.utils.progress import ProgressBar, format_bytes
+from pipelines.utils.reading import cannot_read, file_state
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import SplitReport, Stamp
 
@@ -130,6 +131,7 @@ def _decode(
         results = zip(stamps.items(), found, strict=True)
         for done, ((name, stamp), (reason, message)) in enumerate(results):
             if reason is not None:
+                _require_there(folder.root / name, stamp)
                 bad[name] = reason
             elif message:
                 heard.append(name)
@@ -141,6 +143,12 @@ def _decode(
     speed = len(stamps) / (time.perf_counter() - started)
     print(f"{folder.root}: {len(stamps)} images, {format_bytes(size)}, {speed:.0f} images/s")
     return bad, {name: said for name, said in words.items() if said}
+
+
+def _require_there(path: Path, stamp: Stamp) -> None:
+    """Raise RunError if a file is gone that was there before: the disk or network of all may be."""
+    if stamp is not None and file_state(str(path)) is None:
+        raise cannot_read(path, "it was there a moment ago")
 
 
 def _reasons(

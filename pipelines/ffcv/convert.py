@@ -42,6 +42,7 @@ from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.progress import ProgressBar, format_bytes
+from pipelines.utils.reading import cannot_read
 from pipelines.utils.thread_map import ordered_map
 
 PROBES = 64  # images that are encoded for the estimate, and compared after writing
@@ -255,6 +256,10 @@ def _write(
         writer = BetonWriter(file, len(source.chosen))
         for done, (index, encoded) in enumerate(zip(source.chosen.tolist(), results, strict=True)):
             if isinstance(encoded, DataError):
+                if not os.path.lexists(
+                    source.path(index)
+                ):  # the disk or network of all may be gone
+                    raise cannot_read(source.path(index), "it was there a moment ago")
                 if not options.skip_bad:
                     raise DataError(
                         f"broken image {source.path(index)}: {encoded}; "

@@ -87,6 +87,8 @@ def decode_jpeg(jpeg: Bytes) -> Bytes:
 @contextlib.contextmanager
 def _new_handle() -> Iterator[int]:
     handle = open_handle()
+    if not handle:
+        raise MemoryError
     try:
         yield handle
     finally:

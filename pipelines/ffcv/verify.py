@@ -11,6 +11,7 @@ import numpy as np
 from pipelines.ffcv.beton import RAW, Beton, open_beton
 from pipelines.ffcv.sidecar import check_sidecar, read_sidecar
 from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
+from pipelines.image_formats import memory_errors
 from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError
@@ -61,12 +62,16 @@ def reasons(beton: Beton, indices: Indices, workers: int) -> Generator[str | Non
 
 
 def pixels(beton: Beton, file: int, index: int) -> Bytes:
-    """Return (height, width, 3) of one sample of the open file. Raises DataError if it is broken."""
+    """Return (height, width, 3) of one sample of the open file.
+
+    Raises DataError if it is broken, RunError if it cannot be read, or not be decoded for lack of memory.
+    """
     shape = int(beton.samples.height[index]), int(beton.samples.width[index])
     data = stored_bytes(beton, file, index)
     if beton.samples.mode[index] == RAW:
         return data.reshape(*shape, 3)
-    decoded = decode_jpeg(data)
+    with memory_errors(beton.path):
+        decoded = decode_jpeg(data)
     if decoded.shape[:2] != shape:
         raise DataError(
             f"its JPEG has {decoded.shape[:2]} pixels, the table of contents says {shape}"

@@ -11,12 +11,14 @@ import torch
 
 from pipelines import dali, reference
 from pipelines.batch import LoaderSpec
+from pipelines.dali.decoder import Decoder
 from pipelines.image_folder import scan_folder
 from pipelines.utils.errors import DataError, RunError
 from pipelines.utils.reading import read_file
 from tests.conftest import needs_ffcv
 from tests.helpers.bad_images import forbid_reading, truncate
 from tests.helpers.betons import loaders_of, sidecar_of
+from tests.helpers.formats import SAME
 
 CODES = [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ETIMEDOUT]
 
@@ -123,6 +125,59 @@ def test_training_names_the_file(data, monkeypatch, backend):
     image.write_text("")
     with pytest.raises(RunError, match=f"cannot read {image}: Input/output error"):
         list(loaders.val)
+
+
+def test_files_that_vanish_while_they_are_verified_are_not_bad(data, run, monkeypatch, tmp_path):
+    """As those of a network folder whose connection breaks."""
+
+    def vanishing(decoder, paths):
+        if data.exists():
+            data.rename(tmp_path / "gone")
+        return reasons(decoder, paths)
+
+    reasons = Decoder.reasons
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(Decoder, "reasons", vanishing)
+    code, _, err = run(data, "--report", report, "--workers", 1)
+    assert code == 1
+    assert f"cannot read {data}/train/ant/000.JPEG: it was there a moment ago" in err
+    assert not report.exists()
+
+
+@needs_ffcv
+def test_files_that_vanish_while_they_are_converted_are_not_left_out(
+    data, tmp_path, convert, monkeypatch
+):
+    from pipelines.ffcv.encoder import Encoder
+
+    def vanishing(encoder, path, index):
+        if index == 5 and data.exists():
+            data.rename(tmp_path / "gone")
+        return encode(encoder, path, index)
+
+    encode = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", vanishing)
+    code, _, err = convert("--data", data, "--output", tmp_path / "b", "--skip-bad", "--workers", 1)
+    assert code == 1
+    assert "it was there a moment ago" in err
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "where", ["pipelines.dali.decoder.open_image", "pipelines.image_formats.to_rgb"]
+)
+def test_too_little_memory_is_no_fault_of_the_image(data, run, monkeypatch, where):
+    def fails(*_):
+        raise MemoryError
+
+    (data / "val" / "ant" / "x.png").write_bytes(SAME["png"])
+    monkeypatch.setattr(where, fails)
+    code, _, err = run(data)
+    assert code == 1
+    assert ": not enough memory to decode it; " in err
+    assert (
+        not (data / "verified.json").exists() or "val" not in (data / "verified.json").read_text()
+    )
 
 
 @needs_ffcv

@@ -75,4 +75,4 @@ def test_a_broken_sample_ends_the_run_in_one_line(train, photos, tmp_path):
     assert code == 1
     (line,) = err.splitlines()
     assert "train_ffcv.py: error: " in line
-    assert "is broken: its JPEG does not decode without fault" in line
+    assert "is broken: Corrupt JPEG data: " in line
