@@ -9,10 +9,12 @@ generators depend on the number of shards, and cannot start in the middle of an 
 from __future__ import annotations
 
 import re
-from collections import deque
+import sys
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,6 +49,7 @@ from pipelines.image_folder import (
     dali_error_line,
     explain_failure,
     scan_train_val,
+    verify_command,
 )
 from pipelines.resize import resize
 from pipelines.sampler import (
@@ -60,6 +63,9 @@ from pipelines.sampler import (
 from pipelines.transforms import Rectangle, View, eval_view
 from pipelines.verify_report import skip_bad
 
+# Suffixes of formats of which `image_formats` refuses some.
+DIFFERING = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")
+
 Taken = TypeVar("Taken", Batch, HostBatch)
 
 
@@ -71,6 +77,8 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
     train, val = scan_train_val(spec.data, with_train)
     if spec.rank == 0:
         announce(train, val)
+        if not options.skip_bad:  # which were not verified
+            _note_formats(spec.data, [folder for folder in (train, val) if folder])
     if options.skip_bad:
         train, val = skip_bad(
             train, val, options.skip_bad_report, options.strict, verbose=spec.rank == 0
@@ -80,6 +88,18 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
         DaliLoader(options, spec, val, training=False),
         val.classes,
     )
+
+
+def _note_formats(data: Path, folders: list[ImageFolder]) -> None:
+    """Say that DALI, which the files go to unseen, may take some for other pictures than PIL does."""
+    suffixes = Counter(Path(path).suffix.lower() for folder in folders for path in folder.paths)
+    kinds = [f"{suffix} {count}" for suffix, count in suffixes.items() if suffix in DIFFERING]
+    if kinds:
+        print(
+            f"note: decoders do not agree on all of {', '.join(kinds)}; "
+            f"{verify_command(data)} lists the images of which they see different pictures",
+            file=sys.stderr,
+        )
 
 
 class DaliLoader(ScheduledLoader):

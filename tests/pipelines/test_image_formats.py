@@ -17,6 +17,7 @@ from pipelines.image_formats import check_image, decode_rgb, open_image, to_rgb
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.inference import preprocess
 from tests.conftest import needs_ffcv
+from tests.helpers.bad_images import loaders_of
 from tests.helpers.formats import GRAY, PICTURE, REFUSED, SAME, H, W
 from tests.helpers.fuzzed import small_jpeg
 
@@ -131,3 +132,13 @@ def test_the_limit_can_be_moved(path):
     for limit in (0.0, -1.0, float("nan"), 179.0):
         with pytest.raises(UsageError, match=r"--max-megapixels .*: above 0, and at most 178"):
             verify.VerifyOptions(path, max_megapixels=limit)
+
+
+def test_training_unverified_formats_says_that_decoders_differ(data, run, capsys):
+    (data / "val" / "ant" / "x.tif").write_bytes(SAME["tiff"])
+    loaders_of(data)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: decoders do not agree on all of .tif 1; ")
+    run(data)
+    loaders_of(data, skip_bad=True)
+    assert not capsys.readouterr().err
