@@ -17,6 +17,8 @@ from pipelines.batch import Loaders, LoaderSpec
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError, error_context, first_line
+from rsnet.checkpoint.authors_optimizer import weight_decay
+from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.weights import load_weights, require_match
 from rsnet.config.command_line import parse
@@ -93,11 +95,11 @@ def run(
     """
     device = distributed.setup(config.device, config.timeout)
     console = ConsoleLogger(distributed.is_main())
-    initial = _read_initial(config, Start()) if config.arch is None else None
+    initial = _read_initial(config, Start(), console.say) if config.arch is None else None
     if initial is not None:
         config = dataclasses.replace(config, arch=initial.network.arch)
     start = distributed.run_on_main(lambda: find_start(config, console.say))
-    initial = initial or _read_initial(config, start)
+    initial = initial or _read_initial(config, start, console.say)
     config = _normalized_as_pretrained(config, start, initial, console.say)
     resolve_here = _resolver(config, start, initial, device)
 
@@ -162,12 +164,17 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     return results
 
 
-def _read_initial(config: TrainConfig, start: Start) -> Checkpoint | None:
+def _read_initial(
+    config: TrainConfig, start: Start, say: Callable[[str], None]
+) -> Checkpoint | None:
     """Return the RS-Net that the training starts from, if it is one and there is no checkpoint to resume."""
     source = config.pretrained or start.config.get("pretrained")
     if source is None or start.checkpoint is not None or config.evaluate:
         return None
-    return distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes))
+    found = distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes))
+    if found is not None and found.of_authors:
+        say(assumed_sizes(source, found.network))
+    return found
 
 
 def _normalized_as_pretrained(
@@ -196,6 +203,8 @@ def _resolver(
     """Return what resolves options on this machine, for a run that begins with `start`."""
     checkpoint = start.checkpoint
     previous = checkpoint.config if checkpoint else start.config
+    if checkpoint and (decay := weight_decay(checkpoint)):
+        previous = {"weight_decay": decay}
     return functools.partial(
         resolve,
         world_size=distributed.world_size(),

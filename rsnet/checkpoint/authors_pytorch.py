@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.utils.errors import DataError, UsageError
+from rsnet.checkpoint.authors_optimizer import from_original_optimizer, to_original_optimizer
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import DEFAULT_SIZES, MODEL_DEFAULTS, WEIGHT_FIELDS, ModelConfig
 from rsnet.models.factory import create_model
@@ -83,7 +84,17 @@ def from_original(
             model[ours] = torch.zeros(shape, dtype=torch.int64)
     model["alpha"] = model["alpha"][_order(sizes)]
     config = ModelConfig(arch, len(classifier), tuple(sizes), normalize="unit")
-    return Checkpoint(config, model, epoch=_epoch(content), of_authors=True)
+    optimizer = from_original_optimizer(content.get("optimizer"), names, _order(sizes))
+    return Checkpoint(config, model, epoch=_epoch(content), optimizer=optimizer, of_authors=True)
+
+
+def assumed_sizes(source: object, network: ModelConfig) -> str:
+    """Return a line that says which sizes `from_original` assumed."""
+    sizes = " ".join(map(str, network.sizes))
+    return (
+        f"note: {source} does not say its sizes; {sizes} is assumed: if it was trained for others, give "
+        "--sizes, in the order in which the original was given them"
+    )
 
 
 def to_original(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -103,23 +114,14 @@ def to_original(checkpoint: Checkpoint) -> dict[str, Any]:
     names = _names(config.arch, config.num_classes, config.sizes)
     weights = dict(checkpoint.eval_weights)
     # A size that was added has alpha -inf, of which the original's weight decay makes NaN.
-    weights["alpha"] = weights["alpha"].clamp(min=weights["alpha"].max().item() - NO_SHARE)
+    weights["alpha"] = torch.maximum(weights["alpha"], weights["alpha"].max() - NO_SHARE)
     state = {f"module.{theirs}": weights[ours] for theirs, (ours, _) in names.items()}
-    parameters = [name for name, (ours, _) in names.items() if _is_parameter(ours)]
-    group = {
-        "params": list(range(len(parameters))),
-        "lr": 0.0,
-        "momentum": 0.9,
-        "dampening": 0,
-        "weight_decay": 0.0,
-        "nesterov": False,
-    }
     return {
         "epoch": checkpoint.epoch,
         "arch": config.arch,
         "state_dict": state,
-        # Its --resume wants an optimizer: one without momentum yet. Its best are not measured as ours.
-        "optimizer": {"state": {}, "param_groups": [group]},
+        "optimizer": to_original_optimizer(checkpoint, names),
+        # Not measured as ours.
         "best_acc0": 0.0,
         "best_acc": 0.0,
     }
@@ -139,11 +141,6 @@ def _epoch(content: Mapping[str, Any]) -> int:
     """Return the epochs that are done, as far as the file tells."""
     epoch = content.get("epoch")
     return epoch if isinstance(epoch, int) and epoch >= 0 else 0
-
-
-def _is_parameter(ours: str) -> bool:
-    """Return whether a name of a state dict is of a parameter, not of a buffer."""
-    return ours == "alpha" or ours.endswith((".weight", ".bias"))
 
 
 def _order(sizes: Sequence[int]) -> list[int]:

@@ -67,9 +67,12 @@ def _export_original(options: Options) -> int:
         raise UsageError("--sizes and --one-file are of --format onnx and torch.export")
     from rsnet.export.original import export_original
 
-    network = export_original(options.source, options.output)
+    network, optimizer = export_original(options.source, options.output)
     sizes = " ".join(map(str, network.sizes))
     print(f"{options.output}: for the original code with --arch {network.arch} --sizes {sizes}")
+    decay = optimizer["param_groups"][0]["weight_decay"]
+    momentum = "its momentum" if optimizer["state"] else "no momentum, which the checkpoint lacks"
+    print(f"a training that goes on there has weight decay {decay:g} and {momentum}")
     if network.normalize != "unit":
         print(
             f"note: it was trained with --normalize {network.normalize}; the original code feeds [0, 1]"

@@ -30,6 +30,7 @@ class Options:
 
 def run(options: Options) -> int:
     from rsnet.checkpoint import io
+    from rsnet.checkpoint.authors_optimizer import weight_decay
     from rsnet.config.model_config import DEFAULT_SIZES
     from rsnet.loggers.run_dir import write_imported_run
 
@@ -45,4 +46,13 @@ def run(options: Options) -> int:
         "--normalize unit; evaluate it with\n"
         f"python train_dali.py --data DATA --evaluate --resume {best}"
     )
+    decay = weight_decay(checkpoint)
+    if checkpoint.optimizer is None or decay is None:
+        print(
+            "note: it has no momentum; a training that goes on starts without, with the paper's weight decay"
+        )
+    else:
+        print(
+            f"its momentum and weight decay {decay:g} are taken along, for a training that goes on"
+        )
     return 0

@@ -21,6 +21,8 @@ SHORTHANDS = {
     "--no-norm-weight-decay": ("--decay", "weights"),
 }
 
+DECAY = ("--lr-decay", "--sched")
+
 
 def parse(
     options_type: type[Options], argv: Sequence[str] | None = None
@@ -37,11 +39,20 @@ def parse(
     together.__doc__ = TrainConfig.__doc__
     words = sys.argv[1:] if argv is None else argv
     words = [part for word in words for part in SHORTHANDS.get(word, (word,))]
+    words = [_as_of_today(before, word) for before, word in zip(["", *words], words, strict=False)]
     parsed: Any = parse_options(together, [TrainConfig, options_type], words)
     values: dict[str, Any] = {}
     for topic in TOPICS:
         values |= vars(getattr(parsed, topic))
     return TrainConfig(**values), parsed.pipeline
+
+
+def _as_of_today(before: str, word: str) -> str:
+    """Return a word of the command line, the original's name of a decay as ours."""
+    flag, equals, value = word.partition("=")
+    if flag in DECAY and equals and value == "cos":
+        return f"{flag}=cosine"
+    return "cosine" if before in DECAY and word == "cos" else word
 
 
 def as_command(script: str, *options: Any, without: Container[str] = ()) -> str:

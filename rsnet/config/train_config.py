@@ -152,8 +152,8 @@ class ScheduleOptions(Generic[Unset]):
         Literal["cosine", "step", "linear", "schedule"] | Unset,
         arg(aliases=("--sched",), metavar="{cosine,step,linear,schedule}"),
     ] = UNSET
-    """cosine and linear fall to zero by iteration; step and schedule by --gamma at epochs. Unset: the
-    recipe's (cosine; quantized: schedule; modern: linear up to 87 epochs)."""
+    """cosine, also cos, and linear fall to zero by iteration; step and schedule by --gamma at epochs. Unset:
+    the recipe's (cosine; quantized: schedule; modern: linear up to 87 epochs)."""
 
     step: int = 30
     """Epochs between decays of --lr-decay step."""

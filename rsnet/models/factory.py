@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder
 from torchvision.models import list_models as list_torchvision_models
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipelines.utils.errors import UsageError, first_line
 from rsnet.config.model_config import FULL, Mode, ModelConfig, NormalizeName
@@ -31,6 +31,7 @@ from rsnet.models.layers.onednn_workarounds import (
     convert_pointwise_convs,
     convert_single_pixel_convs,
 )
+from rsnet.models.preact_resnet import init_classifier
 from rsnet.models.pretrained import expected_normalize, load_pretrained
 from rsnet.models.quantization.lq_nets import Quantizer, init_quantizers_from_weights, quantize
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
@@ -78,26 +79,18 @@ def create_model(
     It is initialised as its library does it. torchvision's ResNets and MobileNetV2 start as the authors' do:
     Kaiming fan-out convolutions, no zero gamma, MobileNetV2's linear layer N(0, 0.01) with bias 0 (a test
     compares the formulas). The last BatchNorm of a quantized ResNet's blocks starts at zero, as the authors',
-    but not of a pre-activation one.
+    but not of a pre-activation one; the classifier of both starts as tensorpack's.
 
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
     fixed_qa: see `rsnet.models.quantization.lq_nets.quantize`. say: is told what is not taken from them.
 
     Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
     """
-    if pretrained is not None and config.mode != "resnet":
-        raise UsageError(
-            f"--pretrained: no library has pre-activation ResNets (--mode {config.mode}); train one in full "
-            "precision, and give its run"
-        )
     network = _build_network(config)
     if config.stem == "small":
         convert_to_small_stem(network)
     if pretrained is not None:
-        library, name = _library_name(config.arch)
-        classifier = functools.partial(classifier_names, config)
-        if note := load_pretrained(network, library, name, pretrained, classifier):
-            say(note)
+        _load_ordinary(network, config, pretrained, say)
     if config.blurpool:
         convert_to_blurpool(network)
     if config.tf_padding:
@@ -107,7 +100,7 @@ def create_model(
     convert_depthwise_convs(network)
     convert_activations(network)
     if config.mode == "resnet" and config.qw != FULL and pretrained is None:
-        _zero_last_gamma(network)
+        _init_as_authors_quantized(network)
     try:
         quantize(network, config.qw, config.qa, fixed_qa=fixed_qa)
         if pretrained is not None:
@@ -241,12 +234,28 @@ def _build_preact(arch: str, num_classes: int, width_mult: float, mode: Mode) ->
     return preact_resnet.PreActResNet(name, num_classes, shortcut, width_mult)
 
 
-def _zero_last_gamma(network: nn.Module) -> None:
-    """Do what torchvision's zero_init_residual does (Goyal et al. 2017, section 5.1)."""
+def _load_ordinary(
+    network: nn.Module, config: ModelConfig, pretrained: str, say: Callable[[str], None]
+) -> None:
+    if config.mode != "resnet":
+        raise UsageError(
+            f"--pretrained: no library has pre-activation ResNets (--mode {config.mode}); train one in full "
+            "precision, and give its run"
+        )
+    library, name = _library_name(config.arch)
+    classifier = functools.partial(classifier_names, config)
+    if note := load_pretrained(network, library, name, pretrained, classifier):
+        say(note)
+
+
+def _init_as_authors_quantized(network: nn.Module) -> None:
+    """Do what torchvision's zero_init_residual does (Goyal et al. 2017, section 5.1), and tensorpack."""
     for block in network.modules():
         if isinstance(block, BasicBlock | Bottleneck):
             last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
             nn.init.zeros_(last.weight)
+    if isinstance(network, ResNet):
+        init_classifier(network.fc)
 
 
 def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:

@@ -105,7 +105,7 @@ class PooledShortcut(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """(N, 3, s, s) -> (N, classes), initialised as torchvision's ResNets.
+    """(N, 3, s, s) -> (N, classes), initialised as the authors'.
 
     name: of `LAYERS`. shortcut: "B", a quantized 1x1 convolution and BatchNorm, where the shape changes; or
     "A", see `PooledShortcut`. width_mult: times the channels of every layer, at least 8.
@@ -142,12 +142,19 @@ class PreActResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_classifier(self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for i in range(1, 5):
             x = self.get_submodule(f"layer{i}")(x)
         return cast(Tensor, self.fc(self.avgpool(x).flatten(1)))
+
+
+def init_classifier(layer: nn.Linear) -> None:
+    """Initialise as tensorpack's FullyConnected, in place: N(0, 2 / inputs), bias 0."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
 
 
 def _conv(channels: int, out: int, kernel: int, stride: int) -> nn.Conv2d:

@@ -37,17 +37,18 @@ class LrSchedule:
     def at(self, step: int) -> float:
         """Return the rate of optimizer step `step`, counted from 0.
 
-        Warm-up rises linearly to `lr`, which its last step reaches; the decay counts from step 0, so that
-        warm-up does not shift it.
+        Warm-up rises linearly from 0 to `lr`, which the step after it has; cosine and linear fall over the
+        steps that are left, step and schedule at their epochs.
         """
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return self.lr * step / self.warmup_steps
         step = min(step, self.steps)
         epoch = step // self.steps_per_epoch
+        share = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
         if self.decay == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            return self.lr * 0.5 * (1 + math.cos(math.pi * share))
         if self.decay == "linear":
-            return self.lr * (1 - step / self.steps)
+            return self.lr * (1 - share)
         if self.decay == "step":
             return float(self.lr * self.gamma ** (epoch // self.step_epochs))
         return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))

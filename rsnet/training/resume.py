@@ -15,6 +15,7 @@ from pipelines.batch import Loader
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.schema import read_json
 from rsnet.checkpoint import io
+from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.weights import load_weights
@@ -93,6 +94,8 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
         with error_context("--resume"):
             found = io.load(source, config.arch, config.sizes)
             require_options(found.config, str(source))
+        if found.of_authors and config.sizes is None:
+            say(assumed_sizes(source, found.network))
         is_of_output = (
             source.parent.parent.resolve()
             == output_directory(config, config.arch or found.network.arch).resolve()

@@ -9,14 +9,21 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torch import nn
 
+from pipelines.dali import DaliOptions
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io as checkpoint
+from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.authors_pytorch import ARCHS, from_original, to_original
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.weights import load_weights
+from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
+from rsnet.training.optim import load_momentum, make_sgd
+from rsnet.training.resume import find_start
 from tests.helpers import parity
 
 SIZES = (64, 56, 48, 40, 32)
@@ -100,6 +107,74 @@ def test_an_exported_file_is_the_imported_one(arch):
         assert torch.equal(back["state_dict"][key], value), key
 
 
+def _their_parameters(copies: int) -> list[str]:
+    """The original's parameters in its order: alpha was registered on the network itself, and each layer of
+    torchvision's ResNet-18 holds its copies."""
+    names = ["alpha"]
+    for name, module in torchvision.models.resnet18().named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            names += [f"{name}.bn_{i}.{leaf}" for i in range(copies) for leaf in ("weight", "bias")]
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            names += [f"{name}.module.{leaf}" for leaf, _ in module.named_parameters()]
+    return names
+
+
+@pytest.mark.parametrize("order", [(48, 32), (32, 48)])
+def test_momentum_and_weight_decay_go_there_and_back(order):
+    config = ModelConfig("parallel_resnet18", 3, (48, 32))
+    model = create_model(config)
+    file = to_original(Checkpoint(config, model.state_dict()))
+    names = _their_parameters(2)
+    state = {k.removeprefix("module."): v for k, v in file["state_dict"].items()}
+    momentum = {name: torch.rand(state[name].shape) for name in names}
+    optimizer = {
+        "state": {i: {"momentum_buffer": momentum[name]} for i, name in enumerate(names)},
+        "param_groups": [{"params": list(range(len(names))), "lr": 0.1, "weight_decay": 5e-4}],
+    }
+    found = from_original(file | {"optimizer": optimizer}, sizes=order)
+    assert weight_decay(found) == 5e-4
+    sgd = make_sgd(model, 0.1, 0.9, 1e-4)
+    assert load_momentum(sgd, found.optimizer)
+    ours = {name: sgd.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
+    first = order.index(48)  # the original's copy of our first BatchNorm
+    norm = "layer1.1.bn2.bn_{}.bias"
+    assert torch.equal(ours["network.conv1.weight"], momentum["conv1.module.weight"])
+    assert torch.equal(
+        ours["network.layer1.1.bn2.by_resolution.0.bias"], momentum[norm.format(first)]
+    )
+    assert torch.equal(ours["alpha"], momentum["alpha"][[first, 1 - first]])
+    back = to_original(found)["optimizer"]
+    assert back["param_groups"][0]["weight_decay"] == 5e-4
+    if order == (48, 32):
+        for i, name in enumerate(names):
+            assert torch.equal(back["state"][i]["momentum_buffer"], momentum[name]), name
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [None, [], {}, {"state": {}, "param_groups": []}, {"state": [], "param_groups": [{"params": [0]}]},
+     {"state": {0: {"momentum_buffer": torch.zeros(1)}}, "param_groups": [{"params": [0]}]}],
+)  # fmt: skip
+def test_an_optimizer_without_all_momentum_is_none(optimizer):
+    file = _file("parallel_resnet18") | {"optimizer": optimizer}
+    assert from_original(file, sizes=SIZES).optimizer is None
+
+
+def test_weight_decay_that_is_not_known_is_the_papers_and_averages_have_no_momentum():
+    ours = _checkpoint("parallel_mobilenetv2", (64, 32))
+    (group,) = to_original(ours)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 4e-5
+    run = dataclasses.replace(
+        ours, config={"weight_decay": 0.3, "lr": 0.2}, ema=ours.model, optimizer={"state": {}}
+    )
+    written = to_original(run)["optimizer"]
+    assert written["state"] == {}
+    assert (written["param_groups"][0]["weight_decay"], written["param_groups"][0]["lr"]) == (
+        0.3,
+        0.2,
+    )
+
+
 def test_batchnorms_belong_to_the_sizes_in_the_order_in_which_they_were_given():
     """`bn_i` is of the i-th entry of the original's --sizes, which need not be sorted."""
     arch, order = "parallel_resnet18", (40, 64, 32, 56, 48)
@@ -142,6 +217,17 @@ def test_a_plain_state_dict_needs_the_arch():
 def test_other_sizes_than_the_files_are_asked_for():
     with pytest.raises(UsageError, match="--sizes: this file was trained for 5 sizes"):
         from_original(_file("parallel_resnet18"), sizes=(64, 32))
+
+
+def test_sizes_that_are_assumed_are_said(tmp_path):
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(_file("parallel_resnet18"), path)
+    said: list[str] = []
+    for sizes in ([], ["--sizes", *map(str, SIZES)]):
+        words = ["--data", "d", "--evaluate", "--resume", str(path), *sizes]
+        find_start(parse(DaliOptions, words)[0], said.append)
+    (note,) = said
+    assert note.startswith(f"note: {path} does not say its sizes; 224 192 160 128 96 is assumed")
 
 
 def test_what_does_not_fit_is_listed_by_name_and_shape():

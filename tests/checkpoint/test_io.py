@@ -15,10 +15,11 @@ import torchvision
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.checkpoint.weights import load_weights, require_match, start_from
+from rsnet.checkpoint.weights import load_weights, require_match
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training.fine_tune import start_from
 
 NETWORK = {
     "arch": "parallel_resnet18",
@@ -172,7 +173,8 @@ def test_sizes_that_calibrate_added_take_part_in_what_starts_from_them(tmp_path)
     network = dataclasses.replace(CONFIG, width_mult=0.125)
     checkpoint.save(tmp_path / "x.pt", Checkpoint(network, trained.state_dict()))
     model = create_model(ModelConfig("parallel_resnet18", 3, (48, 40, 32), width_mult=0.125, qw=2))
-    start_from(model, dataclasses.replace(network, qw=2), tmp_path / "x.pt")
+    saved = checkpoint.load(tmp_path / "x.pt")
+    start_from(model, dataclasses.replace(network, qw=2), saved, "x.pt")
     assert model.alpha.tolist() == [1.0, 2.0, 3.0]
 
 

@@ -96,6 +96,8 @@ def test_the_originals_short_names_work():
     [
         ("--opt nesterov", "sgd", "nesterov"),
         ("--sched linear", "lr_decay", "linear"),
+        ("--lr-decay cos", "lr_decay", "cosine"),
+        ("--sched=cos", "lr_decay", "cosine"),
         ("--warmup-epochs 3", "warmup", 3),
         ("--smoothing 0.2", "label_smoothing", 0.2),
         ("--model-ema-decay 0.9", "ema", 0.9),

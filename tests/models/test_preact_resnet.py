@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
+from rsnet.config.model_config import ModelConfig
+from rsnet.models.factory import create_model
 from rsnet.models.preact_resnet import Block, PooledShortcut, PreActResNet
 from rsnet.models.quantization.lq_nets import ActivationQuantizer, quantize, quantized_layers
 
@@ -182,3 +184,11 @@ def test_shortcut_a_pools_odd_sizes_as_the_convolutions_do():
     assert y.shape == (1, 5, 3, 3)
     assert torch.equal(y[0, :2, 2, 2], x[0, :, 4, 4])
     assert (y[0, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"mode": "preact"}, {"qw": 2}])
+def test_the_classifier_starts_as_tensorpacks(options):
+    """FullyConnected's variance_scaling_initializer(2.0): N(0, 2 / inputs), and no bias."""
+    fc = create_model(ModelConfig("parallel_resnet18", 1000, (32,), **options)).network.fc
+    assert fc.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.01)
+    assert not fc.bias.any()

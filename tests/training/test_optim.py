@@ -45,10 +45,21 @@ def test_epoch_decays_count_epochs_not_steps():
     assert [schedule.at(t) for t in (0, 19, 20, 39, 40)] == [1, 1, 0.5, 0.5, 0.25]
 
 
-def test_warmup_rises_linearly_and_does_not_shift_the_decay():
-    plain, warm = _rates("cosine"), _rates("cosine", warmup_steps=5)
-    assert warm[:5] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4])
-    assert warm[5:] == plain[5:]
+@pytest.mark.parametrize("decay", ["cosine", "linear", "step"])
+def test_warmup_rises_from_zero_and_the_decay_falls_over_what_is_left(decay):
+    """The authors' adjust_learning_rate; its step never decays, ours by epochs from the start."""
+    falling = {
+        "cosine": lambda i: 0.4 * (1 + math.cos(math.pi * (i - 5) / (120 - 5))) / 2,
+        "linear": lambda i: 0.4 * (1 - (i - 5) / (120 - 5)),
+        "step": lambda i: 0.4 * 0.1 ** (i // 30),
+    }[decay]
+    expected = [0.4 * i / 5 if i < 5 else falling(i) for i in range(120)]
+    assert _rates(decay, warmup_steps=5) == pytest.approx(expected)
+
+
+def test_warmup_that_the_training_does_not_reach_the_end_of_only_rises():
+    rates = _rates("cosine", warmup_steps=240)
+    assert rates == pytest.approx([0.4 * i / 240 for i in range(120)])
 
 
 def test_sgd_holds_every_parameter_exactly_once_with_decay():
