@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from pipelines.batch import Loaders, LoaderSpec
@@ -134,8 +135,10 @@ def run(
             )
             _load_weights(context, start, initial)
             freeze(model, resolved.freeze, network)
+            # All ranks built the same network; dropout and stochastic depth are each one's own.
+            torch.manual_seed(rank_seed(resolved.seed, distributed.rank()))
             console.say(context.command())
-            _warn_of_late_decay(context)
+            _warn_of_schedule(context)
             if resolved.evaluate:
                 return evaluate(context, writes=config.output is not None)
             if resolved.is_profile:
@@ -270,8 +273,19 @@ def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None)
             context.console.say(line)
 
 
-def _warn_of_late_decay(context: RunContext) -> None:
+def rank_seed(seed: int, rank: int) -> int:
+    """Return the seed of a rank's random numbers in layers; neighbouring seeds and ranks share nothing."""
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
+
+
+def _warn_of_schedule(context: RunContext) -> None:
     config = context.config
+    if config.warmup >= config.epochs:
+        last = config.lr * config.epochs / config.warmup
+        context.console.say(
+            f"note: the learning rate only rises, to {last:g} of {config.lr:g}: --warmup {config.warmup} is "
+            f"not below --epochs {config.epochs}"
+        )
     if config.never_decays:
         context.console.say(
             f"note: the learning rate stays at {config.lr:g}: --epochs {config.epochs} end before "

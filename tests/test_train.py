@@ -1,0 +1,61 @@
+"""What a training begins with: each rank's random numbers, and notes on its schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipelines.synthetic import SyntheticOptions, make_loaders
+from rsnet import train
+from rsnet.distributed import process_group
+
+LINE = [
+    "--data", "none", "--arch", "parallel_resnet10", "--width-mult", "0.125", "--stem", "small",
+    "--sizes", "16", "-b", "4", "--amp", "off", "--device", "cpu", "--wandb", "disabled", "--train-images", "8",
+    "--val-images", "4", "--classes", "3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """Do all but train; returns the first weight, and what a layer draws next."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def instead(context, _start):
+        weight = next(context.model.network.parameters()).detach().clone()
+        found.append((weight, torch.rand(4)))
+        return {}
+
+    monkeypatch.setattr(train, "train", instead)
+
+    def call(*words: str, rank: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr(process_group, "rank", lambda: rank)
+            patch.setattr(process_group, "world_size", lambda: 2)
+            assert train.main("rsnet train", SyntheticOptions, make_loaders, [*LINE, *words]) == 0
+        return found[-1]
+
+    return call
+
+
+def test_ranks_have_the_same_network_and_other_random_numbers(begin):
+    (first, drawn), (second, others), (again, same) = (begin(rank=r) for r in (0, 1, 0))
+    assert torch.equal(first, second)
+    assert torch.equal(drawn, same)
+    assert torch.equal(first, again)
+    assert not torch.equal(drawn, others)
+
+
+def test_neighbouring_seeds_and_ranks_have_different_random_numbers():
+    seeds = {train.rank_seed(seed, rank) for seed in range(8) for rank in range(8)}
+    assert len(seeds) == 64
+    torch.manual_seed(max(seeds))
+
+
+def test_a_warmup_that_does_not_end_is_said(begin, capsys):
+    begin("--epochs", "2", "--warmup", "5", "--lr", "1")
+    note = "note: the learning rate only rises, to 0.4 of 1: --warmup 5 is not below --epochs 2"
+    assert note in capsys.readouterr().out
+    begin("--epochs", "6", "--warmup", "5")
+    assert "only rises" not in capsys.readouterr().out
