@@ -42,7 +42,7 @@ from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
 from rsnet.training.fine_tune import freeze, read_switchable, start_from
-from rsnet.training.resume import Start, find_start
+from rsnet.training.resume import Start, adopted, find_start
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted
 
@@ -113,6 +113,7 @@ def run(
 
     resolved, swept = distributed.run_on_all(checked)
     require_same("options", lambda: _options_of_all(resolved))
+    start = dataclasses.replace(start, adopted=_adopted(config, start, resolved, device))
     _set_up_torch(resolved)
     loaders = distributed.run_on_all(
         lambda: make_loaders(options, _loader_spec(resolved, device), not resolved.evaluate)
@@ -232,6 +233,18 @@ def _options_of_all(config: ResolvedConfig) -> dict[str, Any]:
     return facts
 
 
+def _adopted(
+    config: TrainConfig, start: Start, resolved: ResolvedConfig, device: torch.device
+) -> list[str]:
+    """Return the options that a command without --resume leaves to the run in its --output."""
+    if not start.must_be_same:
+        return []
+    try:
+        return adopted(resolved, _resolver(config, Start(), None, device)(config))
+    except UsageError:  # it makes sense with the run's options alone
+        return []
+
+
 def _require_trainable(config: ResolvedConfig, device: torch.device) -> None:
     if config.batch_size < 2 and not config.evaluate:
         raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
@@ -260,7 +273,8 @@ def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None)
     config, model, checkpoint = context.config, context.model, start.checkpoint
     if checkpoint is not None:
         training = not config.evaluate
-        with error_context(f"--resume: {start.source} does not fit"):
+        flag = "--resume: " if context.config.resume else ""
+        with error_context(f"{flag}{start.source} does not fit"):
             require_match(checkpoint.network, context.network, training)
             weights = checkpoint.model if training else checkpoint.eval_weights
             load_weights(model, weights, checkpoint.network.sizes)

@@ -280,7 +280,10 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
             if "--sizes" not in arguments:
                 arguments += ["--sizes", "160", "32"]
             if "--evaluate" not in arguments and "--profile" not in arguments:
-                arguments += ["--output", f"run{number}" if ran else "runs/parallel_resnet50"]
+                arguments += [
+                    "--output",
+                    f"run{number}" if ran else "runs/parallel_resnet50-imagenet",
+                ]
                 ran += 1
             if "--resume" not in arguments:
                 arguments += ["--width-mult", "0.25"]

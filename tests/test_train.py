@@ -11,8 +11,8 @@ from rsnet.distributed import process_group
 
 LINE = [
     "--data", "none", "--arch", "parallel_resnet10", "--width-mult", "0.125", "--stem", "small",
-    "--sizes", "16", "-b", "4", "--amp", "off", "--device", "cpu", "--wandb", "disabled", "--train-images", "8",
-    "--val-images", "4", "--classes", "3",
+    "--sizes", "16", "-b", "4", "--amp", "off", "--device", "cpu", "--wandb", "disabled",
+    "--train-images", "8", "--val-images", "4", "--classes", "3",
 ]  # fmt: skip
 
 

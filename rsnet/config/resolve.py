@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Never
 
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.schema import read_json
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.train_config import (
@@ -70,8 +71,23 @@ class ResolvedConfig(TrainOptions[Never]):
 
 
 def output_directory(config: TrainConfig, arch: str) -> Path:
-    """Return the run directory: --output, or one per arch."""
-    return config.output or Path("runs", arch.replace("/", "_"))
+    """Return the run directory: --output, or one per arch and data."""
+    if config.output is not None:
+        return config.output
+    name = arch.replace("/", "_")
+    older = Path("runs", name)  # version 0.1.0's, where it holds a run of this data
+    if _data_of(older / "config.json") == str(config.data):
+        return older
+    return Path("runs", "-".join(filter(None, (name, config.data.resolve().name))))
+
+
+def _data_of(path: Path) -> Any:
+    """Return the --data of the run that a config.json is of; None if it is of none."""
+    try:
+        noted = read_json(path, "it is left alone")
+    except DataError:  # also if there is none
+        return None
+    return noted.get("data") if isinstance(noted, dict) else None
 
 
 def wandb_project() -> str:

@@ -244,7 +244,7 @@ class CheckpointOptions(Generic[Unset]):
     """Run directory, checkpoints and error handling."""
 
     output: Annotated[Path | Unset, arg(aliases=("-c", "--checkpoint"), metavar="DIR")] = UNSET
-    """Run directory. Unset: runs/ARCH."""
+    """Run directory. Unset: runs/ARCH-DATA, by the name of the data's folder."""
 
     resume: Annotated[str | None, arg(metavar="auto|PATH")] = None
     """Continue from a checkpoint; auto: the last one of --output, if there is one. Unset: auto, if --output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,9 @@ class Start:
     must_be_same: bool = False
     """Whether it is continued without --resume, which needs the same options."""
 
+    adopted: Sequence[str] = ()
+    """Options that the command leaves out and that run has, where they are not the usual ones."""
+
     def require_same(self, given: TrainConfig, config: ResolvedConfig, global_batch: int) -> None:
         """Raise UsageError if the run is continued without --resume, but has other options.
 
@@ -75,10 +79,29 @@ class Start:
         if before != global_batch:
             changed.append(f"global batch {before} -> {global_batch}")
         if changed:
+            flag = "--output: " if given.output else ""
             raise UsageError(
-                f"--output: {config.output} holds a run already, of other options ({', '.join(changed)}); "
-                "go on with it by --resume auto, or give another folder"
+                f"{flag}{config.output} holds a run already, of other options ({', '.join(changed)}); "
+                "go on with it by --resume auto, or give another folder by --output"
             )
+
+    def require_unfinished(self, config: ResolvedConfig) -> str:
+        """Return a line if there is nothing left to train, as the same command has trained it all; else "".
+
+        Raises UsageError if there is nothing left to train, and the command asks for something else.
+        """
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.epoch < config.epochs:
+            return ""
+        other = [*changes(checkpoint.config, to_plain_dict(config)), *self.adopted]
+        where = config.output if self.continues else self.source
+        line = (
+            f"{where}: already finished after {checkpoint.epoch} epochs: raise --epochs, or give another "
+            "--output"
+        )
+        if self.continues and checkpoint.config and not other:
+            return line
+        raise UsageError(f"{line} ({', '.join(other)})" if other else line)
 
 
 def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
@@ -105,7 +128,7 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
     if config.resume is None and not noted and not store.last.exists():
         return Start()
-    with error_context("--resume"):
+    with error_context("--resume" if config.resume else str(output)):
         newest = store.newest(say, moves=not config.evaluate)
         if newest:
             require_options(newest[1].config, str(newest[0]))
@@ -141,6 +164,25 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def adopted(config: ResolvedConfig, alone: ResolvedConfig) -> list[str]:
+    """Return the options of `config` that a command leaves to the run that it continues.
+
+    alone: what the command would be resolved to without that run.
+    """
+    names = {f.name for f in dataclasses.fields(config)} - ASIDE - {"pretrained", "lr", "amp"}
+    if (config.batch_size, config.accumulate) == (alone.batch_size, alone.accumulate):
+        names.add("lr")  # otherwise it follows them
+    if config.sizes_per_step == len(config.sizes):
+        names.discard("sizes_per_step")
+    ours, own = to_plain_dict(config), to_plain_dict(alone)
+    taken = [name for name in own if name in names and ours[name] != own[name]]
+    return [f"--{name.replace('_', '-')} {_shown(ours[name])}" for name in taken]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def restore_position(
     checkpoint: Checkpoint,
     config: ResolvedConfig,
@@ -169,8 +211,9 @@ def restore_position(
         if name not in config.allow_change:
             refused[name] = f"{refused[name]}, {what}" if name in refused else what
     if refused:
+        where = "--resume" if config.resume else config.output
         raise UsageError(
-            f"--resume: {'; '.join(refused.values())}: the run would not go on with the images that come "
+            f"{where}: {'; '.join(refused.values())}: the run would not go on with the images that come "
             f"next; change it back{_HOW.get(next(iter(refused)), '')}, or add --allow-change "
             + " ".join(refused)
         )
@@ -253,7 +296,7 @@ def _load_training_state(
             "the checkpoint has no momentum for these weights: the optimizer starts without"
         )
     if trainer.ema and checkpoint.ema is not None:
-        with error_context("--resume: the averaged weights do not fit"):
+        with error_context("the checkpoint's averaged weights do not fit"):
             load_weights(trainer.ema.model, checkpoint.ema, checkpoint.network.sizes)
     if checkpoint.guard is not None:
         trainer.guard.load(checkpoint.guard)

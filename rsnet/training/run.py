@@ -56,6 +56,10 @@ def train(context: RunContext, start: Start) -> Results:
     )
     run_dir = distributed.run_on_main(lambda: RunDir(config.output, start.continues, main))
     run_dir.active = main
+    if line := start.require_unfinished(config):
+        context.console.say(line)
+    elif start.adopted:
+        context.console.say(f"from the run in {config.output}: {', '.join(start.adopted)}")
     with ExitStack() as stack:
         distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
         context.console.log = run_dir.note

@@ -115,10 +115,20 @@ def test_a_run_is_not_overwritten(train, photos, trained):
     before = (trained / "metrics.jsonl").read_text()
     last = (trained / "checkpoints" / "last.pt").read_bytes()
     arguments = ["--data", photos, *RUN, "--output", trained, "--wandb", "disabled"]
-    assert train(*arguments)[0] == 0
-    code, _, err = train(*arguments, "--momentum", "0.8")
-    assert code == 2
-    assert "holds a run already, of other options (--momentum 0.9 -> 0.8); go on with it by" in err
+    line = f"{trained}: already finished after 2 epochs: raise --epochs, or give another --output"
+    code, out, _ = train(*arguments, "--epochs", 2)
+    assert code == 0
+    assert line in out.splitlines()
+    for options, message in (
+        (["--momentum", "0.8"], "of other options (--momentum 0.9 -> 0.8); go on with it by"),
+        (["--lr", "0.3"], "of other options (--lr 0.003125 -> 0.3); go on with it by"),
+        (["--resume", "auto", "--lr", "0.3"], f"{line} (--lr 0.003125 -> 0.3)"),
+        (["--resume", "auto", "--epochs", "1"], f"{line} (--epochs 2 -> 1)"),
+        ([], f"{line} (--epochs 2)"),  # the command asks for 120
+    ):
+        code, _, err = train(*arguments, *options)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
     assert (trained / "metrics.jsonl").read_text() == before
     assert (trained / "checkpoints" / "last.pt").read_bytes() == last
 
@@ -225,7 +235,48 @@ def test_resume_auto_starts_where_there_is_nothing(train, photos):
     )
     assert code == 0
     assert "resumed" not in out
-    assert Path("runs/parallel_resnet18/checkpoints/last.pt").exists()
+    # Of this arch and this data; of other data there is no run there.
+    run = Path("runs", f"parallel_resnet18-{photos.name}")
+    assert (run / "checkpoints" / "last.pt").exists()
+    # A run of version 0.1.0 goes on where it is.
+    run.rename("runs/parallel_resnet18")
+    again = train("--data", photos, *RUN, "--epochs", 1, "--wandb", "disabled")
+    assert again[0] == 0
+    assert "runs/parallel_resnet18: already finished after 1 epochs" in again[1]
+
+
+def test_errors_name_only_options_that_were_typed(train, photos, tmp_path):
+    words = [*RUN, "--epochs", 1, "--wandb", "disabled"]
+    data = tmp_path / "a" / "pets"
+    shutil.copytree(photos, data)
+    assert train("--data", data, *words)[0] == 0
+    code, _, err = train("--data", data, *words, "--momentum", 0.5)
+    assert code == 2
+    assert "error: runs/parallel_resnet18-pets holds a run already" in err
+    other = tmp_path / "b" / "pets"
+    shutil.copytree(photos, other)
+    image = next((other / "train" / "ant").iterdir())
+    image.rename(image.with_name("renamed.JPEG"))
+    code, _, err = train("--data", other, *words)
+    assert code == 2
+    assert "--resume" not in err.replace("--resume auto", "")
+    assert "runs/parallel_resnet18-pets: " in err
+
+
+def test_what_a_command_leaves_to_the_run_that_it_continues_is_said(
+    train, photos, trained, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    last = run / "checkpoints" / "last.pt"
+    before = dataclasses.replace(checkpoint.load(last), epoch=1)
+    checkpoint.save(last, before)
+    words = ["--data", photos, "-a", "parallel_resnet18", "-b", 8, "--workers", 1]
+    code, out, _ = train(*words, "--output", run, "--wandb", "disabled")
+    assert code == 0
+    assert (
+        f"from the run in {run}: --sizes 32 24, --width-mult 0.125, --epochs 2" in out.splitlines()
+    )
 
 
 def test_another_run_is_not_continued_in_an_occupied_folder(train, photos, trained, tmp_path):
