@@ -201,7 +201,7 @@ def test_a_full_disk_is_told_with_the_checkpoint_before_it_if_there_is_one(
     run.config.on_save_error = reaction
     monkeypatch.setattr(run.manager, "save", full)
     with pytest.raises(RunError) if reaction == "stop" else nullcontext() as error:
-        training.TrainingRun._save(run, is_best=False)
+        training.TrainingRun._save(run)
     said = str(error.value) if error else run.console.say.call_args[0][0]
     older = "the checkpoint before it" if has_older else "there is no checkpoint yet"
     assert said.startswith(f"cannot save to {tmp_path}: Full; {older}")
