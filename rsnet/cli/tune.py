@@ -67,6 +67,11 @@ def run(options: Options) -> int:
     )
     print(_sizes_table(result))
     print(_cascade_table(result))
+    (low, high), (fast, slow) = result.interval
+    print(
+        f"of other images of this kind, by bootstrap: top-1 from {low:.2f} to {high:.2f} %, {fast:.4f} to "
+        f"{slow:.4f} ms (95 of 100 times)"
+    )
     if options.target_top1 is not None and result.held_out.top1 < options.target_top1:
         print(f"note: that is below {options.target_top1:g} %; more images would fit it better")
     print(f"{options.release / TUNED_FILE}: {_shown(result.tuned.cascade)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ PRICES = np.geomspace(0.1, 100, 24)
 # Choices of sizes: all that five or six make; of more sizes, the shorter ones.
 MAX_CASCADES = 100
 SWEEPS = 10
+RESAMPLES = 1000
 
 Floats = NDArray[np.float64]
 
@@ -54,6 +55,13 @@ class Outcome(NamedTuple):
     ms: float
 
 
+class Interval(NamedTuple):
+    """Between what top-1, in %, and ms an image lie."""
+
+    top1: tuple[float, float]
+    ms: tuple[float, float]
+
+
 def answers(scores: LabelledLogits, temperatures: Mapping[int, float]) -> Answers:
     """Return what a cascade sees of the logits, divided by the temperatures."""
     confidence, right = {}, {}
@@ -66,13 +74,51 @@ def answers(scores: LabelledLogits, temperatures: Mapping[int, float]) -> Answer
 
 def simulate(found: Answers, cascade: Cascade, ms: Mapping[int, float]) -> Outcome:
     """Return a cascade's accuracy and time. ms: by size, milliseconds an image of a forward."""
+    right, time = _by_image(found, cascade, ms)
+    return Outcome(cascade, 100 * float(right.mean()), float(time.mean()))
+
+
+def _by_image(found: Answers, cascade: Cascade, ms: Mapping[int, float]) -> tuple[Floats, Floats]:
+    """Return (N,) whether a cascade's answer is right, 1 or 0, and the milliseconds that it took."""
     *smaller, last = cascade
     right, time = found.right[last.size], np.full_like(found.right[last.size], ms[last.size])
     for size, threshold in reversed(smaller):
         is_unsure = found.confidence[size] < threshold
         right = np.where(is_unsure, right, found.right[size])
         time = ms[size] + np.where(is_unsure, time, 0.0)
-    return Outcome(cascade, 100 * float(right.mean()), float(time.mean()))
+    return right, time
+
+
+def unbeaten(
+    found: Answers, cascade: Cascade, others: Iterable[Cascade], ms: Mapping[int, float]
+) -> Outcome:
+    """Return the outcome of `cascade`, or of one that beats it and that none of the others beats.
+
+    One beats another if it is as accurate and as fast, and not equal.
+    """
+    chosen = simulate(found, cascade, ms)
+    for other in (simulate(found, c, ms) for c in others):
+        no_worse = other.top1 >= chosen.top1 and other.ms <= chosen.ms
+        if no_worse and other[1:] != chosen[1:]:
+            chosen = other
+    return chosen
+
+
+def interval(found: Answers, cascade: Cascade, ms: Mapping[int, float]) -> Interval:
+    """Return what top-1 and time would be of other images of the kind: 95 % of RESAMPLES bootstrap samples.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3, percentile intervals.
+    """
+    right, time = _by_image(found, cascade, ms)
+    rng = np.random.default_rng(0)
+    means = np.array(
+        [
+            (100 * right[drawn].mean(), time[drawn].mean())
+            for drawn in (rng.integers(len(right), size=len(right)) for _ in range(RESAMPLES))
+        ]
+    )
+    (low, high) = np.percentile(means, [2.5, 97.5], axis=0)
+    return Interval((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
 
 
 def shares(found: Answers, cascade: Cascade) -> dict[int, float]:
@@ -213,6 +259,7 @@ class TuneResult:
     """Result of `tune_release`.
 
     fitted, held_out: the cascade on the half of the images that it was fitted to, and on the other one.
+    interval: between what the latter would be on other images of the kind.
     shares: by size, % of the held-out images that it decides. best_size: the most accurate single size that
     is as fast; None if there is none.
     """
@@ -220,6 +267,7 @@ class TuneResult:
     tuned: Tuned
     fitted: Outcome
     held_out: Outcome
+    interval: Interval
     fitted_images: int
     held_out_images: int
     sizes: list[TunedSize]
@@ -236,7 +284,8 @@ def tune_release(
     """Fit one temperature a size and a cascade to half of the images, and write the release's tuned.json.
 
     target_top1: accuracy in %, for the fastest cascade that has it. target_ms: else milliseconds an image,
-    in full batches, for the most accurate cascade that takes no more.
+    in full batches, for the most accurate cascade that takes no more. If, on the other half, a size or
+    another of the cascades found is as accurate and as fast, or better, that is taken instead.
 
     Raises DataError, which says what can be had, if no cascade meets the target; OSError if the file cannot
     be written.
@@ -244,13 +293,19 @@ def tune_release(
     fitted, other = scores.halves()
     temperatures = {s: fit_temperature(z, fitted.labels) for s, z in fitted.logits.items()}
     ms = classifier.ms_per_image()
+    fitted_to = answers(fitted, temperatures)
+    frontier = search(fitted_to, ms)
     try:
-        chosen = choose(search(answers(fitted, temperatures), ms), target_top1, target_ms)
+        chosen = choose(frontier, target_top1, target_ms)
     except DataError as error:
         advice = "" if target_ms is None else classifier.remeasure_advice()
         raise DataError(f"{error}{advice}") from error
     held_out = answers(other, temperatures)
-    reported = simulate(held_out, chosen.cascade, ms)
+    singles: list[Cascade] = [(CascadeStage(size),) for size in ms]
+    others = [*(outcome.cascade for outcome in frontier), *singles]
+    reported = unbeaten(held_out, chosen.cascade, others, ms)
+    chosen = simulate(fitted_to, reported.cascade, ms)
+    within = interval(held_out, reported.cascade, ms)
     sizes = [
         TunedSize(
             size=size,
@@ -267,6 +322,7 @@ def tune_release(
         tuned=Tuned(temperatures, chosen.cascade),
         fitted=chosen,
         held_out=reported,
+        interval=within,
         fitted_images=len(fitted.labels),
         held_out_images=len(other.labels),
         sizes=sizes,
@@ -277,7 +333,12 @@ def tune_release(
     notes = {
         "target": {"top1": target_top1, "ms": target_ms},
         "fitted": {"images": result.fitted_images, "top1": chosen.top1, "ms": chosen.ms},
-        "held_out": {"images": result.held_out_images, "top1": reported.top1, "ms": reported.ms},
+        "held_out": {
+            "images": result.held_out_images,
+            "top1": reported.top1,
+            "ms": reported.ms,
+            "interval": {"top1": list(within.top1), "ms": list(within.ms)},
+        },
         "conditions": conditions,
     }
     write_tuned(classifier.folder, conditions["sha256"], result.tuned, notes)

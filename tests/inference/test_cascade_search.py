@@ -73,6 +73,39 @@ def test_what_the_search_says_of_a_cascade_is_what_it_does(found, frontier):
         assert (again.top1, again.ms) == (pytest.approx(outcome.top1), pytest.approx(outcome.ms))
 
 
+def test_no_size_and_no_cascade_beats_the_one_that_is_chosen(found, frontier):
+    """Chosen on some images, and reported on others, on which something else may be better in both."""
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        some = rng.integers(IMAGES, size=12)
+        few = Answers(
+            {s: c[some] for s, c in found.confidence.items()},
+            {s: r[some] for s, r in found.right.items()},
+        )
+        others = [o.cascade for o in frontier] + [(CascadeStage(s),) for s in SIZES]
+        for outcome in frontier:
+            chosen = thresholds.unbeaten(few, outcome.cascade, others, MS)
+            assert chosen == thresholds.simulate(few, chosen.cascade, MS)
+            for cascade in others:
+                other = thresholds.simulate(few, cascade, MS)
+                is_better = other.top1 > chosen.top1 and other.ms <= chosen.ms
+                is_faster = other.top1 >= chosen.top1 and other.ms < chosen.ms
+                assert not is_better
+                assert not is_faster
+
+
+def test_an_interval_is_that_of_the_binomial_distribution(found):
+    """Top-1 of n images resampled is binomial; the time of a single size is the same for all images."""
+    (low, high), (fast, slow) = thresholds.interval(found, (CascadeStage(48),), MS)
+    rng = np.random.default_rng(1)
+    drawn = rng.binomial(IMAGES, found.right[48].mean(), 100_000) / IMAGES * 100
+    expected = np.percentile(drawn, [2.5, 97.5])
+    assert [low, high] == pytest.approx(expected, abs=100 / IMAGES + 1e-9)  # one image
+    assert (fast, slow) == pytest.approx((MS[48], MS[48]))
+    (_, _), (fast, slow) = thresholds.interval(found, (CascadeStage(32, 0.5), CascadeStage(64)), MS)
+    assert MS[32] < fast < slow < MS[32] + MS[64]
+
+
 def test_a_longer_time_on_the_frontier_is_more_accurate(frontier):
     assert len(frontier) > 10
     for one, next_ in itertools.pairwise(frontier):
