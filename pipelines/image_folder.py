@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipelines.image_formats import load_rgb
 from pipelines.image_io import find_images, images_below, list_folder
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.output import say
 from pipelines.utils.text import distinct, first_names
 
 
@@ -85,7 +86,7 @@ def announce(*folders: ImageFolder | None) -> None:
     for folder in folders:
         if folder is None:
             continue
-        print(f"{folder.root}: {folder.counted}")
+        say(f"{folder.root}: {folder.counted}")
         if len(folder.classes) == 1:
             inside = (name.split("/")[1:] for name in folder.names)
             below = sorted({name[0] for name in inside if len(name) > 1})
@@ -97,7 +98,7 @@ def warn_of_single_class(data: Path, name: str, below: Sequence[str] = ()) -> No
     text = f"warning: {data} has a single class, {name}"
     if below:
         text += f", with the folders {first_names(below)}; expected {data}/CLASS/IMAGE"
-    print(text, file=sys.stderr)
+    say(text, sys.stderr)
 
 
 def count_text(images: int, classes: int) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from pipelines.image_folder import ImageFolder, verify_command
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.output import say
 from pipelines.utils.reading import file_state, reading
 
 REPORT = "verified.json"  # in the folder that has train and val
@@ -129,7 +130,7 @@ def skip_bad(
 
     result = (None if train is None else without_bad(train)), without_bad(val)
     if verbose:
-        print(f"--skip-bad: left out {' and '.join(counts)}, which {path} lists")
+        say(f"--skip-bad: left out {' and '.join(counts)}, which {path} lists")
     return result
 
 

@@ -18,6 +18,7 @@ from pipelines.batch import Loaders, LoaderSpec
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError, error_context, first_line
+from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def main(
         # A launcher may kill the others when the first one ends.
         distributed.all_gather_object(None)
         if distributed.is_main():
-            print(f"{script}: stopped by {stop}; rerun the same command to resume", file=sys.stderr)
+            say(f"{script}: stopped by {stop}; rerun the same command to resume", sys.stderr)
         return stop.exit_code
     finally:
         distributed.shutdown()
@@ -160,7 +161,7 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     config, console = context.config, context.console
     results = evaluate_with_progress(context, context.model)
     cost = report.model_cost(context.model)
-    console.say(report.table(results, cost))
+    console.say_table(report.table(results, cost))
     if writes and distributed.is_main():
         run_dir = RunDir(config.output, continues=True, active=True)
         run_dir.write_json("evaluation.json", {"gflops": cost, **results})

@@ -45,6 +45,18 @@ def test_environment_variables_of_torchrun_are_read_in_one_place():
     assert readers == {"rsnet.distributed.process_group"}
 
 
+def test_lines_with_names_in_them_are_printed_by_what_escapes_them():
+    """`print` is for tables and JSON, whose texts are escaped."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        if isinstance(node.args[0], ast.JoinedStr) and _module(path) != "rsnet.__main__"
+    ]
+    assert not found
+
+
 def test_there_is_one_backward():
     calls = [p for p in SOURCES for line in p.read_text().splitlines() if ".backward(" in line]
     assert [_module(p) for p in calls] == ["rsnet.training.trainer"]

@@ -24,6 +24,7 @@ from pipelines.image_folder import ImageFolder, announce, scan_folder
 from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.reading import cannot_read, file_state
 from pipelines.utils.thread_map import ordered_map
@@ -51,7 +52,7 @@ def verify(options: VerifyOptions) -> int:
     for folder in left:
         verify_report.require_every_class(folder)
     if any(known[folder.root.name].bad for folder in folders):
-        print(f"train_dali.py --skip-bad leaves out what {report} lists; verify --move-to moves it")
+        say(f"train_dali.py --skip-bad leaves out what {report} lists; verify --move-to moves it")
         return EXIT_FAILED
     return 0
 
@@ -64,7 +65,7 @@ def _verify_split(
     # Taken before decoding, so that a file that changes meanwhile is noticed.
     fingerprint = verify_report.fingerprint(stamps)
     if _is_known(known.get(split), fingerprint, options):
-        print(f"{folder.root}: has not changed since {report} was written")
+        say(f"{folder.root}: has not changed since {report} was written")
     else:
         _check_writable(report)  # before it takes hours
         bad, faulty = _decode(folder, stamps, options)
@@ -72,12 +73,12 @@ def _verify_split(
         verify_report.write(report, known)
     bad, faulty = known[split].bad, known[split].faulty or {}
     for name, reason in bad.items():
-        print(f"{folder.root}/{name}: {reason}")
+        say(f"{folder.root}/{name}: {reason}")
     for name, words in faulty.items():
-        print(f"{folder.root}/{name}: {DECODES_WITH_ERRORS}: {words}")
-    print(f"{folder.root}: {len(bad)} of {len(stamps)} images are bad")
+        say(f"{folder.root}/{name}: {DECODES_WITH_ERRORS}: {words}")
+    say(f"{folder.root}: {len(bad)} of {len(stamps)} images are bad")
     if faulty:
-        print(
+        say(
             f"{folder.root}: {len(faulty)} more decode with errors; --skip-bad --strict leaves them out"
         )
     if bad and options.move_to:
@@ -141,7 +142,7 @@ def _decode(
         decoder = Decoder(max_megapixels=options.max_megapixels)
         words = {name: decoder.words(str(folder.root / name), messages) for name in heard}
     speed = len(stamps) / (time.perf_counter() - started)
-    print(f"{folder.root}: {len(stamps)} images, {format_bytes(size)}, {speed:.0f} images/s")
+    say(f"{folder.root}: {len(stamps)} images, {format_bytes(size)}, {speed:.0f} images/s")
     return bad, {name: said for name, said in words.items() if said}
 
 
@@ -184,4 +185,4 @@ def _move(folder: ImageFolder, names: Container[str], target: Path) -> None:
     for path, to in moves:
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, to)
-    print(f"{folder.root}: moved {len(moves)} images to {target}")
+    say(f"{folder.root}: moved {len(moves)} images to {target}")

@@ -41,6 +41,7 @@ from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
+from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.reading import cannot_read
 from pipelines.utils.thread_map import ordered_map
@@ -166,11 +167,9 @@ def _is_there(output: Path, source: _Source, options: ConvertOptions) -> bool:
             "or add --skip-bad"
         )
     check_sidecar(found, open_beton(path))
-    print(
-        f"{path}: is there already, with the same options, from images of the same names and sizes"
-    )
+    say(f"{path}: is there already, with the same options, from images of the same names and sizes")
     for line in found.remarks:
-        print(f"{path}: {line}")
+        say(f"{path}: {line}")
     return True
 
 
@@ -186,7 +185,7 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
                 after += encoded.stored.data.size
         # One page for the tables; 5 % because pages are not filled to their ends.
         size = PAGE_SIZE + 1.05 * source.bytes * after / max(before, 1)
-        print(f"{source.split}: {len(source.chosen)} images of {format_bytes(source.bytes)}, "
+        say(f"{source.split}: {len(source.chosen)} images of {format_bytes(source.bytes)}, "
               f"about {format_bytes(size)} to write")  # fmt: skip
         total += size
     free = free_space(output)
@@ -233,10 +232,10 @@ def _convert_split(
             partial.unlink()
     speed = content.samples / (time.perf_counter() - started)
     kinds = ", ".join(f"{count} {how}" for how, count in sorted(stored.items()))
-    print(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
+    say(f"{final}: {content.samples} samples of {len(content.classes)} classes, "
           f"{format_bytes(content.bytes)}, {speed:.0f} images/s: {kinds}")  # fmt: skip
     for line in content.remarks:
-        print(f"{final}: {line}; its sidecar lists them")
+        say(f"{final}: {line}; its sidecar lists them")
 
 
 def _write(

@@ -50,6 +50,7 @@ from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, make_schedule
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.output import say
 from pipelines.utils.reading import cannot_read
 from pipelines.utils.text import distinct, first_names
 
@@ -71,7 +72,7 @@ def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Lo
     classes = _common_classes(spec.data, betons, sidecars)
     if spec.rank == 0:
         for beton in betons:
-            print(f"{beton.path}: {count_text(len(beton), len(classes))}")
+            say(f"{beton.path}: {count_text(len(beton), len(classes))}")
         if len(classes) == 1:
             warn_of_single_class(spec.data, classes[0])
     loaders = [
@@ -219,13 +220,13 @@ def _checked_sidecar(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Si
     if found is not None:
         check_sidecar(found, beton)
         if found.skipped and spec.rank == 0:
-            print(f"{beton.path}: {found.lacks}")
+            say(f"{beton.path}: {found.lacks}")
     elif not options.trust:
         if spec.rank == 0:
-            print(
+            say(
                 f"warning: {beton.path} has no sidecar: checking all {len(beton)} samples "
                 "(--trust leaves that out)",
-                file=sys.stderr,
+                sys.stderr,
             )
         share = np.arange(spec.rank, len(beton), spec.world_size)
         for index, reason in zip(

@@ -15,6 +15,7 @@ from pipelines.image_formats import memory_errors
 from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError
+from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar
 from pipelines.utils.reading import reading
 from pipelines.utils.thread_map import ordered_map
@@ -34,16 +35,16 @@ def verify(path: Path, workers: int) -> int:
         for index, reason in enumerate(reasons(beton, np.arange(len(beton)), workers)):
             if reason is not None:
                 bad += 1
-                print(f"{path}: sample {index} (label {beton.labels[index]}) is broken: {reason}")
+                say(f"{path}: sample {index} (label {beton.labels[index]}) is broken: {reason}")
             size += int(beton.samples.size[index])
             progress.update(index + 1, size, bad)
     if found is not None and found.skipped:
-        print(f"{path}: {found.lacks}")
+        say(f"{path}: {found.lacks}")
     changed = found is not None and sha256_file(path) != found.sha256
     if changed:
-        print(f"{path}: its SHA-256 is not its sidecar's: it was changed after it was written")
+        say(f"{path}: its SHA-256 is not its sidecar's: it was changed after it was written")
     what = "no sidecar" if found is None else "another SHA-256" if changed else "SHA-256 as written"
-    print(f"{path}: {len(beton) - bad} of {len(beton)} samples are sound; {what}")
+    say(f"{path}: {len(beton) - bad} of {len(beton)} samples are sound; {what}")
     return 1 if bad or changed else 0
 
 

@@ -8,6 +8,7 @@ import difflib
 import errno
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
-from pipelines.utils.output import guard_output, lost_output
+from pipelines.utils.output import guard_output, lost_output, say
 
 Options = TypeVar("Options")
 
@@ -80,12 +81,12 @@ def exit_if_not_installed(name: str, extra: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        say(f"{name}: interrupted", sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
         if (message := _not_installed(error, extra)) is None:
             raise
-        print(f"{name}: error: {message}", file=sys.stderr)
+        say(f"{name}: error: {message}", sys.stderr)
         sys.exit(message.exit_code)
 
 
@@ -98,7 +99,7 @@ def parse_options(
     """
     import tyro  # most verbs are found and listed without it; it takes 0.2 s
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = expand_home(sys.argv[1:] if argv is None else argv)
     complaint = io.StringIO()
     options: Any
     unknown: list[str]
@@ -136,13 +137,13 @@ def verb_command(
     if verb in verbs:
         return run_verb(f"{program} {verb}", verbs[verb], rest)
     if verb in ("--help", "-h"):
-        print(f"{program if program == 'rsnet' else f'python -m {program}'} VERB --help")
+        say(f"{program if program == 'rsnet' else f'python -m {program}'} VERB --help")
         width = max(map(len, verbs))
         for name, listed in verbs.items():
-            print(f"  {name:{width}}  {listed.summary}")
+            say(f"  {name:{width}}  {listed.summary}")
         return 0
     known = " ".join(verbs)
-    print(f"{program}: error: {verb}: there is no such verb; one of {known}", file=sys.stderr)
+    say(f"{program}: error: {verb}: there is no such verb; one of {known}", sys.stderr)
     return UsageError.exit_code
 
 
@@ -178,25 +179,30 @@ def exit_code(
         sys.stdout.flush()
         return code
     except (UsageError, DataError, RunError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        say(f"{name}: error: {error}", sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if (message := _not_installed(error, extra)) is None:
             raise
-        print(f"{name}: error: {message}", file=sys.stderr)
+        say(f"{name}: error: {message}", sys.stderr)
         return message.exit_code
     except OSError as error:  # a disk or folder that does not let us; the message names the path
         if error is lost_output():
             if error.errno == errno.EPIPE:  # as of `| head`, which has all that it wants
                 return EXIT_PIPE
             error = OSError(f"cannot write to stdout: {error.strerror}")
-        print(f"{name}: error: {os_error_line(error)}{way_out(error)}", file=sys.stderr)
+        say(f"{name}: error: {os_error_line(error)}{way_out(error)}", sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{advice}", file=sys.stderr)
+        say(f"{name}: interrupted{advice}", sys.stderr)
         return EXIT_INTERRUPTED
     finally:
         guard_output(False)  # at the end of Python nothing can be told any longer
+
+
+def expand_home(words: Sequence[str]) -> list[str]:
+    """Return a command line with the home folder for `~`, also where no shell did that, as in --data=~/x."""
+    return ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in words]
 
 
 def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:

@@ -90,11 +90,16 @@ def lost_output() -> OSError | None:
     return _stdout.lost if _stdout else None
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print one line, by default on stdout, whatever names of files and classes are in it."""
+    print(printable(text), file=file or sys.stdout, flush=True)
+
+
 def note_once(kind: str, text: str) -> None:
     """Print on stderr what does not end the command, unless the same kind was printed before."""
     if kind not in _noted:
         _noted.add(kind)
-        print(f"note: {printable(text)}", file=sys.stderr)
+        say(f"note: {text}", sys.stderr)
 
 
 _noted: set[str] = set()

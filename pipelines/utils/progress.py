@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from pipelines.utils.output import is_terminal
+from pipelines.utils.output import is_terminal, say
 
 LINE_EVERY = 10.0  # seconds
 
@@ -55,7 +55,7 @@ class ProgressBar:
             self._bar.update(self._task, completed=done, info=info)
         elif now - self._last_line >= LINE_EVERY:
             self._last_line = now
-            print(f"{self._title}: {done}/{self._total}, {info}", file=sys.stderr, flush=True)
+            say(f"{self._title}: {done}/{self._total}, {info}", sys.stderr)
 
 
 def format_bytes(size: float) -> str:

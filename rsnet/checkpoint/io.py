@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 def note_hashes(path: Path, known: Sequence[str]) -> None:
     """Write PATH.sha256: what `path` may be."""
     lines = [f"{known_hash}  {path.name}\n" for known_hash in dict.fromkeys(known)]
-    atomic_write(_hash_file(path), "".join(lines).encode())
+    atomic_write(_hash_file(path), os.fsencode("".join(lines)))
 
 
 def remove(path: Path) -> None:
@@ -82,7 +83,7 @@ def _serialized(content: Mapping[str, Any]) -> memoryview:
 
 def _noted_hashes(path: Path) -> list[str]:
     hash_file = _hash_file(path)
-    return hash_file.read_text(errors="replace").split() if hash_file.is_file() else []
+    return os.fsdecode(hash_file.read_bytes()).split() if hash_file.is_file() else []
 
 
 def _hash_file(path: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run(options: Options) -> int:
     calibrated = {**network.calibrated, str(options.size): options.how}
     described = dataclasses.replace(network, sizes=tuple(sizes), calibrated=calibrated)
     io.save(output, Checkpoint(described, states[options.how]))
-    print(f"{output}: sizes {' '.join(map(str, sizes))}")
+    say(f"{output}: sizes {' '.join(map(str, sizes))}")
     return 0
 
 

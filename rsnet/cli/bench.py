@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import ClassifierOptions, load_classifier
 
@@ -74,7 +75,7 @@ def run(options: Options) -> int:
     figures = measure(classifier, scores)
     times = {s.size: {"median": s.ms_batch["p50"], "p95": s.ms_batch["p95"]} for s in figures.sizes}
     if reason := unsteady(times):
-        print(f"note: the device was busy with something else: {reason}", file=sys.stderr)
+        say(f"note: the device was busy with something else: {reason}", sys.stderr)
     if output is not None:
         plot = write_results(output, classifier.config["network"]["arch"], figures)
         if options.wandb != "disabled":
@@ -139,7 +140,7 @@ def _log_to_wandb(options: Options, output: Path, figures: Figures, plot: Path) 
         name=options.wandb_name or os.environ.get("WANDB_NAME") or None,
         config={**figures.conditions, "images": figures.images},
         run_id=None,
-        say=lambda line: print(line, file=sys.stderr),
+        say=lambda line: say(line, sys.stderr),
         remedy=f"all of it is in {output}",
     )
     log.log_results(benchmark_report.COLUMNS, benchmark_report.rows(figures), plot)

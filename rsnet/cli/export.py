@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def run(options: Options) -> int:
     )
     for file in files:
         off = max(value for errors in file["max_abs_error"].values() for value in errors.values())
-        print(
+        say(
             f"{options.output / file['file']}: size {' '.join(map(str, file['sizes']))}, "
             f"{file['bytes'] / 1e6:.1f} MB, logits off by at most {off:.1e}"
         )
@@ -69,12 +70,12 @@ def _export_original(options: Options) -> int:
 
     network, optimizer = export_original(options.source, options.output)
     sizes = " ".join(map(str, network.sizes))
-    print(f"{options.output}: for the original code with --arch {network.arch} --sizes {sizes}")
+    say(f"{options.output}: for the original code with --arch {network.arch} --sizes {sizes}")
     decay = optimizer["param_groups"][0]["weight_decay"]
     momentum = "its momentum" if optimizer["state"] else "no momentum, which the checkpoint lacks"
-    print(f"a training that goes on there has weight decay {decay:g} and {momentum}")
+    say(f"a training that goes on there has weight decay {decay:g} and {momentum}")
     if network.normalize != "unit":
-        print(
+        say(
             f"note: it was trained with --normalize {network.normalize}; the original code feeds [0, 1]"
         )
     return 0

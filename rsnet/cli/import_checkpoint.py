@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def run(options: Options) -> int:
     best = write_imported_run(options.output, options.original, checkpoint)
     network = checkpoint.network
     order = " ".join(map(str, options.sizes or DEFAULT_SIZES))
-    print(
+    say(
         f"{network.arch}, {network.num_classes} classes, sizes "
         f"{' '.join(map(str, network.sizes))} (as its bn_0, bn_1, ... are of {order}), "
         "--normalize unit; evaluate it with\n"

@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import error_context
+from pipelines.utils.output import say
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def run(options: Options) -> int:
         checkpoint = from_tensorflow(variables)
     best = write_imported_run(options.output, options.original, checkpoint)
     network = checkpoint.network
-    print(
+    say(
         f"{network.arch} --mode {network.mode} --qw {network.qw} --qa {network.qa}, "
         f"{network.num_classes} classes, sizes {' '.join(map(str, network.sizes))}, "
         "--normalize imagenet, its first layer for RGB; evaluate it with\n"

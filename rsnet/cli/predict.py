@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import DataError
+from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
-from pipelines.utils.text import printable
 from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class _Readable(Iterable[tuple[int, "Image.Image"]]):
                 image = self._classifier.decode(path)
             except DataError as error:
                 self._bad += 1
-                print(printable(str(error)), file=sys.stderr)
+                say(str(error), sys.stderr)
             else:
                 size += Path(path).stat().st_size
                 yield i, image

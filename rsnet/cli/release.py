@@ -8,6 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from pipelines.utils.output import say
+
 
 @dataclass(frozen=True)
 class Options:
@@ -27,14 +29,14 @@ def run(options: Options) -> int:
     release = release_run(options.run, options.output)
     network, weights = release.config["network"], release.config["weights"]
     kind = "averaged weights" if weights["averaged"] else "weights"
-    print(f"{checkpoint_of(options.run)}: {kind} after epoch {release.config['source']['epoch']}")
+    say(f"{checkpoint_of(options.run)}: {kind} after epoch {release.config['source']['epoch']}")
     if release.config["accuracy"] is None:
-        print(
+        say(
             "note: their accuracies are not known, as there is no evaluation of them in a run directory"
         )
     sizes = " ".join(map(str, network["sizes"]))
     full = sum(v.nbytes for v in release.state.values() if v.is_floating_point()) / 1e6
     unpacked = "" if network["qw"] == FULL else f" ({full:.1f} MB in float32)"
     megabytes = weights["bytes"] / 1e6
-    print(f"{options.output}: {network['arch']}, sizes {sizes}, {megabytes:.1f} MB{unpacked}")
+    say(f"{options.output}: {network['arch']}, sizes {sizes}, {megabytes:.1f} MB{unpacked}")
     return 0

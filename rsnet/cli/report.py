@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.text import printable
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ def run(options: Options) -> int:
 
     if not options.runs:
         raise UsageError("name one or more run directories")
-    groups = {str(path): [read_run(path)] for path in options.runs}
+    groups = {printable(str(path)): [read_run(path)] for path in options.runs}
     text = tables(groups)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "report.md").write_text(text + "\n")
+        (options.output / "report.md").write_text(text + "\n", "utf-8")
         plot(options.output / "report.png", groups)
     print(text)
     return 0

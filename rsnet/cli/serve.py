@@ -13,6 +13,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
 from rsnet.cli.classifier import LatencyOptions, load_classifier
 from rsnet.serving.config import ServerConfig
 
@@ -58,7 +59,7 @@ def run(options: Options) -> int:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         sizes = " ".join(map(str, classifier.sizes))
         line = f"{options.release}, sizes {sizes}: {server.url_of(listener)} (Ctrl-C ends)"
-        server.serve_forever(app, listener, lambda: print(line, flush=True))
+        server.serve_forever(app, listener, lambda: say(line))
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.output import say
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,5 @@ def run(options: Options) -> int:
         raise UsageError("name one or more run directories")
     for path in options.runs:
         with error_context(str(path)):
-            print(f"{path}: {send_run(path)}")
+            say(f"{path}: {send_run(path)}")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines import dali, ffcv
+from pipelines.utils.cli import expand_home
 from rsnet.train import main
 
 Pipeline = Literal["dali", "ffcv"]
@@ -33,6 +34,7 @@ class FfcvTrainOptions(ffcv.FfcvOptions):
 
 def run(words: Sequence[str]) -> int:
     """Run `rsnet train` with these arguments and return the exit code."""
+    words = expand_home(words)
     data = _last_value(words, "--data", "-d")
     pipeline = _last_value(words, "--pipeline")
     if pipeline is None and data is not None and any(Path(data).glob("*.beton")):

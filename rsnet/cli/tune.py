@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier
 
@@ -61,7 +62,7 @@ def run(options: Options) -> int:
     with ProgressBar("evaluate", len(folder.paths)) as bar:
         scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
     result = tune_release(classifier, scores, options.target_top1, options.target_ms)
-    print(
+    say(
         f"{result.held_out_images} images, others than the {result.fitted_images} that were fitted to; "
         f"{classifier.conditions['device']}, batches of {options.batch_size}, {options.dtype}"
     )
@@ -73,8 +74,8 @@ def run(options: Options) -> int:
         f"{slow:.4f} ms (95 of 100 times)"
     )
     if options.target_top1 is not None and result.held_out.top1 < options.target_top1:
-        print(f"note: that is below {options.target_top1:g} %; more images would fit it better")
-    print(f"{options.release / TUNED_FILE}: {_shown(result.tuned.cascade)}")
+        say(f"note: that is below {options.target_top1:g} %; more images would fit it better")
+    say(f"{options.release / TUNED_FILE}: {_shown(result.tuned.cascade)}")
     return 0
 
 

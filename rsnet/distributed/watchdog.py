@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipelines.utils.errors import DataError, RunError, first_line
+from pipelines.utils.output import say
 from rsnet.distributed.rendezvous import connect
 
 
@@ -71,7 +72,7 @@ class Watchdog:
                 line = f"no update for {self._timeout:.0f} s (--timeout): {self._who()}"
                 if self._ticks != seen:
                     continue
-                print(f"rank {self._rank}: error: {line}", file=sys.stderr, flush=True)
+                say(f"rank {self._rank}: error: {line}", sys.stderr)
                 os._exit(RunError.exit_code)  # the main thread may wait for the rank that is stuck
 
     def _tell(self) -> None:

@@ -52,7 +52,9 @@ def load(path: Path) -> Callable[[Tensor, int], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
     names = {value.name for value in session.get_inputs()}
 
     def run(images: Tensor, size: int) -> Tensor:

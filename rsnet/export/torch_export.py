@@ -72,7 +72,8 @@ def write(path: Path, network: nn.Module, size: int, about: Mapping[str, Any]) -
 
 def load(path: Path) -> Callable[[Tensor, int], Tensor]:
     """Return a function, (images, size) -> logits, that runs the program in a file on the CPU."""
-    module = torch.export.load(path).module()
+    with path.open("rb") as file:  # torch's own reader takes paths that are text alone
+        module = torch.export.load(file).module()
 
     def run(images: Tensor, size: int) -> Tensor:  # noqa: ARG001
         with torch.no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipelines.normalize import PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.output import say
 from rsnet.inference import latency, preprocess
 from rsnet.inference.cascade import (
     Cascade,
@@ -193,7 +194,7 @@ class SwitchableClassifier:
         """
         self._latencies, self._is_stored = self.measure_batches(self.batch_size), False
         if reason := latency.unsteady(self._latencies):
-            print(f"these latencies are not stored: {reason}", file=sys.stderr, flush=True)
+            say(f"these latencies are not stored: {reason}", sys.stderr)
             return self._latencies
         with suppress(OSError):
             latency.save(self._latency_file, self.conditions, self._latencies)
@@ -203,7 +204,7 @@ class SwitchableClassifier:
         """Measure batches of this size, which takes seconds to minutes: it is said on stderr."""
         sizes = " ".join(map(str, self.sizes))
         what = f"measuring batches of {batch_size} at sizes {sizes} on {self.device}"
-        print(what, file=sys.stderr, flush=True)
+        say(what, sys.stderr)
         return latency.measure(self.blank_forward(batch_size), self.sizes)
 
     def latencies(self) -> latency.Table:

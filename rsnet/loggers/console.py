@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from pipelines.utils.output import is_terminal, lost_output
+from pipelines.utils.text import printable
 
 
 class ConsoleLogger:
@@ -45,6 +46,10 @@ class ConsoleLogger:
 
     def say(self, text: str) -> None:
         """Print and log a line, above the bar if there is one."""
+        self.say_table(printable(text))
+
+    def say_table(self, text: str) -> None:
+        """Print and log lines whose cells are printable."""
         if self._active:
             self.log(text)
             self._print(text)

@@ -81,11 +81,14 @@ class RunDir:
             atomic_write_json(self.path / name, content)
 
     def append_text(self, name: str, text: str) -> None:
-        """Append to a file. Raises RunError if it cannot, or calls `on_error` if the run is to continue."""
+        """Append to a file, a path with its bytes.
+
+        Raises RunError if it cannot, or calls `on_error` if the run is to continue.
+        """
         if not self.active:
             return
         try:
-            with (self.path / name).open("a") as file:
+            with (self.path / name).open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(text)
         except OSError as error:
             line = f"cannot write to {self.path / name}: {error.strerror}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.utils.text import printable
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.device import peak_memory_gb
 from rsnet.evaluation import report
@@ -49,7 +51,7 @@ class RunLogger:
     def _write_header(self, context: RunContext) -> None:
         """Write down what runs where, and say how many images make up an update."""
         c, world = self.config, distributed.world_size()
-        typed = " ".join(sys.argv)
+        typed = printable(shlex.join(sys.argv))
         self.run_dir.append_text("command.txt", f"# typed: {typed}\n{context.command()}\n")
         self.run_dir.write_json("config.json", context.to_plain_dict())
         self.run_dir.write_json("env.json", environment(self.device, world))
@@ -101,7 +103,7 @@ class RunLogger:
         """Log the last evaluation as a table, a file and a plot, with GFLOPs and numbers of parameters."""
         if not distributed.is_main():
             return
-        self.console.say(report.table(results, cost))
+        self.console.say_table(report.table(results, cost))
         plot = self.config.output / "accuracy_flops.png"
         report.plot(plot, self.config.arch, results, cost)
         self.run_dir.write_json(

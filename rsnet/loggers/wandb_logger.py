@@ -98,7 +98,10 @@ class WandbLogger:
             return
         self._console.warnings.clear()
         if mode == "offline":
-            say(f"W&B: offline in {Path(self._run.dir).parent} ({reason}); {self._remedy}")
+            folder = directory.joinpath(
+                *Path(self._run.dir).parts[-3:-1]
+            )  # of the run: DIR/wandb/NAME/files
+            say(f"W&B: offline in {folder} ({reason}); {self._remedy}")
         elif self._is_whole:
             say(f"W&B: online at {self._run.url} ({reason})")
         else:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import wandb
 from pydantic import ValidationError
 
 from pipelines.utils.errors import UsageError, first_line
+from pipelines.utils.text import printable
 
 Mode = Literal["online", "offline", "disabled"]
 Table = tuple[list[str | int], list[list[Any]], Path]  # columns, rows; the plot, a PNG
@@ -105,10 +107,10 @@ def start(
     }
     run = wandb.init(
         mode=mode,
-        dir=directory,
+        dir=_text_path(directory),
         project=project,
-        name=name,
-        config=dict(config),
+        name=printable(name),
+        config={key: _plain(value) for key, value in config.items()},
         id=run_id,
         resume=resume,
         entity=entity,
@@ -121,6 +123,28 @@ def start(
         run.define_metric(metric, step_metric="step")
     run.define_metric("val/*", step_metric="epoch")
     return run
+
+
+def _plain(value: Any) -> Any:
+    """Return an option's value without bytes that are no text, which W&B does not take."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _text_path(directory: Path) -> Path:
+    """Return the folder, by another name if its own is no text, which W&B does not take."""
+    try:
+        str(directory).encode()
+        return directory
+    except UnicodeEncodeError:
+        _links.append(tempfile.TemporaryDirectory())
+        link = Path(_links[-1].name, "run")
+        link.symlink_to(directory.absolute())
+        return link
+
+
+_links: list[tempfile.TemporaryDirectory[str]] = []  # until the end of the process
 
 
 def log_results(run: Any, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:

@@ -74,8 +74,8 @@ class ProfileRun:
             f"{config.profile_steps} steps each of loader, computation, and both; {device}, amp {config.amp}"
         )
         found = profile(trainer, model, loader, self.cost, config.profile_steps)
-        say(profile_report.table(found))
-        say(profile_report.advice(found, config, self.context.options))
+        self.context.console.say_table(profile_report.table(found))
+        self.context.console.say_table(profile_report.advice(found, config, self.context.options))
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             figures = {

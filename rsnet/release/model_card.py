@@ -147,7 +147,7 @@ def update_bench(folder: str | Path, section: str | None) -> None:
     except UnicodeDecodeError as error:
         raise DataError(f"{card} is no UTF-8") from error
     if section is not None:
-        atomic_write(card, text.encode())
+        atomic_write(card, text.encode(errors="backslashreplace"))
 
 
 def _what_is_private(norm: str) -> str:

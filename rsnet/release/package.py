@@ -94,7 +94,10 @@ def write(
     with atomic_directory(folder) as temporary:
         atomic_write(temporary / WEIGHTS, data)
         atomic_write_json(temporary / CONFIG, config)
-        atomic_write(temporary / release_card.NAME, release_card.text(config).encode())
+        atomic_write(
+            temporary / release_card.NAME,
+            release_card.text(config).encode(errors="backslashreplace"),
+        )
         return read(temporary)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pipelines.utils.errors import first_line
+from pipelines.utils.output import say
 from rsnet.inference.cascade import Cascade, Predict, Prediction
 
 # Of a finished batch: its size in pixels, its images, milliseconds.
@@ -83,7 +84,7 @@ class DynamicBatcher:
             try:
                 predictions = self._predict([job.pixels[size] for job in batch], size)
             except Exception as error:  # such as too little memory: the next batch may be smaller
-                print(f"a batch at size {size} failed: {first_line(error)}", file=sys.stderr)
+                say(f"a batch at size {size} failed: {first_line(error)}", sys.stderr)
                 for job in batch:
                     if job.future.set_running_or_notify_cancel():
                         job.future.set_exception(error)

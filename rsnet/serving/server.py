@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.output import say
 from rsnet.inference import latency
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.serving import app as routes
@@ -178,7 +179,7 @@ class Listener(socket.socket):
                 raise
             if time.monotonic() - self._said > SAY_AGAIN_S:
                 self._said = time.monotonic()
-                print(f"connections are refused: {error.strerror}", file=sys.stderr, flush=True)
+                say(f"connections are refused: {error.strerror}", sys.stderr)
             self._refuse()
             raise BlockingIOError from error
 

@@ -135,6 +135,18 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(saved, write, monke
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_checkpoint_may_have_any_name_and_any_class(saved, tmp_path):
+    names = (os.fsdecode(b"caf\xe9"), "a\n")
+    content = checkpoint.load(saved)
+    network = dataclasses.replace(content.network, classes=names)
+    path = tmp_path / os.fsdecode(b"x\xff.pt")
+    checkpoint.save(path, dataclasses.replace(content, network=network))
+    assert checkpoint.load(path).network.classes == names
+    (tmp_path / "x\udcff.pt").write_bytes(b"")
+    with pytest.raises(DataError, match="damaged"):
+        checkpoint.load(path)
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UsageError, match=f"there is no checkpoint {tmp_path}/x.pt"):
         checkpoint.load(tmp_path / "x.pt")

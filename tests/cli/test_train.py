@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 
 import pytest
@@ -61,11 +62,16 @@ def test_an_unknown_pipeline_is_one_line(capsys):
 def test_a_run_notes_a_command_that_names_rsnet_train_and_rerun_finds_that_all_is_done(
     photos, tmp_path, capsys
 ):
-    words = ["-d", str(photos), "-c", str(tmp_path / "run"), *map(str, RUN), "--epochs", "1"]
+    """In a folder whose name is no text."""
+    run = tmp_path / os.fsdecode(b"run\xff\n")
+    words = ["-d", str(photos), "-c", str(run), *map(str, RUN), "--epochs", "1"]
     assert main(["train", *words]) == 0
-    command = shlex.split((tmp_path / "run" / "command.txt").read_text().splitlines()[-1])
+    typed, _, command_line = os.fsdecode((run / "command.txt").read_bytes()).partition("\n")
+    command = shlex.split(command_line)
+    assert typed.startswith("# typed: ")
     assert command[:2] == ["rsnet", "train"]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["pipeline"] == "dali"
+    config = json.loads((run / "config.json").read_text())
+    assert (config["pipeline"], config["output"]) == ("dali", str(run))
     capsys.readouterr()
     assert main(command[1:]) == 0
     assert "epoch 1/1 " not in capsys.readouterr().out

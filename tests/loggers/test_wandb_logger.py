@@ -63,8 +63,10 @@ def _history(run: Path) -> list[dict]:
     return rows
 
 
-def test_an_offline_run_can_be_read_back(tmp_path):
+def test_an_offline_run_can_be_read_back_also_of_a_folder_whose_name_is_no_text(tmp_path):
     said: list[str] = []
+    tmp_path = tmp_path / os.fsdecode(b"run\xff\n")
+    tmp_path.mkdir()
     log = _start(tmp_path, "offline", said)
     log.log({"step": 1, "epoch": 0.5, "train/total": 2.5, "lr": 0.1})
     log.log({"step": 2, "epoch": 1, "val/top1@64": 71.25})
@@ -73,7 +75,7 @@ def test_an_offline_run_can_be_read_back(tmp_path):
     assert rows[0]["train/total"] == 2.5
     assert rows[1]["val/top1@64"] == 71.25
     assert len(said) == 1
-    assert said[0].startswith("W&B: offline in ")
+    assert said[0].startswith(f"W&B: offline in {tmp_path}/wandb/offline-run-")
     kinds = [r.WhichOneof("record_type") for r in _records(tmp_path)]
     assert kinds.count("metric") >= 4
     configs = [i for r in _records(tmp_path) for i in r.run.config.update]
@@ -143,6 +145,21 @@ def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
     assert "offline" in said[0]
     assert "(no run online: " in said[0]
     assert _history(tmp_path)[0]["train/total"] == 1.5
+
+
+def test_options_that_are_no_text_are_escaped(tmp_path):
+    config = {"data": "a\udcff", "n": 3, "schedule": ["\udcff", 1], "none": None}
+    log = WandbLogger(
+        "offline", tmp_path, project="p", name="b\udcff\n", config=config, run_id=None, say=print
+    )
+    log.finish()
+    runs = [r.run for r in _records(tmp_path) if r.WhichOneof("record_type") == "run"]
+    assert runs[0].display_name == "b\\udcff\\n"
+    found = {i.key: json.loads(i.value_json) for i in runs[0].config.update}
+    assert {k: found[k] for k in config} == config | {
+        "data": "a\\udcff",
+        "schedule": ["\\udcff", 1],
+    }
 
 
 def test_a_disabled_run_writes_nothing(tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from pipelines.utils.cli import command, exit_code, exit_if_not_installed
+from pipelines.utils.cli import command, exit_code, exit_if_not_installed, parse_options
 from pipelines.utils.errors import DataError, UsageError
 
 
@@ -62,6 +63,29 @@ def test_a_path_that_is_no_text_can_be_printed(monkeypatch):
 
 def test_options_are_parsed_and_the_result_is_the_exit_code():
     assert command("name", Options, lambda o: o.number, ["--number", "7"]) == 7
+
+
+@dataclass(frozen=True)
+class Paths:
+    data: Path
+    """A path."""
+
+    more: tuple[Path, ...] = ()
+    """Paths."""
+
+    resume: str = "auto"
+    """A path, or auto."""
+
+
+def test_the_home_folder_is_meant_where_no_shell_has_put_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--data=~/a", "--more", "~/b", "~", "c~/d", "--resume", "~/e.pt"]
+    found = parse_options(Paths, [Paths], words)
+    home = Path("/home/me")
+    assert found == Paths(home / "a", (home / "b", home, Path("c~/d")), "/home/me/e.pt")
+    assert parse_options(Paths, [Paths], ["--data", "~no-such-user/x"]).data == Path(
+        "~no-such-user/x"
+    )
 
 
 @pytest.mark.parametrize(

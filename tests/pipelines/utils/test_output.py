@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.utils import output
 from pipelines.utils.cli import exit_code
-from pipelines.utils.output import is_terminal, lost_output
+from pipelines.utils.errors import DataError
+from pipelines.utils.output import is_terminal, lost_output, note_once, say
 
 
 def _closed_pipe() -> int:
@@ -138,3 +140,26 @@ def test_a_bar_follows_the_terminal_and_not_the_colours(monkeypatch, term, draws
         monkeypatch.setenv("FORCE_COLOR", "1")
         assert not is_terminal(other)
     os.close(parent)
+
+
+NAME = "b\udcff\x1b[2J\nc"  # bytes that are no text, a terminal's command, a line's end
+SHOWN = "b\\udcff\\x1b[2J\\nc"
+
+
+def test_names_are_escaped_in_lines_notes_and_errors(monkeypatch, capsys):
+    monkeypatch.setattr(output, "_noted", set())
+
+    def run() -> int:
+        say(f"{NAME}: 3 images")
+        note_once("kind", f"{NAME}: no lock")
+        raise DataError(f"broken image {NAME}")
+
+    assert exit_code("name", run) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{SHOWN}: 3 images\n"
+    assert err == f"note: {SHOWN}: no lock\nname: error: broken image {SHOWN}\n"
+
+
+def test_the_path_of_a_systems_error_is_escaped(capsys):
+    assert exit_code("name", lambda: len(Path(f"/no/{NAME}").read_text())) == 1
+    assert capsys.readouterr().err == f"name: error: /no/{SHOWN}: No such file or directory\n"
