@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipelines.utils.atomic_io import atomic_directory
 from pipelines.utils.cli import command
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import UsageError, require_count
 
 Mask = NDArray[np.bool_]
 Plane = NDArray[np.float64]
@@ -76,6 +76,12 @@ class DemoOptions:
 
     seed: int = 0
     """The same seed gives the same pixels."""
+
+    def __post_init__(self) -> None:
+        require_count("--train", self.train, "image", 10**6)
+        require_count("--val", self.val, "image", 10**6)
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed}: must be 0 or a positive number")
 
 
 def write(options: DemoOptions) -> None:

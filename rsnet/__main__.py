@@ -10,7 +10,9 @@ from pipelines.utils.cli import Verb, verb_command
 from rsnet import __version__
 
 VERBS = {
-    "train": Verb("rsnet.cli.train", "train, evaluate or profile a network", None, extra="train"),
+    "train": Verb(
+        "rsnet.cli.train", "train, evaluate or profile a network", None, extra="train", trains=True
+    ),
     "verify": PIPELINE_VERBS["verify"],
     "convert": PIPELINE_VERBS["convert"],
     "import": Verb("rsnet.cli.import_checkpoint", "read a checkpoint of the original code"),
@@ -24,7 +26,10 @@ VERBS = {
     ),
     "report": Verb("rsnet.cli.report", "compare finished runs in a table and a plot", prints=True),
     "add-resolution": Verb(
-        "rsnet.cli.add_resolution", "add a resolution to a trained network", extra="train"
+        "rsnet.cli.add_resolution",
+        "add a resolution to a trained network",
+        extra="train",
+        trains=True,
     ),
     "release": Verb("rsnet.cli.release", "write a trained network as a folder to publish"),
     "predict": Verb("rsnet.cli.predict", "classify images with a release", prints=True),

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
-from pipelines.utils.errors import RunError, UsageError, error_context, first_line
+from pipelines.utils.errors import DataError, RunError, UsageError, error_context, first_line
 from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
@@ -160,6 +162,11 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     """Evaluate the network and print the table; with `writes`, leave it and a plot in --output, too."""
     config, console = context.config, context.console
     results = evaluate_with_progress(context, context.model)
+    for size, found in results.items():
+        if not math.isfinite(found["loss"]):
+            raise RunError(
+                f"--evaluate: the loss at size {size} is not finite; try --amp off, or another checkpoint"
+            )
     cost = report.model_cost(context.model)
     console.say_table(report.table(results, cost))
     if writes and distributed.is_main():
@@ -278,6 +285,8 @@ def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None)
         with error_context(f"{flag}{start.source} does not fit"):
             require_match(checkpoint.network, context.network, training)
             weights = checkpoint.model if training else checkpoint.eval_weights
+            if not training:
+                _require_finite(weights)
             load_weights(model, weights, checkpoint.network.sizes)
         if training:
             model.complete_alpha()
@@ -291,6 +300,17 @@ def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None)
 def rank_seed(seed: int, rank: int) -> int:
     """Return the seed of a rank's random numbers in layers; neighbouring seeds and ranks share nothing."""
     return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
+
+
+def _require_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, value in weights.items():
+        # A size that was added after the training has no part in the ensemble: its alpha is -inf.
+        is_wrong = value.isnan() if name == "alpha" else ~value.isfinite()
+        if value.is_floating_point() and is_wrong.any():
+            raise DataError(
+                f"{name} has numbers that are not finite: the training diverged; "
+                "take an earlier checkpoint"
+            )
 
 
 def _warn_of_schedule(context: RunContext) -> None:

@@ -15,7 +15,12 @@ from pipelines.image_formats import (
     require_strict_of_skip_bad,
 )
 from pipelines.utils.cores import default_workers
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import (
+    MOST_PREFETCHED,
+    MOST_THREADS,
+    UsageError,
+    require_count,
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,10 @@ class DaliOptions:
     """File that `rsnet verify --report` wrote. Unset: verified.json in --data."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        require_count("--workers", self.workers, "thread", MOST_THREADS)
         if not 0 <= self.decoder_hw_load <= 1:
             raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
-        if self.prefetch < 1:
-            raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+        require_count("--prefetch", self.prefetch, "batch", MOST_PREFETCHED)
         require_strict_of_skip_bad(self.strict, self.skip_bad)
         if self.skip_bad_report and not self.skip_bad:
             raise UsageError("--skip-bad-report: add --skip-bad to leave out what it lists")
@@ -79,6 +82,5 @@ class VerifyOptions:
     """Larger images are bad: a file of kilobytes can claim gigabytes."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        require_count("--workers", self.workers, "thread", MOST_THREADS)
         require_megapixels(self.max_megapixels)

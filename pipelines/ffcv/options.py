@@ -15,7 +15,12 @@ from pipelines.image_formats import (
     require_strict_of_skip_bad,
 )
 from pipelines.utils.cores import default_workers
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import (
+    MOST_PREFETCHED,
+    MOST_THREADS,
+    UsageError,
+    require_count,
+)
 
 Order = Literal["random", "quasi-random"]
 
@@ -43,10 +48,8 @@ class FfcvOptions:
     """Do not check every sample of a file that has no sidecar."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
-        if self.prefetch < 1:
-            raise UsageError(f"--prefetch {self.prefetch}: at least one batch is needed")
+        require_count("--workers", self.workers, "thread", MOST_THREADS)
+        require_count("--prefetch", self.prefetch, "batch", MOST_PREFETCHED)
         if not self.os_cache and self.order == "random":
             raise UsageError(
                 "--no-os-cache: in random order every page of the file is needed until the epoch ends; "
@@ -112,8 +115,7 @@ class ConvertOptions:
     """Convert nothing: decode every sample of this .beton file and report the broken ones."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"--workers {self.workers}: at least one thread is needed")
+        require_count("--workers", self.workers, "thread", MOST_THREADS)
         require_megapixels(self.max_megapixels)
         require_strict_of_skip_bad(self.strict, self.skip_bad)
         if self.subset is not None and self.subset < 1:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
+from pipelines.utils.memory import is_lack_of_memory, memory_line, require_memory
 from pipelines.utils.output import guard_output, lost_output, say
 
 Options = TypeVar("Options")
@@ -27,6 +28,7 @@ class Verb(NamedTuple):
     module: where its options, a dataclass, and `run` are, which takes them and returns the exit code.
     options: None where `run` takes the words of the command line and parses them itself.
     extra: of pyproject.toml; it installs all that the verb always needs.
+    trains: whether it needs a training's memory.
     prints: whether its result is what it prints, without which there is no reason to go on.
     """
 
@@ -36,6 +38,7 @@ class Verb(NamedTuple):
     run: str = "run"
     extra: str = "cli"
     prints: bool = False
+    trains: bool = False
 
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
@@ -76,13 +79,17 @@ def _not_installed(error: ModuleNotFoundError, extra: str) -> UsageError | None:
 @contextlib.contextmanager
 def exit_if_not_installed(name: str, extra: str) -> Iterator[None]:
     """End the script `name`, which needs `extra`, with one line if a library that it imports is missing, or
-    if it is interrupted meanwhile.
+    the memory for a training, or if it is interrupted meanwhile.
     """
     try:
+        require_memory()
         yield
     except KeyboardInterrupt:
         say(f"{name}: interrupted", sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except UsageError as error:
+        say(f"{name}: error: {error}", sys.stderr)
+        sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if (message := _not_installed(error, extra)) is None:
             raise
@@ -100,6 +107,7 @@ def parse_options(
     import tyro  # most verbs are found and listed without it; it takes 0.2 s
 
     arguments = expand_home(sys.argv[1:] if argv is None else argv)
+    _reject_empty(arguments)
     complaint = io.StringIO()
     options: Any
     unknown: list[str]
@@ -151,6 +159,8 @@ def run_verb(name: str, verb: Verb, words: Sequence[str]) -> int:
     """Run a verb with its arguments and return the exit code. name: what begins its messages."""
 
     def action() -> int:
+        if verb.trains:
+            require_memory()
         module = importlib.import_module(verb.module)
         run: Callable[[Any], int] = getattr(module, verb.run)
         if verb.options is None:
@@ -186,6 +196,11 @@ def exit_code(
             raise
         say(f"{name}: error: {message}", sys.stderr)
         return message.exit_code
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        say(f"{name}: error: {memory_line(error)}", sys.stderr)
+        return EXIT_FAILED
     except OSError as error:  # a disk or folder that does not let us; the message names the path
         if error is lost_output():
             if error.errno == errno.EPIPE:  # as of `| head`, which has all that it wants
@@ -203,6 +218,15 @@ def exit_code(
 def expand_home(words: Sequence[str]) -> list[str]:
     """Return a command line with the home folder for `~`, also where no shell did that, as in --data=~/x."""
     return ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in words]
+
+
+def _reject_empty(words: Sequence[str]) -> None:
+    """Raise UsageError for an option without a value, which would be taken for its default or for `.`."""
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, value = word.partition("=")
+        if not word or (flag.startswith("--") and equals and not value):
+            name = flag or (before if before.startswith("-") else "an argument")
+            raise UsageError(f"{name}: the value is empty")
 
 
 def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:

@@ -11,6 +11,7 @@ from pipelines.utils.atomic_io import fsync_directory
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.config.option_rules import MOST_KEPT
 
 
 class CheckpointManager:
@@ -52,7 +53,7 @@ class CheckpointManager:
         Raises DataError if all are damaged, or only the best is left.
         """
         damaged: list[Path] = []
-        for path in (p for age in range(100) if (p := self._aged(age)).exists()):
+        for path in (p for age in range(MOST_KEPT) if (p := self._aged(age)).exists()):
             try:
                 checkpoint = io.load(path)
             except DataError as error:

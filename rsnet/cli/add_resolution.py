@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -16,6 +15,7 @@ from tyro.conf import arg
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
+from rsnet.config.option_rules import MANY, MOST_IMAGES, MOST_LR, MOST_PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -60,14 +60,14 @@ class Options:
     """Seed of order and crops."""
 
     def __post_init__(self) -> None:
-        for flag, value, least in (
-            ("size", self.size, 1), ("steps", self.steps, 1), ("batch-size", self.batch_size, 2),
-            ("seed", self.seed, 0),
+        for flag, value, least, most in (
+            ("size", self.size, 1, MOST_PIXELS), ("steps", self.steps, 1, MANY),
+            ("batch-size", self.batch_size, 2, MOST_IMAGES), ("seed", self.seed, 0, 2**63 - 1),
         ):  # fmt: skip
-            if value < least:
-                raise UsageError(f"--{flag} {value}: at least {least}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr {self.lr}: must be a positive number")
+            if not least <= value <= most:
+                raise UsageError(f"--{flag} {value}: at least {least}, and {most} at most")
+        if not 0 < self.lr <= MOST_LR:
+            raise UsageError(f"--lr {self.lr}: must be a positive number, {MOST_LR:g} at most")
 
 
 def run(options: Options) -> int:

@@ -10,6 +10,13 @@ from typing import Any
 from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import BITS, FULL
 
+MANY = 10**6  # epochs, batches, classes
+MOST_PIXELS = 4096  # of a side
+MOST_IMAGES = 65536  # of a batch
+MOST_LR = 1000.0
+MOST_KEPT = 100  # checkpoints: as many names are looked for, and renamed at each save
+LONG_S = 1e8  # three years; much more is too long for the clocks of gloo and NCCL, which count nanoseconds
+
 
 def require_valid(c: Any) -> None:
     """Raise UsageError for the first option of a `TrainOptions` whose value is wrong by itself."""
@@ -34,25 +41,50 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             "--sizes",
             c.sizes,
             _distinct_positive,
-            "give one or more sizes, positive and all different",
+            "give one or more sizes, positive and all different, of 4096 pixels at most",
         ),
-        ("--num-classes", c.num_classes, lambda n: n >= 2, "at least 2"),
-        ("--width-mult", c.width_mult, _positive, "must be a positive number"),
+        ("--num-classes", c.num_classes, _within(2, MANY), "at least 2, and 1000000 at most"),
+        ("--width-mult", c.width_mult, _above_0(100), "must be a positive number, 100 at most"),
         ("--qw", c.qw, _bits, "from 1 to 8, or 32 for full precision"),
         ("--qa", c.qa, _bits, "from 1 to 8, or 32 for full precision"),
         ("--ema", c.ema, _share, "must be at least 0 and less than 1"),
         ("--mixup", c.mixup, _of_a_beta, "must be from 0 to 100"),
         ("--cutmix", c.cutmix, _of_a_beta, "must be from 0 to 100"),
-        ("--epochs", c.epochs, _positive, "at least 1 epoch is needed"),
-        ("--batch-size", c.batch_size, _positive, "at least 1 image is needed"),
-        ("--accumulate", c.accumulate, _positive, "at least 1 batch is needed"),
-        ("--lr", c.lr, _positive, "must be a positive number"),
+        ("--epochs", c.epochs, _within(1, MANY), "at least 1 epoch is needed, and 1000000 at most"),
+        (
+            "--batch-size",
+            c.batch_size,
+            _within(1, MOST_IMAGES),
+            "at least 1 image is needed, and 65536 at most",
+        ),
+        (
+            "--accumulate",
+            c.accumulate,
+            _within(1, MANY),
+            "at least 1 batch is needed, and 1000000 at most",
+        ),
+        ("--lr", c.lr, _above_0(MOST_LR), "must be a positive number, 1000 at most"),
         ("--momentum", c.momentum, _share, "must be at least 0 and less than 1"),
-        ("--weight-decay", c.weight_decay, _not_negative, "must be 0 or a positive number"),
-        ("--step", c.step, _positive, "at least 1 epoch"),
-        ("--schedule", c.schedule, lambda s: all(e > 0 for e in s), "epochs are positive"),
-        ("--gamma", c.gamma, _positive, "must be a positive number"),
-        ("--warmup", c.warmup, _not_negative, "must be 0 or a number of epochs"),
+        (
+            "--weight-decay",
+            c.weight_decay,
+            _from_0(1000),
+            "must be 0 or a positive number, 1000 at most",
+        ),
+        ("--step", c.step, _within(1, MANY), "at least 1 epoch, and 1000000 at most"),
+        (
+            "--schedule",
+            c.schedule,
+            lambda s: all(0 < e <= MANY for e in s),
+            "epochs are positive, and 1000000 at most",
+        ),
+        ("--gamma", c.gamma, _above_0(100), "must be a positive number, 100 at most"),
+        (
+            "--warmup",
+            c.warmup,
+            _within(0, MANY),
+            "must be 0 or a number of epochs, 1000000 at most",
+        ),
         ("--clip-grad", c.clip_grad, _not_negative, "must be 0 or a positive number"),
         ("--sizes-per-step", c.sizes_per_step, _positive, "at least 2 sizes are needed"),
         ("--label-smoothing", c.label_smoothing, _share, "must be at least 0 and less than 1"),
@@ -60,16 +92,48 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             "--checkpoint-every",
             c.checkpoint_every,
             _is_interval,
-            "a number of updates, or of minutes as in 10m",
+            "a number of updates, or of minutes as in 10m, of up to 9 digits",
         ),
-        ("--keep", c.keep, _positive, "at least 1"),
-        ("--on-nonfinite", c.on_nonfinite, _is_reaction, "stop, or skip and a number of updates"),
-        ("--profile-steps", c.profile_steps, _positive, "at least 1 step"),
-        ("--profile-limit", c.profile_limit, _positive, "must be a positive number of seconds"),
-        ("--timeout", c.timeout, _positive, "must be a positive number of seconds"),
+        ("--keep", c.keep, _within(1, MOST_KEPT), "at least 1, and 100 at most"),
+        (
+            "--on-nonfinite",
+            c.on_nonfinite,
+            _is_reaction,
+            "stop, or skip and a number of updates of up to 9 digits",
+        ),
+        (
+            "--profile-steps",
+            c.profile_steps,
+            _within(1, 10000),
+            "at least 1 step, and 10000 at most",
+        ),
+        (
+            "--profile-limit",
+            c.profile_limit,
+            _above_0(LONG_S),
+            "must be a positive number of seconds, 1e8 at most",
+        ),
+        (
+            "--timeout",
+            c.timeout,
+            _above_0(LONG_S),
+            "must be a positive number of seconds, 1e8 at most",
+        ),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
-        ("--log-interval", c.log_interval, _positive, "at least 1 step"),
+        ("--log-interval", c.log_interval, _within(1, 10**9), "at least 1 step, and 10^9 at most"),
     ]
+
+
+def _within(least: int, most: int) -> Callable[[int], bool]:
+    return lambda n: least <= n <= most
+
+
+def _above_0(most: float) -> Callable[[float], bool]:
+    return lambda x: 0 < x <= most
+
+
+def _from_0(most: float) -> Callable[[float], bool]:
+    return lambda x: 0 <= x <= most
 
 
 def _positive(x: float) -> bool:
@@ -94,14 +158,21 @@ def _of_a_beta(x: float) -> bool:
 
 
 def _is_interval(text: str) -> bool:
-    return re.fullmatch(r"\d+|\d+(\.\d+)?m", text) is not None
+    return re.fullmatch(r"[0-9]{1,9}|[0-9]{1,9}(\.[0-9]{1,9})?m", text) is not None
 
 
 def _is_reaction(words: tuple[str, ...]) -> bool:
     return words == ("stop",) or (
-        len(words) == 2 and words[0] == "skip" and words[1].isdecimal() and int(words[1]) > 0
+        len(words) == 2
+        and words[0] == "skip"
+        and re.fullmatch("0*[1-9][0-9]{0,8}", words[1]) is not None
     )
 
 
 def _distinct_positive(sizes: tuple[int, ...]) -> bool:
-    return bool(sizes) and min(sizes) > 0 and len(set(sizes)) == len(sizes)
+    return (
+        bool(sizes)
+        and min(sizes) > 0
+        and max(sizes) <= MOST_PIXELS
+        and len(set(sizes)) == len(sizes)
+    )

@@ -63,6 +63,13 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--profile-limit 0", "--profile-limit 0.0: must be a positive number of seconds"),
         ("--bacth-size 3", "--bacth-size: there is no such option; did you mean --batch-size?"),
         ("--worker=3", "--worker: there is no such option; did you mean --workers?"),
+        ("--arch=", "--arch: the value is empty"),
+        ("--arch ''", "--arch: the value is empty"),
+        ("--output ''", "--output: the value is empty"),
+        ("--timeout 1e18", "--timeout 1e+18: must be a positive number of seconds, 1e8 at most"),
+        ("--checkpoint-every 9999999999", "--checkpoint-every 9999999999: a number of updates"),
+        ("--on-nonfinite skip 9999999999", "--on-nonfinite skip 9999999999: stop, or skip"),
+        ("--schedule 30 2000000", "--schedule 30 2000000: epochs are positive, and 1000000"),
         ("--zzz", "--zzz: there is no such option; --help lists all options"),
         ("stray", "stray: there is no such option"),
     ],
@@ -72,6 +79,21 @@ def test_a_mistake_is_one_line_that_names_the_option(line, message):
         _parse(line)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_every_number_has_an_upper_bound():
+    """Except --sizes-per-step, which --sizes bounds, and --clip-grad, of which any will do."""
+    unbounded = {"sizes_per_step", "clip_grad"}
+    config, options = _parse("")
+    for values in (config, options):
+        for field in dataclasses.fields(values):
+            kind = re.search(r"\b(int|float)\b", str(field.type))
+            if field.name in unbounded or kind is None:
+                continue
+            huge = 10**30 if kind[1] == "int" else 1e30
+            given = (huge,) if "tuple" in str(field.type) else huge
+            with pytest.raises(UsageError, match=f"--{field.name.replace('_', '-')} "):
+                dataclasses.replace(values, **{field.name: given})
 
 
 def test_missing_data_is_named():

@@ -229,6 +229,22 @@ def test_too_little_gpu_memory_is_one_line_with_what_to_lower(train, tmp_path, m
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("where", ["model", "ema"])
+def test_weights_that_are_not_finite_are_not_evaluated(train, whole, tmp_path, where):
+    content = saved(whole)
+    name = next(n for n, v in content[where].items() if v.is_floating_point())
+    content["model"][name].view(-1)[0] = torch.nan
+    if where == "model":
+        content["ema"] = None
+    else:
+        content["ema"][name].view(-1)[0] = torch.nan
+    torch.save(content, tmp_path / "x.pt")
+    code, out, err = train(tmp_path / "run", "--evaluate", "--resume", tmp_path / "x.pt")
+    assert code == 1
+    assert f"x.pt does not fit: {name} has numbers that are not finite" in err
+    assert "ensemble" not in out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
