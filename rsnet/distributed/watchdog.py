@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from pipelines.utils.errors import DataError, RunError, first_line
+from pipelines.utils.errors import RunError, first_line
 from pipelines.utils.output import say
 from rsnet.distributed.rendezvous import connect
 
@@ -21,11 +23,13 @@ from rsnet.distributed.rendezvous import connect
 class Watchdog:
     """Ends a run in which a rank hangs: each tells in a store that it lives, and how far it is.
 
+    log: takes the line before it does.
+
     Collectives alone would wait for a stuck rank, or say that some rank is missing.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout = timeout_s
+    def __init__(self, timeout_s: float, log: Callable[[str], None]) -> None:
+        self._timeout, self._log = timeout_s, log
         self._interval = min(2.0, timeout_s / 8)
         self._ticks = 0
         self._done = threading.Event()
@@ -72,6 +76,7 @@ class Watchdog:
                 line = f"no update for {self._timeout:.0f} s (--timeout): {self._who()}"
                 if self._ticks != seen:
                     continue
+                self._log(f"rank {self._rank}: {line}")
                 say(f"rank {self._rank}: error: {line}", sys.stderr)
                 os._exit(RunError.exit_code)  # the main thread may wait for the rank that is stuck
 
@@ -108,8 +113,26 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {' and '.join(map(str, ranks))}"
 
 
+# How gloo's errors begin, which have no type of their own: with the file of its source that raised them.
+OF_GLOO = re.compile(r"\[\S*\bgloo/")
+# What calls gloo: torch's collectives, DDP, its hooks in a backward; and here, what waits for one.
+CALLERS = ("torch.distributed.", "torch.nn.parallel.", "torch.autograd.", "rsnet.distributed.")
+
+
 def is_collective_error(error: RuntimeError) -> bool:
-    """Return whether an error comes from what processes do together, because one of them is not there."""
-    words = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "store")
-    is_theirs = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
-    return is_theirs and dist.is_initialized() and not isinstance(error, DataError | RunError)
+    """Return whether an error comes from what processes do together, because one of them is not there.
+
+    NCCL's, the network's and the store's have types of their own. Words alone decide nothing: a file may have
+    any of them in its name.
+    """
+    if not dist.is_initialized():
+        return False
+    if isinstance(error, dist.DistError):
+        return True
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    caller = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return (
+        type(error) is RuntimeError
+        and OF_GLOO.match(str(error)) is not None
+        and caller.startswith(CALLERS)
+    )

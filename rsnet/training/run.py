@@ -91,7 +91,7 @@ class TrainingRun:
         self.manager = CheckpointManager(self.config.output / "checkpoints", self.config.keep)
         self.stop = StopRequest()
         self.vote = distributed.StepVote()
-        self.watchdog = Watchdog(self.config.timeout)
+        self.watchdog = Watchdog(self.config.timeout, run_dir.note)
         self.epoch = 0  # epochs that are finished
         self.done = 0  # updates of the one that is not
         self.best: list[float] = []  # the score of best.pt; empty without one

@@ -8,6 +8,13 @@ import torch.distributed as dist
 from pipelines.utils.errors import DataError, RunError
 from rsnet.distributed.watchdog import is_collective_error
 
+LOST = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:5"
+)
+LATE = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms"
+)
+
 
 @pytest.fixture
 def group():
@@ -16,14 +23,52 @@ def group():
     dist.destroy_process_group()
 
 
+def _raised(error: RuntimeError, module: str) -> RuntimeError:
+    """The error as a function of that module raises it."""
+    scope = {"__name__": module, "error": error}
+    with pytest.raises(type(error)) as end:
+        exec("def call():\n    raise error\ncall()", scope)
+    return end.value
+
+
 @pytest.mark.usefixtures("group")
-def test_an_error_that_names_a_file_or_an_option_is_not_the_loss_of_a_process():
-    lost = "Connection closed by peer"
-    assert is_collective_error(RuntimeError(lost))
-    assert not is_collective_error(RuntimeError("shape mismatch"))
-    for kind in (DataError, RunError):  # a path may have any of the words in it
-        assert not is_collective_error(kind("broken image /mnt/store/train/a.JPEG"))
+@pytest.mark.parametrize("words", [LOST, LATE])
+@pytest.mark.parametrize(
+    ("module", "is_theirs"),
+    [
+        ("torch.distributed.distributed_c10d", True),
+        ("torch.nn.parallel.distributed", True),
+        ("torch.autograd.graph", True),
+        ("rsnet.distributed.process_group", True),
+        ("pipelines.dali.loader", False),
+        ("torch.nn.functional", False),
+    ],
+)
+def test_gloos_error_is_a_loss_where_processes_do_something_together(words, module, is_theirs):
+    assert is_collective_error(_raised(RuntimeError(words), module)) is is_theirs
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    "name", ["DistError", "DistBackendError", "DistNetworkError", "DistStoreError"]
+)
+def test_an_error_of_torch_distributed_is_a_loss_whatever_it_says(name):
+    assert is_collective_error(_raised(getattr(dist, name)("x"), "pipelines.dali.loader"))
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    "words",
+    ["shape mismatch", "cannot restore the state", "no peer", "socket", "Connection closed by peer",
+     "open(/mnt/store/gloo/a.JPEG) timed out", "NCCL"],
+)  # fmt: skip
+def test_words_alone_are_no_loss(words):
+    for module in ("torch.distributed.distributed_c10d", "pipelines.dali.loader"):
+        assert not is_collective_error(_raised(RuntimeError(words), module))
+    for kind in (DataError, RunError):  # of gloo's words, too
+        assert not is_collective_error(_raised(kind(LOST), "torch.distributed.distributed_c10d"))
 
 
 def test_alone_there_is_no_process_to_lose():
-    assert not is_collective_error(RuntimeError("Connection closed by peer"))
+    for error in (RuntimeError(LOST), dist.DistNetworkError("x")):
+        assert not is_collective_error(_raised(error, "torch.distributed.distributed_c10d"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -100,6 +101,11 @@ def test_a_killed_rank_without_restarts_ends_all(photos, tmp_path):
     assert "rank      : 1" in err  # torchrun's report
     assert "rank 1 ended, or hangs, or is not connected any longer" in err
     assert "[rank0]: Traceback" not in err
+    log = (run / "log.txt").read_text()
+    assert "RunError: rank 1 ended, or hangs" in log
+    assert re.search(
+        "^(RuntimeError|torch.distributed.Dist.*Error): ", log, re.M
+    )  # what led to that
 
 
 @pytest.mark.slow

@@ -208,6 +208,9 @@ def test_a_loader_that_raises_ends_the_run_and_it_can_go_on(train, whole, tmp_pa
         RuntimeError, match="the disk is gone"
     ):  # a fault of the program: not hidden
         train(run, "--checkpoint-every", 1)
+    log = (run / "log.txt").read_text()
+    assert "Traceback" in log
+    assert "RuntimeError: the disk is gone" in log
     monkeypatch.undo()
     assert saved(run)["step"] == 8
     finish(command(Path(saved(run)["config"]["data"]), run))
