@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import socket
 import traceback
 from collections.abc import Iterator
@@ -54,7 +55,9 @@ def os_error_line(error: OSError) -> str:
     Python leaves the path out where a file is open: of reads, writes and fsync, as on a full disk.
     """
     reason = error.strerror or first_line(error)
-    paths = [str(p) for p in (error.filename, error.filename2) if p is not None]
+    paths = [
+        os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes)
+    ]
     if not paths and error.errno is not None and not isinstance(error, _OF_NO_FILE):
         paths = _open_path(error.__traceback__)
     return f"{' -> '.join(paths)}: {reason}" if paths else reason

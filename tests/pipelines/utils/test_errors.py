@@ -59,6 +59,7 @@ NO_SPACE = "/dev/full: No space left on device"
         (lambda: _sync(Path("/dev/null")), "/dev/null: Invalid argument"),
         (lambda: Path("/proc/self/mem").read_bytes(), "/proc/self/mem: Input/output error"),
         (lambda: Path("/no/x").read_text(), "/no/x: No such file or directory"),
+        (lambda: os.listdir(b"/no/x"), "/no/x: No such file or directory"),
         (lambda: Path("/no").rename("/x"), "/no -> /x: No such file or directory"),
     ],
 )
