@@ -61,6 +61,7 @@ from pipelines.sampler import (
     uniforms,
 )
 from pipelines.transforms import Rectangle, View, eval_view
+from pipelines.utils.output import say
 from pipelines.verify_report import skip_bad
 
 # Suffixes of formats of which `image_formats` refuses some.
@@ -95,10 +96,10 @@ def _note_formats(data: Path, folders: list[ImageFolder]) -> None:
     suffixes = Counter(Path(path).suffix.lower() for folder in folders for path in folder.paths)
     kinds = [f"{suffix} {count}" for suffix, count in suffixes.items() if suffix in DIFFERING]
     if kinds:
-        print(
+        say(
             f"note: decoders do not agree on all of {', '.join(kinds)}; "
             f"{verify_command(data)} lists the images of which they see different pictures",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 
