@@ -184,8 +184,9 @@ def graph_with_streams(trainer: Trainer, model: ResolutionSwitchable, batch: Bat
                 begin(number)
                 with torch.cuda.stream(stream):
                     logits.append(model(x, sizes[number]))
-        for stream in streams:
+        for stream, value in zip(streams, logits[1:], strict=True):
             main.wait_stream(stream)
+            value.record_stream(main)  # else its memory is the stream's again, once it is let go
         return tuple(logits)
 
     model.forward_all = forward_all  # type: ignore[method-assign, assignment]

@@ -106,6 +106,13 @@ class ResolutionSwitchable(nn.Module):
         for quantizer in self._quantizers:
             vars(quantizer)["active"] = index
 
+    def norms_of(self, sizes: Sequence[int]) -> list[nn.Module]:
+        """Return the BatchNorms that forwards at these sizes apply once each; none if all share one."""
+        if self.shared_norm:
+            return []
+        chosen = [self.sizes.index(size) for size in sizes]
+        return [norm.by_resolution[index] for norm in self._norms for index in chosen]
+
     def forward(self, x: Tensor, size: int | None = None) -> Tensor:
         """Return logits (N, classes) of images (N, 3, s, s), with the BatchNorm of `size`, by default s."""
         self.select(x.shape[-1] if size is None else size)

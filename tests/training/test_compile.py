@@ -82,6 +82,10 @@ def test_a_compiled_step_is_one_graph(batches, monkeypatch, kind):
     assert list(times.parts) == ["data", "forward and backward", "optimizer"]
     evaluate(model, batches.val, torch.device("cpu"))
     assert len(graphs) == 1
+    # Counted outside, all at once: in the graph, each counter would be an operation of its own.
+    assert not [node for node in graphs[0].graph.nodes if "num_batches_tracked" in node.name]
+    counters = [v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")]
+    assert {int(counter) for counter in counters} == {trainer.step}
 
 
 def test_without_a_compiler_there_is_one_line(photos, tmp_path, monkeypatch, capsys):
