@@ -110,16 +110,16 @@ def test_beton_files_are_compared_too(copies, tmp_path, monkeypatch):
 
 
 def _config(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"init_from": None, "pretrained": None, **changes})
+    return SimpleNamespace(**{"pretrained": None, **changes})
 
 
 def test_files_are_compared_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setattr("rsnet.train.to_plain_dict", vars)
     for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).write_text(content)
-    facts = {n: _options_of_all(_config(init_from=str(tmp_path / n))) for n in "abc"}
+    facts = {n: _options_of_all(_config(pretrained=str(tmp_path / n))) for n in "abc"}
     assert facts["a"] == facts["b"] != facts["c"]
-    with pytest.raises(UsageError, match=r"--init-from [0-9a-f]{12}\.\.\. there"):
+    with pytest.raises(UsageError, match=r"--pretrained [0-9a-f]{12}\.\.\. there"):
         _agree(monkeypatch, [facts["a"], facts["c"]])
 
 

@@ -65,7 +65,7 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
     code, output = _calibrate(saved, photos, tmp_path, "--how", how)
     out = capsys.readouterr().out
     assert code == 0
-    rows = [line.split()[0] for line in out.splitlines()[1:5]]
+    rows = [line.split()[0] for line in out.partition("\nsize ")[2].splitlines()[1:5]]
     assert rows == ["nearest", "interpolate", "estimate", "distil"]
     assert [line.split()[0] for line in out.splitlines() if line.endswith("saved")] == [how]
     content = checkpoint.load(output)
