@@ -99,6 +99,8 @@ def run(
     """
     device = distributed.setup(config.device, config.timeout)
     console = ConsoleLogger(distributed.is_main())
+    # Before anything that all ranks do together, which depends on the options.
+    require_same("options", lambda: _options_of_all(config))
     initial = _read_initial(config, Start(), console.say) if config.arch is None else None
     if initial is not None:
         config = dataclasses.replace(config, arch=initial.network.arch)
@@ -229,7 +231,7 @@ def _resolver(
     )
 
 
-def _options_of_all(config: ResolvedConfig) -> dict[str, Any]:
+def _options_of_all(config: TrainConfig | ResolvedConfig) -> dict[str, Any]:
     """Return the options that all ranks must have; of files their content, wherever a node has its copy."""
     facts = {
         f"--{name.replace('_', '-')}": value

@@ -133,18 +133,32 @@ def test_places_may_differ_and_what_is_computed_may_not(monkeypatch):
             _agree(monkeypatch, [first, other])
 
 
+def _two_ranks(words: list[str]) -> list[str]:
+    """Run a shell's words on two ranks, which have $RANK; return the lines of errors."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    _, err = finish([*launcher, "--no-python", "sh", "-c", " ".join(words)], code=None)
+    return [line for line in err.splitlines() if "train_dali.py: error: " in line]
+
+
 @pytest.mark.slow  # two processes
 def test_two_processes_whose_data_differ_end_in_one_line_each(photos, tmp_path):
     for rank in "01":
         shutil.copytree(photos, tmp_path / rank)
     for split in ("train", "val"):
         (tmp_path / "1" / split / "ant").rename(tmp_path / "1" / split / "zebra")
-    words = command(tmp_path / "RANK", tmp_path / "run")
-    shell = " ".join(map(str, words)).replace("RANK", "$RANK")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    _, err = finish([*launcher, "--no-python", "sh", "-c", shell], code=None)
-    lines = [line for line in err.splitlines() if "error: rank 1 (on " in line]
+    lines = _two_ranks(command(tmp_path / "$RANK", tmp_path / "run"))
     assert lines
+    assert all("error: rank 1 (on " in line for line in lines)
     assert all("has other data than rank 0 (on " in line for line in lines)
     assert all("classes (number 0) bee there and ant here" in line for line in lines)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow  # two processes
+def test_two_processes_with_other_options_end_before_they_wait_for_each_other(photos, tmp_path):
+    """With --pretrained, rank 1 would do more together with the others than they know of."""
+    words = command(photos, tmp_path / "run")
+    lines = _two_ranks([*words, "$([ $RANK = 1 ] && echo --pretrained default)"])
+    assert lines
+    assert all("has other options than rank 0 (on " in line for line in lines)
+    assert all("--pretrained default there and None here" in line for line in lines)
