@@ -49,11 +49,9 @@ def run(options: Options) -> int:
     )
     decay = weight_decay(checkpoint)
     if checkpoint.optimizer is None or decay is None:
-        print(
+        say(
             "note: it has no momentum; a training that goes on starts without, with the paper's weight decay"
         )
     else:
-        print(
-            f"its momentum and weight decay {decay:g} are taken along, for a training that goes on"
-        )
+        say(f"its momentum and weight decay {decay:g} are taken along, for a training that goes on")
     return 0

@@ -69,7 +69,7 @@ def run(options: Options) -> int:
     print(_sizes_table(result))
     print(_cascade_table(result))
     (low, high), (fast, slow) = result.interval
-    print(
+    say(
         f"of other images of this kind, by bootstrap: top-1 from {low:.2f} to {high:.2f} %, {fast:.4f} to "
         f"{slow:.4f} ms (95 of 100 times)"
     )

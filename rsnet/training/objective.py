@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Objective(nn.Module):
         self.model = model
         self.kd_type = kd_type
         self.label_smoothing = label_smoothing
+        self._is_compiled = False
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile as `nn.Module.compile` does, but for BatchNorm's counters, which count together outside.
@@ -33,13 +34,14 @@ class Objective(nn.Module):
         Compiled, each is an operation on one number: 265 kernels a step of a ResNet-50 at five sizes.
         """
         super().compile(*args, **options)
-        compiled: Any = self._compiled_call_impl
+        self._is_compiled = True
 
-        def call(images: Any, labels: Any, sizes: Sequence[int] | None = None) -> Any:
-            with count_batches_together(self.model.norms_of(sizes or self.model.sizes)):
-                return compiled(images, labels, sizes)
-
-        self._compiled_call_impl = call
+    def __call__(
+        self, images: tuple[Tensor, ...], labels: Tensor, sizes: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        norms = self.model.norms_of(sizes or self.model.sizes) if self._is_compiled else []
+        with count_batches_together(norms):
+            return cast(dict[str, Tensor], super().__call__(images, labels, sizes))
 
     def forward(
         self, images: tuple[Tensor, ...], labels: Tensor, sizes: Sequence[int] | None = None
