@@ -8,7 +8,7 @@ DEMO_OPTIONS := --arch parallel_resnet18 --sizes 64 56 48 40 32 --epochs 5 --bat
 # Tests start a hundred processes, each of which would compile the project anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-ffcv test test-slow test-faults lint docs mutations install
+.PHONY: demo demo-ffcv test test-slow test-faults test-oldest lint docs mutations install
 
 demo: install demo/data
 	$(PYTHON) train_dali.py --data demo/data $(DEMO_OPTIONS)
@@ -29,6 +29,10 @@ test-slow: install
 
 test-faults: install
 	$(PYTHON) -m pytest -m faults
+
+# With the oldest torch and torchvision that are promised.
+test-oldest: install
+	scripts/test_oldest.sh
 
 lint: install
 	.venv/bin/ruff check .

@@ -215,3 +215,19 @@ def test_an_opencv_that_is_too_new_for_ffcv_is_said(tmp_path):
     (without,), said = _install(tmp_path, "opencv5 libturbojpeg")
     assert "ffcv" not in without
     assert "install: FFCV needs OpenCV 4, here is 5\n" in said
+
+
+@pytest.mark.parametrize(
+    "script", ["scripts/test_oldest.sh", "scripts/slurm.sh", "benchmarks/gpu.sh"]
+)
+def test_a_shell_script_parses(script):
+    assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0
+
+
+def test_the_oldest_versions_that_are_tested_are_the_promised_ones():
+    """The script takes them from pyproject.toml, line by line."""
+    text = (ROOT / "scripts" / "test_oldest.sh").read_text()
+    (function,) = re.findall(r"^oldest\(\) .*?^}", text, re.DOTALL | re.MULTILINE)
+    words = f"{function}\noldest torch; oldest torchvision"
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["torch==2.11.*", "torchvision==0.26.*"]
