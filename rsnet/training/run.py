@@ -56,9 +56,7 @@ def train(context: RunContext, start: Start) -> Results:
     )
     run_dir = distributed.run_on_main(lambda: RunDir(config.output, start.continues, main))
     run_dir.active = main
-    if line := start.require_unfinished(config):
-        context.console.say(line)
-    elif start.adopted:
+    if start.adopted:
         context.console.say(f"from the run in {config.output}: {', '.join(start.adopted)}")
     with ExitStack() as stack:
         distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
@@ -292,7 +290,8 @@ class TrainingRun:
         changed = changes(checkpoint.config, to_plain_dict(self.config))
         what = f", with changed {', '.join(changed)}" if changed else ""
         where = f"after epoch {self.epoch}" if self.done == 0 else f"after {self._place()}"
-        self.console.say(f"resumed {start.source} {where}{what}")
+        finished = start.require_unfinished(self.config)
+        self.console.say(finished or f"resumed {start.source} {where}{what}")
         for line in (*missing, *moved):
             self.console.say(f"not as before: {line}")
 
