@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,10 @@ def pixels_of(path: Path) -> list[np.ndarray]:
 
 def sidecar_of(path: Path) -> dict:
     return json.loads(path.with_name(path.name + ".json").read_text())
+
+
+def edit_sidecar(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the content of a .beton file's sidecar."""
+    content = sidecar_of(path)
+    change(content)
+    path.with_name(path.name + ".json").write_text(json.dumps(content))

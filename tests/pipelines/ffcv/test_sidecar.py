@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.utils.errors import DataError
 from tests.conftest import needs_ffcv
-from tests.helpers.betons import table_of
+from tests.helpers.betons import edit_sidecar, table_of
 from tests.helpers.fuzzing import accepts_or_refuses, altered, damaged
 
 pytestmark = needs_ffcv
@@ -44,13 +43,6 @@ def _open(path: Path) -> None:
         check_sidecar(sidecar, opened)
 
 
-def _edit_sidecar(path: Path, change: Callable[[dict], object]) -> None:
-    sidecar = path.with_name(path.name + ".json")
-    content = json.loads(sidecar.read_text())
-    change(content)
-    sidecar.write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize("position", ["label", "order"])
 def test_labels_that_were_changed_are_noticed(beton, position):
     path = beton / "val.beton"
@@ -69,7 +61,7 @@ def test_labels_that_were_changed_are_noticed(beton, position):
 
 def test_a_sidecar_of_an_earlier_version_has_no_hash_of_the_tables(beton):
     path = beton / "val.beton"
-    _edit_sidecar(path, lambda content: content.pop("table_sha256"))
+    edit_sidecar(path, lambda content: content.pop("table_sha256"))
     _open(path)
 
 
