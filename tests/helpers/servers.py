@@ -77,3 +77,26 @@ class Gate:
         self.entered.set()
         assert self.is_open.wait(30)
         return self._predict(pixels, size)
+
+
+def until(holds) -> None:
+    while not holds():
+        time.sleep(0.005)
+
+
+def request_head(length: int) -> bytes:
+    return (
+        f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+    )
+
+
+def colours(gate: Gate) -> list[int]:
+    """Of what was computed; images of one colour have only this value."""
+    return [int(pixels.max()) for _, images in gate.batches for pixels in images]
+
+
+def plain(colour: int) -> bytes:
+    return encoded(Image.new("RGB", (40, 40), (colour,) * 3))
+
+
+PHOTO = encoded(photo(0))

@@ -7,30 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.utils.errors import DataError
 from tests.conftest import needs_ffcv
 from tests.helpers.betons import edit_sidecar, table_of
-from tests.helpers.fuzzing import accepts_or_refuses, altered, damaged
+from tests.helpers.fuzzing import accepts_or_refuses, altered, damaged, efforts
 
 pytestmark = needs_ffcv
-
-QUICK = settings(
-    max_examples=10,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-efforts = pytest.mark.parametrize(
-    "effort",
-    [
-        pytest.param(QUICK, id="few"),
-        pytest.param(settings(QUICK, max_examples=300), id="many", marks=pytest.mark.slow),
-    ],
-)
 
 
 def _open(path: Path) -> None:
