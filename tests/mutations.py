@@ -60,7 +60,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a size is given another size's BatchNorm",
-        "rsnet/models/switchable.py", "self.sizes.index(size)", "self.sizes.index(size) - 1",
+        "rsnet/models/switchable.py", "index = self.sizes.index(size)\n",
+        "index = self.sizes.index(size) - 1\n",
         "tests/models/test_switchable.py -k 'largest or sorted or resolution'",
     ),
     Mutation(
