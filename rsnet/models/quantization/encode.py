@@ -1,6 +1,7 @@
 """Rounding of LQ-Nets' quantizers: levels, the thresholds between them, and the level of every value.
 
-Everything that depends on the thresholds is here, and as compiled code in `encode_numba`.
+Everything that depends on the thresholds is here, and as compiled code in `encode_numba` (CPU) and
+`encode_triton` (GPU).
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def encode(
     above: Tensor | None
     if _is_compiled(values):
         above = _kernels().encode(rows, thresholds, levels, coded_rows)
+    elif _is_on_gpu(values):
+        above = _gpu_kernels().encode(rows, thresholds, levels, coded_rows, counting)
     else:
         chosen = levels.gather(1, level_indices(rows, thresholds))
         coded_rows.copy_(chosen.where(rows > -torch.inf, rows))
@@ -111,6 +114,26 @@ def _is_compiled(values: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and _kernels() is not None
     )
+
+
+def _is_on_gpu(values: Tensor) -> bool:
+    return (
+        values.device.type == "cuda"
+        and values.dtype in (*COMPILED, torch.float16)
+        and values.numel() > 0
+        and not torch.compiler.is_compiling()
+        and _gpu_kernels() is not None
+    )
+
+
+@functools.cache
+def _gpu_kernels() -> Any:
+    """Return `encode_triton`, or None where torch came without Triton. Importing it takes half a second."""
+    try:
+        from rsnet.models.quantization import encode_triton
+    except ImportError:
+        return None
+    return encode_triton
 
 
 @functools.cache
