@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -25,6 +26,14 @@ from tests.helpers.clock import Clock
 from tests.helpers.wandb_server import WandbServer
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+# A shell's background job, or nohup, has them ignored, and then so do the commands that tests interrupt.
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, default)
 
 # What else the tests import; nothing of it is needed on a GPU.
 LIBRARIES = {*EXTRAS, "httpx", "playwright", "starlette", "yaml"}

@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.ffcv.beton import Beton
 from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.utils.atomic_io import atomic_write_json
-from pipelines.utils.errors import DataError, error_context
+from pipelines.utils.errors import DataError
 from pipelines.utils.reading import file_state, reading
 from pipelines.utils.schema import (
     OBJECT,
@@ -112,9 +112,9 @@ def read_sidecar(beton: Path) -> Sidecar | None:
     path = sidecar_path(beton)
     if not path.exists():
         return None
-    with reading(path):
-        data = path.read_bytes()
     with parsing(path, f"remove it to have {beton.name} checked sample by sample instead"):
+        with reading(path):
+            data = path.read_bytes()
         content = json.loads(data)
         if content["version"] != SIDECAR_VERSION:
             raise DataError(
@@ -122,8 +122,7 @@ def read_sidecar(beton: Path) -> Sidecar | None:
                 f"{SIDECAR_VERSION}; convert the data anew with python -m pipelines.beton"
             )
         found = Sidecar(**content)
-        with error_context(str(path)):
-            require_fields(dataclasses.asdict(found), _RULES)
+        require_fields(dataclasses.asdict(found), _RULES)
         return found
 
 

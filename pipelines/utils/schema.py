@@ -17,6 +17,10 @@ from pipelines.utils.errors import DataError, RunError, UsageError, first_line, 
 MAX_COUNT = 2**53
 
 
+class FieldError(DataError):
+    """A field that is missing, or for which its rule does not hold; the file is not named."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """A check of one field; `what` completes "must be"."""
@@ -73,16 +77,16 @@ NOTHING = Rule("null", lambda v: v is None)
 
 
 def require(name: str, rule: Rule, value: Any) -> None:
-    """Raise DataError if a rule does not hold."""
+    """Raise FieldError if a rule does not hold."""
     if not rule.holds(value):
-        raise DataError(f"{name} is {reprlib.repr(value)}, must be {rule.what}")
+        raise FieldError(f"{name} is {reprlib.repr(value)}, must be {rule.what}")
 
 
 def require_fields(value: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> None:
-    """Raise DataError that names the first field which is missing, or for which its rule does not hold."""
+    """Raise FieldError that names the first field which is missing, or for which its rule does not hold."""
     for name, rule in rules.items():
         if name not in value:
-            raise DataError(f"{where}{name} is missing")
+            raise FieldError(f"{where}{name} is missing")
         require(where + name, rule, value[name])
 
 
@@ -100,6 +104,8 @@ def parsing(path: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
+    except FieldError as error:
+        raise DataError(f"{path} is damaged ({error}); {remedy}") from error
     except (UsageError, DataError, RunError):
         raise
     except OSError as error:

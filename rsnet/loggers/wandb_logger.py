@@ -15,7 +15,7 @@ from typing import Any
 import wandb
 
 from pipelines.utils.atomic_io import atomic_write_json
-from pipelines.utils.errors import error_context, first_line
+from pipelines.utils.errors import first_line
 from pipelines.utils.schema import NOTHING, TEXT, integer, parsing, require_fields
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_service import SERVICE_TIMEOUT_S, Console, Mode, within
@@ -172,8 +172,7 @@ def read_sent(directory: Path) -> Sent | None:
         return None
     with parsing(path, remedy):
         sent = json.loads(path.read_bytes())
-        with error_context(str(path)):
-            require_fields(sent, _SENT)
+        require_fields(sent, _SENT)
         return Sent(**sent)
 
 
