@@ -7,7 +7,9 @@ import io
 import json
 import lzma
 import shutil
+import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines import verify_report
 from pipelines.dali import DaliOptions
@@ -25,7 +28,7 @@ from rsnet.checkpoint import io as checkpoint_io
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
-from rsnet.config.train_config import require_options
+from rsnet.config.train_config import TrainConfig, require_options
 from rsnet.evaluation.compare import read_run
 from rsnet.inference import latency
 from rsnet.inference.cascade import read_tuned
@@ -33,6 +36,7 @@ from rsnet.loggers import wandb_sync
 from rsnet.loggers.run_dir import RunDir
 from rsnet.loggers.wandb_logger import Sent, read_sent, write_sent
 from rsnet.models.factory import create_model
+from rsnet.models.safe_load import safe_load
 from rsnet.release import config as release_config
 from rsnet.training import resume
 from rsnet.training.trainer import make_trainer
@@ -181,6 +185,67 @@ def test_a_checkpoint_is_read_or_refused_whatever_bytes_are_in_it(tmp_path, effo
     def check(data: bytes) -> None:
         path.write_bytes(data)
         accepts_or_refuses(lambda: checkpoint_io.load(path))
+
+    check()
+
+
+@functools.cache
+def _of_the_original() -> dict[str, Any]:
+    """The content of a checkpoint of the original code."""
+    data = lzma.decompress((FOLDER / "original.pth.tar.xz").read_bytes())
+    with tempfile.NamedTemporaryFile(suffix=".pth.tar") as file:
+        file.write(data)
+        file.flush()
+        content: dict[str, Any] = safe_load(Path(file.name))
+    return content
+
+
+@efforts
+def test_an_originals_file_is_read_or_refused_whatever_its_fields_hold(tmp_path, effort):
+    tensors = [torch.zeros(()), torch.zeros(2, 3), torch.eye(2).to_sparse()]
+    path = tmp_path / "model.pth.tar"
+
+    @settings(effort, max_examples=min(effort.max_examples, 60))
+    @given(altered(_of_the_original, [*JUNK, *tensors]))
+    def check(changed: Any) -> None:
+        torch.save(changed, path)
+        accepts_or_refuses(lambda: checkpoint_io.load(path, "parallel_mobilenetv2", (32, 24)))
+
+    check()
+
+
+FLAGS = [f"--{f.name.replace('_', '-')}" for t in (TrainConfig, DaliOptions) for f in fields(t)]
+WORDS = [
+    "0",
+    "-1",
+    "1",
+    "1e999",
+    "nan",
+    "10" * 200,
+    "",
+    " ",
+    "x",
+    "\0",
+    "\ud800",
+    "32 24",
+    "auto",
+    "--",
+    "=",
+]
+
+
+@efforts
+def test_options_are_taken_or_refused_whatever_words_are_there(effort):
+    """Also by what resolves them; without a run to resume."""
+
+    def resolved(words: list[str]) -> None:
+        config, _ = parse(DaliOptions, ["--data", "d", *words])
+        resolve(config, world_size=1, device_type="cpu", has_bf16=False)
+
+    @effort
+    @given(st.lists(st.sampled_from([*FLAGS, *WORDS]), min_size=1, max_size=6))
+    def check(words: list[str]) -> None:
+        accepts_or_refuses(lambda: resolved(words))
 
     check()
 
