@@ -11,7 +11,7 @@ from pipelines.utils.atomic_io import fsync_directory
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.config.option_rules import MOST_KEPT
+from rsnet.config.bounds import MOST_KEPT
 
 
 class CheckpointManager:

@@ -15,7 +15,7 @@ from tyro.conf import arg
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
-from rsnet.config.option_rules import MANY, MOST_IMAGES, MOST_LR, MOST_PIXELS
+from rsnet.config.bounds import MANY, MOST_IMAGES, MOST_LR, MOST_PIXELS
 
 if TYPE_CHECKING:
     import torch

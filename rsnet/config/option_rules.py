@@ -8,13 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.utils.errors import UsageError
+from rsnet.config.bounds import MANY, MOST_IMAGES, MOST_KEPT, MOST_LR, MOST_PIXELS
 from rsnet.config.model_config import BITS, FULL
 
-MANY = 10**6  # epochs, batches, classes
-MOST_PIXELS = 4096  # of a side
-MOST_IMAGES = 65536  # of a batch
-MOST_LR = 1000.0
-MOST_KEPT = 100  # checkpoints: as many names are looked for, and renamed at each save
 LONG_S = 1e8  # three years; much more is too long for the clocks of gloo and NCCL, which count nanoseconds
 
 

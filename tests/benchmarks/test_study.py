@@ -19,6 +19,7 @@ def options(photos, tmp_path):
     return study.Options(photos, tmp_path / "study", sizes=(32, 24, 16), seeds=2)
 
 
+@pytest.mark.slow
 def test_every_run_is_a_command_of_train_dali(options):
     configs = {job.path: parse(DaliOptions, job.options)[0] for job in study.jobs_of(options)}
     kinds = {(c.kd, c.kd_type, c.norm, c.sizes, c.sizes_per_step, c.seed) for c in configs.values()}

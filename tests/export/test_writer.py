@@ -90,6 +90,7 @@ def test_an_onnx_export_computes_its_size_for_any_batch(files, folder):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.slow
 def test_one_onnx_export_computes_the_size_that_is_named(one_file, folder, size):
     for count in (1, 5):
         images = _noise(count, size)
@@ -179,6 +180,7 @@ def test_no_path_of_this_machine_is_in_a_file(files, one_file, programs):
     ],
     ids=["mobilenetv2", "quantized", "mobilenetv2 in one file", "quantized program"],
 )
+@pytest.mark.slow
 def test_other_networks_are_exported(tmp_path, network, words, capsys):
     source = releases.write(tmp_path / "release", **network)
     output = _export(source, tmp_path / os.fsdecode(b"out\xff\n"), *words)

@@ -160,6 +160,7 @@ def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(call, tmp_path, 
         assert json.load(trace)["traceEvents"]
 
 
+@pytest.mark.slow
 def test_wandb_has_the_figures_the_plot_and_the_files(call, wandb_server, capsys):
     assert call("--profile-sweep", "workers", "--wandb-name", "mine") == 0
     ((run_id, (line,)),) = wandb_server.history.items()

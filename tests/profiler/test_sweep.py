@@ -131,6 +131,7 @@ def test_loaders_are_closed_before_the_next_are_opened(sweep, backend):
     assert not backend.open
 
 
+@pytest.mark.slow
 def test_too_large_a_batch_does_not_end_the_sweep(sweep, backend):
     def pause(_, spec):
         if spec.batch_size > 8:
@@ -145,12 +146,14 @@ def test_too_large_a_batch_does_not_end_the_sweep(sweep, backend):
     assert any(line.split()[-3:] == ["out", "of", "memory"] for line in said)
 
 
+@pytest.mark.slow
 def test_more_images_than_there_are_do_not_end_the_sweep(sweep):
     said, found = sweep("batch-size", "-b", "64")
     assert found["trials"][1]["failure"].startswith("--batch-size: one step takes 128 images")
     assert "--batch-size" in said[-2]
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_keeps_the_images_of_an_update(sweep, backend):
     backend.pause = lambda _, spec: 0.01 * spec.batch_size**2
     said, found = sweep("batch-size", "--accumulate", "2")
@@ -166,6 +169,7 @@ def test_a_smaller_batch_keeps_the_images_of_an_update(sweep, backend):
     assert not any("another recipe" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_larger_batch_says_that_it_is_another_recipe(sweep, backend):
     backend.pause = lambda *_: 0.1
     said, found = sweep("batch-size")

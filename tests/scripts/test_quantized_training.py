@@ -49,6 +49,7 @@ def _last(run):
     return run / "checkpoints" / "last.pt"
 
 
+@pytest.mark.slow
 def test_a_quantized_run_has_the_originals_recipe(runs):
     config = json.loads((runs / "weights" / "config.json").read_text())
     found = {

@@ -172,6 +172,7 @@ def test_a_chosen_file_is_classified_and_a_wrong_one_is_said(page, tmp_path):
     page.errors.clear()  # the browser's own, of the answer 415
 
 
+@pytest.mark.slow
 def test_nothing_is_wider_than_a_phone(page):
     _drop(page, "ant.png", encoded(photo(1)))
     page.get_by_text("3 sizes.").wait_for()

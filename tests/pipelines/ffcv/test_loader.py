@@ -140,6 +140,7 @@ def _resident_mb() -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
+@pytest.mark.slow
 def test_fifty_broken_off_epochs_leak_neither_thread_nor_memory(tmp_path):
     folder = write_folder(tmp_path / "a" / "train", {"ant": 40})
     shutil.copytree(folder, tmp_path / "a" / "val")
@@ -208,6 +209,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_a_file_by_ffcvs_own_writer_is_read(photos, tmp_path):
     """What users have from elsewhere; FFCV encodes it anew, hence the tolerance."""
     # In a process group that is ended: FFCV's workers, which are forked, may never exit.
@@ -272,7 +274,11 @@ def test_importing_ffcv_leaves_pytorchs_threads_alone():
 
 
 @pytest.mark.parametrize(
-    "command", [["train_ffcv.py", "--data", "x"], ["-m", "pipelines.beton", "--verify", "x"]]
+    "command",
+    [
+        pytest.param(["train_ffcv.py", "--data", "x"], marks=pytest.mark.slow),
+        ["-m", "pipelines.beton", "--verify", "x"],
+    ],
 )
 def test_a_machine_without_ffcv_is_told_so_in_one_line(tmp_path, command):
     (tmp_path / "ffcv.py").write_text('raise ImportError("No module named ffcv")')

@@ -1,0 +1,7 @@
+"""Upper bounds of options. Imports nothing: commands read their options with them."""
+
+MANY = 10**6  # epochs, batches, classes
+MOST_PIXELS = 4096  # of a side
+MOST_IMAGES = 65536  # of a batch
+MOST_LR = 1000.0
+MOST_KEPT = 100  # checkpoints: as many names are looked for, and renamed at each save
