@@ -10,7 +10,7 @@ import timm
 import torch
 import torchvision
 
-from pipelines.normalize import PixelNormalizer
+from pipelines.normalize import MEAN_STD, PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model, pretrained_normalize
@@ -82,10 +82,14 @@ def _require_the_librarys_logits(arch, plain, state, mean, std, tmp_path):
     model = create_model(ModelConfig(arch, 10, (96,)), pretrained=weights).eval()
     pixels = torch.randint(256, (2, 96, 96, 3), dtype=torch.uint8)
     ours = PixelNormalizer(torch.device("cpu"), torch.float32, normalize)(pixels)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
-    expected = plain((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
-    found = model(ours.permute(0, 3, 1, 2))
-    # Rounding alone is up to 5e-4 in the deepest, another normalisation 5e-2 or more.
+    own_mean, own_std = (torch.tensor(v, dtype=torch.float64) for v in MEAN_STD[normalize])
+    exact = (pixels - own_mean) / own_std
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    # In float64: networks that nobody trained make of float32's rounding up to a tenth of the logits.
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
+    expected = plain.double()((pixels.double().permute(0, 3, 1, 2) / 255 - mean) / std)
+    found = model.double()(exact.permute(0, 3, 1, 2))
+    # Another normalisation makes 5e-2 or more.
     assert float((found - expected).abs().max() / expected.abs().max()) < 2e-3
 
 
