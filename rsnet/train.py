@@ -101,7 +101,8 @@ def run(
     console = ConsoleLogger(distributed.is_main())
     # Before anything that all ranks do together, which depends on the options.
     require_same("options", lambda: _options_of_all(config))
-    initial = _read_initial(config, Start(), console.say) if config.arch is None else None
+    # A run directory that is given is found without the arch.
+    initial = None if config.arch or config.output else _read_initial(config, Start(), console.say)
     if initial is not None:
         config = dataclasses.replace(config, arch=initial.network.arch)
     start = distributed.run_on_main(lambda: find_start(config, console.say))
@@ -126,7 +127,9 @@ def run(
     try:
         require_same("data", lambda: data_facts(loaders))
         with _device_errors_in_one_line(resolved, device):
-            network = resolved.model_config(loaders.classes, _num_classes(resolved, loaders))
+            network = resolved.model_config(
+                loaders.classes, _num_classes(config, resolved, loaders)
+            )
             model = _create_model(resolved, network, start, initial, console.say).to(device)
             model = model.to(memory_format=torch.channels_last)
             context = RunContext(
@@ -249,10 +252,17 @@ def _adopted(
     """Return the options that a command without --resume leaves to the run in its --output."""
     if not start.must_be_same:
         return []
+
+    def silent(_: str) -> None:
+        pass
+
     try:
-        return adopted(resolved, _resolver(config, Start(), None, device)(config))
-    except UsageError:  # it makes sense with the run's options alone
+        initial = _read_initial(config, Start(), silent)
+        config = _normalized_as_pretrained(config, Start(), initial, silent)
+        alone = _resolver(config, Start(), initial, device)(config)
+    except (UsageError, DataError):  # it needs the run's options, or started from what is gone
         return []
+    return adopted(resolved, alone)
 
 
 def _require_trainable(config: ResolvedConfig, device: torch.device) -> None:
@@ -346,10 +356,15 @@ def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
     )
 
 
-def _num_classes(config: ResolvedConfig, loaders: Loaders) -> int:
-    """Return the network's outputs: --num-classes, or the classes of the data."""
+def _num_classes(given: TrainConfig, config: ResolvedConfig, loaders: Loaders) -> int:
+    """Return the network's outputs: --num-classes, the checkpoint's, or the classes of the data."""
     known = len(loaders.classes)
     if config.num_classes is not None and config.num_classes < known:
+        if given.num_classes is None:
+            raise UsageError(
+                f"--data has {known} classes, the network to go on with {config.num_classes}; "
+                "--pretrained starts from its weights with other classes"
+            )
         raise UsageError(f"--num-classes {config.num_classes}: the data has {known} classes")
     return config.num_classes or known
 

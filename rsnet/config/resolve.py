@@ -173,6 +173,8 @@ def _given(
         taken = TAKEN_OVER
         if config.recipe not in (None, previous.get("recipe")):
             taken = taken - OF_A_RECIPE
+        if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
+            taken = taken - {"sizes_per_step"}  # all, also of other --sizes
         given |= {k: previous.get(k) for k in taken if given[k] is None}
         if config.batch_size is None and config.accumulate is None:
             given |= _spread(previous_global_batch, world_size, previous)

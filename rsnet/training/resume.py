@@ -65,11 +65,13 @@ class Start:
     """Options that the command leaves out and that run has, where they are not the usual ones."""
 
     def require_same(self, given: TrainConfig, config: ResolvedConfig, global_batch: int) -> None:
-        """Raise UsageError if the run is continued without --resume, but has other options.
+        """Raise UsageError if the run is continued without --resume, but has other options; or with it, but
+        --pretrained names weights that it did not start from.
 
         given: what `config` was resolved from.
         """
         if not self.must_be_same:
+            self._require_own_weights(given)
             return
         plain = to_plain_dict(config)
         # Bits that are not asked for are the checkpoint's only where --resume asks for those.
@@ -102,6 +104,15 @@ class Start:
         if self.continues and checkpoint.config and not other:
             return line
         raise UsageError(f"{line} ({', '.join(other)})" if other else line)
+
+    def _require_own_weights(self, given: TrainConfig) -> None:
+        if self.checkpoint is None or given.evaluate:
+            return
+        if given.pretrained not in (None, self.checkpoint.config.get("pretrained")):
+            raise UsageError(
+                f"--pretrained {given.pretrained}: --resume goes on with the weights in {self.source}; "
+                "leave out one of the two"
+            )
 
 
 def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:

@@ -88,6 +88,11 @@ def test_a_continued_run_keeps_its_recipe():
         assert getattr(again, name) == first[name], name
 
 
+def test_a_run_with_all_sizes_a_step_bounds_no_other_sizes():
+    first = dataclasses.asdict(_resolve("--sizes 96 64 32"))
+    assert _resolve("--resume auto --sizes 96 64", previous=first).sizes_per_step == 2
+
+
 def test_another_recipe_on_resume_is_that_recipe():
     first = dataclasses.asdict(_resolve("--recipe modern --epochs 30 --weight-decay 0.3"))
     again = _resolve("--resume auto --recipe paper", previous=first)

@@ -164,13 +164,13 @@ def test_a_run_is_tuned_to_other_classes_and_sizes_by_its_directory_alone(
     monkeypatch.chdir(tmp_path)
     _write("run", source, tmp_path)
     words = [
-        "--data", "none", "--pretrained", "run", "--freeze", "backbone", "--sizes", "48", "40",
+        "--data", "none", "--pretrained", "./run", "--freeze", "backbone", "--sizes", "48", "40",
         "-b", "4", "--epochs", "1", "--lr", "0.1", "--amp", "off", "--device", "cpu", "--wandb", "disabled",
         "--train-images", "8", "--val-images", "4", "--classes", "5", "--output", "tuned",
     ]  # fmt: skip
     assert main("rsnet train", SyntheticOptions, make_loaders, words) == 0
     out = capsys.readouterr().out
-    assert "--pretrained: run: the classifier starts anew: 3 classes there, 5 here" in out
+    assert "--pretrained: ./run: the classifier starts anew: 3 classes there, 5 here" in out
     assert "40 from 48's" in out
     tuned = io.load(Path("tuned/checkpoints/last.pt"))
     assert (tuned.network.arch, tuned.network.width_mult) == ("parallel_resnet10", 0.125)
@@ -179,9 +179,20 @@ def test_a_run_is_tuned_to_other_classes_and_sizes_by_its_directory_alone(
     norm = "network.bn1.by_resolution.{}.weight"
     assert not torch.equal(tuned.model[norm.format(0)], source.model[norm.format(1)])
     # The same command goes on, also without what it started from.
-    Path("run").rename("moved")
-    more = ["--arch", "parallel_resnet10", "--resume", "auto", "--epochs", "2"]
-    again = [w for w in words if w not in ("--pretrained", "run")]
+    for source_is_there in (True, False):
+        if not source_is_there:
+            Path("run").rename("moved")
+        assert main("rsnet train", SyntheticOptions, make_loaders, words) == 0
+        assert "tuned: already finished after 1 epochs" in capsys.readouterr().out
+    # Weights that it did not start from are not taken, and that is refused.
+    other = [*words, "--pretrained", "moved", "--resume", "auto", "--epochs", "2"]
+    assert main("rsnet train", SyntheticOptions, make_loaders, other) == 2
+    assert "--pretrained moved: --resume goes on with the weights in" in capsys.readouterr().err
+    classes = [*words, "--resume", "auto", "--classes", "6"]
+    assert main("rsnet train", SyntheticOptions, make_loaders, classes) == 2
+    assert "--data has 6 classes, the network to go on with 5" in capsys.readouterr().err
+    more = ["--resume", "auto", "--epochs", "2"]
+    again = [w for w in words if w not in ("--pretrained", "./run")]
     assert main("rsnet train", SyntheticOptions, make_loaders, [*again, *more]) == 0
     again_tuned = io.load(Path("tuned/checkpoints/last.pt"))
     assert again_tuned.epoch == 2
