@@ -36,6 +36,14 @@ def _ours(path: Path) -> set[str]:
     return {name for name in _imports(path) if name.split(".")[0] in ("pipelines", "rsnet")}
 
 
+def test_what_is_said_is_one_line_for_a_break_would_be_printed_escaped():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "say":
+                texts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+                assert not any("\n" in str(text) for text in texts), f"{path}:{node.lineno}"
+
+
 def test_environment_variables_of_torchrun_are_read_in_one_place():
     readers = {
         _module(p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -44,9 +45,9 @@ def run(options: Options) -> int:
     say(
         f"{network.arch}, {network.num_classes} classes, sizes "
         f"{' '.join(map(str, network.sizes))} (as its bn_0, bn_1, ... are of {order}), "
-        "--normalize unit; evaluate it with\n"
-        f"python train_dali.py --data DATA --evaluate --resume {best}"
+        "--normalize unit; evaluate it with"
     )
+    say(f"python train_dali.py --data DATA --evaluate --resume {shlex.quote(str(best))}")
     decay = weight_decay(checkpoint)
     if checkpoint.optimizer is None or decay is None:
         say(

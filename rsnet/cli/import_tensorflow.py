@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,8 +37,10 @@ def run(options: Options) -> int:
     say(
         f"{network.arch} --mode {network.mode} --qw {network.qw} --qa {network.qa}, "
         f"{network.num_classes} classes, sizes {' '.join(map(str, network.sizes))}, "
-        "--normalize imagenet, its first layer for RGB; evaluate it with\n"
-        f"python train_dali.py --data DATA --evaluate --resume {best}\n"
+        "--normalize imagenet, its first layer for RGB; evaluate it with"
+    )
+    say(f"python train_dali.py --data DATA --evaluate --resume {shlex.quote(str(best))}")
+    say(
         "note: the original makes the largest image by cubic interpolation and all others of that one, by "
         "nearest neighbour; here they are resized as in all runs, and accuracy may differ"
     )
