@@ -190,7 +190,7 @@ def _read_initial(
         return None
     found = distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes))
     if found is not None and found.of_authors:
-        say(assumed_sizes(source, found.network))
+        say(assumed_sizes(source, found.network, is_start=True))
     return found
 
 

@@ -88,11 +88,15 @@ def from_original(
     return Checkpoint(config, model, epoch=_epoch(content), optimizer=optimizer, of_authors=True)
 
 
-def assumed_sizes(source: object, network: ModelConfig) -> str:
-    """Return a line that says which sizes `from_original` assumed."""
+def assumed_sizes(source: object, network: ModelConfig, is_start: bool = False) -> str:
+    """Return a line that says which sizes `from_original` assumed.
+
+    is_start: whether --sizes are those of a training that starts from the file, and not the file's.
+    """
     sizes = " ".join(map(str, network.sizes))
+    how = "first make a run of it by rsnet import with its" if is_start else "give"
     return (
-        f"note: {source} does not say its sizes; {sizes} is assumed: if it was trained for others, give "
+        f"note: {source} does not say its sizes; {sizes} is assumed: if it was trained for others, {how} "
         "--sizes, in the order in which the original was given them"
     )
 

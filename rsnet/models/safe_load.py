@@ -53,4 +53,6 @@ def safe_load(path: Path) -> Any:
     ) as error:  # a file of another kind may raise anything in the readers of zip and pickle
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         what = f"it holds code: {foreign[1]}" if foreign else first_line(error)
+        if what.startswith("Weights only load failed"):  # and the advice to execute what is in it
+            what = "it is no file of tensors and plain values that torch.save wrote"
         raise DataError(what) from error

@@ -16,7 +16,7 @@ from pipelines.dali import DaliOptions
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_optimizer import weight_decay
-from rsnet.checkpoint.authors_pytorch import ARCHS, from_original, to_original
+from rsnet.checkpoint.authors_pytorch import ARCHS, assumed_sizes, from_original, to_original
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.command_line import parse
@@ -228,6 +228,9 @@ def test_sizes_that_are_assumed_are_said(tmp_path):
         find_start(parse(DaliOptions, words)[0], said.append)
     (note,) = said
     assert note.startswith(f"note: {path} does not say its sizes; 224 192 160 128 96 is assumed")
+    # The sizes of a training that starts from it are not the file's.
+    start = assumed_sizes(path, checkpoint.load(path).network, is_start=True)
+    assert "first make a run of it by rsnet import with its --sizes" in start
 
 
 def test_what_does_not_fit_is_listed_by_name_and_shape():
