@@ -41,7 +41,7 @@ class WandbLogger:
     run_id: the run to continue, or None.
     remedy: what is left of what W&B does not get. Unset: `rsnet sync`, which reads a training's metrics.
 
-    Raises UsageError if an environment variable of W&B has a value that is none.
+    Raises UsageError if an environment variable of W&B, or the project, has a value that is none.
 
     No failure of W&B ends a training, or holds it up beyond the limits of `wandb_service`. The first is said
     in one line, and W&B is left alone from then on.
@@ -67,6 +67,7 @@ class WandbLogger:
         self._remedy = remedy or f"`{command}` sends the metrics later"
         if mode != "disabled":
             self._console = Console(mode)
+            wandb_service.require_project(project)
         mode, reason = wandb_service.choose_mode(mode)
         if mode == "disabled":
             say(f"W&B: disabled ({reason})")

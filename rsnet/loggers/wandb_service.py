@@ -47,12 +47,8 @@ class Console:
             if mode is not None:
                 settings.mode = mode
             wandb.termsetup(wandb.setup(settings).settings, self)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = "_".join(map(str, ("WANDB", *first["loc"]))).upper()
-            raise UsageError(
-                f"{name} {first['input']}: W&B does not take it: {first['msg']}"
-            ) from None
+        except _REFUSALS as error:
+            raise UsageError(f"{_wrong_variable()}: W&B does not take it: {_why(error)}") from None
 
     def info(self, msg: str) -> None:
         pass
@@ -62,6 +58,38 @@ class Console:
             self.warnings.append(msg.split("WARNING ")[-1].split(". ")[0])  # the rest is advice
 
     error = warning
+
+
+# What W&B raises for a setting: by its type, and by its characters.
+_REFUSALS = (ValidationError, wandb.errors.UsageError)
+
+
+def _wrong_variable() -> str:
+    """Return the variable of the environment that W&B refuses, and its value.
+
+    Its errors name a setting, WANDB_TAGS' is `run_tags`, or none.
+    """
+    for name, value in os.environ.items():
+        if name.startswith("WANDB_"):
+            try:
+                wandb.Settings().update_from_env_vars({name: value})
+            except _REFUSALS:
+                return f"{name} {value}"
+    return "a file of W&B's settings"
+
+
+def _why(error: Exception) -> str:
+    return error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
+
+
+def require_project(project: str) -> None:
+    """Raise UsageError for a name of a project that W&B does not take."""
+    try:
+        wandb.Settings(project=project)
+    except _REFUSALS as error:
+        raise UsageError(
+            f"--wandb-project {project}: W&B does not take it: {_why(error)}"
+        ) from None
 
 
 def choose_mode(asked: Mode | None) -> tuple[Mode, str]:

@@ -106,12 +106,22 @@ def test_an_option_counts_more_than_the_environment(wandb_server, tmp_path, monk
         ("WANDB_FINISH_TIMEOUT", "nan"),
         ("WANDB_MODE", "bogus"),
         ("WANDB_BASE_URL", "nonsense"),
+        ("WANDB_TAGS", "x" * 65),
+        ("WANDB_PROJECT", "a/b"),
+        ("WANDB_RUN_ID", "a/b"),
     ],
 )
 def test_a_variable_of_the_environment_that_is_wrong_is_named(tmp_path, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"{name} {value}: "):
         _start(tmp_path, None, [])
+
+
+def test_a_project_that_wandb_does_not_take_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--wandb-project a/b: W&B does not take it: "):
+        WandbLogger(
+            "offline", tmp_path, project="a/b", name=None, config={}, run_id=None, say=print
+        )
 
 
 def test_the_entity_and_tags_of_the_environment_count(tmp_path, monkeypatch):
