@@ -72,11 +72,14 @@ class Options:
 
 def run(options: Options) -> int:
     from rsnet.checkpoint import io
+    from rsnet.checkpoint.authors_pytorch import assumed_sizes
     from rsnet.checkpoint.checkpoint import Checkpoint
     from rsnet.distributed import process_group
 
     checkpoint = io.load(options.checkpoint)
     network = checkpoint.network
+    if checkpoint.of_authors:
+        say(assumed_sizes(options.checkpoint, network, is_start=True))
     output = options.output or options.checkpoint.with_name(
         f"{options.checkpoint.stem}-{options.size}.pt"
     )

@@ -26,7 +26,7 @@ def run(options: Options) -> int:
     from rsnet.config.model_config import FULL
     from rsnet.release.from_run import checkpoint_of, release_run
 
-    release = release_run(options.run, options.output)
+    release = release_run(options.run, options.output, say)
     network, weights = release.config["network"], release.config["weights"]
     kind = "averaged weights" if weights["averaged"] else "weights"
     say(f"{checkpoint_of(options.run)}: {kind} after epoch {release.config['source']['epoch']}")

@@ -6,10 +6,12 @@ Apart from `package`, as reading a release needs none of what reads checkpoints.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.utils.errors import error_context
 from rsnet.checkpoint import io
+from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.weights import load_weights
 from rsnet.losses import ENSEMBLE
@@ -20,17 +22,22 @@ from rsnet.release.config import result_names
 Accuracy = dict[str, dict[str, float]]
 
 
-def release_run(run: str | Path, output: str | Path) -> package.Release:
+def release_run(
+    run: str | Path, output: str | Path, say: Callable[[str], None] = lambda _: None
+) -> package.Release:
     """Write the release `output` of a run's best checkpoint, or of a checkpoint, and return its content.
 
     The averaged weights are released where there are some. config.json has their accuracies if they are of
-    a run directory whose metrics.jsonl has an evaluation of just these weights.
+    a run directory whose metrics.jsonl has an evaluation of just these weights. say: is told which sizes are
+    assumed of a file of the original code.
 
     Raises UsageError if there is no checkpoint, or something at `output`; DataError if a file is damaged.
     """
     path = checkpoint_of(run)
     checkpoint = io.load(path)
     config = checkpoint.network
+    if checkpoint.of_authors:
+        say(assumed_sizes(path, config, is_start=True))
     network = config.to_dict()
     with error_context(str(path)):
         model = create_model(config)
