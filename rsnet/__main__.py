@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipelines.__main__ import VERBS as PIPELINE_VERBS
 from pipelines.utils.cli import Verb, verb_command
+from pipelines.utils.output import guard_output, say
 from rsnet import __version__
 
 VERBS = {
@@ -45,7 +46,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's, and return its exit code."""
     words = sys.argv[1:] if words is None else words
     if words and words[0] == "--version":
-        print(f"rsnet {__version__}")
+        guard_output(False)
+        say(f"rsnet {__version__}")
         return 0
     return verb_command("rsnet", VERBS, words, ALIASES)
 

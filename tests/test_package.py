@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -65,6 +66,12 @@ def test_the_names_that_programs_import_are_those_of_their_modules():
 def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rsnet {rsnet.__version__}\n"
+
+
+def test_the_version_that_cannot_be_printed_ends_without_a_traceback(monkeypatch):
+    with Path("/dev/full").open("wb", 0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        assert main(["--version"]) == 0
 
 
 def test_every_verb_has_a_module():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -63,13 +62,21 @@ def run(options: Options) -> int:
     return 0
 
 
+# Beyond, Python's clocks and threads overflow.
+MOST = {"timeout": 1e6, "max_megabytes": 1e6, "max_megapixels": 1e6, "deadline_ms": 1e9,
+        "batch_wait_ms": 1e9}  # fmt: skip
+MOST_REQUESTS = 10**6
+
+
 def _require_valid(options: Options, most_megapixels: float) -> None:
     """Raise UsageError for an option out of range. most_megapixels: the largest image that PIL opens."""
-    for name in ("timeout", "max_megabytes", "max_megapixels", "deadline_ms", "batch_wait_ms"):
+    for name, most in MOST.items():
         value = getattr(options, name)
         lowest = 0 if name == "batch_wait_ms" else 1e-3
-        if value is not None and not (lowest <= value and math.isfinite(value)):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: a positive number is needed")
+        if value is not None and not lowest <= value <= most:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: a positive number is needed, {most:g} at most"
+            )
     if options.max_megapixels > most_megapixels:
         raise UsageError(
             f"--max-megapixels {options.max_megapixels}: PIL takes {most_megapixels:.0f} at most"
@@ -79,8 +86,8 @@ def _require_valid(options: Options, most_megapixels: float) -> None:
             raise UsageError(
                 f"--allow-host {name}: give a name alone, as photos.example or *.example"
             )
-    if options.queue < 1:
-        raise UsageError(f"--queue {options.queue}: at least 1 is needed")
+    if not 1 <= options.queue <= MOST_REQUESTS:
+        raise UsageError(f"--queue {options.queue}: at least 1 is needed, {MOST_REQUESTS} at most")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: a number from 0 to 65535 is needed")
 

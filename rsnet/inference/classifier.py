@@ -286,6 +286,8 @@ class SwitchableClassifier:
             *smaller, largest = self.sizes[::-1]
             return (*(CascadeStage(s, confidence) for s in smaller), CascadeStage(largest))
         if budget_ms is not None:
+            if not budget_ms > 0:
+                raise UsageError(f"budget_ms {budget_ms}: must be above 0")
             return (CascadeStage(latency.best_size(self.latencies(), budget_ms, self.accuracy)),)
         if size is not None and size not in self.sizes:
             known = " ".join(map(str, self.sizes))

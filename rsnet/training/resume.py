@@ -98,8 +98,8 @@ class Start:
         other = [*changes(checkpoint.config, to_plain_dict(config)), *self.adopted]
         where = config.output if self.continues else self.source
         line = (
-            f"{where}: already finished after {checkpoint.epoch} epochs: raise --epochs, or give another "
-            "--output"
+            f"{where}: already finished after {checkpoint.epoch} epochs: raise --epochs, with --resume "
+            "auto, or give another --output"
         )
         if self.continues and checkpoint.config and not other:
             return line

@@ -161,10 +161,12 @@ def test_a_cascades_milliseconds_are_those_of_all_sizes_passed(classifier, monke
         ({"confidence": 0.0}, "confidence 0.0: must be above 0, and 1 at most"),
         ({"confidence": 80.0}, "confidence 80.0: must be above 0"),
         ({"confidence": float("nan")}, "confidence nan: must be above 0"),
+        ({"budget_ms": 0.0}, "budget_ms 0.0: must be above 0"),
+        ({"budget_ms": float("nan")}, "budget_ms nan: must be above 0"),
         ({"confidence": 0.5, "size": 64}, "give one of size, confidence and budget_ms"),
     ],
 )
-def test_a_confidence_that_is_none_is_refused(classifier, options, message):
+def test_a_confidence_or_budget_that_is_none_is_refused(classifier, options, message):
     with pytest.raises(UsageError, match=message):
         classifier.classify(_photo(0), **options)
 

@@ -115,7 +115,10 @@ def test_a_run_is_not_overwritten(train, photos, trained):
     before = (trained / "metrics.jsonl").read_text()
     last = (trained / "checkpoints" / "last.pt").read_bytes()
     arguments = ["--data", photos, *RUN, "--output", trained, "--wandb", "disabled"]
-    line = f"{trained}: already finished after 2 epochs: raise --epochs, or give another --output"
+    line = (
+        f"{trained}: already finished after 2 epochs: raise --epochs, with --resume auto, or give "
+        "another --output"
+    )
     code, out, _ = train(*arguments, "--epochs", 2)
     assert code == 0
     assert line in out.splitlines()

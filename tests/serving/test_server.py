@@ -342,6 +342,18 @@ def test_the_controller_hears_of_what_waits_of_all_batches_and_of_its_answers(
         (["x", "--port", "70000"], "--port 70000: a number from 0 to 65535 is needed"),
         (["x", "--deadline-ms", "0"], "--deadline-ms 0.0: a positive number is needed"),
         (["x", "--timeout", "nan"], "--timeout nan: a positive number is needed"),
+        (
+            ["x", "--timeout", "1e300"],
+            "--timeout 1e+300: a positive number is needed, 1e+06 at most",
+        ),
+        (
+            ["x", "--batch-wait-ms", "1e300"],
+            "--batch-wait-ms 1e+300: a positive number is needed, ",
+        ),
+        (
+            ["x", "--max-megabytes", "1e308"],
+            "--max-megabytes 1e+308: a positive number is needed, ",
+        ),
         (["x", "--max-megapixels", "90"], "--max-megapixels 90.0: PIL takes 89 at most"),
         (["x", "--allow-host", "a.b:80"], "--allow-host a.b:80: give a name alone"),
         (["x", "--allow-host", "a.*"], "--allow-host a.*: give a name alone"),
