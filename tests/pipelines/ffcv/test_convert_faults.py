@@ -226,9 +226,10 @@ def many(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("many") / "data"
     write_photo(root / "photo.JPEG", 1500, 2000, seed=0)
     for split in ("train", "val"):
-        (root / split / "x").mkdir(parents=True)
-        for i in range(400):
-            (root / split / "x" / f"{i}.JPEG").symlink_to(root / "photo.JPEG")
+        for name in ("x", "y"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(200):
+                (root / split / name / f"{i}.JPEG").symlink_to(root / "photo.JPEG")
     return root
 
 
@@ -250,7 +251,7 @@ def test_after_kill_9_a_second_run_works(many, tmp_path, convert):
     process.communicate()
     assert sorted(os.listdir(tmp_path / "b")) == [".lock", "train.beton.partial"]
     assert set(os.listdir("/dev/shm")) <= shared
-    few = write_folder(tmp_path / "few" / "train", {"x": 3}).parent
+    few = write_folder(tmp_path / "few" / "train", {"x": 3, "y": 3}).parent
     shutil.copytree(few / "train", few / "val")
     assert convert("--data", few, "--output", tmp_path / "b")[0] == 0
     assert sorted(os.listdir(tmp_path / "b")) == [
