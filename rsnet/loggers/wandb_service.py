@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -133,19 +134,23 @@ def start(
         "init_timeout": init_timeout(),
         "finish_timeout": finish_timeout(),
     }
-    run = wandb.init(
-        mode=mode,
-        dir=_text_path(directory),
-        project=project,
-        name=printable(name),
-        config={key: _plain(value) for key, value in config.items()},
-        id=run_id,
-        resume=resume,
-        entity=entity,
-        settings=wandb.Settings(
-            silent=True, console="off", finish_timeout_raises=True, **timeouts | settings
-        ),
-    )
+    words, sys.argv = sys.argv, [printable(word) for word in sys.argv]  # W&B stores them
+    try:
+        run = wandb.init(
+            mode=mode,
+            dir=_text_path(directory),
+            project=project,
+            name=printable(name),
+            config={key: _plain(value) for key, value in config.items()},
+            id=run_id,
+            resume=resume,
+            entity=entity,
+            settings=wandb.Settings(
+                silent=True, console="off", finish_timeout_raises=True, **timeouts | settings
+            ),
+        )
+    finally:
+        sys.argv = words
     run.define_metric("epoch")
     for metric in ("lr", "train/*", "alpha/*", "perf/*"):
         run.define_metric(metric, step_metric="step")

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,8 @@ def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
     assert _history(tmp_path)[0]["train/total"] == 1.5
 
 
-def test_options_that_are_no_text_are_escaped(tmp_path):
+def test_options_that_are_no_text_are_escaped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--data", "a\udcff"])
     config = {"data": "a\udcff", "n": 3, "schedule": ["\udcff", 1], "none": None}
     log = WandbLogger(
         "offline", tmp_path, project="p", name="b\udcff\n", config=config, run_id=None, say=print
