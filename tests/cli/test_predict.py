@@ -128,10 +128,10 @@ def test_a_cascades_table_is_in_the_order_of_the_images(release, classifier, alb
 
 
 def test_a_budget_that_no_size_fits_is_one_line_and_exit_code_2(release, album, capsys):
-    code, lines, err = _predict(capsys, release, album, "--budget-ms", 0, "--batch-size", 1)
+    code, lines, err = _predict(capsys, release, album, "--budget-ms", 1e-6, "--batch-size", 1)
     assert (code, lines) == (2, [])
     *_, line = err.splitlines()  # behind those about the measurement
-    assert line.startswith("rsnet predict: error: no size fits into 0.0 ms: size ")
+    assert line.startswith("rsnet predict: error: no size fits into 1e-06 ms: size ")
 
 
 def test_as_many_classes_are_named_as_asked_for(release, album, capsys):
