@@ -10,7 +10,9 @@ import importlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -77,13 +79,43 @@ def _not_installed(error: ModuleNotFoundError, extra: str) -> UsageError | None:
 
 
 @contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Raise KeyboardInterrupt in place of an error that follows a Ctrl-C which a library has swallowed.
+
+    As torch does while it imports NumPy: whatever needs the half-imported module fails later.
+    """
+    is_pressed = False
+
+    def press(_number: int, _frame: object) -> None:
+        nonlocal is_pressed
+        is_pressed = True
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except Exception as error:
+        if is_pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is press:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
 def exit_if_not_installed(name: str, extra: str) -> Iterator[None]:
     """End the script `name`, which needs `extra`, with one line if a library that it imports is missing, or
     the memory for a training, or if it is interrupted meanwhile.
     """
     try:
         require_memory()
-        yield
+        with _interrupts_kept():
+            yield
     except KeyboardInterrupt:
         say(f"{name}: interrupted", sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -185,7 +217,8 @@ def exit_code(
     """
     guard_output(prints)
     try:
-        code = action()
+        with _interrupts_kept():
+            code = action()
         sys.stdout.flush()
         return code
     except (UsageError, DataError, RunError) as error:

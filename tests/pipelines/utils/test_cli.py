@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,3 +99,25 @@ def test_a_mistyped_command_is_one_line(capsys, words, message):
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [AttributeError("half imported"), UsageError("no such network")])
+def test_an_error_after_a_ctrl_c_that_a_library_swallowed_is_the_interruption(capsys, error):
+    before = signal.getsignal(signal.SIGINT)
+
+    def action() -> int:
+        with contextlib.suppress(KeyboardInterrupt):  # as torch while it imports NumPy
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    assert exit_code("name", action) == 130
+    assert capsys.readouterr().err == "name: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_without_a_ctrl_c_stays_what_it_is():
+    def action() -> int:
+        raise AttributeError("a fault of ours")
+
+    with pytest.raises(AttributeError, match="a fault of ours"):
+        exit_code("name", action)
