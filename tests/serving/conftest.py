@@ -9,7 +9,6 @@ import pytest
 
 from rsnet.inference.classifier import SwitchableClassifier
 from tests.helpers import releases
-from tests.helpers.servers import Gate, serving
 
 ACCURACY = {
     name: {"top1": top1, "top5": 90.0}
@@ -43,12 +42,18 @@ def classifier(loaded, monkeypatch) -> SwitchableClassifier:
 
 @pytest.fixture(scope="module")
 def client(loaded):
+    from tests.helpers.servers import (
+        serving,  # here, as where httpx is missing the folder is collected, too
+    )
+
     with serving(loaded, batch_size=4, max_megabytes=0.1, max_megapixels=1.0) as client:
         yield client
 
 
 @pytest.fixture
-def gate(classifier) -> Gate:
+def gate(classifier):
+    from tests.helpers.servers import Gate
+
     classifier.predict = Gate(classifier)
     yield classifier.predict
     classifier.predict.is_open.set()
