@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.utils.atomic_io import atomic_directory
+from pipelines.utils.bounds import require_count
 from pipelines.utils.cli import command
-from pipelines.utils.errors import UsageError, require_count
+from pipelines.utils.errors import UsageError
 
 Mask = NDArray[np.bool_]
 Plane = NDArray[np.float64]

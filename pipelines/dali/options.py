@@ -14,13 +14,9 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
+from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
-from pipelines.utils.errors import (
-    MOST_PREFETCHED,
-    MOST_THREADS,
-    UsageError,
-    require_count,
-)
+from pipelines.utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,10 @@ class DaliOptions:
     """File that `rsnet verify --report` wrote. Unset: verified.json in --data."""
 
     def __post_init__(self) -> None:
-        require_count("--workers", self.workers, "thread", MOST_THREADS)
+        require_workers(self.workers)
         if not 0 <= self.decoder_hw_load <= 1:
             raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
-        require_count("--prefetch", self.prefetch, "batch", MOST_PREFETCHED)
+        require_prefetch(self.prefetch)
         require_strict_of_skip_bad(self.strict, self.skip_bad)
         if self.skip_bad_report and not self.skip_bad:
             raise UsageError("--skip-bad-report: add --skip-bad to leave out what it lists")
@@ -82,5 +78,5 @@ class VerifyOptions:
     """Larger images are bad: a file of kilobytes can claim gigabytes."""
 
     def __post_init__(self) -> None:
-        require_count("--workers", self.workers, "thread", MOST_THREADS)
+        require_workers(self.workers)
         require_megapixels(self.max_megapixels)

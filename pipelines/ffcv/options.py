@@ -14,13 +14,9 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
+from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
-from pipelines.utils.errors import (
-    MOST_PREFETCHED,
-    MOST_THREADS,
-    UsageError,
-    require_count,
-)
+from pipelines.utils.errors import UsageError
 
 Order = Literal["random", "quasi-random"]
 
@@ -48,8 +44,8 @@ class FfcvOptions:
     """Do not check every sample of a file that has no sidecar."""
 
     def __post_init__(self) -> None:
-        require_count("--workers", self.workers, "thread", MOST_THREADS)
-        require_count("--prefetch", self.prefetch, "batch", MOST_PREFETCHED)
+        require_workers(self.workers)
+        require_prefetch(self.prefetch)
         if not self.os_cache and self.order == "random":
             raise UsageError(
                 "--no-os-cache: in random order every page of the file is needed until the epoch ends; "
@@ -115,7 +111,7 @@ class ConvertOptions:
     """Convert nothing: decode every sample of this .beton file and report the broken ones."""
 
     def __post_init__(self) -> None:
-        require_count("--workers", self.workers, "thread", MOST_THREADS)
+        require_workers(self.workers)
         require_megapixels(self.max_megapixels)
         require_strict_of_skip_bad(self.strict, self.skip_bad)
         if self.subset is not None and self.subset < 1:

@@ -31,15 +31,6 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
-def require_count(flag: str, value: int, what: str, most: int) -> None:
-    """Raise UsageError unless an option that counts something is from 1 to `most`."""
-    if not 1 <= value <= most:
-        raise UsageError(f"{flag} {value}: at least one {what} is needed, and {most} at most")
-
-
-MOST_THREADS, MOST_PREFETCHED = 1024, 1024
-
-
 @contextmanager
 def error_context(what: str) -> Iterator[None]:
     """Put the option or file that an error of the block is about in front of its message."""
