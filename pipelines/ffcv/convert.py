@@ -23,6 +23,7 @@ from pipelines.ffcv.beton import (
     PAGE_SIZE,
     BetonWriter,
     open_beton,
+    table_sha256,
 )
 from pipelines.ffcv.encoder import Encoded, Encoder, Settings
 from pipelines.ffcv.options import ConvertOptions
@@ -217,7 +218,7 @@ def _convert_split(
                 {"image": source.name(index), "reason": reason} for index, reason in skipped.items()
             ],
             encoded=encoded,
-            table_sha256=open_beton(partial).table_sha256,
+            table_sha256=table_sha256(partial),
         )
         # In this order, so that there is never a .beton file without its sidecar.
         write_sidecar(sidecar_path(final), content)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.ffcv.beton import Beton
+from pipelines.ffcv.beton import Beton, table_sha256
 from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError
@@ -54,7 +54,7 @@ class Sidecar:
     """Images whose own bytes the file has not, by the reason: their format, or the decoder's words."""
 
     table_sha256: str = ""
-    """Of the file's labels, sizes and positions, see `Beton`; "" if an earlier version wrote it."""
+    """Of the file's labels, sizes and positions, see `beton.table_sha256`; "" of earlier versions."""
 
     version: int = SIDECAR_VERSION
 
@@ -134,7 +134,7 @@ def check_sidecar(sidecar: Sidecar, beton: Beton) -> None:
             f"{beton.path} has {size} bytes and {len(beton)} samples, its sidecar says {sidecar.bytes} "
             f"and {sidecar.samples}; {advice}"
         )
-    if sidecar.table_sha256 not in ("", beton.table_sha256):
+    if sidecar.table_sha256 and sidecar.table_sha256 != table_sha256(beton.path):
         raise DataError(
             f"{beton.path}: labels or positions are not those that its sidecar has the SHA-256 of; {advice}"
         )
