@@ -89,7 +89,7 @@ def _by_image(found: Answers, cascade: Cascade, ms: Mapping[int, float]) -> tupl
     return right, time
 
 
-def unbeaten(
+def undominated(
     found: Answers, cascade: Cascade, others: Iterable[Cascade], ms: Mapping[int, float]
 ) -> Outcome:
     """Return the outcome of `cascade`, or of one that beats it and that none of the others beats.
@@ -147,7 +147,7 @@ def search(found: Answers, ms: Mapping[int, float]) -> list[Outcome]:
     """
     frontier: list[Outcome] = []
     for sizes in _choices(sorted(ms)):
-        frontier = _unbeaten([*frontier, *_Search(found, ms, sizes).run()])
+        frontier = _pareto_front([*frontier, *_Search(found, ms, sizes).run()])
     return frontier
 
 
@@ -218,7 +218,7 @@ class _Search:
         self, stage: int, thresholds: Sequence[float], top1: Floats, ms: Floats
     ) -> Iterator[Outcome]:
         """Yield the outcomes of a line that no other of it beats."""
-        for i in _unbeaten_rows(top1, ms):
+        for i in _pareto_rows(top1, ms):
             tried = [
                 *thresholds[:stage],
                 float(self._grid[stage][i]),
@@ -229,12 +229,12 @@ class _Search:
             yield Outcome(cascade, float(top1[i]), float(ms[i]))
 
 
-def _unbeaten(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def _pareto_front(outcomes: Sequence[Outcome]) -> list[Outcome]:
     top1, ms = (np.array([getattr(o, name) for o in outcomes]) for name in ("top1", "ms"))
-    return [outcomes[i] for i in _unbeaten_rows(top1, ms)]
+    return [outcomes[i] for i in _pareto_rows(top1, ms)]
 
 
-def _unbeaten_rows(top1: Floats, ms: Floats) -> NDArray[np.int64]:
+def _pareto_rows(top1: Floats, ms: Floats) -> NDArray[np.int64]:
     """Return the rows, the fastest first, that are more accurate than all faster ones."""
     order = np.lexsort((-top1, ms))
     ranked = top1[order]
@@ -303,7 +303,7 @@ def tune_release(
     held_out = answers(other, temperatures)
     singles: list[Cascade] = [(CascadeStage(size),) for size in ms]
     others = [*(outcome.cascade for outcome in frontier), *singles]
-    reported = unbeaten(held_out, chosen.cascade, others, ms)
+    reported = undominated(held_out, chosen.cascade, others, ms)
     chosen = simulate(fitted_to, reported.cascade, ms)
     within = interval(held_out, reported.cascade, ms)
     sizes = [

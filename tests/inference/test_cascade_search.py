@@ -84,7 +84,7 @@ def test_no_size_and_no_cascade_beats_the_one_that_is_chosen(found, frontier):
         )
         others = [o.cascade for o in frontier] + [(CascadeStage(s),) for s in SIZES]
         for outcome in frontier:
-            chosen = thresholds.unbeaten(few, outcome.cascade, others, MS)
+            chosen = thresholds.undominated(few, outcome.cascade, others, MS)
             assert chosen == thresholds.simulate(few, chosen.cascade, MS)
             for cascade in others:
                 other = thresholds.simulate(few, cascade, MS)
