@@ -270,17 +270,6 @@ def training_state(trainer: Trainer, model: ResolutionSwitchable) -> dict[str, A
     return state
 
 
-def load_training_state(
-    trainer: Trainer, model: ResolutionSwitchable, checkpoint: Checkpoint
-) -> list[str]:
-    """Put back what `training_state` took, except the weights, which the model has already, and the step.
-
-    Return what is not as it was, in words.
-    """
-    with _state_in_one_line():
-        return _load_training_state(trainer, model, checkpoint)
-
-
 @contextmanager
 def _state_in_one_line() -> Iterator[None]:
     """Raise DataError for whatever a state of other shapes, or of no shape at all, makes of PyTorch."""
@@ -295,9 +284,14 @@ def _state_in_one_line() -> Iterator[None]:
         ) from error
 
 
-def _load_training_state(
+@_state_in_one_line()
+def load_training_state(
     trainer: Trainer, model: ResolutionSwitchable, checkpoint: Checkpoint
 ) -> list[str]:
+    """Put back what `training_state` took, except the weights, which the model has already, and the step.
+
+    Return what is not as it was, in words.
+    """
     missing = []
     if checkpoint.scaler is not None:
         trainer.scaler.load_state_dict(checkpoint.scaler)
