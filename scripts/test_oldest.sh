@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 UV=$(command -v uv || echo .uv/bin/uv) # ./install.sh brings it
 PYTHON=.venv-oldest/bin/python
-EXTRAS="train timm onnx serve"
+EXTRAS="train timm onnx serve hub"
 
 oldest() { # NAME: its requirement
     sed -n "s/^    \"$1>=\(.*\)\",\$/$1==\1.*/p" pyproject.toml

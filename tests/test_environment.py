@@ -93,7 +93,7 @@ def test_the_extra_for_cuda_12_is_that_for_training_but_for_dali():
 
 
 def test_every_library_that_may_be_missing_is_of_the_extra_that_is_advised():
-    package = {"nvidia": "nvidia-dali-cuda130", "tensorflow": "tensorflow-cpu"}
+    package = {"nvidia": "nvidia-dali-cuda130", "tensorflow": "tensorflow-cpu", "yaml": "pyyaml"}
     for library, extra in cli.EXTRAS.items():
         wanted = package.get(library, library.replace("_", "-"))
         assert wanted in {line.split(">=")[0] for line in EXTRAS[extra]}, library
