@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train an RS-Net on .beton files, read by FFCV; `python -m pipelines.beton` makes them from a folder."""
+"""Train an RS-Net on .beton files, read by FFCV; `rsnet convert` makes them from a folder."""
 
 import sys
 

@@ -171,7 +171,7 @@ def explain_failure(
 
 def verify_command(data: Path, report: Path | None = None) -> str:
     """Return the command line that verifies the images below `data`."""
-    words = ["python", "-m", "pipelines.folder", "verify", str(data)]
+    words = ["rsnet", "verify", str(data)]
     return shlex.join(words if report is None else [*words, "--report", str(report)])
 
 

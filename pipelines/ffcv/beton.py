@@ -80,7 +80,7 @@ def open_beton(path: Path) -> Beton:
     Raises UsageError if there is no such file, DataError if it is incomplete or of another kind.
     """
     if not path.is_file():
-        raise UsageError(f"there is no file {path}; python -m pipelines.beton makes it")
+        raise UsageError(f"there is no file {path}; rsnet convert makes it")
     _check_header(path)
     _check_fields(path)
     try:
@@ -131,7 +131,7 @@ def broken_sample(beton: Beton, index: int, name: str, reason: str) -> DataError
     """Return the error that names a broken sample; `name`: its class."""
     return DataError(
         f"{beton.path}: sample {index} (class {name}) is broken: {reason}; "
-        f"python -m pipelines.beton --verify {beton.path} lists all that are"
+        f"rsnet convert --verify {beton.path} lists all that are"
     )
 
 
@@ -250,7 +250,7 @@ def _stored_sizes(path: Path, pointers: Any, table: Any) -> NDArray[np.uint64]:
 
 
 def _broken_file(path: Path, reason: str) -> DataError:
-    return DataError(f"{path}: {reason}; convert it anew with python -m pipelines.beton")
+    return DataError(f"{path}: {reason}; convert it anew with rsnet convert")
 
 
 def _field_descriptors() -> NDArray[Any]:

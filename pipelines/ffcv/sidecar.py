@@ -119,7 +119,7 @@ def read_sidecar(beton: Path) -> Sidecar | None:
         if content["version"] != SIDECAR_VERSION:
             raise DataError(
                 f"{path}: written by version {content['version']} of the converter, this is version "
-                f"{SIDECAR_VERSION}; convert the data anew with python -m pipelines.beton"
+                f"{SIDECAR_VERSION}; convert the data anew with rsnet convert"
             )
         found = Sidecar(**content)
         require_fields(dataclasses.asdict(found), _RULES)
@@ -128,7 +128,7 @@ def read_sidecar(beton: Path) -> Sidecar | None:
 
 def check_sidecar(sidecar: Sidecar, beton: Beton) -> None:
     """Raise DataError unless `beton` has the size, the number of samples and the table of its sidecar."""
-    size, advice = beton.path.stat().st_size, "convert the data anew with python -m pipelines.beton"
+    size, advice = beton.path.stat().st_size, "convert the data anew with rsnet convert"
     if (size, len(beton)) != (sidecar.bytes, sidecar.samples):
         raise DataError(
             f"{beton.path} has {size} bytes and {len(beton)} samples, its sidecar says {sidecar.bytes} "

@@ -99,7 +99,7 @@ def test_a_report_of_the_first_version_serves_without_strict(faulty, run):
         del split["faulty"], split["max_megapixels"]
     report.write_text(json.dumps(content))
     assert loaders_of(faulty, skip_bad=True).train.schedule.samples == 25
-    with pytest.raises(UsageError, match="does not say which images decode with errors; python"):
+    with pytest.raises(UsageError, match="does not say which images decode with errors; rsnet"):
         loaders_of(faulty, skip_bad=True, strict=True)
     run(faulty)
     assert list(_listed(faulty)) == NAMES

@@ -50,7 +50,7 @@ def test_a_changed_folder_is_noticed(data, run, change):
         loaders_of(data, skip_bad=True)
     assert str(refusal.value) == (
         f"--skip-bad: {data}/verified.json is of another state of {data}/train; "
-        f"python -m pipelines.folder verify {data} writes it anew"
+        f"rsnet verify {data} writes it anew"
     )
     code, out, _ = run(data)
     assert code == 0
@@ -156,8 +156,7 @@ def test_skip_bad_needs_a_report(data):
     with pytest.raises(UsageError) as refusal:
         loaders_of(data, skip_bad=True)
     assert str(refusal.value) == (
-        f"--skip-bad: there is no report {data}/verified.json; "
-        f"python -m pipelines.folder verify {data} writes it"
+        f"--skip-bad: there is no report {data}/verified.json; rsnet verify {data} writes it"
     )
     with pytest.raises(UsageError, match="--skip-bad-report: add --skip-bad"):
         dali.DaliOptions(skip_bad_report=data / "x.json")

@@ -236,7 +236,7 @@ def test_a_broken_image_met_in_training_names_the_verification(data, backend):
     with pytest.raises(DataError) as end:
         _read_epochs(loaders.train, 20)  # not each crop reaches the rows that are missing
     assert str(end.value).startswith(f"broken image {bad}: image file is truncated")
-    command = shlex.join(["python", "-m", "pipelines.folder", "verify", str(data)])
+    command = shlex.join(["rsnet", "verify", str(data)])
     assert str(end.value).endswith(f"; {command} finds all broken images")
 
 
