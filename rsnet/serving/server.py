@@ -198,11 +198,14 @@ class Listener(socket.socket):
 
 
 def make_server(app: FastAPI, on_listening: Callable[[], None] = lambda: None) -> Server:
-    """Make uvicorn's server, with bounded connections and nothing logged."""
+    """Make uvicorn's server, with bounded connections and nothing logged but errors of its own.
+
+    Its warnings are of what clients send, who could fill the log with them.
+    """
     return Server(
         uvicorn.Config(
-            app, http=Protocol, ws="none", loop="asyncio", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, backlog=AT_ONCE,
+            app, http=Protocol, ws="none", loop="asyncio", log_config=None, log_level="error",
+            access_log=False, server_header=False, proxy_headers=False, backlog=AT_ONCE,
             timeout_graceful_shutdown=LAST_ANSWER_S,
         ),
         on_listening,

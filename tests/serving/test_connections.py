@@ -72,6 +72,13 @@ def test_a_body_that_does_not_come_gives_its_place_back(classifier):
         assert client.post("/classify", content=PHOTO).status_code == 200
 
 
+def test_what_is_no_http_leaves_no_line_in_the_log(classifier, caplog):
+    with serving(classifier) as client, connect(client) as stray:
+        stray.sendall(b"no HTTP\r\n\r\n")
+        assert _received(stray).startswith(b"HTTP/1.1 400 ")
+        assert not caplog.records
+
+
 def test_a_client_that_leaves_within_its_body_gives_its_place_back(classifier, caplog):
     with serving(classifier, queue=1) as client:
         with connect(client) as leaving:
