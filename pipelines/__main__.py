@@ -1,4 +1,4 @@
-"""`python -m pipelines VERB`: image folders verified, converted to .beton files, and made for a demo."""
+"""`python -m pipelines VERB`: images verified, converted to .beton files or tar shards, made for a demo."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ VERBS = {
         "ConvertOptions",
         "convert_or_verify",
         extra="ffcv",
+    ),
+    "shards": Verb(
+        "pipelines.sources.write_shards",
+        "write images as tar shards",
+        "ShardsOptions",
+        "write_shards",
+        extra="train",
     ),
     "demo": Verb("pipelines.demo", "render a small data set", "DemoOptions", "write_demo"),
 }

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pipelines.sources.options import NO_OPTIONS, SplitOptions
+
 Normalize = Literal["imagenet", "unit", "inception", "clip", "dpn"]
 Flip = Literal["independent", "shared"]
 AutoAugment = Literal["trivial", "rand"]
@@ -67,6 +69,7 @@ class LoaderSpec:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    splits: SplitOptions = NO_OPTIONS
 
 
 class Loaders(NamedTuple):

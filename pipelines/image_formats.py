@@ -84,6 +84,19 @@ def load_rgb(path: str | Path) -> Image.Image:
         return decode_rgb(data)
 
 
+def decode_error(place: str | Path, data: bytes) -> str | None:
+    """Return why PIL cannot decode an image's bytes, None if it can. Raises RunError if memory lacks.
+
+    place: where it lies, for the message.
+    """
+    try:
+        with memory_errors(place):
+            decode_rgb(data)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def require_megapixels(limit: float) -> None:
     """Raise UsageError for a --max-megapixels that PIL does not take."""
     if not 0 < limit <= MOST_MEGAPIXELS:

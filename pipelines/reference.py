@@ -15,8 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
 from pipelines.batch import Batch, Loaders, LoaderSpec
-from pipelines.image_folder import ImageFolder, decode_error, explain_failure, scan_train_val
-from pipelines.image_formats import load_rgb
+from pipelines.image_formats import decode_error, decode_rgb, memory_errors
 from pipelines.image_io import eval_image
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import (
@@ -26,6 +25,8 @@ from pipelines.sampler import (
     make_schedule,
     uniforms,
 )
+from pipelines.sources.source import Source
+from pipelines.sources.splits import open_splits
 from pipelines.transforms import random_resized_crop
 from pipelines.utils.errors import DataError, RunError
 
@@ -41,8 +42,8 @@ class ReferenceOptions:
 
 
 def make_loaders(options: ReferenceOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Return loaders over `spec.data`/train and /val. Raises UsageError on a malformed folder."""
-    train, val = scan_train_val(spec.data, with_train)
+    """Return loaders over the splits of `spec.data`. Raises UsageError if it is malformed."""
+    train, val = open_splits(spec.data, spec.splits, with_train)
     return Loaders(
         ReferenceLoader(options, spec, train, training=True) if train else None,
         ReferenceLoader(options, spec, val, training=False),
@@ -51,21 +52,21 @@ def make_loaders(options: ReferenceOptions, spec: LoaderSpec, with_train: bool =
 
 
 class ReferenceLoader(ScheduledLoader):
-    """Batches of one image folder. A broken image raises DataError with its path."""
+    """Batches of one split. A broken image raises DataError with its path."""
 
     pipeline = "torchvision"
 
     def __init__(
-        self, options: ReferenceOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
+        self, options: ReferenceOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
-        super().__init__(make_schedule(spec, len(folder.paths), training))
-        self._options, self._spec, self._folder = options, spec, folder
+        super().__init__(make_schedule(spec, len(source), training))
+        self._options, self._spec, self._source = options, spec, source
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         spec = self._spec
         normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         loader = DataLoader(
-            _MultiSizeDataset(spec, self._folder, self.schedule.training, epoch),
+            _MultiSizeDataset(spec, self._source, self.schedule.training, epoch),
             batch_sampler=[b.tolist() for b in self.schedule.batches(epoch, first_step)],
             num_workers=self._options.workers,
             collate_fn=_collate,
@@ -82,7 +83,7 @@ class ReferenceLoader(ScheduledLoader):
             )
 
     def _fingerprint(self) -> str:
-        return self._folder.fingerprint()
+        return self._source.fingerprint()
 
 
 class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError | RunError]):
@@ -91,20 +92,22 @@ class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError | RunError]
     The error is returned, because a DataLoader replaces the message of what a worker raises by a traceback.
     """
 
-    def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool, epoch: int) -> None:
-        self._spec, self._folder, self._training, self._epoch = spec, folder, training, epoch
+    def __init__(self, spec: LoaderSpec, source: Source, training: bool, epoch: int) -> None:
+        self._spec, self._source, self._training, self._epoch = spec, source, training, epoch
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int] | DataError | RunError:
-        path = self._folder.paths[index]
+        source = self._source
         try:
-            rgb = load_rgb(path)
+            data = source.read(index)
+            with memory_errors(source.locate(index)):
+                rgb = decode_rgb(data)
         except DataError as error:
-            return explain_failure([path], error, self._spec.data, decode_error)
+            return source.explain_failure([index], error, decode_error)
         except RunError as error:
             return error
         views = self._training_views(rgb, index) if self._training else self._eval_views(rgb)
         pixels = [torch.from_numpy(np.array(view)) for view in views]
-        return pixels, int(self._folder.labels[index])
+        return pixels, int(source.labels[index])
 
     def _training_views(self, image: Image.Image, index: int) -> Iterator[Image.Image]:
         spec = self._spec

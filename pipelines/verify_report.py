@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.image_folder import ImageFolder, verify_command
+from pipelines.sources.source import Source, Stamp
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.output import say
-from pipelines.utils.reading import file_state, reading
+from pipelines.utils.reading import reading
 
-REPORT = "verified.json"  # in the folder that has train and val
 VERSION = 2  # 1 knew neither `faulty` nor `max_megapixels`, and had no hash
-
-# Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
-Stamp = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -33,21 +30,13 @@ class SplitReport:
     fingerprint: str
     images: int
     bad: dict[str, str]
-    """Path below the split's folder, and what is wrong with the image."""
+    """Name, in a folder the path below the split's, and what is wrong with the image."""
 
     faulty: dict[str, str] | None = None
     """The same of images that decode, but with errors; None if that was not looked for."""
 
     max_megapixels: float | None = None
     """The limit by which larger images are bad."""
-
-
-def stamps(folder: ImageFolder) -> dict[str, Stamp]:
-    """Return each image's stamp by its path below the root, in order; takes 5 s for a million images.
-
-    Raises RunError if a file's state cannot be read.
-    """
-    return {name: _stamp(path) for name, path in zip(folder.names, folder.paths, strict=True)}
 
 
 def fingerprint(stamps: dict[str, Stamp]) -> str:
@@ -90,64 +79,53 @@ def read(report: Path) -> dict[str, SplitReport]:
 
 
 def skip_bad(
-    train: ImageFolder | None,
-    val: ImageFolder,
-    report: Path | None,
-    strict: bool = False,
-    verbose: bool = False,
-) -> tuple[ImageFolder | None, ImageFolder]:
-    """Return the folders without the images that `verify` found bad.
+    source: Source, report: Path | None, strict: bool = False, verbose: bool = False
+) -> Source:
+    """Return the split without the images that `verify` found bad.
 
     strict: nor those that decode with errors. verbose: print how many.
 
-    Raises UsageError if there is no report or it is of another state of the folders, DataError if
+    Raises UsageError if there is no report or it is of another state of the images, DataError if
     all images of a class are bad.
     """
-    data = val.root.parent
-    path = report or data / REPORT
+    path = report or source.report
     with error_context("--skip-bad"):
         splits = read(path)
-    command = verify_command(data, report)
+    command = source.verify_command + (f" --report {shlex.quote(str(report))}" if report else "")
     if not splits:
         raise UsageError(f"--skip-bad: there is no report {path}; {command} writes it")
-    counts: list[str] = []
-
-    def without_bad(folder: ImageFolder) -> ImageFolder:
-        found = splits.get(folder.root.name)
-        if found is None or found.fingerprint != fingerprint(stamps(folder)):
-            raise UsageError(
-                f"--skip-bad: {path} is of another state of {folder.root}; {command} writes it anew"
-            )
-        if strict and found.faulty is None:
-            raise UsageError(
-                f"--strict: {path} does not say which images decode with errors; {command} writes it anew"
-            )
-        names = found.bad | (found.faulty or {} if strict else {})
-        left = without(folder, names)
-        require_every_class(left)
-        counts.append(f"{len(names)} of {found.images} images of {folder.root.name}")
-        return left
-
-    result = (None if train is None else without_bad(train)), without_bad(val)
+    found = splits.get(source.split)
+    if found is None or found.fingerprint != fingerprint(source.stamps()):
+        raise UsageError(
+            f"--skip-bad: {path} is of another state of {source.place}; {command} writes it anew"
+        )
+    if strict and found.faulty is None:
+        raise UsageError(
+            f"--strict: {path} does not say which images decode with errors; {command} writes it anew"
+        )
+    names = found.bad | (found.faulty or {} if strict else {})
+    left = without(source, names)
+    require_every_class(left)
     if verbose:
-        say(f"--skip-bad: left out {' and '.join(counts)}, which {path} lists")
-    return result
+        say(
+            f"--skip-bad: left out {len(names)} of {found.images} images of {source.split}, "
+            f"which {path} lists"
+        )
+    return left
 
 
-def without(folder: ImageFolder, names: Container[str]) -> ImageFolder:
-    """Return the folder without the images of these paths below its root, but with all its classes."""
-    kept = [i for i, name in enumerate(folder.names) if name not in names]
-    paths = [folder.paths[i] for i in kept]
-    return dataclasses.replace(folder, paths=paths, labels=folder.labels[kept])
+def without(source: Source, names: Container[str]) -> Source:
+    """Return the source without the images of these names, but with all its classes."""
+    return source.subset([i for i, name in enumerate(source.names) if name not in names])
 
 
-def require_every_class(folder: ImageFolder) -> None:
+def require_every_class(source: Source) -> None:
     """Raise DataError if a class has no image."""
-    counts = np.bincount(folder.labels, minlength=len(folder.classes))
+    counts = np.bincount(source.labels, minlength=len(source.classes))
     if not counts.all():
-        name = folder.classes[int(counts.argmin())]
+        name = source.classes[int(counts.argmin())]
         raise DataError(
-            f"all images of {folder.root / name} are bad; "
+            f"all images of {source.place}/{name} are bad; "
             "put good ones there, or remove the class from train and val"
         )
 
@@ -169,8 +147,3 @@ def _parse_split(
 
 def _are_reasons(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values())
-
-
-def _stamp(path: str) -> Stamp:
-    state = file_state(path)
-    return None if state is None else (state.st_size, state.st_mtime_ns)

@@ -16,6 +16,7 @@ VERBS = {
     ),
     "verify": PIPELINE_VERBS["verify"],
     "convert": PIPELINE_VERBS["convert"],
+    "shards": PIPELINE_VERBS["shards"],
     "import": Verb("rsnet.cli.import_checkpoint", "read a checkpoint of the original code"),
     "import-tf": Verb(
         "rsnet.cli.import_tensorflow",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines.batch import Loaders, LoaderSpec
+from pipelines.sources.options import SplitOptions
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, error_context, first_line
@@ -353,6 +354,7 @@ def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        splits=SplitOptions(config.val_data, config.val_fraction),
     )
 
 

@@ -6,25 +6,30 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.dali.graphs import build_decoder
-from pipelines.image_folder import dali_error_line, decode_error
 from pipelines.image_formats import (
     MAX_MEGAPIXELS,
     check_image,
+    decode_error,
     decode_rgb,
     is_plain_jpeg,
     memory_errors,
     open_image,
 )
+from pipelines.sources.source import dali_error_line
 from pipelines.utils.errors import DataError
 from pipelines.utils.output import guard_output
 from pipelines.utils.reading import cannot_read, read_file
+
+# Where an encoded image lies, and what reads its bytes. Raises DataError, RunError.
+Encoded = tuple[str, Callable[[], bytes]]
 
 
 class Messages:
@@ -63,7 +68,7 @@ def decoder_messages() -> Iterator[Messages]:
 
 
 class Decoder:
-    """Tries whether DALI's CPU decoder can decode whole files. For one thread at a time.
+    """Tries whether DALI's CPU decoder can decode whole images. For one thread at a time.
 
     In 3000 damaged files, training's crop of a file never failed where the whole file had decoded; PIL
     would have accepted 8 bad ones, and rejected 170 that DALI reads.
@@ -73,47 +78,56 @@ class Decoder:
         self._batch_size, self._max_megapixels = batch_size, max_megapixels
         self._pipeline: Any = None
 
-    def reasons(self, paths: list[str]) -> list[str | None]:
-        """Return for each of at most `batch_size` files what is wrong with it, None if nothing is.
+    def reasons(self, images: Sequence[Encoded]) -> list[str | None]:
+        """Return for each of at most `batch_size` images what is wrong with it, None if nothing is.
 
         Raises RunError if one cannot be read: nothing is known about it then.
         """
         try:
-            files = [self._checked_file(path) for path in paths]
+            files = [self._checked(*image) for image in images]
         except DataError as fault:
-            return [str(fault)] if len(paths) == 1 else [self.reason(path) for path in paths]
+            return [str(fault)] if len(images) == 1 else self._one_by_one(images)
         pictures = self._decode([data for data, _ in files])
         if not isinstance(pictures, Exception):
-            found = zip(paths, files, pictures, strict=True)
-            return [self._difference(path, *file, pixels) for path, file, pixels in found]
-        if len(paths) > 1:
-            return [self.reason(path) for path in paths]
+            found = zip(images, files, pictures, strict=True)
+            return [self._difference(place, *file, pixels) for (place, _), file, pixels in found]
+        if len(images) > 1:
+            return self._one_by_one(images)
+        ((place, _),), ((data, _),) = images, files
         if isinstance(pictures, MemoryError) or "bad_alloc" in str(pictures):
-            raise cannot_read(paths[0], "not enough memory to decode it")
+            raise cannot_read(place, "not enough memory to decode it")
         # PIL's messages are clearer than DALI's.
         words = f"PIL decodes it, but DALI does not ({dali_error_line(pictures)}); save it anew"
-        return [decode_error(paths[0]) or words]
+        return [decode_error(place, data) or words]
+
+    def _one_by_one(self, images: Sequence[Encoded]) -> list[str | None]:
+        return [reason for image in images for reason in self.reasons([image])]
 
     def reason(self, path: str) -> str | None:
-        """Return what is wrong with the file, None if nothing is. Raises RunError if it cannot be read."""
-        (reason,) = self.reasons([path])
+        """Return what is wrong with a file, None if nothing is. Raises RunError if it cannot be read."""
+        (reason,) = self.reasons([(path, partial(read_file, path))])
         return reason
 
-    def words(self, path: str, messages: Messages) -> str:
+    def reason_of(self, place: str, data: bytes) -> str | None:
+        """Return what is wrong with an image's bytes, None if nothing is. place: where they lie."""
+        (reason,) = self.reasons([(place, lambda: data)])
+        return reason
+
+    def words(self, place: str, data: bytes, messages: Messages) -> str:
         """Return what libjpeg says of a JPEG that it decodes nevertheless, "" if nothing.
 
         No other thread may decode meanwhile. Other formats' messages are of colour profiles and the like: in
         their pixels a fault is an error.
         """
         before = messages.size
-        if self.reason(path) is not None or not read_file(path).startswith(b"\xff\xd8"):
+        if self.reason_of(place, data) is not None or not data.startswith(b"\xff\xd8"):
             return ""
         return messages.since(before)
 
-    def _checked_file(self, path: str) -> tuple[bytes, bool]:
-        """Return a file's content, and whether it is a plain JPEG. Raises DataError for its header."""
-        data = read_file(path)
-        with memory_errors(path), open_image(data) as image:
+    def _checked(self, place: str, read: Callable[[], bytes]) -> tuple[bytes, bool]:
+        """Return an image's bytes, and whether it is a plain JPEG. Raises DataError for its header."""
+        data = read()
+        with memory_errors(place), open_image(data) as image:
             check_image(image, self._max_megapixels)
             return data, is_plain_jpeg(image)
 
@@ -129,13 +143,13 @@ class Decoder:
         return [np.asarray(images[i]) for i in range(len(files))]
 
     def _difference(
-        self, path: str, data: bytes, plain_jpeg: bool, pixels: NDArray[np.uint8]
+        self, place: str, data: bytes, plain_jpeg: bool, pixels: NDArray[np.uint8]
     ) -> str | None:
-        """Return what is wrong with a file that DALI decoded to `pixels`, None if nothing is."""
+        """Return what is wrong with an image that DALI decoded to `pixels`, None if nothing is."""
         if plain_jpeg:
             return None
         try:
-            with memory_errors(path):
+            with memory_errors(place):
                 expected = np.asarray(decode_rgb(data, self._max_megapixels))
         except DataError as error:
             return f"DALI decodes it, but PIL does not ({error}); save it anew"

@@ -1,4 +1,4 @@
-"""DALI's graphs: paths and random numbers in. The only module that imports DALI.
+"""DALI's graphs: paths or encoded images, and random numbers, in. The only module that imports DALI.
 
 On a GPU the normalised images of every size come out, on the CPU decoded bytes, which `dali.loader` resizes.
 """
@@ -32,8 +32,10 @@ RAND_OPERATIONS = 2
 AUGMENTATION_NUMBERS = 3 * RAND_OPERATIONS  # operation, magnitude and sign of each
 
 
-def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any:
-    """Build the pipeline of one of the four graphs below."""
+def build(
+    graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool = True
+) -> Any:
+    """Build the pipeline of one of the four graphs below. with_paths: DALI reads the files itself."""
     on_gpu = spec.device.type == "cuda"
     # Augmentation needs `if` over a part of a batch, which makes DALI rewrite the graph's source.
     conditional = graph in (training_graph, crop_graph) and spec.auto_augment is not None
@@ -41,6 +43,7 @@ def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any
         feed,
         options,
         spec,
+        with_paths,
         batch_size=spec.batch_size,
         num_threads=options.workers,
         device_id=(spec.device.index or 0) if on_gpu else None,
@@ -53,12 +56,14 @@ def build(graph: Any, feed: Feed, options: DaliOptions, spec: LoaderSpec) -> Any
     return pipeline
 
 
-def crop_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, Any]:
+def crop_graph(
+    feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool
+) -> tuple[Any, Any]:
     """Give training's crops as bytes, (height, width, 3), and (S,) int32 flips."""
-    paths, area, ratio, position, flips, *numbers = fn.external_source(
+    images, area, ratio, position, flips, *numbers = fn.external_source(
         source=feed, num_outputs=5 if spec.auto_augment is None else 6, batch=True
     )
-    encoded = fn.io.file.read(paths)
+    encoded = _encoded(images, with_paths)
     start, shape = _crop_rectangle(encoded, area, ratio, position)
     # The decoder reads the rectangle only, which saves most of the inverse transform and all of the copy.
     crop = fn.decoders.image_slice(
@@ -69,25 +74,29 @@ def crop_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any,
     return crop, flips
 
 
-def training_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+def training_graph(
+    feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool
+) -> tuple[Any, ...]:
     """Give training's normalised images, (s, s, 3) of each size."""
-    crop, flips = crop_graph(feed, options, spec)
+    crop, flips = crop_graph(feed, options, spec, with_paths)
     return tuple(
         _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
         for i, size in enumerate(spec.sizes)
     )
 
 
-def image_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any]:
+def image_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool) -> tuple[Any]:
     """Give evaluation's images as bytes, (height, width, 3)."""
-    (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
-    return (_whole(fn.io.file.read(paths), **_decoder(options, spec.device))[1],)
+    (images,) = fn.external_source(source=feed, num_outputs=1, batch=True)
+    return (_whole(_encoded(images, with_paths), **_decoder(options, spec.device))[1],)
 
 
-def eval_graph(feed: Feed, options: DaliOptions, spec: LoaderSpec) -> tuple[Any, ...]:
+def eval_graph(
+    feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool
+) -> tuple[Any, ...]:
     """Give evaluation's normalised images, (s, s, 3) of each size."""
-    (paths,) = fn.external_source(source=feed, num_outputs=1, batch=True)
-    shape, image = _whole(fn.io.file.read(paths), **_decoder(options, spec.device))
+    (images,) = fn.external_source(source=feed, num_outputs=1, batch=True)
+    shape, image = _whole(_encoded(images, with_paths), **_decoder(options, spec.device))
     outputs = []
     for size in spec.sizes:
         lengths = [_long_or_short(shape[axis], shape[1 - axis], size) for axis in (0, 1)]
@@ -121,6 +130,10 @@ def build_decoder(batch_size: int) -> Any:
 def path_batch(paths: list[str]) -> list[Any]:
     """Return the paths as `fn.io.file.read` takes them."""
     return [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
+
+
+def _encoded(images: Any, with_paths: bool) -> Any:
+    return fn.io.file.read(images) if with_paths else images
 
 
 def _decoding_graph() -> tuple[Any, Any]:

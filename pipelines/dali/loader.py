@@ -1,4 +1,4 @@
-"""Image folders by DALI: decode once, crop once, resize to every size.
+"""Images by DALI: decode once, crop once, resize to every size.
 
 On a GPU one DALI graph does it all. Without one DALI reads, decodes and crops, and threads of this module
 resize, flip and normalise: DALI's own resize took three quarters of the time of its CPU graph, and is no
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -43,14 +43,6 @@ from pipelines.host_batch import (
     iterate_finished,
     pixel_table,
 )
-from pipelines.image_folder import (
-    ImageFolder,
-    announce,
-    dali_error_line,
-    explain_failure,
-    scan_train_val,
-    verify_command,
-)
 from pipelines.resize import resize
 from pipelines.sampler import (
     AUGMENTATION_LANE,
@@ -60,8 +52,12 @@ from pipelines.sampler import (
     make_schedule,
     uniforms,
 )
+from pipelines.sources.source import Source, dali_error_line
+from pipelines.sources.splits import announce, open_splits
 from pipelines.transforms import Rectangle, View, eval_view
+from pipelines.utils.errors import DataError, RunError
 from pipelines.utils.output import say
+from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import skip_bad
 
 # Suffixes of formats of which `image_formats` refuses some.
@@ -71,19 +67,24 @@ Taken = TypeVar("Taken", Batch, HostBatch)
 
 
 def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Return loaders over `spec.data`/train and /val.
+    """Return loaders over the splits of `spec.data`.
 
-    Raises UsageError on a malformed folder, and with --skip-bad on one that was not verified.
+    Raises UsageError if it is malformed, and with --skip-bad if it was not verified.
     """
-    train, val = scan_train_val(spec.data, with_train)
-    if spec.rank == 0:
+    speaks = spec.rank == 0
+
+    def prepare(source: Source) -> Source:
+        if speaks:
+            announce(source)
+        if options.skip_bad:
+            return skip_bad(source, options.skip_bad_report, options.strict, verbose=speaks)
+        if speaks:  # which were not verified
+            _note_formats(source)
+        return source
+
+    train, val = open_splits(spec.data, spec.splits, with_train, prepare)
+    if speaks and spec.splits.val_fraction is not None:
         announce(train, val)
-        if not options.skip_bad:  # which were not verified
-            _note_formats(spec.data, [folder for folder in (train, val) if folder])
-    if options.skip_bad:
-        train, val = skip_bad(
-            train, val, options.skip_bad_report, options.strict, verbose=spec.rank == 0
-        )
     return Loaders(
         DaliLoader(options, spec, train, training=True) if train else None,
         DaliLoader(options, spec, val, training=False),
@@ -91,29 +92,29 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
     )
 
 
-def _note_formats(data: Path, folders: list[ImageFolder]) -> None:
+def _note_formats(source: Source) -> None:
     """Say that DALI, which the files go to unseen, may take some for other pictures than PIL does."""
-    suffixes = Counter(Path(path).suffix.lower() for folder in folders for path in folder.paths)
+    suffixes = Counter(Path(name).suffix.lower() for name in source.names)
     kinds = [f"{suffix} {count}" for suffix, count in suffixes.items() if suffix in DIFFERING]
     if kinds:
         say(
             f"note: decoders do not agree on all of {', '.join(kinds)}; "
-            f"{verify_command(data)} lists the images of which they see different pictures",
+            f"{source.verify_command} lists the images of which they see different pictures",
             sys.stderr,
         )
 
 
 class DaliLoader(ScheduledLoader):
-    """Batches of one image folder. A broken image raises DataError with its path."""
+    """Batches of one split. A broken image raises DataError with its path."""
 
     pipeline = "DALI"
 
     def __init__(
-        self, options: DaliOptions, spec: LoaderSpec, folder: ImageFolder, training: bool
+        self, options: DaliOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
-        super().__init__(make_schedule(spec, len(folder.paths), training))
-        self._spec, self._folder = spec, folder
-        self._feed = _Feed(spec, folder, training)
+        super().__init__(make_schedule(spec, len(source), training))
+        self._spec, self._source = spec, source
+        self._feed = _Feed(spec, source, training, options.workers)
         self._options = options
         self._on_gpu = spec.device.type == "cuda"
         if not self._on_gpu:
@@ -138,7 +139,9 @@ class DaliLoader(ScheduledLoader):
         Raises DataError, which names the image, if DALI cannot decode one.
         """
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
-            self._pipeline = build(self._graph(), self._feed, self._options, self._spec)
+            self._pipeline = build(
+                self._graph(), self._feed, self._options, self._spec, self._source.files is not None
+            )
         self._drain()
         self._feed.start(self.schedule.batches(epoch, first_step), epoch)
         for step in range(first_step, self.schedule.steps):
@@ -152,12 +155,15 @@ class DaliLoader(ScheduledLoader):
                 self._pipeline.schedule_run()
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise  # of the GPU, from whatever was started before, and not of an image
+            except (DataError, RunError):
+                self.close()
+                raise  # of the source, which names the image
             except RuntimeError as error:
                 _raise_if_of_the_gpu(error)
-                suspects = [p for indices in self._feed.in_flight for p in self._paths(indices)]
+                suspects = [int(i) for indices in self._feed.in_flight for i in indices]
                 self.close()  # DALI's pipelines do not survive an error
-                reason_of = Decoder().reason
-                raise explain_failure(suspects, error, self._spec.data, reason_of) from error
+                reason_of = Decoder().reason_of
+                raise self._source.explain_failure(suspects, error, reason_of) from error
             self._feed.in_flight.popleft()
             yield taken
 
@@ -170,7 +176,7 @@ class DaliLoader(ScheduledLoader):
         return Batch(tuple(self._to_torch(output) for output in outputs), labels)
 
     def _fingerprint(self) -> str:
-        return self._folder.fingerprint()
+        return self._source.fingerprint()
 
     def close(self) -> None:
         """End DALI's threads and free its memory; a later iteration builds the pipeline again."""
@@ -191,13 +197,10 @@ class DaliLoader(ScheduledLoader):
         self._pipeline.reset()
 
     def _labels(self, indices: Indices) -> Tensor:
-        labels = torch.from_numpy(self._folder.labels[indices])
+        labels = torch.from_numpy(self._source.labels[indices])
         if self._spec.device.type == "cuda":
             labels = labels.pin_memory()  # a copy from pageable memory would not be asynchronous
         return labels.to(self._spec.device, non_blocking=True)
-
-    def _paths(self, indices: Indices) -> list[str]:
-        return [self._folder.paths[i] for i in indices]
 
     def _stream(self) -> dict[str, Any]:
         # The outputs are ordered behind DALI's kernels on PyTorch's stream; the host does not wait.
@@ -271,34 +274,51 @@ class Resizer:
 
 
 class _Feed:
-    """Hands the graph one batch of paths and random numbers a call, and knows which are in flight."""
+    """Hands the graph one batch of images and random numbers a call, and knows which are in flight."""
 
-    def __init__(self, spec: LoaderSpec, folder: ImageFolder, training: bool) -> None:
-        self._spec, self._folder, self._training = spec, folder, training
-        self._batches: Iterator[Indices] = iter(())
+    def __init__(self, spec: LoaderSpec, source: Source, training: bool, threads: int) -> None:
+        self._spec, self._source, self._training = spec, source, training
+        self._threads = threads
+        self._batches: Generator[tuple[Indices, list[Any]]] | None = None
         self._epoch = 0
         self.in_flight: deque[Indices] = deque()  # handed to DALI, not yet taken from it
 
     def start(self, batches: Iterator[Indices], epoch: int) -> None:
         """Hand out these batches from the next call on."""
-        self._batches, self._epoch = batches, epoch
+        self._batches, self._epoch = self._read(batches), epoch
 
     def stop(self) -> None:
         """Hand out no more batches, and forget those in flight."""
-        self._batches = iter(())
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
         self.in_flight.clear()
 
     def __call__(self) -> list[Any]:
         """Return the next batch as DALI's external source wants it, or raise StopIteration."""
-        indices = next(self._batches)
+        if self._batches is None:
+            raise StopIteration
+        indices, images = next(self._batches)
         self.in_flight.append(indices)
-        paths = path_batch([self._folder.paths[i] for i in indices])
         if not self._training:
-            return [paths]
+            return [images]
         spec = self._spec
         params = crop_params(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
         numbers = [params.area, params.ratio, params.position, params.flip.astype(np.int32)]
         if spec.auto_augment is not None:
             counters = spec.seed, self._epoch, indices
             numbers.append(uniforms(*counters, AUGMENTATION_NUMBERS, AUGMENTATION_LANE))
-        return [paths, *map(np.ascontiguousarray, numbers)]
+        return [images, *map(np.ascontiguousarray, numbers)]
+
+    def _read(self, batches: Iterator[Indices]) -> Generator[tuple[Indices, list[Any]]]:
+        """Yield each batch with its paths, which DALI reads, or with its images' bytes."""
+        if (files := self._source.files) is not None:
+            for indices in batches:
+                yield indices, path_batch([files[i] for i in indices])
+            return
+        yield from ordered_map(self._encoded, batches, self._threads)
+
+    def _encoded(self, indices: Indices) -> tuple[Indices, list[Any]]:
+        return indices, [
+            np.frombuffer(self._source.read_or_explain(int(i)), np.uint8) for i in indices
+        ]

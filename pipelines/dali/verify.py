@@ -15,80 +15,89 @@ import tempfile
 import threading
 import time
 from collections.abc import Container, Generator
+from functools import partial
 from pathlib import Path
 
 from pipelines import verify_report
 from pipelines.dali.decoder import Decoder, Messages, decoder_messages
 from pipelines.dali.options import VerifyOptions
-from pipelines.image_folder import ImageFolder, announce, scan_folder
 from pipelines.image_formats import DECODES_WITH_ERRORS
+from pipelines.sources.folder import ImageFolder
+from pipelines.sources.source import Source, Stamp
+from pipelines.sources.splits import announce, open_each
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.reading import cannot_read, file_state
 from pipelines.utils.thread_map import ordered_map
-from pipelines.verify_report import SplitReport, Stamp
+from pipelines.verify_report import SplitReport
 
 BATCH = 16  # images; a fifth faster than one by one, but each is decoded again if one is bad
 
 
 def verify(options: VerifyOptions) -> int:
-    """Verify `options.data`/train and /val; return 0 if no bad image is left, else 1.
+    """Verify the splits of `options.data`; return 0 if no bad image is left, else 1.
 
     Raises UsageError for a mistake in the options, DataError if all images of a class are bad, RunError if
     an image or a folder cannot be read: then nothing is recorded.
     """
-    data, report = options.data, options.report or options.data / verify_report.REPORT
-    folders = [scan_folder(data / split) for split in ("train", "val") if (data / split).is_dir()]
-    if not folders:
-        raise UsageError(f"{data} has neither a folder train nor a folder val")
-    for folder in folders:
-        if options.move_to and options.move_to.resolve().is_relative_to(folder.root.resolve()):
-            raise UsageError(f"--move-to: {options.move_to} lies among the images of {folder.root}")
-    announce(*folders)
+    sources = open_each(options.data)
+    for source in sources:
+        _check_target(source, options.move_to)
+    announce(*sources)
+    report = options.report or sources[0].report
     known = verify_report.read(report)
-    left = [_verify_split(folder, known, report, options) for folder in folders]
-    for folder in left:
-        verify_report.require_every_class(folder)
-    if any(known[folder.root.name].bad for folder in folders):
-        say(f"train_dali.py --skip-bad leaves out what {report} lists; verify --move-to moves it")
+    left = [_verify_split(source, known, report, options) for source in sources]
+    for source in left:
+        verify_report.require_every_class(source)
+    if any(known[source.split].bad for source in sources):
+        move = "; verify --move-to moves it" if isinstance(sources[0], ImageFolder) else ""
+        say(f"--skip-bad of a training leaves out what {report} lists{move}")
         return EXIT_FAILED
     return 0
 
 
+def _check_target(source: Source, move_to: Path | None) -> None:
+    """Raise UsageError if bad images cannot be moved there."""
+    if move_to is None:
+        return
+    if not isinstance(source, ImageFolder):
+        raise UsageError(f"--move-to: only of a folder's images, which {source.place} are not")
+    if move_to.resolve().is_relative_to(source.root.resolve()):
+        raise UsageError(f"--move-to: {move_to} lies among the images of {source.root}")
+
+
 def _verify_split(
-    folder: ImageFolder, known: dict[str, SplitReport], report: Path, options: VerifyOptions
-) -> ImageFolder:
-    """Return the folder without its bad images; update `known`, by split, and the report."""
-    split, stamps = folder.root.name, verify_report.stamps(folder)
+    source: Source, known: dict[str, SplitReport], report: Path, options: VerifyOptions
+) -> Source:
+    """Return the split without its bad images; update `known`, by split, and the report."""
+    split, place, stamps = source.split, source.place, source.stamps()
     # Taken before decoding, so that a file that changes meanwhile is noticed.
     fingerprint = verify_report.fingerprint(stamps)
     if _is_known(known.get(split), fingerprint, options):
-        say(f"{folder.root}: has not changed since {report} was written")
+        say(f"{place}: has not changed since {report} was written")
     else:
         _check_writable(report)  # before it takes hours
-        bad, faulty = _decode(folder, stamps, options)
+        bad, faulty = _decode(source, stamps, options)
         known[split] = SplitReport(fingerprint, len(stamps), bad, faulty, options.max_megapixels)
         verify_report.write(report, known)
     bad, faulty = known[split].bad, known[split].faulty or {}
     for name, reason in bad.items():
-        say(f"{folder.root}/{name}: {reason}")
+        say(f"{place}/{name}: {reason}")
     for name, words in faulty.items():
-        say(f"{folder.root}/{name}: {DECODES_WITH_ERRORS}: {words}")
-    say(f"{folder.root}: {len(bad)} of {len(stamps)} images are bad")
+        say(f"{place}/{name}: {DECODES_WITH_ERRORS}: {words}")
+    say(f"{place}: {len(bad)} of {len(stamps)} images are bad")
     if faulty:
-        say(
-            f"{folder.root}: {len(faulty)} more decode with errors; --skip-bad --strict leaves them out"
-        )
-    if bad and options.move_to:
-        _move(folder, bad, options.move_to / split)
+        say(f"{place}: {len(faulty)} more decode with errors; --skip-bad --strict leaves them out")
+    if bad and options.move_to and isinstance(source, ImageFolder):
+        _move(source, bad, options.move_to / split)
         stamps = {name: stamp for name, stamp in stamps.items() if name not in bad}
         known[split] = dataclasses.replace(
             known[split], fingerprint=verify_report.fingerprint(stamps), images=len(stamps), bad={}
         )
         verify_report.write(report, known)
-    return verify_report.without(folder, bad)
+    return verify_report.without(source, bad)
 
 
 def _is_known(known: SplitReport | None, fingerprint: str, options: VerifyOptions) -> bool:
@@ -115,45 +124,45 @@ def _check_writable(report: Path) -> None:
 
 
 def _decode(
-    folder: ImageFolder, stamps: dict[str, Stamp], options: VerifyOptions
+    source: Source, stamps: dict[str, Stamp], options: VerifyOptions
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return what is wrong with each bad image, and with those that decode with errors.
 
-    By path below the folder's root.
+    By name.
     """
     bad: dict[str, str] = {}
-    heard: list[str] = []
-    size, started = 0, time.perf_counter()
+    heard: list[int] = []
+    names, size, started = list(stamps), 0, time.perf_counter()
     with (
         decoder_messages() as messages,
-        contextlib.closing(_reasons(folder.paths, options, messages)) as found,
-        ProgressBar(folder.root.name, len(stamps)) as progress,
+        contextlib.closing(_reasons(source, options, messages)) as found,
+        ProgressBar(source.split, len(stamps)) as progress,
     ):
         results = zip(stamps.items(), found, strict=True)
         for done, ((name, stamp), (reason, message)) in enumerate(results):
             if reason is not None:
-                _require_there(folder.root / name, stamp)
+                _require_there(source, done, stamp)
                 bad[name] = reason
             elif message:
-                heard.append(name)
+                heard.append(done)
             size += stamp[0] if stamp else 0
             progress.update(done + 1, size, len(bad))
         # Threads decoded at once: only now can a message be told to be of an image.
         decoder = Decoder(max_megapixels=options.max_megapixels)
-        words = {name: decoder.words(str(folder.root / name), messages) for name in heard}
+        words = {names[i]: decoder.words(source.locate(i), source.read(i), messages) for i in heard}
     speed = len(stamps) / (time.perf_counter() - started)
-    say(f"{folder.root}: {len(stamps)} images, {format_bytes(size)}, {speed:.0f} images/s")
+    say(f"{source.place}: {len(stamps)} images, {format_bytes(size)}, {speed:.0f} images/s")
     return bad, {name: said for name, said in words.items() if said}
 
 
-def _require_there(path: Path, stamp: Stamp) -> None:
+def _require_there(source: Source, index: int, stamp: Stamp) -> None:
     """Raise RunError if a file is gone that was there before: the disk or network of all may be."""
-    if stamp is not None and file_state(str(path)) is None:
-        raise cannot_read(path, "it was there a moment ago")
+    if source.files is not None and stamp is not None and file_state(source.locate(index)) is None:
+        raise cannot_read(source.locate(index), "it was there a moment ago")
 
 
 def _reasons(
-    paths: list[str], options: VerifyOptions, messages: Messages
+    source: Source, options: VerifyOptions, messages: Messages
 ) -> Generator[tuple[str | None, bool]]:
     """Yield for each of the images what is wrong with it, None if nothing is.
 
@@ -161,15 +170,17 @@ def _reasons(
     """
     local = threading.local()
 
-    def check(batch: list[str]) -> list[tuple[str | None, bool]]:
+    def check(batch: range) -> list[tuple[str | None, bool]]:
         if not hasattr(local, "decoder"):
             local.decoder = Decoder(BATCH, options.max_megapixels)
         before = messages.size
-        found: list[str | None] = local.decoder.reasons(batch)
+        images = [(source.locate(i), partial(source.read, i)) for i in batch]
+        found: list[str | None] = local.decoder.reasons(images)
         heard = messages.size > before
         return [(reason, heard) for reason in found]
 
-    batches = (paths[i : i + BATCH] for i in range(0, len(paths), BATCH))
+    every = range(len(source))
+    batches = (every[i : i + BATCH] for i in range(0, len(every), BATCH))
     for found in ordered_map(check, batches, options.workers):
         yield from found
 

@@ -1,8 +1,8 @@
-"""Convert an image folder to .beton files, each complete and checked, or not written at all.
+"""Convert images to .beton files, each complete and checked, or not written at all.
 
-Samples are stored in the order of the folder, so that the same (seed, epoch) gives the same images and crops
-as the other pipelines. An image's own bytes are stored wherever the loader's decoder takes them, else it is
-encoded anew. The same images and options give the same bytes, whatever the number of threads: threads
+Samples are stored in the order of their source, so that the same (seed, epoch) gives the same images and
+crops as the other pipelines. An image's own bytes are stored wherever the loader's decoder takes them, else
+it is encoded anew. The same images and options give the same bytes, whatever the number of threads: threads
 encode, this one writes, and there is no worker process that could die unnoticed.
 """
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +32,15 @@ from pipelines.ffcv.options import ConvertOptions
 from pipelines.ffcv.sidecar import (
     Sidecar,
     check_sidecar,
-    file_size,
     read_sidecar,
     sidecar_path,
-    source_fingerprint,
     write_sidecar,
 )
 from pipelines.ffcv.verify import reasons, stored_bytes
-from pipelines.image_folder import ImageFolder, announce, scan_folder, scan_train_val
 from pipelines.sampler import Indices
+from pipelines.sources.options import NO_OPTIONS
+from pipelines.sources.source import Source
+from pipelines.sources.splits import announce, open_split, open_splits
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
@@ -58,43 +60,44 @@ def convert(options: ConvertOptions, data: Path, output: Path) -> None:
     Raises UsageError for a malformed folder, a lack of space or another file in the way, DataError for
     a broken image without --skip-bad or a file that cannot be written.
     """
-    sources = _scan_sources(options, data)  # before anything is created
-    for split in ("train", "val"):
-        if output.resolve().is_relative_to((data / split).resolve()):
-            raise UsageError(f"--output: {output} lies among the images of {data / split}")
+    splits = _scan_splits(options, data)  # before anything is created
+    for name in ("train", "val"):
+        if output.resolve().is_relative_to((data / name).resolve()):
+            raise UsageError(f"--output: {output} lies among the images of {data / name}")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     with _locked(output):
-        sources = [source for source in sources if not _is_there(output, source, options)]
+        splits = [split for split in splits if not _is_there(output, split, options)]
         encoder = Encoder(options)
-        _check_space(output, sources, encoder, options.workers)
-        for source in sources:
-            _convert_split(output, source, encoder, options)
+        _check_space(output, splits, encoder, options.workers)
+        for split in splits:
+            _convert_split(output, split, encoder, options)
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Split:
     """The images of one split that are to be stored."""
 
-    split: str
-    folder: ImageFolder
+    source: Source
     chosen: Indices
     fingerprint: str
     bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.source.split
 
     @property
     def probes(self) -> Indices:
         """A few of the images, spread over the classes."""
         return _spread(self.chosen, PROBES)
 
-    def path(self, index: int) -> str:
-        return self.folder.paths[index]
-
-    def name(self, index: int) -> str:
-        """The path below the split's folder."""
-        return os.path.relpath(self.path(index), self.folder.root)
+    @cached_property
+    def names(self) -> list[str]:
+        """The images' names, in a folder the paths below the split's."""
+        return self.source.names
 
 
 @contextlib.contextmanager
@@ -111,24 +114,35 @@ def _locked(output: Path) -> Iterator[None]:
         yield
 
 
-def _scan_sources(options: ConvertOptions, data: Path) -> list[_Source]:
-    """Return the splits' images. Raises UsageError if a folder is malformed or the classes differ."""
-    if set(options.splits) == {"train", "val"}:
-        train, val = scan_train_val(data)
+def _scan_splits(options: ConvertOptions, data: Path) -> list[_Split]:
+    """Return the splits' images. Raises UsageError if one is malformed or the classes differ."""
+    wanted = options.splits
+    if set(wanted) == {"train", "val"} or options.placed != NO_OPTIONS:
+        train, val = open_splits(data, options.placed)
         assert train is not None
-        folders = {"train": train, "val": val}
+        sources: dict[str, Source] = {"train": train, "val": val}
     else:
         with error_context("--data"):
-            folders = {split: scan_folder(data / split) for split in options.splits}
-    announce(*(folders[split] for split in options.splits))
-    sources = []
-    for split in options.splits:
-        folder = folders[split]
-        every = np.arange(len(folder.paths))
+            sources = {split: open_split(data, split) for split in wanted}
+    announce(*(sources[split] for split in wanted))
+    splits = []
+    for source in (sources[split] for split in wanted):
+        every = np.arange(len(source))
         chosen = every if options.subset is None else _spread(every, options.subset)
-        digest, size = source_fingerprint(folder.root, [folder.paths[i] for i in chosen])
-        sources.append(_Source(split, folder, chosen, digest, size))
-    return sources
+        splits.append(_Split(source, chosen, *_fingerprint(source, chosen)))
+    return splits
+
+
+def _fingerprint(source: Source, chosen: Indices) -> tuple[str, int]:
+    """Return the SHA-256 of the images' names and sizes, and the sum of the sizes."""
+    digest, total = hashlib.sha256(), 0
+    stamps = list(source.stamps().items())
+    for i in chosen.tolist():
+        name, stamp = stamps[i]
+        size = 0 if stamp is None else stamp[0]  # reading what is missing will say so
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        total += size
+    return digest.hexdigest(), total
 
 
 def _spread(indices: Indices, count: int) -> Indices:
@@ -137,21 +151,21 @@ def _spread(indices: Indices, count: int) -> Indices:
     return indices[np.arange(count) * len(indices) // count]
 
 
-def _is_there(output: Path, source: _Source, options: ConvertOptions) -> bool:
+def _is_there(output: Path, split: _Split, options: ConvertOptions) -> bool:
     """Return whether the file exists already, made from the same images with the same options.
 
     Raises UsageError if it was made differently, or has other images than --skip-bad and --strict say;
     DataError if it is broken.
     """
-    path = output / f"{source.split}.beton"
+    path = output / f"{split.name}.beton"
     if not path.exists():
         return False
     found = read_sidecar(path)
     if (
         found is None
         or found.settings != dataclasses.asdict(Settings.of(options))
-        or found.source.get("fingerprint") != source.fingerprint
-        or found.classes != source.folder.classes
+        or found.source.get("fingerprint") != split.fingerprint
+        or found.classes != split.source.classes
     ):
         raise UsageError(
             f"--output: {path} exists already, made from other images or with other options; "
@@ -174,19 +188,19 @@ def _is_there(output: Path, source: _Source, options: ConvertOptions) -> bool:
     return True
 
 
-def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers: int) -> None:
+def _check_space(output: Path, splits: list[_Split], encoder: Encoder, workers: int) -> None:
     """Raise UsageError if the files will not fit on the disk, estimated from a few encoded images."""
     total = 0.0
-    for source in sources:
-        probes = source.probes
+    for split in splits:
+        probes = split.probes
         before, after = 0, 0
-        for index, encoded in zip(probes, _encode(source, probes, encoder, workers), strict=True):
+        for index, encoded in zip(probes, _encode(split, probes, encoder, workers), strict=True):
             if isinstance(encoded, Encoded):
-                before += file_size(source.path(index))
+                before += len(split.source.read(int(index)))
                 after += encoded.stored.data.size
         # One page for the tables; 5 % because pages are not filled to their ends.
-        size = PAGE_SIZE + 1.05 * source.bytes * after / max(before, 1)
-        say(f"{source.split}: {len(source.chosen)} images of {format_bytes(source.bytes)}, "
+        size = PAGE_SIZE + 1.05 * split.bytes * after / max(before, 1)
+        say(f"{split.name}: {len(split.chosen)} images of {format_bytes(split.bytes)}, "
               f"about {format_bytes(size)} to write")  # fmt: skip
         total += size
     free = free_space(output)
@@ -196,26 +210,24 @@ def _check_space(output: Path, sources: list[_Source], encoder: Encoder, workers
         )
 
 
-def _convert_split(
-    output: Path, source: _Source, encoder: Encoder, options: ConvertOptions
-) -> None:
+def _convert_split(output: Path, split: _Split, encoder: Encoder, options: ConvertOptions) -> None:
     """Write one split under a temporary name, check it, and rename it. Raises DataError."""
-    final = output / f"{source.split}.beton"
+    final = output / f"{split.name}.beton"
     partial = final.with_name(final.name + ".partial")
     started = time.perf_counter()
     try:
-        skipped, stored, encoded = _write(partial, source, encoder, options)
-        _read_back(partial, source, skipped, encoder, options.workers)
+        skipped, stored, encoded = _write(partial, split, encoder, options)
+        _read_back(partial, split, skipped, encoder, options.workers)
         content = Sidecar(
-            samples=len(source.chosen) - len(skipped),
-            classes=source.folder.classes,
+            samples=len(split.chosen) - len(skipped),
+            classes=split.source.classes,
             settings=dataclasses.asdict(Settings.of(options)),
             bytes=partial.stat().st_size,
             sha256=sha256_file(partial),
-            source={"images": len(source.chosen), "fingerprint": source.fingerprint},
+            source={"images": len(split.chosen), "fingerprint": split.fingerprint},
             stored=stored,
             skipped=[
-                {"image": source.name(index), "reason": reason} for index, reason in skipped.items()
+                {"image": split.names[index], "reason": reason} for index, reason in skipped.items()
             ],
             encoded=encoded,
             table_sha256=table_sha256(partial),
@@ -240,53 +252,54 @@ def _convert_split(
 
 
 def _write(
-    partial: Path, source: _Source, encoder: Encoder, options: ConvertOptions
+    partial: Path, split: _Split, encoder: Encoder, options: ConvertOptions
 ) -> tuple[dict[int, str], dict[str, int], dict[str, list[str]]]:
     """Write the file.
 
     Return what is wrong with each image left out, counts by way of storage, and the images that were
     encoded anew by the reason for it.
     """
+    source = split.source
     skipped: dict[int, str] = {}
     anew: dict[str, list[str]] = {}
     stored: Counter[str] = Counter()
-    encoding = contextlib.closing(_encode(source, source.chosen, encoder, options.workers))
-    progress = ProgressBar(source.split, len(source.chosen))
+    encoding = contextlib.closing(_encode(split, split.chosen, encoder, options.workers))
+    progress = ProgressBar(split.name, len(split.chosen))
     with partial.open("wb") as file, encoding as results, progress:
-        writer = BetonWriter(file, len(source.chosen))
-        for done, (index, encoded) in enumerate(zip(source.chosen.tolist(), results, strict=True)):
+        writer = BetonWriter(file, len(split.chosen))
+        for done, (index, encoded) in enumerate(zip(split.chosen.tolist(), results, strict=True)):
             if isinstance(encoded, DataError):
-                if not os.path.lexists(
-                    source.path(index)
-                ):  # the disk or network of all may be gone
-                    raise cannot_read(source.path(index), "it was there a moment ago")
+                place = source.locate(index)
+                # The disk or network of all may be gone.
+                if source.files is not None and not os.path.lexists(place):
+                    raise cannot_read(place, "it was there a moment ago")
                 if not options.skip_bad:
                     raise DataError(
-                        f"broken image {source.path(index)}: {encoded}; "
+                        f"broken image {place}: {encoded}; "
                         "repair it, remove it, or leave it out with --skip-bad"
                     )
                 skipped[index] = str(encoded)
             else:
                 stored[encoded.how] += 1
                 if encoded.why:
-                    anew.setdefault(encoded.why, []).append(source.name(index))
-                writer.add(encoded.stored, int(source.folder.labels[index]))
+                    anew.setdefault(encoded.why, []).append(split.names[index])
+                writer.add(encoded.stored, int(source.labels[index]))
             progress.update(done + 1, writer.bytes_written, len(skipped))
         if not stored:
-            raise DataError(f"{source.folder.root}: all {len(skipped)} images are broken")
+            raise DataError(f"{source.place}: all {len(skipped)} images are broken")
         writer.finish()
         fsync(file.fileno(), partial)
     return skipped, dict(stored), anew
 
 
 def _read_back(
-    partial: Path, source: _Source, skipped: dict[int, str], encoder: Encoder, workers: int
+    partial: Path, split: _Split, skipped: dict[int, str], encoder: Encoder, workers: int
 ) -> None:
     """Encode a few images again; raise DataError unless the written file has the same samples."""
     beton = open_beton(partial)
-    written = np.array([i for i in source.chosen.tolist() if i not in skipped])
+    written = np.array([i for i in split.chosen.tolist() if i not in skipped])
     positions = _spread(np.arange(len(written)), PROBES)
-    again = _encode(source, written[positions], encoder, workers)
+    again = _encode(split, written[positions], encoder, workers)
     found = reasons(beton, positions, workers)
     with partial.open("rb", buffering=0) as file:
         for position, encoded, reason in zip(positions, again, found, strict=True):
@@ -296,7 +309,7 @@ def _read_back(
                 or not np.array_equal(
                     stored_bytes(beton, file.fileno(), position), encoded.stored.data
                 )
-                or beton.labels[position] != source.folder.labels[written[position]]
+                or beton.labels[position] != split.source.labels[written[position]]
             ):
                 raise DataError(
                     f"{partial}: sample {position} does not read back as it was written "
@@ -305,6 +318,9 @@ def _read_back(
 
 
 def _encode(
-    source: _Source, indices: Indices, encoder: Encoder, workers: int
+    split: _Split, indices: Indices, encoder: Encoder, workers: int
 ) -> Generator[Encoded | DataError]:
-    return ordered_map(lambda i: encoder(source.path(i), i), indices.tolist(), workers)
+    source = split.source
+    return ordered_map(
+        lambda i: encoder(source.locate(i), partial(source.read, i), i), indices.tolist(), workers
+    )

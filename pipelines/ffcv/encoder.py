@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ from pipelines.image_formats import (
 )
 from pipelines.sampler import uniforms
 from pipelines.utils.errors import DataError
-from pipelines.utils.reading import read_file
 
 MAX_SIDE = 65500  # libjpeg's limit; FFCV's table has 16 bits for it
 
@@ -65,21 +65,20 @@ class Encoder:
         self._settings = Settings.of(options)
         self._max_megapixels, self._strict = options.max_megapixels, options.strict
 
-    def __call__(self, path: str, index: int) -> Encoded | DataError:
+    def __call__(self, place: str, read: Callable[[], bytes], index: int) -> Encoded | DataError:
         """Return what is stored of image `index`, the same in every run, or what is wrong with it.
 
-        Raises RunError if the system does not let the file be read.
+        place: where it lies. read: returns its bytes. Raises RunError if the system does not let it be read.
         """
         try:
-            with memory_errors(path):
-                jpeg, pixels, why = self._read(path)
+            with memory_errors(place):
+                jpeg, pixels, why = self._decode(read())
                 return self._encode(jpeg, pixels, index)._replace(why=why)
         except DataError as error:
             return error
 
-    def _read(self, path: str) -> tuple[Bytes | None, Bytes, str]:
-        """Return the file's bytes, None unless the loader's decoder takes them; its pixels; why not."""
-        data = read_file(path)
+    def _decode(self, data: bytes) -> tuple[Bytes | None, Bytes, str]:
+        """Return the bytes, None unless the loader's decoder takes them; the pixels; why not."""
         with open_image(data) as image:
             check_image(image, self._max_megapixels)
             plain, kind = is_plain_jpeg(image), f"{image.format} {image.mode}"

@@ -45,9 +45,11 @@ from pipelines.host_batch import (
     iterate_finished,
     pixel_table,
 )
-from pipelines.image_folder import count_text, warn_of_single_class
 from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, make_schedule
+from pipelines.sources.options import NO_OPTIONS
+from pipelines.sources.source import count_text
+from pipelines.sources.splits import warn_of_single_class
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.utils.output import say
@@ -63,6 +65,10 @@ def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Lo
     """Return the loaders of `ffcv.make_loaders`. Raises what it does."""
     if not spec.data.is_dir():
         raise UsageError(f"--data: there is no folder {spec.data}")
+    if spec.splits != NO_OPTIONS:
+        raise UsageError(
+            "--val-data and --val-fraction: give them to rsnet convert; .beton files are split already"
+        )
     check_sizes(spec)
     paths = [
         spec.data / f"{split}.beton" for split in (("train", "val") if with_train else ("val",))

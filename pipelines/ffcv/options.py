@@ -14,6 +14,7 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
+from pipelines.sources.options import SplitOptions
 from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
@@ -70,7 +71,13 @@ class ConvertOptions:
     """Write train.beton and val.beton, each with a sidecar, or check one that is there."""
 
     data: Annotated[Path | None, arg(aliases=("-d",), metavar="DIR")] = None
-    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths, or tar shards."""
+
+    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Validation images of their own, in place of those in --data."""
+
+    val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Share of the training images for validation, chosen by their names, where there are no others."""
 
     output: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None
     """Folder for the files; what is in it is not overwritten."""
@@ -110,7 +117,13 @@ class ConvertOptions:
     verify: Annotated[Path | None, arg(metavar="FILE")] = None
     """Convert nothing: decode every sample of this .beton file and report the broken ones."""
 
+    @property
+    def placed(self) -> SplitOptions:
+        """Where the validation images are."""
+        return SplitOptions(self.val_data, self.val_fraction)
+
     def __post_init__(self) -> None:
+        SplitOptions(self.val_data, self.val_fraction)  # checks them
         require_workers(self.workers)
         require_megapixels(self.max_megapixels)
         require_strict_of_skip_bad(self.strict, self.skip_bad)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from pipelines.ffcv.beton import Beton, table_sha256
 from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError
-from pipelines.utils.reading import file_state, reading
+from pipelines.utils.reading import reading
 from pipelines.utils.schema import (
     OBJECT,
     TEXT,
@@ -138,22 +135,3 @@ def check_sidecar(sidecar: Sidecar, beton: Beton) -> None:
         raise DataError(
             f"{beton.path}: labels or positions are not those that its sidecar has the SHA-256 of; {advice}"
         )
-
-
-def source_fingerprint(root: Path, paths: Sequence[str]) -> tuple[str, int]:
-    """Return the SHA-256 of the files' names below `root` and sizes, and the sum of the sizes."""
-    digest, total = hashlib.sha256(), 0
-    for path in paths:
-        size = file_size(path)
-        digest.update(f"{os.path.relpath(path, root)}\0{size}\n".encode(errors="surrogateescape"))
-        total += size
-    return digest.hexdigest(), total
-
-
-def file_size(path: str) -> int:
-    """Return the bytes of a file, 0 if it is missing (as a dangling link): reading it will say so.
-
-    Raises RunError.
-    """
-    state = file_state(path)
-    return 0 if state is None else state.st_size

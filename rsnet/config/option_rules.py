@@ -39,6 +39,7 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             _distinct_positive,
             "give one or more sizes, positive and all different, of 4096 pixels at most",
         ),
+        ("--val-fraction", c.val_fraction, _between_0_and_1, "a share above 0 and below 1"),
         ("--num-classes", c.num_classes, _within(2, MANY), "at least 2, and 1000000 at most"),
         ("--width-mult", c.width_mult, _above_0(100), "must be a positive number, 100 at most"),
         ("--qw", c.qw, _bits, "from 1 to 8, or 32 for full precision"),
@@ -172,3 +173,7 @@ def _distinct_positive(sizes: tuple[int, ...]) -> bool:
         and max(sizes) <= MOST_PIXELS
         and len(set(sizes)) == len(sizes)
     )
+
+
+def _between_0_and_1(value: float) -> bool:
+    return 0 < value < 1

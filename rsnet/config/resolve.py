@@ -78,7 +78,14 @@ def output_directory(config: TrainConfig, arch: str) -> Path:
     older = Path("runs", name)  # version 0.1.0's, where it holds a run of this data
     if _data_of(older / "config.json") == str(config.data):
         return older
-    return Path("runs", "-".join(filter(None, (name, config.data.resolve().name))))
+    return Path("runs", "-".join(filter(None, (name, _data_name(config.data)))))
+
+
+def _data_name(data: Path) -> str:
+    """Return what --data is called: a folder's name, a table's without suffix, the folder of shards."""
+    if data.is_dir() or not data.suffix:
+        return data.resolve().name
+    return data.resolve().parent.name if data.suffix == ".tar" else data.stem
 
 
 def _data_of(path: Path) -> Any:

@@ -88,7 +88,14 @@ class DataOptions(Generic[Unset]):
     """Data and batch size."""
 
     data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
-    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or, for FFCV, with train.beton and val.beton."""
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths (.csv, .jsonl, .parquet), or tar
+    shards ('shards/{train,val}-*.tar'); for FFCV a folder with train.beton and val.beton."""
+
+    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Validation images of their own, in place of those in --data."""
+
+    val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Share of the training images for validation, chosen by their names, where there are no others."""
 
     normalize: Annotated[
         NormalizeName | Unset, arg(metavar="{imagenet,unit,inception,clip,dpn}")

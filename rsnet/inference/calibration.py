@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.image_folder import ImageFolder, scan_folder
+from pipelines.sources.folder import ImageFolder, scan_folder
 from pipelines.utils.errors import DataError, UsageError, error_context
 from pipelines.utils.thread_map import ordered_map
 from rsnet.inference.classifier import SwitchableClassifier
@@ -75,7 +76,7 @@ def find_labelled_images(data: str | Path, network: Mapping[str, Any]) -> ImageF
             )
     output_of = {name: i for i, name in enumerate(names)}
     outputs = np.array([output_of[name] for name in folder.classes])
-    return ImageFolder(folder.root, folder.classes, folder.paths, outputs[folder.labels])
+    return dataclasses.replace(folder, labels=outputs[folder.labels])
 
 
 def collect_logits(

@@ -32,7 +32,7 @@ from rsnet.training.trainer import Trainer
 ASIDE = {
     "accumulate", "allow_change", "batch_size", "checkpoint_every", "compile", "data", "device", "evaluate",
     "keep", "log_interval", "num_classes", "on_nonfinite", "on_save_error", "output", "profile",
-    "profile_limit", "profile_steps", "profile_sweep", "recompute", "resume", "timeout", "wandb",
+    "profile_limit", "profile_steps", "profile_sweep", "recompute", "resume", "timeout", "val_data", "wandb",
     "wandb_name", "wandb_project",
 }  # fmt: skip
 

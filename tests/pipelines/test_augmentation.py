@@ -19,8 +19,8 @@ from pipelines.batch import Loader, LoaderSpec
 from pipelines.dali import DaliOptions, make_loaders
 from pipelines.dali import graphs as dali_graph
 from pipelines.dali import loader as dali
-from pipelines.image_folder import scan_train_val
 from pipelines.sampler import AUGMENTATION_LANE, crop_params, uniforms
+from pipelines.sources.folder import scan_train_val
 from pipelines.transforms import random_resized_crop
 from pipelines.utils.errors import UsageError
 from tests.conftest import write_photo

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.demo import CLASSES, DemoOptions, write, write_demo
-from pipelines.image_folder import scan_train_val
+from pipelines.sources.folder import scan_train_val
 from pipelines.utils.cli import command
 from pipelines.utils.errors import UsageError
 

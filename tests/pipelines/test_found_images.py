@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.image_folder import announce, scan_folder, scan_train_val
 from pipelines.image_io import images_below
+from pipelines.sources.folder import scan_folder, scan_train_val
+from pipelines.sources.splits import announce
 from pipelines.utils.errors import UsageError
 from pipelines.utils.text import distinct
 from tests.conftest import needs_ffcv, write_folder

@@ -46,8 +46,10 @@ def _check(path: Path, data: bytes) -> bool:
     path.write_bytes(data)
     with decoder_messages() as messages:
         decoder = Decoder()
-        sound = decoder.reason(str(path)) is None and not decoder.words(str(path), messages)
-        encoded = Encoder(ConvertOptions(write_mode="raw"))(str(path), 0)
+        sound = decoder.reason(str(path)) is None and not decoder.words(
+            str(path), path.read_bytes(), messages
+        )
+        encoded = Encoder(ConvertOptions(write_mode="raw"))(str(path), path.read_bytes, 0)
         by_pil = _by_pil(load_rgb, path)
         by_predict = _by_pil(lambda p: preprocess.decode(p, "x", 32), path)
         if not sound:

@@ -12,8 +12,7 @@ from pipelines.dali import verify
 from pipelines.dali.decoder import Decoder
 from pipelines.dali.graphs import build_decoder
 from pipelines.ffcv import ConvertOptions
-from pipelines.image_folder import decode_error
-from pipelines.image_formats import check_image, decode_rgb, open_image, to_rgb
+from pipelines.image_formats import check_image, decode_error, decode_rgb, open_image, to_rgb
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.inference import preprocess
 from tests.conftest import needs_ffcv
@@ -33,7 +32,7 @@ def _by_dali(path: Path) -> np.ndarray:
 
 
 def _by_converter(path: Path) -> np.ndarray:
-    stored = _encoder()(str(path), 0).stored
+    stored = _encoder()(str(path), path.read_bytes, 0).stored
     return stored.data.reshape(stored.height, stored.width, 3)
 
 
@@ -82,8 +81,8 @@ def test_what_decoders_see_differently_is_refused_by_all(path):
     encoder = _encoder()
     for name, (data, words) in REFUSED.items():
         path.write_bytes(data)
-        assert words in (decode_error(str(path)) or ""), name
-        assert words in str(encoder(str(path), 0)), name
+        assert words in (decode_error(path, path.read_bytes()) or ""), name
+        assert words in str(encoder(str(path), path.read_bytes, 0)), name
         with pytest.raises(DataError, match=words):
             preprocess.decode(path, "x", 32)
 
@@ -118,8 +117,8 @@ def test_a_size_beyond_the_limit_is_refused_before_anything_is_decoded(path, mon
     monkeypatch.setattr(Image.Image, "convert", None)
     words = "12000 x 12000 pixels are more than 100 megapixels"
     assert Decoder().reason(str(path)) == words
-    assert str(_encoder()(str(path), 0)) == words
-    assert decode_error(str(path)) == words
+    assert str(_encoder()(str(path), path.read_bytes, 0)) == words
+    assert decode_error(path, path.read_bytes()) == words
     with pytest.raises(DataError, match=words):
         preprocess.decode(path, "x", 32)
 

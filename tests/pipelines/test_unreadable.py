@@ -12,7 +12,7 @@ import torch
 from pipelines import dali, reference
 from pipelines.batch import LoaderSpec
 from pipelines.dali.decoder import Decoder
-from pipelines.image_folder import scan_folder
+from pipelines.sources.folder import scan_folder
 from pipelines.utils.errors import DataError, RunError
 from pipelines.utils.reading import read_file
 from tests.conftest import needs_ffcv
@@ -150,10 +150,10 @@ def test_files_that_vanish_while_they_are_converted_are_not_left_out(
 ):
     from pipelines.ffcv.encoder import Encoder
 
-    def vanishing(encoder, path, index):
+    def vanishing(encoder, place, read, index):
         if index == 5 and data.exists():
             data.rename(tmp_path / "gone")
-        return encode(encoder, path, index)
+        return encode(encoder, place, read, index)
 
     encode = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", vanishing)

@@ -276,7 +276,7 @@ def test_the_command_explains_itself():
     ("words", "line"),
     [
         (["verfy"], "pipelines.folder: error: verfy: there is no such verb; one of verify"),
-        (["verify", "/nowhere"], "/nowhere has neither a folder train nor a folder val"),
+        (["verify", "/nowhere"], "there is no folder /nowhere"),
         (["verify", "/nowhere", "--workers", "0"], "--workers 0: at least one thread is needed"),
         (["verify", "/nowhere", "--move", "x"], "did you mean --move-to?"),
     ],

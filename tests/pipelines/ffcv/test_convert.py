@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.demo import CLASSES
-from pipelines.image_folder import scan_folder
+from pipelines.sources.folder import scan_folder
 from tests.conftest import needs_ffcv, write_folder, write_photo
 from tests.helpers.betons import pixels_of, samples_of, sidecar_of
 

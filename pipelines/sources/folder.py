@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import dataclasses
 import shlex
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipelines.image_formats import load_rgb
 from pipelines.image_io import find_images, images_below, list_folder
-from pipelines.utils.errors import DataError, UsageError, error_context, first_line
-from pipelines.utils.output import say
+from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
+from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.reading import read_file
 from pipelines.utils.text import distinct, first_names
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(Source):
     """The images of one split; classes and paths are sorted.
 
     `labels[i]`, an index into `classes`, is that of `paths[i]`.
     """
 
     root: Path
-    classes: list[str]
     paths: list[str]
-    labels: NDArray[np.int64]
+    of: str | None = None
+    """The split, where it is not the folder's name."""
+
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of files below the class folders that are no images, by suffix."""
+
+    @property
+    def split(self) -> str:
+        """The folder's name, or the split that was made of it."""
+        return self.of or self.root.name
+
+    @property
+    def place(self) -> str:
+        """The folder, and the split that was made of it."""
+        return f"{self.root} ({self.of})" if self.of else str(self.root)
 
     @property
     def names(self) -> list[str]:
         """The paths below `root`."""
         prefix = f"{self.root}/"
         return [path.removeprefix(prefix) for path in self.paths]
+
+    @property
+    def files(self) -> list[str] | None:
+        """The paths."""
+        return self.paths
 
     @property
     def counted(self) -> str:
@@ -50,9 +64,33 @@ class ImageFolder:
             text += f"; {others} other files passed over ({_kinds(self.passed_over)})"
         return text
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the images' names, in their order."""
-        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()
+    @property
+    def verify_command(self) -> str:
+        """The command line that finds all broken images."""
+        return verify_command(self.root.parent)
+
+    @property
+    def report(self) -> Path:
+        """verified.json in the folder that has train and val."""
+        return self.root.parent / REPORT
+
+    def stamps(self) -> dict[str, Stamp]:
+        """Return sizes and times; takes 5 s for a million images. Raises RunError."""
+        return {name: file_stamp(path) for name, path in zip(self.names, self.paths, strict=True)}
+
+    def read(self, index: int) -> bytes:
+        """Return an image's bytes. Raises DataError if there are none, RunError if it cannot be read."""
+        return read_file(self.paths[index])
+
+    def locate(self, index: int) -> str:
+        """Return an image's path."""
+        return self.paths[index]
+
+    def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
+        """Return the folder with these images alone, but with all its classes."""
+        paths = [self.paths[i] for i in kept]
+        labels, of = self.labels[list(kept)], split or self.of
+        return dataclasses.replace(self, paths=paths, labels=labels, of=of)
 
 
 def scan_folder(root: Path) -> ImageFolder:
@@ -78,32 +116,9 @@ def scan_folder(root: Path) -> ImageFolder:
             raise UsageError(f"the class folder {root / name} holds no image{what}")
     paths = [path for images, _ in found for path in images]
     labels = np.repeat(np.arange(len(classes)), [len(images) for images, _ in found])
-    return ImageFolder(root, classes, paths, labels, passed_over)
-
-
-def announce(*folders: ImageFolder | None) -> None:
-    """Print what was found in each of the folders, and warn of what is hardly meant."""
-    for folder in folders:
-        if folder is None:
-            continue
-        say(f"{folder.root}: {folder.counted}")
-        if len(folder.classes) == 1:
-            inside = (name.split("/")[1:] for name in folder.names)
-            below = sorted({name[0] for name in inside if len(name) > 1})
-            warn_of_single_class(folder.root, folder.classes[0], below)
-
-
-def warn_of_single_class(data: Path, name: str, below: Sequence[str] = ()) -> None:
-    """Warn that there is nothing to tell apart; `below`: folders in it, which may be the classes."""
-    text = f"warning: {data} has a single class, {name}"
-    if below:
-        text += f", with the folders {first_names(below)}; expected {data}/CLASS/IMAGE"
-    say(text, sys.stderr)
-
-
-def count_text(images: int, classes: int) -> str:
-    """Return the numbers of images and classes as text."""
-    return f"{images} images of {classes} class{'es' if classes != 1 else ''}"
+    return ImageFolder(
+        classes=classes, labels=labels, root=root, paths=paths, passed_over=passed_over
+    )
 
 
 def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | None, ImageFolder]:
@@ -152,39 +167,7 @@ def _kinds(passed_over: Counter[str]) -> str:
     return first_names([f"{suffix} {count}" for suffix, count in passed_over.most_common()])
 
 
-def explain_failure(
-    paths: list[str], error: Exception, data: Path, reason_of: Callable[[str], str | None]
-) -> DataError:
-    """Return the error for a batch that could not be read: it names the first image that is broken.
-
-    data: the folder with train and val. reason_of: returns what is wrong with the image at a path, if
-    anything. error: what the decoder said of the batch.
-    """
-    for path in paths:
-        if reason := reason_of(path):
-            what, advice = f"broken image {path}: {reason}", "repair it or remove it; "
-            break
-    else:
-        what, advice = f"cannot read one of {first_names(paths)}: {dali_error_line(error)}", ""
-    return DataError(f"{what}; {advice}{verify_command(data)} finds all broken images")
-
-
 def verify_command(data: Path, report: Path | None = None) -> str:
     """Return the command line that verifies the images below `data`."""
     words = ["rsnet", "verify", str(data)]
     return shlex.join(words if report is None else [*words, "--report", str(report)])
-
-
-def decode_error(path: str) -> str | None:
-    """Return why PIL cannot decode the image at `path`, None if it can. Raises RunError."""
-    try:
-        load_rgb(path)
-    except DataError as error:
-        return str(error)
-    return None
-
-
-def dali_error_line(error: Exception) -> str:
-    """Return the line of DALI's message that says what went wrong: the one after "encountered:"."""
-    lines = str(error).partition("encountered:")[2].split("\n")
-    return next((line.strip() for line in lines if line.strip()), first_line(error))

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from pipelines.image_folder import decode_error, scan_folder, scan_train_val
+from pipelines.image_formats import decode_error
 from pipelines.image_io import images_below
+from pipelines.sources.folder import scan_folder, scan_train_val
 from pipelines.utils.errors import UsageError
 from tests.conftest import write_folder, write_photo
 
@@ -99,13 +100,13 @@ def test_an_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):
     path = tmp_path / "photo.jpg"
     Image.new("RGB", (8, 8)).save(path, "EPS")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
-    assert "cannot identify image file" in decode_error(str(path))
+    assert "cannot identify image file" in decode_error(path, path.read_bytes())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"])
 def test_a_usual_format_is_read_under_any_name(tmp_path, kind):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg", kind)
-    assert decode_error(str(tmp_path / "photo.jpg")) is None
+    assert decode_error("", (tmp_path / "photo.jpg").read_bytes()) is None
 
 
 def test_links_that_lead_back_are_not_followed_and_others_are(data):
@@ -120,4 +121,4 @@ def test_links_that_lead_back_are_not_followed_and_others_are(data):
 
 
 def test_a_good_image_is_not_broken(data):
-    assert decode_error(str(data / "train" / "ant" / "000.JPEG")) is None
+    assert decode_error("", (data / "train" / "ant" / "000.JPEG").read_bytes()) is None

@@ -1,0 +1,224 @@
+"""Tables that list images: .csv, .jsonl or .parquet with the columns path, label and, perhaps, split.
+
+Paths are relative to the table's folder. A label is a name or a number; numbers keep their order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import shlex
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pipelines.sources.source import (
+    REPORT,
+    Source,
+    Stamp,
+    count_text,
+    file_stamp,
+    indices_of,
+    ordered_classes,
+)
+from pipelines.utils.errors import UsageError, first_line
+from pipelines.utils.reading import read_file, reading
+from pipelines.utils.text import first_names
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+# The first of each that is there; the others are the names of Hugging Face's and of torchvision's tables.
+COLUMNS = {
+    "path": ("path", "file_name", "filename"),
+    "label": ("label", "class"),
+    "split": ("split",),
+}
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
+THREADS = 16  # that look whether files are there: a file server answers many at once
+
+
+@dataclass(frozen=True)
+class Manifest(Source):
+    """The images of one split of a table, in the order of their paths."""
+
+    file: Path
+    of: str
+    """The split."""
+
+    paths: list[str]
+    """Relative to the table's folder."""
+
+    @property
+    def split(self) -> str:
+        """The split."""
+        return self.of
+
+    @property
+    def place(self) -> str:
+        """The table, and the split."""
+        return f"{self.file} ({self.of})"
+
+    @property
+    def names(self) -> list[str]:
+        """The paths, as the table has them."""
+        return self.paths
+
+    @property
+    def files(self) -> list[str] | None:
+        """The paths from here."""
+        return [self.locate(i) for i in range(len(self.paths))]
+
+    @property
+    def counted(self) -> str:
+        """What was found, as text."""
+        return count_text(len(self.paths), len(self.classes))
+
+    @property
+    def verify_command(self) -> str:
+        """The command line that finds all broken images."""
+        return f"rsnet verify {shlex.quote(str(self.file))}"
+
+    @property
+    def report(self) -> Path:
+        """Beside the table."""
+        return self.file.with_name(f"{self.file.name}.{REPORT}")
+
+    def stamps(self) -> dict[str, Stamp]:
+        """Return sizes and times. Raises RunError."""
+        return {path: file_stamp(self.locate(i)) for i, path in enumerate(self.paths)}
+
+    def read(self, index: int) -> bytes:
+        """Return an image's bytes. Raises DataError if there are none, RunError if it cannot be read."""
+        return read_file(self.locate(index))
+
+    def locate(self, index: int) -> str:
+        """Return an image's path."""
+        return os.path.join(self.file.parent, self.paths[index])
+
+    def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
+        """Return the rows `kept`, with all classes."""
+        paths, of = [self.paths[i] for i in kept], split or self.of
+        return dataclasses.replace(self, paths=paths, labels=self.labels[list(kept)], of=of)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of paths and labels: a table can change a label and no path."""
+        rows = zip(self.paths, self.labels, strict=True)
+        lines = "\n".join(f"{path}\t{self.classes[label]}" for path, label in rows)
+        return hashlib.sha256(os.fsencode(lines)).hexdigest()
+
+
+def read(file: Path, split: str) -> Manifest:
+    """Return the rows of a split, all rows if the table has no splits. Its classes are those of all rows.
+
+    Raises UsageError if the table is malformed, or files that it lists are missing.
+    """
+    table = _columns(file)
+    labels = table["label"]
+    classes = ordered_classes(labels)
+    chosen = _rows_of(table, split)
+    if not chosen:
+        raise UsageError(f"{file} has no rows of split {split}")
+    chosen.sort(key=lambda row: table["path"][row])
+    paths = [table["path"][row] for row in chosen]
+    _require_once(file, paths, chosen)
+    found = Manifest(
+        classes=classes,
+        labels=indices_of([labels[row] for row in chosen], classes),
+        file=file,
+        of=split,
+        paths=paths,
+    )
+    _require_there(found)
+    return found
+
+
+def has_split(file: Path, split: str) -> bool:
+    """Return whether the table has rows of a split."""
+    table = _columns(file)
+    return "split" in table and bool(_rows_of(table, split))
+
+
+def _rows_of(table: dict[str, list[str]], split: str) -> list[int]:
+    if "split" not in table:
+        return list(range(len(table["path"])))
+    return [row for row, name in enumerate(table["split"]) if name in SPLITS[split]]
+
+
+@functools.lru_cache(maxsize=2)  # asked for each split
+def _read_columns(file: Path, _state: tuple[int, int]) -> dict[str, list[str]]:
+    import pyarrow as pa
+
+    try:
+        with reading(file):
+            table = _read_table(file)
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {file}") from None
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise UsageError(f"{file} cannot be read as a table: {first_line(error)}") from None
+    columns = {}
+    for column, names in COLUMNS.items():
+        name = next((name for name in names if name in table.column_names), None)
+        if name is not None:
+            columns[column] = [
+                _text(file, name, i, v) for i, v in enumerate(table[name].to_pylist())
+            ]
+        elif column != "split":
+            raise UsageError(
+                f"{file} has no column {column} (it has {first_names(table.column_names)})"
+            )
+    return columns
+
+
+def _columns(file: Path) -> dict[str, list[str]]:
+    """Return the columns as text. Raises UsageError if one is missing, or a cell is empty."""
+    with reading(file):
+        state = file.stat()
+    return _read_columns(file, (state.st_size, state.st_mtime_ns))
+
+
+def _read_table(file: Path) -> Any:
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(file)
+    if suffix == ".jsonl":
+        from pyarrow import json
+
+        return json.read_json(file)
+    import pyarrow as pa
+    from pyarrow import csv
+
+    text = {name: pa.string() for names in COLUMNS.values() for name in names}
+    # A class may be called NA or null.
+    options = csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+    return csv.read_csv(file, convert_options=options)
+
+
+def _text(file: Path, column: str, row: int, value: Any) -> str:
+    if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+        return str(value)
+    raise UsageError(
+        f"{file}: row {row + 1} has {value!r} in column {column}; a name or a whole number is needed"
+    )
+
+
+def _require_once(file: Path, paths: list[str], rows: list[int]) -> None:
+    """Raise UsageError if a path, they are sorted, is there twice."""
+    for i in range(1, len(paths)):
+        if paths[i] == paths[i - 1]:
+            first, second = sorted((rows[i - 1] + 1, rows[i] + 1))
+            raise UsageError(f"{file}: rows {first} and {second} have the same path, {paths[i]}")
+
+
+def _require_there(found: Manifest) -> None:
+    """Raise UsageError if files are missing; RunError if that cannot be told."""
+    files = found.files or []
+    with ThreadPoolExecutor(THREADS) as pool:
+        stamps = pool.map(file_stamp, files, chunksize=1000)
+        missing = [file for file, stamp in zip(files, stamps, strict=True) if stamp is None]
+    if missing:
+        raise UsageError(f"{found.file} lists files that are not there: {first_names(missing)}")

@@ -1,0 +1,161 @@
+"""The interface of a data source: the encoded images of one split by index, with labels and names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.utils.errors import DataError, first_line
+from pipelines.utils.reading import file_state
+from pipelines.utils.text import first_names
+
+REPORT = "verified.json"
+
+# Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
+Stamp = tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC):
+    """The images of one split. A sample's index is its place in `names`, on which its crops depend.
+
+    classes: their names, in the order of the labels. labels: (N,) int64.
+    """
+
+    classes: list[str]
+    labels: NDArray[np.int64]
+
+    @property
+    @abstractmethod
+    def split(self) -> str:
+        """Its name: train or val."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """The folder or file that messages name."""
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The samples' names, each once."""
+
+    @property
+    @abstractmethod
+    def counted(self) -> str:
+        """What was found, as text."""
+
+    @property
+    @abstractmethod
+    def verify_command(self) -> str:
+        """The command line that finds all broken images."""
+
+    @property
+    def files(self) -> list[str] | None:
+        """The path of each sample, None unless each is a file of its own."""
+        return None
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Return an image's bytes. Raises DataError if there are none, RunError if it cannot be read."""
+
+    @abstractmethod
+    def locate(self, index: int) -> str:
+        """Return where a sample lies, for messages."""
+
+    @abstractmethod
+    def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
+        """Return the source with these samples alone, but with all its classes; `split`: its new name."""
+
+    def with_classes(self, classes: list[str]) -> Self:
+        """Return the source with labels that are indices into `classes`, which has all of its own."""
+        place = {name: i for i, name in enumerate(classes)}
+        moved = np.array([place[name] for name in self.classes], np.int64)
+        return dataclasses.replace(self, classes=classes, labels=moved[self.labels])
+
+    @property
+    @abstractmethod
+    def report(self) -> Path:
+        """The file to which `rsnet verify` writes what it finds."""
+
+    @abstractmethod
+    def stamps(self) -> dict[str, Stamp]:
+        """Return by name, in order, by what a changed image is noticed. Raises RunError."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the samples' names, in their order."""
+        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()
+
+    def read_or_explain(self, index: int) -> bytes:
+        """Return an image's bytes; raises as `read`, with the image's place."""
+        try:
+            return self.read(index)
+        except DataError as error:
+            raise self.explain_failure([index], error, lambda *_: None) from None
+
+    def explain_failure(
+        self,
+        indices: Sequence[int],
+        error: Exception,
+        reason_of: Callable[[str, bytes], str | None],
+    ) -> DataError:
+        """Return the error for samples that could not be decoded: it names the first that is broken.
+
+        reason_of: returns what is wrong with an image's bytes, which lie at a place, if anything. error: what
+        the decoder said of all of them. Raises RunError if one cannot be read.
+        """
+        for index in indices:
+            place = self.locate(index)
+            try:
+                reason = reason_of(place, self.read(index))
+            except DataError as fault:
+                reason = str(fault)
+            if reason:
+                what, advice = f"broken image {place}: {reason}", "repair it or remove it; "
+                break
+        else:
+            places = first_names([self.locate(index) for index in indices])
+            what, advice = f"cannot read one of {places}: {dali_error_line(error)}", ""
+        return DataError(f"{what}; {advice}{self.verify_command} finds all broken images")
+
+
+def file_stamp(path: str) -> Stamp:
+    """Return a file's stamp. Raises RunError."""
+    state = file_state(path)
+    return None if state is None else (state.st_size, state.st_mtime_ns)
+
+
+def ordered_classes(labels: Iterable[str]) -> list[str]:
+    """Return the distinct labels, sorted; as numbers if all are."""
+    names = set(labels)
+    are_numbers = all(name.isdecimal() and str(int(name)) == name for name in names)
+    return sorted(names, key=int) if are_numbers else sorted(names)
+
+
+def indices_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place of each label in `classes`."""
+    place = {name: i for i, name in enumerate(classes)}
+    return np.fromiter((place[label] for label in labels), np.int64, len(labels))
+
+
+def count_text(images: int, classes: int) -> str:
+    """Return the numbers of images and classes as text."""
+    return f"{images} images of {classes} class{'es' if classes != 1 else ''}"
+
+
+def dali_error_line(error: Exception) -> str:
+    """Return the line of DALI's message that says what went wrong: the one after "encountered:"."""
+    lines = str(error).partition("encountered:")[2].split("\n")
+    return next((line.strip() for line in lines if line.strip()), first_line(error))

@@ -1,0 +1,169 @@
+"""Training and validation images, from whatever --data names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipelines.image_io import list_folder
+from pipelines.sources import manifest, shards
+from pipelines.sources.folder import ImageFolder, scan_folder, scan_train_val
+from pipelines.sources.options import NO_OPTIONS, SplitOptions
+from pipelines.sources.source import Source, ordered_classes
+from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.output import say
+from pipelines.utils.text import distinct, first_names
+
+Kind = Literal["folder", "manifest", "shards"]
+
+
+def open_splits(
+    data: Path,
+    options: SplitOptions = NO_OPTIONS,
+    with_train: bool = True,
+    prepare: Callable[[Source], Source] = lambda source: source,
+) -> tuple[Source | None, Source]:
+    """Return the training images, None without `with_train`, and the validation images.
+
+    prepare: is called with each split as it was found, and may leave images out.
+
+    Raises UsageError if one of them is missing or malformed, or their classes differ.
+    """
+    if options.val_fraction is None:
+        train, val = _open_both(data, options.val_data, with_train)
+        return train and prepare(train), prepare(val)
+    with error_context("--data"):
+        whole = open_split(data, "train")
+        if _has_val(data):
+            raise UsageError(f"{data} has validation images of its own: leave out --val-fraction")
+    train, val = split_by_name(prepare(whole), options.val_fraction)
+    return train if with_train else None, val
+
+
+def _open_both(data: Path, val_data: Path | None, with_train: bool) -> tuple[Source | None, Source]:
+    with error_context("--data"):
+        kind = kind_of(data)
+    if val_data is None and kind == "folder":
+        return scan_train_val(data, with_train)
+    if val_data is None and not _has_val(data):
+        raise UsageError(
+            f"--data: {data} has no validation images: add --val-data or --val-fraction"
+        )
+    with error_context("--data" if val_data is None else "--val-data"):
+        val = open_split(val_data or data, "val")
+    if not with_train and val_data is not None:
+        return None, val
+    with error_context("--data"):
+        train = open_split(data, "train")
+        train, val = _with_common_classes(train, val)
+    return train if with_train else None, val
+
+
+def open_each(data: Path) -> list[Source]:
+    """Return the splits that `data` has, of train and val. Raises UsageError if there is none."""
+    if kind_of(data) != "folder":
+        return [open_split(data, "train"), *([open_split(data, "val")] if _has_val(data) else [])]
+    found: list[Source] = [scan_folder(data / s) for s in ("train", "val") if (data / s).is_dir()]
+    if not found:
+        raise UsageError(f"{data} has neither a folder train nor a folder val")
+    return found
+
+
+def kind_of(data: Path) -> Kind:
+    """Return what kind of source a path is. Raises UsageError if it is none."""
+    if shards.is_pattern(data):
+        return "shards"
+    if data.is_dir():
+        return "shards" if shards.has_shards(data) else "folder"
+    if data.suffix.lower() in manifest.SUFFIXES:
+        return "manifest"
+    if not data.exists():
+        raise UsageError(f"there is no folder {data}")
+    raise UsageError(
+        f"{data} is no folder, no table ({', '.join(manifest.SUFFIXES)}) and no tar shards; "
+        "write the images to a folder per class, or a table of their paths"
+    )
+
+
+def split_by_name(source: Source, fraction: float) -> tuple[Source, Source]:
+    """Return the training and validation images: those with the smallest hashes of their names.
+
+    An image's side depends on its name and the fraction alone, on any machine and whatever else there is.
+    """
+    bound = int(fraction * 2**64)
+    hashes = [hashlib.sha256(os.fsencode(name)).digest()[:8] for name in source.names]
+    is_val = np.array([int.from_bytes(h, "big") < bound for h in hashes], bool)
+    sides = []
+    for split, chosen in (("train", ~is_val), ("val", is_val)):
+        side = source.subset(np.flatnonzero(chosen).tolist(), split)
+        missing = np.bincount(side.labels, minlength=len(source.classes)) == 0
+        if (split == "train" and missing.any()) or not len(side):
+            lacking = first_names([source.classes[i] for i in np.flatnonzero(missing)])
+            raise UsageError(f"--val-fraction {fraction:g}: leaves {split} without {lacking}")
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def announce(*sources: Source | None) -> None:
+    """Print what was found in each of the sources, and warn of what is hardly meant."""
+    for source in sources:
+        if source is None:
+            continue
+        say(f"{source.place}: {source.counted}")
+        if len(source.classes) == 1:
+            below: list[str] = []
+            if isinstance(source, ImageFolder):
+                inside = (name.split("/")[1:] for name in source.names)
+                below = sorted({name[0] for name in inside if len(name) > 1})
+            warn_of_single_class(source.place, source.classes[0], below)
+
+
+def warn_of_single_class(place: str | Path, name: str, below: Sequence[str] = ()) -> None:
+    """Warn that there is nothing to tell apart; `below`: folders in it, which may be the classes."""
+    text = f"warning: {place} has a single class, {name}"
+    if below:
+        text += f", with the folders {first_names(below)}; expected {place}/CLASS/IMAGE"
+    say(text, sys.stderr)
+
+
+def open_split(data: Path, split: str) -> Source:
+    """Return one split; of a folder or table that has no splits, all of it."""
+    kind = kind_of(data)
+    if kind == "manifest":
+        return manifest.read(data, split)
+    if kind == "shards":
+        return shards.open_shards(data, split)
+    if (data / split).is_dir():
+        return scan_folder(data / split)
+    if split == "train" and (data / "val").is_dir():
+        raise UsageError(f"{data} has no folder 'train'")
+    return scan_folder(data)
+
+
+def _has_val(data: Path) -> bool:
+    kind = kind_of(data)
+    if kind == "manifest":
+        return manifest.has_split(data, "val")
+    if kind == "shards":
+        return shards.has_split(data, "val")
+    return any(Path(path).name == "val" for path, is_folder in list_folder(data) if is_folder)
+
+
+def _with_common_classes(train: Source, val: Source) -> tuple[Source, Source]:
+    """Return both with the classes of the training images; the validation images may lack some."""
+    if train.classes == val.classes:
+        return train, val
+    unknown = sorted(set(val.classes) - set(train.classes))
+    if unknown:
+        names = first_names([distinct(name) for name in unknown])
+        raise UsageError(
+            f"the classes of {train.place} and {val.place} differ: only in val: {names}"
+        )
+    classes = ordered_classes(train.classes)
+    return train.with_classes(classes), val.with_classes(classes)

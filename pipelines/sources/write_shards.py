@@ -1,0 +1,260 @@
+"""`rsnet shards`: write images as tar shards, their bytes as they are.
+
+Shards hold a fixed random order, so that other readers, which take them from front to back, see all classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tyro.conf import arg
+
+from pipelines.image_formats import open_image
+from pipelines.image_io import SUFFIXES
+from pipelines.sources.options import SplitOptions
+from pipelines.sources.shards import CLASSES, samples_of
+from pipelines.sources.source import Source
+from pipelines.sources.splits import announce, open_splits
+from pipelines.utils.atomic_io import (
+    atomic_write,
+    atomic_write_json,
+    free_space,
+    fsync,
+    fsync_directory,
+)
+from pipelines.utils.errors import DataError, UsageError, first_line, way_out
+from pipelines.utils.locks import exclusive_lock
+from pipelines.utils.output import say
+from pipelines.utils.progress import ProgressBar, format_bytes
+from pipelines.utils.schema import read_json
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+NOTES = "shards.json"  # in the folder: what was written, to go on after an interruption
+SEED = 0  # of the order in the shards
+OVERHEAD = 2560  # bytes of tar per sample: two headers, the label's block, the padding of the image
+
+
+@dataclass(frozen=True)
+class ShardsOptions:
+    """Write tar shards in webdataset's format, to train from or to publish.
+
+    Images keep their bytes. A command that was interrupted goes on with the first shard that is missing.
+    """
+
+    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths, or other shards."""
+
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")]
+    """Folder for the shards; what is in it is not overwritten."""
+
+    shard_size: Annotated[str, arg(metavar="SIZE")] = "1GB"
+    """Bytes of a shard, at most: a number with K, M, G or T."""
+
+    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Validation images of their own, in place of those in --data."""
+
+    val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Share of the training images for validation, chosen by their names, where there are no others."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` as a number."""
+        text = self.shard_size.upper().removesuffix("B")
+        number, unit = (text[:-1], text[-1]) if text.endswith(tuple("KMGT")) else (text, "")
+        try:
+            size = float(number) * UNITS[unit]
+        except ValueError:
+            size = float("nan")
+        if not 10**4 <= size < 10**13:
+            raise UsageError(f"--shard-size {self.shard_size}: such as 500MB, from 10KB to 10TB")
+        return int(size)
+
+    @property
+    def placed(self) -> SplitOptions:
+        """Where the validation images are."""
+        return SplitOptions(self.val_data, self.val_fraction)
+
+    def __post_init__(self) -> None:
+        _ = self.shard_bytes, self.placed  # checks them
+
+
+def write_shards(options: ShardsOptions) -> int:
+    """Write the shards of both splits; return 0.
+
+    Raises UsageError for malformed data, a lack of space or other files in the way, DataError for an image
+    that is missing or a shard that cannot be written.
+    """
+    output = options.output
+    train, val = open_splits(options.data, options.placed)
+    assert train is not None
+    announce(train, val)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
+    taken = f"--output: another command is writing into {output}"
+    with exclusive_lock(output / ".lock", taken, remove=True):
+        _write_all(output, [train, val], options.shard_bytes)
+    return 0
+
+
+def _write_all(output: Path, sources: list[Source], shard_bytes: int) -> None:
+    sizes = {source.split: _sizes(source) for source in sources}
+    plans = {source.split: list(_plan(sizes[source.split], shard_bytes)) for source in sources}
+    notes = {
+        "shard_size": shard_bytes,
+        "images": {source.split: [len(source), source.fingerprint()] for source in sources},
+    }
+    _check_folder(output, notes, total=sum(map(sum, sizes.values())))
+    try:
+        atomic_write_json(output / NOTES, notes)
+        atomic_write(output / CLASSES, (json.dumps(sources[0].classes) + "\n").encode())
+        for source in sources:
+            _write_split(output, source, plans[source.split])
+    except OSError as error:
+        place = error.filename or output
+        raise DataError(
+            f"cannot write {place}: {error.strerror or first_line(error)}{way_out(error)}"
+        ) from None
+
+
+def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
+    """Raise UsageError if the shards do not fit, or the folder has others than the beginning of these."""
+    path = output / NOTES
+    there = sorted(output.glob("*.tar"))
+    if there and not path.exists():
+        raise UsageError(f"--output: {output} has shards already; name an empty folder")
+    if there and read_json(path, "name an empty folder") != notes:
+        raise UsageError(
+            f"--output: {output} has shards of other images or another size; name an empty folder"
+        )
+    total, free = total - sum(shard.stat().st_size for shard in there), free_space(output)
+    if total > free:
+        raise UsageError(
+            f"--output: about {format_bytes(total)} are to be written, {output} has {format_bytes(free)} free"
+        )
+
+
+def _write_split(output: Path, source: Source, plan: list[list[int]]) -> None:
+    names, places = source.names, _keys(source.names)
+    done = size = 0
+    with ProgressBar(source.split, len(source)) as progress:
+        for number, rows in enumerate(plan):
+            path = output / f"{source.split}-{number:06}.tar"
+            if not path.exists():
+                samples = [(row, places[row], suffix_of(names[row])) for row in rows]
+                _write_shard(path, source, samples)
+            done, size = done + len(rows), size + path.stat().st_size
+            progress.update(done, size, 0)
+    say(
+        f"{output}: {len(source)} images in {len(plan)} shards of {source.split}, {format_bytes(size)}"
+    )
+
+
+def _write_shard(path: Path, source: Source, samples: list[tuple[int, str, str]]) -> None:
+    """Write a shard under a temporary name, read it back, and rename it. Raises DataError, OSError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                for row, key, suffix in samples:
+                    image = source.read_or_explain(row)
+                    _add(
+                        tar,
+                        f"{key}{suffix or _suffix_by_content(source.locate(row), image)}",
+                        image,
+                    )
+                    _add(tar, f"{key}.cls", str(source.labels[row]).encode())
+            file.flush()
+            fsync(file.fileno(), partial)
+        _read_back(partial, source, [row for row, _, _ in samples])
+        partial.rename(path)
+        fsync_directory(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _read_back(partial: Path, source: Source, rows: list[int]) -> None:
+    """Raise DataError unless the shard has these samples, in this order."""
+    written = samples_of(str(partial), 0)
+    with partial.open("rb") as file:
+        for sample, row in zip(written, rows, strict=True):
+            same = sample.label == str(source.labels[row])
+            if not same or os.pread(file.fileno(), sample.length, sample.offset) != source.read(
+                row
+            ):
+                raise DataError(
+                    f"{partial}: {sample.name} does not read back as it was written; is the disk sound?"
+                )
+
+
+def _sizes(source: Source) -> list[int]:
+    """Return the bytes that each sample takes in a shard, at most."""
+    stamps = source.stamps().values()
+    return [OVERHEAD + (0 if stamp is None else stamp[0]) for stamp in stamps]
+
+
+def _plan(sizes: list[int], most: int) -> Iterator[list[int]]:
+    """Yield the samples of each shard, of `most` bytes, in a random order that is always the same."""
+    rows: list[int] = []
+    total = 0
+    for row in np.random.default_rng(SEED).permutation(len(sizes)).tolist():
+        if rows and total + sizes[row] > most:
+            yield rows
+            rows, total = [], 0
+        rows.append(row)
+        total += sizes[row]
+    yield rows
+
+
+def _keys(names: list[str]) -> list[str]:
+    """Return the name of each image without its suffix, each once: what webdataset calls a key.
+
+    It ends at the first dot of the file's name, so there may be no other; nor may it lead out of a folder.
+    """
+    keys: list[str] = []
+    known: set[str] = set()
+    for name in names:
+        folders, _, base = name.rpartition("/")
+        stem = base.removesuffix(suffix_of(name)).replace(".", "_")
+        parts = [part for part in folders.split("/") if part not in ("", ".", "..")]
+        key = plain = "/".join([*parts, stem])
+        for number in itertools.count(2):
+            if key not in known:
+                break
+            key = f"{plain}_{number}"
+        known.add(key)
+        keys.append(key)
+    return keys
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of an image's name, as it is written; "" if it has none of an image."""
+    suffix = Path(name).suffix
+    return suffix if suffix.lower() in SUFFIXES else ""
+
+
+def _suffix_by_content(place: str, image: bytes) -> str:
+    """Return the suffix of an image whose name has none. Raises DataError if it is no image."""
+    try:
+        with open_image(image) as opened:
+            return f".{(opened.format or 'JPEG').lower()}"
+    except DataError as error:
+        raise DataError(f"broken image {place}: {error}") from None

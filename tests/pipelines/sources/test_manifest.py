@@ -1,0 +1,119 @@
+"""Tables of images: labels, columns, and what is wrong with a table in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.sources import manifest
+from pipelines.sources.options import SplitOptions
+from pipelines.sources.splits import open_splits
+from pipelines.utils.errors import UsageError
+from tests.conftest import write_photo
+from tests.pipelines.sources.conftest import write_table
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Write a table of rows (path, label, ...), whose photos are there; returns its path."""
+
+    def write(rows, columns=("path", "label", "split"), name="labels.csv", missing=()):
+        for row in rows:
+            if row[0] and row[0] not in missing:
+                write_photo(tmp_path / row[0], 40, 40, seed=len(row[0]))
+        return write_table(tmp_path / name, [dict(zip(columns, row, strict=False)) for row in rows])
+
+    return write
+
+
+def test_numbers_keep_their_order_and_names_are_sorted(table):
+    by_number = table([(f"{i}.jpg", label) for i, label in enumerate([10, 9, 0, 9])])
+    found = manifest.read(by_number, "train")
+    assert found.classes == ["0", "9", "10"]
+    assert found.labels.tolist() == [2, 1, 0, 1]
+    by_name = table([("a.jpg", "b"), ("b.jpg", "10"), ("c.jpg", "9")])
+    assert manifest.read(by_name, "train").classes == ["10", "9", "b"]
+    padded = table([("a.jpg", "01"), ("b.jpg", "1")])
+    assert manifest.read(padded, "train").classes == ["01", "1"]
+
+
+@pytest.mark.parametrize("name", ["labels.jsonl", "labels.parquet"])
+def test_labels_may_be_numbers_of_the_format(table, name):
+    found = manifest.read(table([("a.jpg", 11), ("b.jpg", 2)], name=name), "train")
+    assert found.classes == ["2", "11"]
+
+
+def test_a_split_has_the_classes_of_all_rows(table):
+    file = table(
+        [
+            ("a.jpg", "x", "train"),
+            ("b.jpg", "y", "train"),
+            ("c.jpg", "x", "validation"),
+            ("d.jpg", "z", "test"),
+        ]
+    )
+    train, val = open_splits(file)
+    assert train.classes == val.classes == ["x", "y", "z"]
+    assert (train.names, val.names) == (["a.jpg", "b.jpg"], ["c.jpg"])
+
+
+def test_two_tables_may_be_given(table):
+    train_file = table([("a.jpg", "x"), ("b.jpg", "y")], name="train.csv")
+    val_file = table([("c.jpg", "y")], name="val.csv")
+    train, val = open_splits(train_file, SplitOptions(val_data=val_file))
+    assert val.classes == train.classes == ["x", "y"]
+    assert val.labels.tolist() == [1]
+
+
+def test_a_table_without_splits_needs_validation_images(table):
+    with pytest.raises(UsageError, match="has no validation images: add --val-data or --val-frac"):
+        open_splits(table([("a.jpg", "x"), ("b.jpg", "y")]))
+
+
+def test_hugging_faces_column_is_known(table):
+    file = table([("a.jpg", 0)], columns=("file_name", "label"), name="metadata.csv")
+    assert manifest.read(file, "train").names == ["a.jpg"]
+
+
+def test_a_class_may_be_called_na_or_null(table):
+    file = table([("a.jpg", "NA"), ("b.jpg", "null")])
+    assert manifest.read(file, "train").classes == ["NA", "null"]
+
+
+def test_a_table_of_other_labels_has_another_fingerprint(table):
+    one = manifest.read(table([("a.jpg", "x"), ("b.jpg", "y")]), "train").fingerprint()
+    other = manifest.read(table([("a.jpg", "y"), ("b.jpg", "x")]), "train").fingerprint()
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([("a.jpg", "x")], ("image", "label"), r"labels.csv has no column path \(it has image, label\)"),
+        ([("a.jpg", "x")], ("path", "kind"), r"has no column label \(it has path, kind\)"),
+        ([("a.jpg", "x"), ("b.jpg", "")], ("path", "label"), "row 2 has '' in column label; a name or"),
+        ([("a.jpg", "x"), ("a.jpg", "y")], ("path", "label"), "rows 1 and 2 have the same path, a.jpg"),
+        ([("a.jpg", "x", "test")], ("path", "label", "split"), "has no rows of split train"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_table_is_one_line(table, rows, columns, message):
+    with pytest.raises(UsageError, match=message):
+        manifest.read(table(rows, columns), "train")
+
+
+def test_images_that_are_not_there_are_named(table):
+    file = table([("a.jpg", "x"), ("b.jpg", "x")], ("path", "label"), missing=("b.jpg",))
+    with pytest.raises(UsageError, match=r"labels.csv lists files that are not there: .*/b\.jpg"):
+        manifest.read(file, "train")
+
+
+def test_what_is_no_table_is_said(tmp_path):
+    for name, content in (("a.parquet", b"x"), ("a.jsonl", b"{"), ("a.csv", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=f"{name} cannot be read as a table"):
+            manifest.read(tmp_path / name, "train")
+
+
+def test_a_fractional_label_is_refused(table):
+    file = table([("a.jpg", 0.5)], ("path", "label"), name="labels.parquet")
+    with pytest.raises(UsageError, match=r"row 1 has 0\.5 in column label"):
+        manifest.read(file, "train")

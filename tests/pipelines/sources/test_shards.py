@@ -1,0 +1,215 @@
+"""Tar shards: what webdataset writes is read and the other way round; indices; faults in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from webdataset import tariterators
+
+from pipelines.__main__ import main
+from pipelines.sources import shards
+from pipelines.sources import write_shards as writing
+from pipelines.sources.folder import scan_folder
+from pipelines.sources.options import SplitOptions
+from pipelines.sources.splits import open_splits
+from pipelines.utils.errors import DataError, UsageError
+from tests.conftest import write_photo
+from tests.pipelines.sources.conftest import source_of
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("photo") / "a.jpg"
+    write_photo(path, 40, 50, seed=0)
+    return path.read_bytes()
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path.parent
+
+
+def test_what_webdatasets_writer_wrote_is_read(tmp_path, photo):
+    """Its keys begin anew in each shard; a label is a number in .cls or in .json."""
+    images = [photo + bytes([i]) for i in range(6)]
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"train-{shard}.tar")) as writer:
+            for i in range(3):
+                label = {"cls": 2 - i} if shard else {"json": {"label": 10 + i}}
+                writer.write({"__key__": f"{i:04}", "jpg": images[3 * shard + i], **label})
+    train, _ = open_splits(
+        tmp_path / "train-*.tar", SplitOptions(val_data=tmp_path / "train-0.tar")
+    )
+    assert train.classes == ["0", "1", "2", "10", "11", "12"]
+    assert train.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert [train.read(i) for i in range(6)] == [*images[:2:-1], *images[:3]]
+    assert train.names[0] == "train-1.tar/0002.jpg"
+
+
+def test_webdataset_reads_what_is_written(photos):
+    folder = scan_folder(photos / "train")
+    expected = {
+        name.rpartition(".")[0]: (label, folder.read(i))
+        for i, (name, label) in enumerate(zip(folder.names, folder.labels.tolist(), strict=True))
+    }
+    paths = sorted(map(str, source_of("shards", photos).glob("train-*.tar")))
+    assert len(paths) > 1
+    found = {}
+    for path in paths:
+        with Path(path).open("rb") as stream:
+            files = tariterators.tar_file_expander([{"url": path, "stream": stream}])
+            for sample in tariterators.group_by_keys(files):
+                found[sample["__key__"]] = (int(sample["cls"]), sample["jpeg"])
+    assert found == expected
+    assert json.loads((source_of("shards", photos) / "classes.json").read_text()) == folder.classes
+
+
+def test_shards_are_mixed_and_always_the_same(photos, tmp_path):
+    assert (
+        main(["shards", "-d", str(photos), "-o", str(tmp_path / "s"), "--shard-size", "0.1MB"]) == 0
+    )
+    first = sorted((tmp_path / "s").glob("train-*.tar"))[0]
+    assert len({sample.label for sample in shards.samples_of(str(first), 0)}) == 3
+    for path in (tmp_path / "s").glob("*.tar"):
+        assert path.read_bytes() == (source_of("shards", photos) / path.name).read_bytes()
+        assert path.stat().st_size <= 10**5 + 10240  # tar's last block
+
+
+def test_an_interrupted_command_goes_on_with_the_shard_that_is_missing(
+    photos, tmp_path, monkeypatch
+):
+    options = writing.ShardsOptions(photos, tmp_path / "s", shard_size="100KB")
+    write, done = writing._write_shard, []
+
+    def breaking(path, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(writing, "_write_shard", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        writing.write_shards(options)
+    before = {path: path.stat().st_mtime_ns for path in done}
+    monkeypatch.setattr(writing, "_write_shard", write)
+    assert writing.write_shards(options) == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == before
+    whole = source_of("shards", photos)
+    names = {path.name for path in whole.iterdir() if path.suffix in (".tar", ".json")}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == names
+    assert all((tmp_path / "s" / n).read_bytes() == (whole / n).read_bytes() for n in names)
+
+
+def test_shards_of_other_images_or_size_are_not_mixed(photos, tmp_path, capsys):
+    shutil.copytree(source_of("shards", photos), tmp_path / "s")
+    command = ["shards", "-d", str(photos), "-o", str(tmp_path / "s"), "--shard-size"]
+    assert main([*command, "200KB"]) == 2
+    assert "has shards of other images or another size" in capsys.readouterr().err
+    (tmp_path / "s" / "shards.json").unlink()
+    assert main([*command, "100KB"]) == 2
+    assert "has shards already; name an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["1", "1XB", "", "nan", "-1GB", "100TB"])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises(UsageError, match=r"--shard-size .*: such as 500MB"):
+        writing.ShardsOptions(tmp_path, tmp_path, shard_size=size)
+
+
+def test_names_with_dots_or_twice_become_keys_of_their_own():
+    names = ["a/1.2.jpg", "a/1.jpg", "a/1.png", "../b/c.JPEG", "/d.jpg", "e"]
+    assert writing._keys(names) == ["a/1_2", "a/1", "a/1_3", "b/c", "d", "e"]
+
+
+def test_the_index_is_made_once_and_anew_when_a_shard_changes(photos, tmp_path, monkeypatch):
+    data = tmp_path / "s"
+    shutil.copytree(source_of("shards", photos), data)
+    for path in data.glob(".*.parquet"):
+        path.unlink()
+    names = open_splits(data)[0].names
+    scans = []
+    scan = shards._scan
+    monkeypatch.setattr(shards, "_scan", lambda paths: scans.append(paths) or scan(paths))
+    assert open_splits(data)[0].names == names
+    assert not scans
+    os.utime(data / "train-000000.tar")
+    assert open_splits(data)[0].names == names
+    assert len(scans) == 1
+    (index,) = (p for p in data.glob(".*.parquet") if p.stat().st_mtime_ns == max(
+        q.stat().st_mtime_ns for q in data.glob(".*.parquet")))  # fmt: skip
+    index.write_bytes(b"damaged")
+    assert open_splits(data)[0].names == names
+    assert len(scans) == 2
+
+
+def test_where_nothing_can_be_written_the_index_is_made_each_time(
+    tmp_path, photo, monkeypatch, capsys
+):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"0")])
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shards, "atomic_write", refuse)
+    assert len(shards.open_shards(data, "train")) == 1
+    assert "note: the index is made anew each time: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([("a.jpg", b"x")], "a.jpg has no label; expected a.cls, or a.json with a label"),
+        ([("a.jpg", b"x"), ("a.json", b'{"class": 1}')], "a.jpg has no label"),
+        ([("a.jpg", b"x"), ("a.json", b"{")], "a.jpg has no label"),
+        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a has two images, a.jpg and a.png"),
+        ([("a.txt", b"x"), ("b.txt", b"x")], r"has no images \(it has txt 2\)"),
+    ],
+)
+def test_samples_that_lack_something_are_named(tmp_path, files, message):
+    data = write_tar(tmp_path / "s" / "train-0.tar", files)
+    with pytest.raises(UsageError, match=message):
+        shards.open_shards(data, "train")
+
+
+def test_a_damaged_shard_is_named(tmp_path, photo):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"0")])
+    shard = data / "train-0.tar"
+    whole = shard.read_bytes()
+    for content, message in (
+        (b"no tar" * 500, "is no tar file, or damaged"),
+        (whole[: 512 + len(photo) // 2], "is cut off within a.jpg"),
+        (whole[: 512 + -(-len(photo) // 512) * 512] + b"x" * 4096, "is damaged at byte"),
+    ):
+        shard.write_bytes(content)
+        with pytest.raises(DataError, match=rf"train-0\.tar.*({message})"):
+            shards.open_shards(data, "train")
+
+
+def test_classes_without_a_name_are_refused(tmp_path, photo):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"3")])
+    for content, message in (
+        ('["x", "y"]', r"classes.json has 2 names, but labels are 3"),
+        ('{"x": 3}', r"classes.json is damaged .*must be a list of names.*remove it"),
+    ):
+        (data / "classes.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            shards.open_shards(data, "train")
+
+
+def test_the_pattern_of_the_hubs_imagenet_is_understood(tmp_path, photo):
+    for name in ("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"):
+        write_tar(tmp_path / "s" / name, [("a.jpg", photo), ("a.cls", b"0")])
+    train, val = open_splits(tmp_path / "s" / "imagenet1k-{train,validation}-*.tar")
+    assert (len(train), len(val)) == (1, 1)

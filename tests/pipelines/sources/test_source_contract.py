@@ -1,0 +1,194 @@
+"""What every kind of source promises: the folder's samples, order, crops, pixels, errors and conversions."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import dali, reference
+from pipelines.__main__ import main
+from pipelines.batch import LoaderSpec
+from pipelines.sources.options import NO_OPTIONS, SplitOptions
+from pipelines.sources.splits import open_splits
+from pipelines.utils.errors import DataError, UsageError
+from tests.conftest import needs_ffcv, write_folder
+from tests.pipelines.sources.conftest import source_of
+
+KINDS = ["csv", "shards"]  # what differs behind the table's format
+
+
+def spec_of(data: Path) -> LoaderSpec:
+    return LoaderSpec(data, (48, 32), batch_size=4, device=torch.device("cpu"))
+
+
+def loaders_of(data: Path, splits: SplitOptions = NO_OPTIONS, **options):
+    return dali.make_loaders(
+        dali.DaliOptions(workers=2, **options), replace(spec_of(data), splits=splits)
+    )
+
+
+def equal(one, other) -> bool:
+    return torch.equal(one.labels, other.labels) and all(map(torch.equal, one.images, other.images))
+
+
+@pytest.fixture(params=KINDS)
+def own(request, tmp_path) -> tuple[Path, Path]:
+    """A folder of five images of a class, of which train/ant/002 is broken, and what lists them."""
+    for split, seed in (("train", 1), ("val", 2)):
+        write_folder(tmp_path / "own" / split, {"ant": 5, "bee": 5}, seed)
+    (tmp_path / "own" / "train" / "ant" / "002.JPEG").write_bytes(b"no image")
+    return tmp_path / "own", source_of(request.param, tmp_path / "own")
+
+
+def test_splits_have_the_folders_images_labels_and_classes(data, photos):
+    for found, expected in zip(open_splits(data), open_splits(photos), strict=True):
+        assert found.classes == expected.classes
+        assert found.labels.tolist() == expected.labels.tolist()
+        assert [found.read(i) for i in range(len(found))] == [
+            expected.read(i) for i in range(len(expected))
+        ]
+        assert len(set(found.names)) == len(found)
+
+
+def test_dali_and_the_reference_give_the_folders_batches_bit_for_bit(data, photos):
+    for make, options in (
+        (dali.make_loaders, dali.DaliOptions(workers=2)),
+        (reference.make_loaders, reference.ReferenceOptions()),
+    ):
+        ours, folders = make(options, spec_of(data)), make(options, spec_of(photos))
+        for one, other in zip(ours[:2], folders[:2], strict=True):
+            one.set_epoch(3)
+            other.set_epoch(3)
+            assert all(equal(a, b) for a, b in zip(one, other, strict=True))
+        ours.close()
+        folders.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_goes_on_where_it_was_left(photos, kind):
+    data = source_of(kind, photos)
+    whole = list(loaders_of(data).train)
+    first = loaders_of(data).train
+    next(iter(first))
+    again = loaders_of(data).train
+    again.load_state_dict(first.state_dict())
+    rest = list(again)
+    assert len(rest) == len(whole) - 1
+    assert all(equal(a, b) for a, b in zip(rest, whole[1:], strict=True))
+
+
+def test_shards_of_a_folder_go_on_with_the_folders_run(photos):
+    state = loaders_of(photos).train.state_dict()
+    loaders_of(source_of("shards", photos)).train.load_state_dict(state)
+
+
+def test_a_broken_image_is_named_with_the_command_that_finds_all(own):
+    _, data = own
+    with pytest.raises(
+        DataError, match=r"broken image .*ant/002\.JPEG: cannot identify.*rsnet verify"
+    ):
+        list(loaders_of(data).train)
+    with pytest.raises(DataError, match=r"broken image .*ant/002\.JPEG: cannot identify"):
+        list(reference.make_loaders(reference.ReferenceOptions(), spec_of(data)).train)
+
+
+def test_verify_lists_broken_images_and_skip_bad_leaves_them_out(own, capsys):
+    _, data = own
+    with pytest.raises(UsageError, match="--skip-bad: there is no report"):
+        loaders_of(data, skip_bad=True)
+    assert main(["verify", str(data)]) == 1
+    out = capsys.readouterr().out
+    assert len(re.findall(r"ant/002\.JPEG: cannot identify image", out)) == 1
+    loaders = loaders_of(data, skip_bad=True)
+    assert "left out 1 of 10 images of train" in capsys.readouterr().out
+    assert sum(len(batch.labels) for batch in loaders.val) == 10
+    assert len(list(loaders.train)) == 2
+    assert main(["verify", str(data), "--move-to", str(data.parent / "bad")]) == 2
+    assert "--move-to: only of a folder's images" in capsys.readouterr().err
+
+
+@needs_ffcv
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversion_writes_the_folders_bytes(photos, tmp_path, kind):
+    for name, data in (("one", photos), ("other", source_of(kind, photos))):
+        assert main(["convert", "--data", str(data), "--output", str(tmp_path / name)]) == 0
+    for split in ("train", "val"):
+        one, other = (
+            hashlib.sha256((tmp_path / name / f"{split}.beton").read_bytes()).hexdigest()
+            for name in ("one", "other")
+        )
+        assert one == other
+
+
+@pytest.mark.parametrize("kind", ["folder", *KINDS])
+def test_a_share_of_the_training_images_validates_by_their_names_alone(tmp_path, kind):
+    write_folder(tmp_path / "all" / "train", {"ant": 30, "bee": 30})
+    if kind == "shards":
+        write_folder(tmp_path / "all" / "val", {"ant": 1, "bee": 1})
+        data = Path(f"{source_of(kind, tmp_path / 'all')}/train-*.tar")
+    else:
+        data = source_of(kind, tmp_path / "all")
+    if kind == "csv":
+        data.write_text(data.read_text().replace("split", "other"))
+    options = SplitOptions(val_fraction=0.25)
+    train, val = open_splits(data, options)
+    assert train is not None
+    assert not set(train.names) & set(val.names)
+    assert len(train) + len(val) == 60
+    assert 7 <= len(val) <= 23
+    assert (train.split, val.split) == ("train", "val")
+    only_val = open_splits(data, options, with_train=False)
+    assert only_val[0] is None
+    assert only_val[1].names == val.names
+    if kind == "folder":  # a class more moves no image
+        write_folder(tmp_path / "all" / "train", {"cat": 30})
+        assert set(val.names) <= set(open_splits(data, options)[1].names)
+
+
+def test_validation_images_of_their_own_have_the_training_datas_classes(photos, tmp_path):
+    shutil.copytree(photos / "val" / "cat", tmp_path / "mine" / "cat")
+    train, val = open_splits(source_of("shards", photos), SplitOptions(tmp_path / "mine"))
+    assert train is not None
+    assert val.classes == train.classes == ["ant", "bee", "cat"]
+    assert val.labels.tolist() == [2] * 5
+    (tmp_path / "mine" / "cat").rename(tmp_path / "mine" / "dog")
+    with pytest.raises(UsageError, match="differ: only in val: dog"):
+        open_splits(photos, SplitOptions(tmp_path / "mine"))
+
+
+def test_a_split_that_is_there_is_not_made_anew(data):
+    with pytest.raises(
+        UsageError, match="has validation images of its own: leave out --val-fraction"
+    ):
+        open_splits(data, SplitOptions(val_fraction=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data.tfrecord", "is no folder, no table"),
+        ("nothing", "--data: there is no folder"),
+        ("nothing-*.tar", "no shards of train match"),
+    ],
+)
+def test_what_is_no_source_is_refused_in_a_line(tmp_path, name, message):
+    if name.startswith("data"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=message):
+        open_splits(tmp_path / name, SplitOptions(val_fraction=0.5))
+
+
+def test_a_shard_that_shrinks_under_a_run_is_named(photos, tmp_path):
+    data = tmp_path / "shards"
+    shutil.copytree(source_of("shards", photos), data)
+    loaders = loaders_of(data)
+    for path in data.glob("train-*.tar"):
+        path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"train-\d+\.tar: .*\.JPEG: the shard ends within it"):
+        list(loaders.train)
