@@ -10,10 +10,9 @@ known of a GPU alone. Prints one JSON object per network. The ways:
   weights of the others are cast by each size;
 - recompute norm, recompute blocks, compile: the options of these names;
 - compile, graphs: `torch.compile` with CUDA graphs of its own, of the forward and of the backward;
-- graph: forwards, losses and backward as one CUDA graph; graph of all: with the optimizer;
-- graph, streams: every size but the largest on a stream of its own.
-
-The graphs are here to be measured; the trainer has no such option.
+- cuda graphs, and compile, cuda graphs: the option `--cuda-graphs`, alone and with `--compile`;
+- graph: forwards, losses and backward as one CUDA graph, without the optimizer;
+- graph, streams: that, with every size but the largest on a stream of its own.
 """
 
 from __future__ import annotations
@@ -37,12 +36,13 @@ from pipelines.batch import Batch
 from rsnet.models.autocast import autocast, cast_weights_once
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import step_profiler as profile
+from rsnet.training import cuda_graph
 from rsnet.training.trainer import Trainer
 
 Step = Callable[[], None]
 Way = Literal[
-    "default", "pixels together", "recompute norm", "recompute blocks", "compile", "compile, graphs", "graph",
-    "graph of all", "graph, streams",
+    "default", "pixels together", "recompute norm", "recompute blocks", "compile", "compile, graphs",
+    "cuda graphs", "compile, cuda graphs", "graph", "graph, streams",
 ]  # fmt: skip
 WARM_UP = 3  # steps before a capture, and before any is counted
 
@@ -157,7 +157,7 @@ def pixels_together(trainer: Trainer, model: ResolutionSwitchable, batch: Batch)
 
 def graph(trainer: Trainer, _model: ResolutionSwitchable, batch: Batch) -> Step:
     """The gradients lie where the capture put them, and every replay writes them anew."""
-    replay = capture(trainer, batch, also=lambda: None)
+    replay = capture(trainer, batch)
 
     def step() -> None:
         replay()
@@ -166,8 +166,20 @@ def graph(trainer: Trainer, _model: ResolutionSwitchable, batch: Batch) -> Step:
     return step
 
 
-def graph_of_all(trainer: Trainer, _model: ResolutionSwitchable, batch: Batch) -> Step:
-    return capture(trainer, batch, also=lambda: trainer.optimizer.step())
+def cuda_graphs(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Step:
+    """The capture is in the warm-up."""
+    trainer.graphs = cuda_graph.UpdateGraphs(
+        trainer.optimizer, trainer.scaler, trainer.device, print
+    )
+    step = default(trainer, model, batch)
+    for _ in range(cuda_graph.WARM_UP):
+        step()
+    return step
+
+
+def compiled_cuda_graphs(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Step:
+    trainer.objective.compile(dynamic=False)
+    return cuda_graphs(trainer, model, batch)
 
 
 def graph_with_streams(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Step:
@@ -193,8 +205,8 @@ def graph_with_streams(trainer: Trainer, model: ResolutionSwitchable, batch: Bat
     return graph(trainer, model, batch)
 
 
-def capture(trainer: Trainer, batch: Batch, also: Step) -> Step:
-    """Forwards, losses, backward and what `also` does, as one graph that reads `batch`."""
+def capture(trainer: Trainer, batch: Batch) -> Step:
+    """Forwards, losses and backward as one graph that reads `batch`."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -208,7 +220,6 @@ def capture(trainer: Trainer, batch: Batch, also: Step) -> Step:
         with autocast(trainer.device, trainer.amp):
             terms = trainer.objective(batch.images, batch.labels, None)
         terms["total"].backward()
-        also()
     return captured.replay
 
 
@@ -219,8 +230,9 @@ WAYS: dict[Way, Callable[[Trainer, ResolutionSwitchable, Batch], Step]] = {
     "recompute blocks": default,
     "compile": compiled,
     "compile, graphs": compiled_graphs,
+    "cuda graphs": cuda_graphs,
+    "compile, cuda graphs": compiled_cuda_graphs,
     "graph": graph,
-    "graph of all": graph_of_all,
     "graph, streams": graph_with_streams,
 }
 

@@ -49,6 +49,7 @@ from rsnet.training.fine_tune import freeze, read_switchable, start_from
 from rsnet.training.resume import Start, adopted, find_start
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted
+from rsnet.training.trainer import require_trainable
 
 # A node may have its data and checkpoints elsewhere; rank 0 alone resumes, saves and logs.
 OWN_OF_A_NODE = {"data", "output", "resume", "wandb", "wandb_name", "wandb_project"}
@@ -113,7 +114,7 @@ def run(
 
     def checked() -> tuple[ResolvedConfig, list[str]]:
         resolved = resolve_here(config)
-        _require_trainable(resolved, device)
+        require_trainable(resolved, device)
         swept = names_of(resolved.profile_sweep, options, distributed.world_size())
         start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
         return resolved, swept
@@ -264,13 +265,6 @@ def _adopted(
     except (UsageError, DataError):  # it needs the run's options, or started from what is gone
         return []
     return adopted(resolved, alone)
-
-
-def _require_trainable(config: ResolvedConfig, device: torch.device) -> None:
-    if config.batch_size < 2 and not config.evaluate:
-        raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
-    if config.sync_bn and device.type != "cuda":
-        raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
 
 
 def _create_model(

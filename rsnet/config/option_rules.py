@@ -24,6 +24,8 @@ def require_valid(c: Any) -> None:
         raise UsageError("--evaluate and --profile: choose one of them")
     if c.compile and c.recompute != "off":
         raise UsageError("--compile and --recompute: choose one; the compiler recomputes by itself")
+    if c.cuda_graphs and c.recompute != "off":
+        raise UsageError("--cuda-graphs and --recompute: choose one of them")
     if c.evaluate and c.resume is None:
         raise UsageError("--evaluate: say which checkpoint, with --resume PATH or --resume auto")
     if c.evaluate and c.pretrained is not None:

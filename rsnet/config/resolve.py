@@ -161,6 +161,7 @@ def resolve(
     }
     resolved = ResolvedConfig(**(given | unset | fixed))
     _check_quantization(resolved)
+    _check_cuda_graphs(resolved)
     if resolved.freeze != "none" and resolved.pretrained is None and trained is None:
         raise UsageError(
             f"--freeze {resolved.freeze}: there is nothing to keep without --pretrained"
@@ -211,6 +212,15 @@ def _check_quantization(c: ResolvedConfig) -> None:
         )
     if c.freeze != "none" and c.is_quantized:
         raise UsageError(f"--freeze {c.freeze}: the quantizers of --qw and --qa follow the weights")
+
+
+def _check_cuda_graphs(c: ResolvedConfig) -> None:
+    if c.cuda_graphs and c.sizes_per_step < len(c.sizes):
+        raise UsageError(
+            f"--cuda-graphs: a graph has all sizes in it, not --sizes-per-step {c.sizes_per_step}"
+        )
+    if c.cuda_graphs and c.is_quantized:
+        raise UsageError("--cuda-graphs: not with the quantizers of --qw and --qa; leave it out")
 
 
 def _spread(

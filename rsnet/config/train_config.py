@@ -224,6 +224,10 @@ class ComputeOptions(Generic[Unset]):
     compile: bool = False
     """Compile a step's forward and backward, all sizes in one graph (torch.compile): minutes at the start."""
 
+    cuda_graphs: bool = False
+    """Launch each update as one CUDA graph, with or without --compile: one GPU, all sizes in a step, no
+    --recompute. Not measured yet."""
+
     recompute: Literal["off", "norm", "blocks"] = "off"
     """Activation checkpointing: norm keeps outputs of convolutions, blocks inputs of blocks; the rest is
     computed twice."""

@@ -98,6 +98,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_distributed() -> bool:
+    """Return whether a launcher started us, if only as the single process: gradients then go through DDP."""
+    return dist.is_initialized()
+
+
 def is_main() -> bool:
     return rank() == 0
 

@@ -145,9 +145,8 @@ class ProfileRun:
     ) -> tuple[Trainer, Loader]:
         assert loaders.train is not None
         steps_per_epoch = max(1, len(loaders.train) // config.accumulate)
-        trainer = make_trainer(
-            config, model, self.context.network.num_classes, steps_per_epoch, self.context.device
-        )
+        classes, device = self.context.network.num_classes, self.context.device
+        trainer = make_trainer(config, model, classes, steps_per_epoch, device, self.say)
         return trainer, loaders.train
 
     def _log_to_wandb(self, figures: dict[str, float], files: list[str]) -> None:

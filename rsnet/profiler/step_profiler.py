@@ -16,6 +16,7 @@ from torch import nn
 from pipelines.batch import Batch, Loader
 from rsnet.distributed.device import peak_memory_gb
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training import cuda_graph
 from rsnet.training.trainer import Trainer
 
 WARMUP_STEPS = 3  # compilers, allocators and cuDNN's search are done by then
@@ -171,24 +172,27 @@ def time_steps(
     trainer: Trainer, model: ResolutionSwitchable, source: Iterator[Batch], steps: int
 ) -> Times:
     """Time whole updates, by their parts: data, forward at each size, losses, backward, optimizer."""
-    # A compiled objective has no inside, and hooks would cut its graph.
+    # A compiled objective has no inside, and hooks would cut its graph; a CUDA graph has the optimizer in it.
     is_compiled = any(m._compiled_call_impl is not None for m in trainer.objective.modules())
+    is_graph = trainer.graphs is not None
+    whole = "forward to optimizer" if is_graph else "forward and backward" if is_compiled else ""
+    warm_up = WARMUP_STEPS + (cuda_graph.WARM_UP if is_graph else 0)
     watch = Stopwatch(trainer.device)
-    hooks = [] if is_compiled else _hooks(trainer.objective, model, watch)
+    hooks = [] if whole else _hooks(trainer.objective, model, watch)
     trainer.objective.train()
     try:
-        for _ in range(WARMUP_STEPS + steps):
+        for _ in range(warm_up + steps):
             for micro in range(trainer.accumulate):
                 batch = next(source)
                 watch.mark("data")
                 trainer.forward_backward(batch, last=micro == trainer.accumulate - 1)
-                watch.mark("forward and backward" if is_compiled else "backward")
+                watch.mark(whole or "backward")
             trainer.update()
             watch.mark("optimizer")
     finally:
         for hook in hooks:
             hook.remove()
-    parts = watch.read(last="optimizer")[WARMUP_STEPS:]
+    parts = watch.read(last="optimizer")[warm_up:]
     names = dict.fromkeys(
         name for p in parts for name in p
     )  # with K sizes a step not always the same

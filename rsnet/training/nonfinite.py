@@ -38,7 +38,7 @@ class BatchNormBackup:
 
 
 class FiniteGuard:
-    """Keeps updates with a loss that is not finite from the weights; on the device.
+    """Keeps updates with a loss that is not finite from the weights; on the device, and in place.
 
     most: how many such updates in a row are left out; one more, and no update is done any longer.
     """
@@ -59,17 +59,19 @@ class FiniteGuard:
         bad = distributed.all_reduce_max(bad.to(torch.float32)) > 0
         names = tuple(terms)
         is_running = self._tripped_at < 0
-        self._bad[names] = self._bad.get(names, torch.zeros_like(bad)) | (is_running & bad)
-        self.is_bad = self.is_bad | bad.any()
+        if names not in self._bad:
+            self._bad[names] = torch.zeros_like(bad)
+        self._bad[names] |= is_running & bad
+        self.is_bad |= bad.any()
         return (self.is_bad | ~is_running).to(torch.float32)
 
-    def close(self, step: int) -> None:
-        """Count update `step`, which was done, or left out."""
-        self._in_a_row = torch.where(self.is_bad, self._in_a_row + 1, 0)
+    def close(self, step: int | Tensor) -> None:
+        """Count update `step`, an int or () int64, which was done, or left out."""
+        self._in_a_row.add_(1).mul_(self.is_bad)
         trips = (self._tripped_at < 0) & (self._in_a_row > self._most)
-        self._tripped_at = torch.where(trips, step, self._tripped_at)
-        self._skipped = self._skipped + self.is_bad
-        self.is_bad = torch.zeros_like(self.is_bad)
+        self._tripped_at.copy_(torch.where(trips, step, self._tripped_at))
+        self._skipped.add_(self.is_bad)
+        self.is_bad.zero_()
 
     def state(self) -> list[int]:
         """Return the updates that were left out: in a row, and in all. Synchronises."""

@@ -52,7 +52,12 @@ def train(context: RunContext, start: Start) -> Results:
     if steps_per_epoch == 0:
         raise UsageError(f"--accumulate {config.accumulate}: an epoch has only {batches} batches")
     trainer = make_trainer(
-        config, context.model, context.network.num_classes, steps_per_epoch, context.device
+        config,
+        context.model,
+        context.network.num_classes,
+        steps_per_epoch,
+        context.device,
+        context.console.say,
     )
     run_dir = distributed.run_on_main(lambda: RunDir(config.output, start.continues, main))
     run_dir.active = main

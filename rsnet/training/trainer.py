@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch
-from pipelines.utils.errors import RunError
+from pipelines.utils.errors import RunError, UsageError
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.models.autocast import AMP_DTYPES, autocast
 from rsnet.models.quantization.lq_nets import BasisUpdater
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training.cuda_graph import UpdateGraphs
 from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
 from rsnet.training.nonfinite import BatchNormBackup, FiniteGuard
@@ -33,6 +34,7 @@ class Trainer:
     mix: (batch, its number in the training) -> a batch of mixed samples.
     most_skipped: updates in a row that may be left out because a loss is not finite.
     bases: those of learned quantizers, which follow every update.
+    cuda_graphs: whether updates are CUDA graphs; not with `sizes_at`, `bases` or DDP. say: is told if not.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Trainer:
         ema: ModelEma | None = None,
         most_skipped: int = 0,
         bases: BasisUpdater | None = None,
+        cuda_graphs: bool = False,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -65,17 +69,47 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.guard = FiniteGuard(device, most_skipped)
         self.means = LossMeter()  # since the last report
+        self.graphs = UpdateGraphs(optimizer, self.scaler, device, say) if cuda_graphs else None
         self._statistics = BatchNormBackup(objective) if most_skipped else None
         self.step = 0
         self._batches = 0  # since the last update
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
-        """Add one batch's gradients; `last` of those that make up an update. Does not synchronise."""
+        """Add one batch's gradients; `last` of those that make up an update. Does not synchronise.
+
+        As a CUDA graph, the last batch's has the update in it.
+        """
         if self.mix is not None:
             batch = self.mix(batch, self.step * self.accumulate + self._batches)
-        if self._statistics is not None and self._batches == 0:
-            self._statistics.keep()
+        first = self._batches == 0
         self._batches += 1
+        if self.graphs is None:
+            return self._add_gradients(batch, first, last)
+
+        def compute(batch: Batch, step: Tensor) -> dict[str, Tensor]:
+            terms = self._add_gradients(batch, first, last)
+            if last:
+                self._optimize(step)
+            return terms
+
+        rate = self.schedule.at(self.step)
+        return self.graphs.run(compute, batch, (first, last), rate, self.step)
+
+    def update(self) -> None:
+        """Do one optimizer step, which fused SGD skips on the device if `found_inf` is 1."""
+        lr = self.schedule.at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.graphs is None:
+            self._optimize(self.step)
+        if self.ema is not None:
+            self.ema.update(self.step)
+        self.step += 1
+        self._batches = 0
+
+    def _add_gradients(self, batch: Batch, first: bool, last: bool) -> dict[str, Tensor]:
+        if self._statistics is not None and first:
+            self._statistics.keep()
         with nullcontext() if last else self._no_all_reduce():
             with autocast(self.device, self.amp):
                 terms: dict[str, Tensor] = self.objective(
@@ -91,11 +125,8 @@ class Trainer:
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return terms
 
-    def update(self) -> None:
-        """Do one optimizer step, which fused SGD skips on the device if `found_inf` is 1."""
-        lr = self.schedule.at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def _optimize(self, step: int | Tensor) -> None:
+        """Do what an update does on the device alone."""
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_grad)
@@ -106,11 +137,7 @@ class Trainer:
             self.bases.update(self.sizes_at(self.step))
         if self._statistics is not None:
             self._statistics.put_back_if(self.guard.is_bad)
-        if self.ema is not None:
-            self.ema.update(self.step)
-        self.guard.close(self.step)
-        self.step += 1
-        self._batches = 0
+        self.guard.close(step)
 
     def _no_all_reduce(self) -> AbstractContextManager[None]:
         if isinstance(self.objective, DistributedDataParallel):
@@ -130,14 +157,29 @@ def raise_if_not_finite(trainer: Trainer) -> None:
     )
 
 
+def require_trainable(config: ResolvedConfig, device: torch.device) -> None:
+    """Raise UsageError for an option that the device, the processes or BatchNorm do not allow."""
+    if config.batch_size < 2 and not config.evaluate:
+        raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
+    if config.sync_bn and device.type != "cuda":
+        raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
+    if config.cuda_graphs and device.type != "cuda":
+        raise UsageError("--cuda-graphs: a CPU has none; leave it out")
+    if config.cuda_graphs and distributed.is_distributed():
+        raise UsageError(
+            "--cuda-graphs: it trains with one process alone; start it without torchrun"
+        )
+
+
 def make_trainer(
     config: ResolvedConfig,
     model: ResolutionSwitchable,
     num_classes: int,
     steps_per_epoch: int,
     device: torch.device,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Trainer:
-    """Return a trainer with all that `config` asks for; `model` lies on `device`."""
+    """Return a trainer with all that `config` asks for; `model` lies on `device`. say: is told what fails."""
     c = config
     has_all_sizes = c.sizes_per_step == len(c.sizes)
     objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
@@ -183,4 +225,6 @@ def make_trainer(
         ema=ModelEma(model, c.ema) if c.ema else None,
         most_skipped=c.most_skipped,
         bases=BasisUpdater(model, model.sizes) if c.is_quantized else None,
+        cuda_graphs=c.cuda_graphs,
+        say=say,
     )

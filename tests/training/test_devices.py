@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipelines.batch import Batch
 from rsnet.config.model_config import ModelConfig
@@ -35,6 +37,24 @@ def _trainer(model, amp):
     return make_trainer(config, model, 10, 100, GPU)
 
 
+class _FromTheHost(TorchDispatchMode):
+    """Collects operations that give a GPU what lies in the host's memory, for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            {t.device.type for t in tree_leaves(x) if isinstance(t, torch.Tensor)}
+            for x in ((args, kwargs), result)
+        )
+        if "cpu" in given and "cuda" in given | made:
+            self.found.append(str(func))
+        return result
+
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by a copy
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_step_reads_no_number_and_mixes_no_devices(amp, monkeypatch):
@@ -57,12 +77,13 @@ def test_a_step_reads_no_number_and_mixes_no_devices(amp, monkeypatch):
         trainer.objective.train()
         for _ in range(2):
             images = tuple(torch.empty(2, 3, s, s, device=GPU) for s in SIZES)
-            terms = trainer.forward_backward(
-                Batch(images, torch.zeros(2, dtype=torch.int64, device=GPU)), last=True
-            )
-            trainer.means.add(terms)
-            trainer.update()
+            batch = Batch(images, torch.zeros(2, dtype=torch.int64, device=GPU))
+            with _FromTheHost() as host:
+                terms = trainer.forward_backward(batch, last=True)
+                trainer.means.add(terms)
+                trainer.update()
     assert {term.device for term in terms.values()} == {GPU}
+    assert not host.found
     assert left_out == [GPU, "sgd"] * 2
 
 

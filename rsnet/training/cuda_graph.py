@@ -1,0 +1,148 @@
+"""A training's updates as CUDA graphs: one launch by the host in place of thousands.
+
+Whole-network capture as in PyTorch's notes on CUDA graphs: forwards at all sizes, losses, backward, the guard
+against values that are not finite, and the optimizer are one graph. Not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.batch import Batch
+from pipelines.utils.errors import first_line
+
+# Updates before the capture: what libraries choose and allocate at their first calls must not be captured.
+# PyTorch's notes take three; DDP alone needs more. They are updates of the training as any other.
+WARM_UP = 3
+
+Compute = Callable[[Batch, Tensor], dict[str, Tensor]]
+Part = tuple[bool, bool]  # of an update: whether its first batch, whether its last
+
+
+class _Captured(NamedTuple):
+    """A graph. replay: computes the losses, `terms`, and all that the step changes, in place."""
+
+    replay: Callable[[], None]
+    terms: dict[str, Tensor]
+
+
+class UpdateGraphs:
+    """What an update computes, run eagerly for `WARM_UP` updates, then captured, then replayed.
+
+    With accumulated gradients, the first, the last, and the batches between are a graph each, which share
+    their memory. A replay reads nothing of Python's: a batch is copied into memory that stays, learning rate
+    and step are tensors. If a capture fails, the training goes on eagerly, and `say` is told, once.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self._optimizer, self._scaler, self._say = optimizer, scaler, say
+        # Fused SGD reads a float32. (Eagerly it computes with a float64: the last bits differ.)
+        self._lr = torch.zeros((), device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        # Warm-up and capture share it: autograd's nodes and libraries' handles belong to a stream.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._batch: Batch | None = None
+        self._captured: dict[Part, _Captured] = {}
+        self._updates = 0
+        self._is_eager = True  # this update
+        self._failed = False
+
+    def run(
+        self, compute: Compute, batch: Batch, part: Part, lr: float, step: int
+    ) -> dict[str, Tensor]:
+        """Do what `compute` does of (batch, step), which must not wait for the device; return its losses.
+
+        They are overwritten by the next run. Within `compute`, the optimizer's rate is a tensor.
+        part: which of an update's batches it is; of each part, the first `compute` is captured.
+        """
+        self._lr.fill_(lr)
+        self._step.fill_(step)
+        first, last = part
+        if first:
+            warm = self._updates >= WARM_UP and not self._failed
+            self._is_eager = not (warm and self._takes(batch))
+        self._updates += last
+        if self._is_eager:
+            return self._beside(compute, batch)
+        self._keep(batch)
+        assert self._batch is not None
+        if part not in self._captured and not self._capture(compute, self._batch, part):
+            self._is_eager = True
+            return self._beside(compute, batch)
+        captured = self._captured[part]
+        captured.replay()
+        return captured.terms
+
+    def _takes(self, batch: Batch) -> bool:
+        """Return whether a batch has the shapes of the captured ones, as all of a training's have."""
+        kept = self._batch
+        return kept is None or [x.shape for x in (*kept.images, kept.labels)] == [
+            x.shape for x in (*batch.images, batch.labels)
+        ]
+
+    def _keep(self, batch: Batch) -> None:
+        """Copy a batch to where the graphs read it, on the stream that they are launched on."""
+        if self._batch is None:
+            images = tuple(torch.empty_like(x) for x in batch.images)
+            self._batch = Batch(images, torch.empty_like(batch.labels))
+        for kept, x in zip(
+            (*self._batch.images, self._batch.labels), (*batch.images, batch.labels), strict=True
+        ):
+            kept.copy_(x)
+
+    def _beside(self, compute: Compute, batch: Batch) -> dict[str, Tensor]:
+        """Compute eagerly, on the stream of the captures."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            terms = self._compute(compute, batch)
+        current.wait_stream(self._stream)
+        return terms
+
+    def _compute(self, compute: Compute, batch: Batch) -> dict[str, Tensor]:
+        """Call `compute` with a tensor as the rate of the optimizer, whose state dict has a float."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        try:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._lr
+            return compute(batch, self._step)
+        finally:
+            for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _capture(self, compute: Compute, batch: Batch, part: Part) -> bool:
+        """Capture, which computes nothing; return whether that worked."""
+        graph = torch.cuda.CUDAGraph()
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters]
+        try:
+            # The loader's threads allocate and copy meanwhile, which "global" would not allow.
+            with torch.cuda.graph(
+                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            ):
+                terms = self._compute(compute, batch)
+        except RuntimeError as error:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            if self._scaler.is_enabled():
+                self._scaler._per_optimizer_states.clear()  # what it did of this update
+            self._failed = True
+            # Ending a broken capture fails, too, and says less.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            self._say(
+                f"--cuda-graphs: a step cannot be captured ({first_line(cause)}); training goes on without"
+            )
+            return False
+        self._captured[part] = _Captured(graph.replay, terms)
+        return True
