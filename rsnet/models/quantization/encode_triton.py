@@ -1,12 +1,10 @@
 """`encode` on an NVIDIA GPU: one kernel that reads each value once, in place of about ten operations.
 
 Imported where the values are on a GPU; `rsnet.models.quantization.encode` has the same in PyTorch's
-operations.
+operations. Triton's compiler reads the annotations of a kernel, and refuses those that are not its own.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -18,9 +16,9 @@ BLOCK = 1024  # values of a program: 4 a thread
 
 @triton.jit
 def _encode(  # noqa: PLR0917 - a kernel takes no others
-    rows: Any, thresholds: Any, levels: Any, coded: Any, parts: Any, n: Any,
+    rows, thresholds, levels, coded, parts, n,
     COUNT: tl.constexpr, COUNTING: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+):  # fmt: skip
     block, row = tl.program_id(0), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -54,6 +52,6 @@ def encode(
     parts = torch.empty(shape, dtype=torch.float64, device=rows.device)
     _encode[(blocks, count)](
         rows, thresholds.contiguous(), levels.to(coded.dtype).contiguous(), coded, parts, n,
-        COUNT=number, COUNTING=counting, BLOCK=BLOCK,
+        COUNT=number, COUNTING=counting, BLOCK=BLOCK, enable_fp_fusion=True,
     )  # fmt: skip
     return parts.sum(3) if counting else None

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rsnet.models.quantization import encode
+from tests.helpers.triton import compile_for_h100
 
 pytest.importorskip("triton", reason="torch came without Triton")
 
@@ -27,6 +28,17 @@ def test_the_interpreters_tests_pass_in_a_process_of_their_own():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert "6 passed" in done.stdout
+
+
+@pytest.mark.slow  # a compilation
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("counting", [False, True])
+def test_the_kernel_compiles_for_a_gpu_without_one(counting, tmp_path, monkeypatch):
+    """The interpreter takes what the compiler refuses, as annotations that are not Triton's."""
+    kernel = importlib.import_module("rsnet.models.quantization.encode_triton")
+    types = {"rows": "*bf16", "coded": "*bf16", "levels": "*bf16", "parts": "*fp64", "n": "i32"}
+    constants = {"COUNT": 4, "COUNTING": counting, "BLOCK": kernel.BLOCK}
+    assert compile_for_h100(kernel._encode, types, constants, tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in a process of its own")
