@@ -11,6 +11,7 @@ known of a GPU alone. Prints one JSON object per network. The ways:
 - recompute norm, recompute blocks, compile: the options of these names;
 - compile, graphs: `torch.compile` with CUDA graphs of its own, of the forward and of the backward;
 - cuda graphs, and compile, cuda graphs: the option `--cuda-graphs`, alone and with `--compile`;
+- fused bn, and fused bn, cuda graphs: the option `--fused-bn`, alone and with `--cuda-graphs`;
 - graph: forwards, losses and backward as one CUDA graph, without the optimizer;
 - graph, streams: that, with every size but the largest on a stream of its own.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +36,7 @@ from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import device_in_use, make_batches, make_ours
 from pipelines.batch import Batch
 from rsnet.models.autocast import autocast, cast_weights_once
+from rsnet.models.layers.fused_batchnorm import convert_to_fused_batchnorm
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import step_profiler as profile
 from rsnet.training import cuda_graph
@@ -42,8 +45,9 @@ from rsnet.training.trainer import Trainer
 Step = Callable[[], None]
 Way = Literal[
     "default", "pixels together", "recompute norm", "recompute blocks", "compile", "compile, graphs",
-    "cuda graphs", "compile, cuda graphs", "graph", "graph, streams",
+    "cuda graphs", "compile, cuda graphs", "fused bn", "fused bn, cuda graphs", "graph", "graph, streams",
 ]  # fmt: skip
+NEEDS_GPU = re.compile("graph|fused")
 WARM_UP = 3  # steps before a capture, and before any is counted
 
 
@@ -71,7 +75,9 @@ def measure(arch: str, o: Options) -> dict[str, Any]:
     on_gpu = batch.labels.device.type == "cuda"
     usual, memory = prepare("default", arch, o, batch)
     found: list[dict[str, Any]] = [{"way": "default", "peak_memory_mb": memory}]
-    for way in o.ways or [w for w in WAYS if w != "default" and (on_gpu or "graph" not in w)]:
+    for way in o.ways or [
+        w for w in WAYS if w != "default" and (on_gpu or not NEEDS_GPU.search(w))
+    ]:
         step, memory = prepare(way, arch, o, batch)
         beside, taken = alternate([usual, step], o.rounds, batch.labels.device)
         found.append(
@@ -155,6 +161,16 @@ def pixels_together(trainer: Trainer, model: ResolutionSwitchable, batch: Batch)
     return default(trainer, model, batch)
 
 
+def fused_bn(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Step:
+    convert_to_fused_batchnorm(model.network)
+    return default(trainer, model, batch)
+
+
+def fused_bn_cuda_graphs(trainer: Trainer, model: ResolutionSwitchable, batch: Batch) -> Step:
+    convert_to_fused_batchnorm(model.network)
+    return cuda_graphs(trainer, model, batch)
+
+
 def graph(trainer: Trainer, _model: ResolutionSwitchable, batch: Batch) -> Step:
     """The gradients lie where the capture put them, and every replay writes them anew."""
     replay = capture(trainer, batch)
@@ -232,6 +248,8 @@ WAYS: dict[Way, Callable[[Trainer, ResolutionSwitchable, Batch], Step]] = {
     "compile, graphs": compiled_graphs,
     "cuda graphs": cuda_graphs,
     "compile, cuda graphs": compiled_cuda_graphs,
+    "fused bn": fused_bn,
+    "fused bn, cuda graphs": fused_bn_cuda_graphs,
     "graph": graph,
     "graph, streams": graph_with_streams,
 }

@@ -41,7 +41,12 @@ from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.autocast import AMP_DTYPES
-from rsnet.models.factory import create_model, pretrained_normalize, synchronize_batchnorm
+from rsnet.models.factory import (
+    create_model,
+    fuse_batchnorm,
+    pretrained_normalize,
+    synchronize_batchnorm,
+)
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
@@ -280,6 +285,8 @@ def _create_model(
         synchronize_batchnorm(model, config.arch)
     if config.recompute != "off":
         convert_to_checkpointed(model.network, config.recompute)
+    if config.fused_bn and not config.evaluate:
+        say(fuse_batchnorm(model, config.arch))
     return model
 
 

@@ -26,6 +26,12 @@ def require_valid(c: Any) -> None:
         raise UsageError("--compile and --recompute: choose one; the compiler recomputes by itself")
     if c.cuda_graphs and c.recompute != "off":
         raise UsageError("--cuda-graphs and --recompute: choose one of them")
+    if c.fused_bn and c.recompute != "off":
+        raise UsageError(
+            "--fused-bn and --recompute: choose one; fused BatchNorms recompute themselves"
+        )
+    if c.fused_bn and c.sync_bn:
+        raise UsageError("--fused-bn and --sync-bn: choose one; a fused BatchNorm knows one batch")
     if c.evaluate and c.resume is None:
         raise UsageError("--evaluate: say which checkpoint, with --resume PATH or --resume auto")
     if c.evaluate and c.pretrained is not None:

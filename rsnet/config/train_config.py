@@ -228,6 +228,10 @@ class ComputeOptions(Generic[Unset]):
     """Launch each update as one CUDA graph, with or without --compile: one GPU, all sizes in a step, no
     --recompute. Not measured yet."""
 
+    fused_bn: bool = False
+    """Compute BatchNorm, the sum and the ReLU that follow as one operation in training (Triton), where the
+    network has them so; on a GPU, without --recompute. Not measured yet."""
+
     recompute: Literal["off", "norm", "blocks"] = "off"
     """Activation checkpointing: norm keeps outputs of convolutions, blocks inputs of blocks; the rest is
     computed twice."""

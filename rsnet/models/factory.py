@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder
@@ -160,6 +160,23 @@ def synchronize_batchnorm(model: ResolutionSwitchable, arch: str) -> None:
     model.network = convert(model.network)
 
 
+def fuse_batchnorm(model: ResolutionSwitchable, arch: str) -> str:
+    """Fuse BatchNorms with what follows, see `layers.fused_batchnorm`, in place; return which, in a line.
+
+    Raises UsageError if the network has none that can be.
+    """
+    from rsnet.models.layers.fused_batchnorm import convert_to_fused_batchnorm  # defines operations
+
+    norms = [n for n, m in model.network.named_modules() if isinstance(m, SwitchableBatchNorm2d)]
+    fused = convert_to_fused_batchnorm(model.network)
+    if not fused:
+        raise UsageError(f"--fused-bn: {arch} has no BatchNorm that can be fused; leave it out")
+    others = [name for name in norms if name not in fused]
+    shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+    alone = f", on their own: {shown}" if others else ""
+    return f"--fused-bn: {len(fused)} of {len(norms)} BatchNorm layers are fused{alone}"
+
+
 def gflops(model: nn.Module, size: int) -> float:
     """Return the forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image."""
     on_meta = _shape_only(model)
@@ -183,8 +200,13 @@ def _shape_only(model: Network) -> Network:
         replaced[id(buffer)] = torch.empty_like(buffer, device="meta")
     for module in model.modules():
         if isinstance(module, SwitchableBatchNorm2d | nn.Hardtanh | Quantizer):
-            replaced[id(module)] = nn.Identity()
+            replaced[id(module)] = _FirstInput()
     return copy.deepcopy(model, replaced).eval()
+
+
+class _FirstInput(nn.Module):
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return x
 
 
 def _build_network(config: ModelConfig) -> nn.Module:

@@ -16,8 +16,8 @@ from pipelines.utils.errors import UsageError
 from rsnet.models.quantization.lq_nets import ActivationQuantizer
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 
-# timm's, which have a dropout and an activation of their own.
-_NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct")
+# timm's, which have a dropout and an activation of their own, and that of `layers.fused_batchnorm`.
+_NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct", "FusedBatchNorm2d")
 
 
 def plain(model: ResolutionSwitchable, size: int) -> nn.Module:

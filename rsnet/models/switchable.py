@@ -34,8 +34,9 @@ class SwitchableBatchNorm2d(nn.Module):
         self.by_resolution = nn.ModuleList(copy.deepcopy(norm, dict(memo)) for _ in range(n))
         self.active = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.by_resolution[self.active](x))
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """more: what else the layers take, as fused ones the tensor that is added to their output."""
+        return cast(Tensor, self.by_resolution[self.active](x, *more))
 
 
 def make_switchable(network: nn.Module, n: int) -> nn.Module:

@@ -31,9 +31,9 @@ from rsnet.training.trainer import Trainer
 # Options that do not change what is computed; batch_size and accumulate only by their product.
 ASIDE = {
     "accumulate", "allow_change", "batch_size", "checkpoint_every", "compile", "cuda_graphs", "data",
-    "device", "evaluate", "keep", "log_interval", "num_classes", "on_nonfinite", "on_save_error", "output",
-    "profile", "profile_limit", "profile_steps", "profile_sweep", "recompute", "resume", "timeout",
-    "val_data", "wandb", "wandb_name", "wandb_project",
+    "device", "evaluate", "fused_bn", "keep", "log_interval", "num_classes", "on_nonfinite",
+    "on_save_error", "output", "profile", "profile_limit", "profile_steps", "profile_sweep", "recompute",
+    "resume", "timeout", "val_data", "wandb", "wandb_name", "wandb_project",
 }  # fmt: skip
 
 

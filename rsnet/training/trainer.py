@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -163,6 +164,12 @@ def require_trainable(config: ResolvedConfig, device: torch.device) -> None:
         raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
     if config.sync_bn and device.type != "cuda":
         raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
+    if config.fused_bn and device.type != "cuda":
+        raise UsageError("--fused-bn: its kernels are for GPUs; leave it out")
+    if config.fused_bn and importlib.util.find_spec("triton") is None:
+        raise UsageError(
+            "--fused-bn: torch came without Triton: pip install triton, or leave it out"
+        )
     if config.cuda_graphs and device.type != "cuda":
         raise UsageError("--cuda-graphs: a CPU has none; leave it out")
     if config.cuda_graphs and distributed.is_distributed():
