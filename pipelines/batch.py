@@ -21,11 +21,24 @@ class Batch(NamedTuple):
     """The samples of one step at every size.
 
     images: one (N, 3, s, s) tensor per size, the largest first, channels-last in memory, normalised.
-    labels: (N,) int64. All on one device.
+    labels: (N,) int64. weights: (N,) float32, the samples' in the loss, or None if all are equal. All on
+    one device.
     """
 
     images: tuple[Tensor, ...]
     labels: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [*self.images, self.labels, *([] if self.weights is None else [self.weights])]
+
+
+def copy_batch(batch: Batch) -> Batch:
+    """Return a copy in memory of its own."""
+    weights = None if batch.weights is None else batch.weights.clone()
+    return Batch(tuple(x.clone() for x in batch.images), batch.labels.clone(), weights)
 
 
 class Loader(Protocol):
@@ -70,6 +83,8 @@ class LoaderSpec:
     rank: int = 0
     world_size: int = 1
     splits: SplitOptions = NO_OPTIONS
+    class_weights: str | None = None
+    balanced_sampling: bool = False
 
 
 class Loaders(NamedTuple):

@@ -27,6 +27,7 @@ from pipelines.sampler import (
 )
 from pipelines.sources.source import Source
 from pipelines.sources.splits import open_splits
+from pipelines.targets import Targets
 from pipelines.transforms import random_resized_crop
 from pipelines.utils.errors import DataError, RunError
 
@@ -59,35 +60,36 @@ class ReferenceLoader(ScheduledLoader):
     def __init__(
         self, options: ReferenceOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
-        super().__init__(make_schedule(spec, len(source), training))
+        super().__init__(make_schedule(spec, len(source), training, source.labels))
         self._options, self._spec, self._source = options, spec, source
+        self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         spec = self._spec
         normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
+        batches = list(self.schedule.batches(epoch, first_step))
         loader = DataLoader(
             _MultiSizeDataset(spec, self._source, self.schedule.training, epoch),
-            batch_sampler=[b.tolist() for b in self.schedule.batches(epoch, first_step)],
+            batch_sampler=[indices.tolist() for indices in batches],
             num_workers=self._options.workers,
             collate_fn=_collate,
             pin_memory=spec.device.type == "cuda",
         )
-        for item in loader:
-            if isinstance(item, DataError | RunError):
-                raise item
-            images, labels = item
+        for indices, images in zip(batches, loader, strict=True):
+            if isinstance(images, DataError | RunError):
+                raise images
             pixels = (x.to(spec.device, non_blocking=True) for x in images)
             yield Batch(
                 tuple(normalized(x).permute(0, 3, 1, 2) for x in pixels),
-                labels.to(spec.device, non_blocking=True),
+                *self._targets(self.schedule.rows(indices)),
             )
 
     def _fingerprint(self) -> str:
         return self._source.fingerprint()
 
 
-class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError | RunError]):
-    """Gives one (s, s, 3) uint8 tensor per size and the label of a sample, or the error to raise.
+class _MultiSizeDataset(Dataset[list[Tensor] | DataError | RunError]):
+    """Gives one (s, s, 3) uint8 tensor per size of a sample, or the error to raise.
 
     The error is returned, because a DataLoader replaces the message of what a worker raises by a traceback.
     """
@@ -95,19 +97,18 @@ class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError | RunError]
     def __init__(self, spec: LoaderSpec, source: Source, training: bool, epoch: int) -> None:
         self._spec, self._source, self._training, self._epoch = spec, source, training, epoch
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int] | DataError | RunError:
-        source = self._source
+    def __getitem__(self, index: int) -> list[Tensor] | DataError | RunError:
+        source, row = self._source, index % len(self._source)
         try:
-            data = source.read(index)
-            with memory_errors(source.locate(index)):
+            data = source.read(row)
+            with memory_errors(source.locate(row)):
                 rgb = decode_rgb(data)
         except DataError as error:
-            return source.explain_failure([index], error, decode_error)
+            return source.explain_failure([row], error, decode_error)
         except RunError as error:
             return error
         views = self._training_views(rgb, index) if self._training else self._eval_views(rgb)
-        pixels = [torch.from_numpy(np.array(view)) for view in views]
-        return pixels, int(source.labels[index])
+        return [torch.from_numpy(np.array(view)) for view in views]
 
     def _training_views(self, image: Image.Image, index: int) -> Iterator[Image.Image]:
         spec = self._spec
@@ -135,13 +136,12 @@ class _MultiSizeDataset(Dataset[tuple[list[Tensor], int] | DataError | RunError]
 
 
 def _collate(
-    samples: list[tuple[list[Tensor], int] | DataError | RunError],
-) -> tuple[list[Tensor], Tensor] | DataError | RunError:
-    """Stack the samples to (N, s, s, 3) per size and (N,) labels, or return the first error."""
+    samples: list[list[Tensor] | DataError | RunError],
+) -> list[Tensor] | DataError | RunError:
+    """Stack the samples to (N, s, s, 3) per size, or return the first error."""
     good = []
     for sample in samples:
         if isinstance(sample, DataError | RunError):
             return sample
         good.append(sample)
-    views, labels = zip(*good, strict=True)
-    return [torch.stack(size) for size in zip(*views, strict=True)], torch.tensor(labels)
+    return [torch.stack(size) for size in zip(*good, strict=True)]

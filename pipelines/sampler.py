@@ -61,6 +61,7 @@ class Schedule:
     seed: int
     training: bool
 
+    # A sample that an epoch has again is its index plus a multiple of `samples`: with a crop of its own.
     order_name: ClassVar[str] = "random"
 
     def __post_init__(self) -> None:
@@ -70,6 +71,10 @@ class Schedule:
                 f"({self.batch_size} x {self.world_size} processes), but there are only "
                 f"{self.samples} training images"
             )
+
+    def rows(self, indices: Indices) -> Indices:
+        """Return the samples of the source that a batch's indices are of."""
+        return indices % self.samples
 
     @property
     def global_batch(self) -> int:
@@ -102,6 +107,31 @@ class Schedule:
         for step in range(first_step, self.steps):
             start = step * stride + offset
             yield order[start : start + self.batch_size]
+
+
+@dataclass(frozen=True)
+class BalancedSchedule(Schedule):
+    """As many samples of each class in an epoch, up to one: of small classes some more than once.
+
+    A class's samples are all drawn before one is drawn again. An epoch has as many as there are samples.
+    """
+
+    labels: NDArray[np.int64]
+
+    order_name = "balanced"
+
+    def order(self, epoch: int) -> Indices:
+        rng = np.random.default_rng((self.seed, epoch))
+        present, counts = np.unique(self.labels, return_counts=True)
+        shares = np.full(len(present), self.samples // len(present))
+        shares[rng.permutation(len(present))[: self.samples % len(present)]] += 1
+        by_class = np.split(np.argsort(self.labels, kind="stable"), np.cumsum(counts)[:-1])
+        drawn = []
+        for members, share in zip(by_class, shares.tolist(), strict=True):
+            for repeat in range(-(-share // len(members))):
+                again = rng.permutation(members)[: share - repeat * len(members)]
+                drawn.append(again + repeat * self.samples)
+        return rng.permutation(np.concatenate(drawn))
 
 
 class ScheduledLoader(ABC):
@@ -179,9 +209,14 @@ class ScheduledLoader(ABC):
         """End threads and processes, and free memory; a later iteration starts them again."""
 
 
-def make_schedule(spec: LoaderSpec, samples: int, training: bool) -> Schedule:
-    """Return the schedule of the rank that `spec` describes."""
-    return Schedule(samples, spec.batch_size, spec.rank, spec.world_size, spec.seed, training)
+def make_schedule(
+    spec: LoaderSpec, samples: int, training: bool, labels: NDArray[np.int64] | None = None
+) -> Schedule:
+    """Return the schedule of the rank that `spec` describes. labels: (samples,), to balance classes."""
+    schedule = Schedule(samples, spec.batch_size, spec.rank, spec.world_size, spec.seed, training)
+    if training and spec.balanced_sampling and labels is not None:
+        return BalancedSchedule(**vars(schedule), labels=labels)
+    return schedule
 
 
 def _mix(z: Any) -> Any:

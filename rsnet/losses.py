@@ -23,10 +23,16 @@ def ensemble_logits(logits: Sequence[Tensor] | Tensor, alpha: Tensor) -> Tensor:
     return torch.einsum("s,snc->nc", weights, _stacked(logits).detach())
 
 
-def distillation(logits: Sequence[Tensor] | Tensor, ensemble: Tensor, kd_type: KdType) -> Tensor:
+def distillation(
+    logits: Sequence[Tensor] | Tensor,
+    ensemble: Tensor,
+    kd_type: KdType,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Return the sum of KL(teacher || student) over teacher-student pairs, each averaged over the batch.
 
     logits: S x (N, C), the largest size first. ensemble: (N, C). Teachers are detached, temperature 1.
+    weights: (N,), the samples' in the average, of mean 1 over the training set; None: all 1.
     "ens": the ensemble teaches every size. "ens_topdown": every larger size teaches, too, and the sum
     over the S (S + 1) / 2 pairs is scaled by 2 / (S + 1), back to S terms.
     """
@@ -38,7 +44,8 @@ def distillation(logits: Sequence[Tensor] | Tensor, ensemble: Tensor, kd_type: K
     for j, student in enumerate(students.unbind()):
         # All of a student's teachers at once: a pair by itself would be eleven small GPU kernels.
         of_student = slice(0, j + 1) if kd_type == "ens_topdown" else slice(0, 1)
-        sums.append((probabilities[of_student] * (teachers[of_student] - student)).sum())
+        divergence = probabilities[of_student] * (teachers[of_student] - student)
+        sums.append((divergence if weights is None else divergence * weights[:, None]).sum())
     scale = 2 / (len(sums) + 1) if kd_type == "ens_topdown" else 1.0
     return scale / len(ensemble) * torch.stack(sums).sum()
 
@@ -50,11 +57,13 @@ def loss_terms(
     sizes: Sequence[int],
     kd_type: KdType | None,
     label_smoothing: float = 0.0,
+    *,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the named terms of the loss in float32, and "total", their sum.
 
     logits: S x (N, C), in the order of `sizes`, the largest first. alpha: (S,).
-    labels: (N,) classes, or (N, C) shares of the classes.
+    labels: (N,) classes, or (N, C) shares of the classes. weights: (N,), the samples', or None.
     kd_type None leaves the distillation out; the ensemble's cross-entropy stays, for alpha's sake.
     """
     stacked = _stacked(logits)
@@ -66,12 +75,13 @@ def loss_terms(
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    means = losses.view(len(outputs), -1).mean(dim=1)
+    losses = losses.view(len(outputs), -1)
+    means = (losses if weights is None else losses * weights).mean(dim=1)
     names = [*(f"ce/{size}" for size in sizes), "ce/ensemble"]
     terms = dict(zip(names, means.unbind(), strict=True))
     total = means.sum()
     if kd_type is not None:
-        terms["kd"] = distillation(stacked, ensemble, kd_type)
+        terms["kd"] = distillation(stacked, ensemble, kd_type, weights)
         total = total + terms["kd"]
     return terms | {"total": total}
 

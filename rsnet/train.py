@@ -356,6 +356,8 @@ def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         splits=SplitOptions(config.val_data, config.val_fraction),
+        class_weights=config.class_weights,
+        balanced_sampling=config.balanced_sampling,
     )
 
 

@@ -81,3 +81,21 @@ def test_half_precision_logits_give_a_float32_loss():
     logits = [torch.randn(2, 3, dtype=torch.bfloat16) for _ in range(2)]
     terms = loss_terms(logits, torch.tensor([0, 1]), torch.ones(2), (32, 16), "ens")
     assert {t.dtype for t in terms.values()} == {torch.float32}
+
+
+def test_weights_of_samples_weigh_every_term():
+    """By hand: the mean of weight times loss; with weights 0 and 2, twice the half of the batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(6, 5, generator=generator) for _ in range(3)]
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    alpha = torch.randn(3, generator=generator)
+    weights = torch.tensor([2.0, 0, 2, 0, 0, 2])
+    kept = weights > 0
+    for kd_type in ("ens_topdown", "ens", None):
+        found = loss_terms(logits, labels, alpha, (3, 2, 1), kd_type, 0.1, weights=weights)
+        half = loss_terms([x[kept] for x in logits], labels[kept], alpha, (3, 2, 1), kd_type, 0.1)
+        for name, value in half.items():
+            torch.testing.assert_close(found[name], value)
+        ones = loss_terms(logits, labels, alpha, (3, 2, 1), kd_type, weights=torch.ones(6))
+        plain = loss_terms(logits, labels, alpha, (3, 2, 1), kd_type)
+        assert all(torch.equal(ones[name], plain[name]) for name in plain)

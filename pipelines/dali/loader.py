@@ -47,6 +47,7 @@ from pipelines.resize import resize
 from pipelines.sampler import (
     AUGMENTATION_LANE,
     Indices,
+    Schedule,
     ScheduledLoader,
     crop_params,
     make_schedule,
@@ -54,6 +55,7 @@ from pipelines.sampler import (
 )
 from pipelines.sources.source import Source, dali_error_line
 from pipelines.sources.splits import announce, open_splits
+from pipelines.targets import Targets
 from pipelines.transforms import Rectangle, View, eval_view
 from pipelines.utils.errors import DataError, RunError
 from pipelines.utils.output import say
@@ -64,6 +66,7 @@ from pipelines.verify_report import skip_bad
 DIFFERING = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")
 
 Taken = TypeVar("Taken", Batch, HostBatch)
+Target = tuple[Tensor, Tensor | None]  # labels and weights of a batch
 
 
 def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
@@ -112,9 +115,10 @@ class DaliLoader(ScheduledLoader):
     def __init__(
         self, options: DaliOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
-        super().__init__(make_schedule(spec, len(source), training))
+        super().__init__(make_schedule(spec, len(source), training, source.labels))
         self._spec, self._source = spec, source
-        self._feed = _Feed(spec, source, training, options.workers)
+        self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
+        self._feed = _Feed(spec, source, self.schedule, options.workers)
         self._options = options
         self._on_gpu = spec.device.type == "cuda"
         if not self._on_gpu:
@@ -132,7 +136,7 @@ class DaliLoader(ScheduledLoader):
         return iterate_finished(self._outputs(epoch, first_step, self._resizer.start), ahead=1)
 
     def _outputs(
-        self, epoch: int, first_step: int, take: Callable[[tuple[Any, ...], Tensor], Taken]
+        self, epoch: int, first_step: int, take: Callable[[tuple[Any, ...], Target], Taken]
     ) -> Iterator[Taken]:
         """Yield what `take` makes of the graph's outputs and the labels of each batch.
 
@@ -150,7 +154,7 @@ class DaliLoader(ScheduledLoader):
                     self._started = True
                     self._pipeline.schedule_run()
                 outputs = self._pipeline.share_outputs(**self._stream())
-                taken = take(outputs, self._labels(self._feed.in_flight[0]))
+                taken = take(outputs, self._targets(self._feed.in_flight[0]))
                 self._pipeline.release_outputs()
                 self._pipeline.schedule_run()
             except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -160,7 +164,7 @@ class DaliLoader(ScheduledLoader):
                 raise  # of the source, which names the image
             except RuntimeError as error:
                 _raise_if_of_the_gpu(error)
-                suspects = [int(i) for indices in self._feed.in_flight for i in indices]
+                suspects = [i for rows in self._feed.in_flight for i in rows.tolist()]
                 self.close()  # DALI's pipelines do not survive an error
                 reason_of = Decoder().reason_of
                 raise self._source.explain_failure(suspects, error, reason_of) from error
@@ -172,8 +176,8 @@ class DaliLoader(ScheduledLoader):
             return training_graph if self.schedule.training else eval_graph
         return crop_graph if self.schedule.training else image_graph
 
-    def _on_device(self, outputs: tuple[Any, ...], labels: Tensor) -> Batch:
-        return Batch(tuple(self._to_torch(output) for output in outputs), labels)
+    def _on_device(self, outputs: tuple[Any, ...], target: Target) -> Batch:
+        return Batch(tuple(self._to_torch(output) for output in outputs), *target)
 
     def _fingerprint(self) -> str:
         return self._source.fingerprint()
@@ -195,12 +199,6 @@ class DaliLoader(ScheduledLoader):
             self._pipeline.release_outputs()
         self._pipeline.schedule_run()  # the feed is empty: this marks the end of the epoch
         self._pipeline.reset()
-
-    def _labels(self, indices: Indices) -> Tensor:
-        labels = torch.from_numpy(self._source.labels[indices])
-        if self._spec.device.type == "cuda":
-            labels = labels.pin_memory()  # a copy from pageable memory would not be asynchronous
-        return labels.to(self._spec.device, non_blocking=True)
 
     def _stream(self) -> dict[str, Any]:
         # The outputs are ordered behind DALI's kernels on PyTorch's stream; the host does not wait.
@@ -232,17 +230,18 @@ class Resizer:
         self._spec, self._table = spec, pixel_table(spec)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dali-resize")
 
-    def start(self, outputs: tuple[Any, ...], labels: Tensor) -> HostBatch:
+    def start(self, outputs: tuple[Any, ...], target: Target) -> HostBatch:
         """Start on the outputs of `crop_graph` or `image_graph`, whose memory the batch keeps alive."""
         images, *flips = outputs
-        blocks = allocate_blocks(self._spec, len(labels))
+        count = len(target[0])
+        blocks = allocate_blocks(self._spec, count)
         outs = [as_array(block) for block in blocks]
         mirror = flips[0].as_array() if flips else None
         return HostBatch(
             self._pool,
-            len(labels),
+            count,
             fill=partial(self._fill, images, mirror, outs),
-            finish=lambda: Batch(as_images(blocks), labels),
+            finish=lambda: Batch(as_images(blocks), *target),
         )
 
     def close(self) -> None:
@@ -276,12 +275,12 @@ class Resizer:
 class _Feed:
     """Hands the graph one batch of images and random numbers a call, and knows which are in flight."""
 
-    def __init__(self, spec: LoaderSpec, source: Source, training: bool, threads: int) -> None:
-        self._spec, self._source, self._training = spec, source, training
+    def __init__(self, spec: LoaderSpec, source: Source, schedule: Schedule, threads: int) -> None:
+        self._spec, self._source, self._schedule = spec, source, schedule
         self._threads = threads
         self._batches: Generator[tuple[Indices, list[Any]]] | None = None
         self._epoch = 0
-        self.in_flight: deque[Indices] = deque()  # handed to DALI, not yet taken from it
+        self.in_flight: deque[Indices] = deque()  # rows handed to DALI, not yet taken from it
 
     def start(self, batches: Iterator[Indices], epoch: int) -> None:
         """Hand out these batches from the next call on."""
@@ -299,8 +298,8 @@ class _Feed:
         if self._batches is None:
             raise StopIteration
         indices, images = next(self._batches)
-        self.in_flight.append(indices)
-        if not self._training:
+        self.in_flight.append(self._schedule.rows(indices))
+        if not self._schedule.training:
             return [images]
         spec = self._spec
         params = crop_params(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
@@ -314,11 +313,10 @@ class _Feed:
         """Yield each batch with its paths, which DALI reads, or with its images' bytes."""
         if (files := self._source.files) is not None:
             for indices in batches:
-                yield indices, path_batch([files[i] for i in indices])
+                yield indices, path_batch([files[i] for i in self._schedule.rows(indices)])
             return
         yield from ordered_map(self._encoded, batches, self._threads)
 
     def _encoded(self, indices: Indices) -> tuple[Indices, list[Any]]:
-        return indices, [
-            np.frombuffer(self._source.read_or_explain(int(i)), np.uint8) for i in indices
-        ]
+        rows = self._schedule.rows(indices).tolist()
+        return indices, [np.frombuffer(self._source.read_or_explain(i), np.uint8) for i in rows]

@@ -50,6 +50,7 @@ from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, m
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import count_text
 from pipelines.sources.splits import warn_of_single_class
+from pipelines.targets import Targets
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.utils.output import say
@@ -103,6 +104,7 @@ class FfcvLoader(ScheduledLoader):
     ) -> None:
         super().__init__(_schedule(options, spec, beton, training))
         self._options, self._spec, self._beton, self._classes = options, spec, beton, classes
+        self._targets = Targets(spec, beton.labels, classes, training)
         self._normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         self._table = pixel_table(spec) if spec.device.type == "cpu" else None
         self._workers: _Workers | None = None
@@ -138,7 +140,7 @@ class FfcvLoader(ScheduledLoader):
             yield self._start(workers, epoch, indices)
 
     def _start(self, workers: _Workers, epoch: int, indices: Indices) -> HostBatch:
-        spec, count = self._spec, len(indices)
+        spec, count, rows = self._spec, len(indices), self.schedule.rows(indices)
         buffer, blocks = self._buffers(count)
         status = np.empty(count, np.uint8)
         views: Views = ffcv_decode.eval_views
@@ -147,12 +149,12 @@ class FfcvLoader(ScheduledLoader):
             views = ffcv_decode.training_views
             params = (crop_params(spec.seed, epoch, indices, len(spec.sizes), spec.flip),)
         outs = tuple(as_array(block) for block in blocks)
-        job = Job(self._beton.samples.take(indices), self._table, outs, status)
+        job = Job(self._beton.samples.take(rows), self._table, outs, status)
 
         def fill(first: int, last: int) -> None:
             workers.run(views, job, first, last, *params)
 
-        finish = partial(self._finish, indices, buffer, blocks, status)
+        finish = partial(self._finish, rows, buffer, blocks, status)
         return HostBatch(workers.pool, count, fill, finish)
 
     def _buffers(self, count: int) -> tuple[Tensor | None, list[Tensor]]:
@@ -171,7 +173,7 @@ class FfcvLoader(ScheduledLoader):
 
     def _finish(
         self,
-        indices: Indices,
+        rows: Indices,
         buffer: Tensor | None,
         blocks: list[Tensor],
         status: NDArray[np.uint8],
@@ -181,18 +183,16 @@ class FfcvLoader(ScheduledLoader):
         Raises DataError if a sample is broken, RunError if it could not be read.
         """
         if (status != FINE).any():
-            raise self._broken(indices, status)
-        labels = torch.from_numpy(self._beton.labels[indices])
+            raise self._broken(rows, status)
         if buffer is not None:
             pixels = buffer.to(self._spec.device, non_blocking=True).view(-1, 3)
             numbers = torch.split(self._normalized(pixels).view(-1), [b.numel() for b in blocks])
             blocks = [n.view(b.shape) for n, b in zip(numbers, blocks, strict=True)]
-            labels = labels.pin_memory().to(self._spec.device, non_blocking=True)
-        return Batch(as_images(blocks), labels)
+        return Batch(as_images(blocks), *self._targets(rows))
 
-    def _broken(self, indices: Indices, status: NDArray[np.uint8]) -> DataError | RunError:
+    def _broken(self, rows: Indices, status: NDArray[np.uint8]) -> DataError | RunError:
         """Return the error for the first sample that is not FINE, which is read again to tell why."""
-        index = int(indices[np.argmax(status != FINE)])
+        index = int(rows[np.argmax(status != FINE)])
         (reason,) = reasons(self._beton, np.array([index]), workers=1)
         if reason is None:
             return cannot_read(self._beton.path, f"sample {index} was unreadable for a moment")
@@ -268,9 +268,11 @@ def _common_classes(data: Path, betons: list[Beton], sidecars: list[Sidecar | No
 
 
 def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bool) -> Schedule:
-    schedule = make_schedule(spec, len(beton), training)
+    schedule = make_schedule(spec, len(beton), training, beton.labels)
     if not training or options.order == "random":
         return schedule
+    if spec.balanced_sampling:
+        raise UsageError("--balanced-sampling: with --order random alone")
     return PageSchedule(**vars(schedule), pages=beton.pages)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -88,9 +87,7 @@ class ImageFolder(Source):
 
     def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
         """Return the folder with these images alone, but with all its classes."""
-        paths = [self.paths[i] for i in kept]
-        labels, of = self.labels[list(kept)], split or self.of
-        return dataclasses.replace(self, paths=paths, labels=labels, of=of)
+        return self._take(kept, split, paths=[self.paths[i] for i in kept])
 
 
 def scan_folder(root: Path) -> ImageFolder:

@@ -1,13 +1,13 @@
-"""Tables that list images: .csv, .jsonl or .parquet with the columns path, label and, perhaps, split.
+"""Tables that list images: .csv, .jsonl or .parquet with the columns path and label; split and weight.
 
 Paths are relative to the table's folder. A label is a name or a number; numbers keep their order.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -15,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.sources.source import (
     REPORT,
@@ -100,8 +103,7 @@ class Manifest(Source):
 
     def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
         """Return the rows `kept`, with all classes."""
-        paths, of = [self.paths[i] for i in kept], split or self.of
-        return dataclasses.replace(self, paths=paths, labels=self.labels[list(kept)], of=of)
+        return self._take(kept, split, paths=[self.paths[i] for i in kept])
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of paths and labels: a table can change a label and no path."""
@@ -115,7 +117,7 @@ def read(file: Path, split: str) -> Manifest:
 
     Raises UsageError if the table is malformed, or files that it lists are missing.
     """
-    table = _columns(file)
+    table, weights = _columns(file)
     labels = table["label"]
     classes = ordered_classes(labels)
     chosen = _rows_of(table, split)
@@ -127,6 +129,7 @@ def read(file: Path, split: str) -> Manifest:
     found = Manifest(
         classes=classes,
         labels=indices_of([labels[row] for row in chosen], classes),
+        weights=None if weights is None else weights[chosen],
         file=file,
         of=split,
         paths=paths,
@@ -137,7 +140,7 @@ def read(file: Path, split: str) -> Manifest:
 
 def has_split(file: Path, split: str) -> bool:
     """Return whether the table has rows of a split."""
-    table = _columns(file)
+    table, _ = _columns(file)
     return "split" in table and bool(_rows_of(table, split))
 
 
@@ -147,8 +150,12 @@ def _rows_of(table: dict[str, list[str]], split: str) -> list[int]:
     return [row for row, name in enumerate(table["split"]) if name in SPLITS[split]]
 
 
+# Columns as text, and the weight of each row.
+_Columns = tuple[dict[str, list[str]], NDArray[np.float64] | None]
+
+
 @functools.lru_cache(maxsize=2)  # asked for each split
-def _read_columns(file: Path, _state: tuple[int, int]) -> dict[str, list[str]]:
+def _read_columns(file: Path, _state: tuple[int, int]) -> _Columns:
     import pyarrow as pa
 
     try:
@@ -169,11 +176,20 @@ def _read_columns(file: Path, _state: tuple[int, int]) -> dict[str, list[str]]:
             raise UsageError(
                 f"{file} has no column {column} (it has {first_names(table.column_names)})"
             )
-    return columns
+    return columns, _weights(file, table) if "weight" in table.column_names else None
 
 
-def _columns(file: Path) -> dict[str, list[str]]:
-    """Return the columns as text. Raises UsageError if one is missing, or a cell is empty."""
+def _weights(file: Path, table: Any) -> NDArray[np.float64]:
+    """Return the column of weights. Raises UsageError if one is no positive number."""
+    column = table["weight"].to_pylist()
+    for row, value in enumerate(column):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UsageError(f"{file}: row {row + 1} has the weight {value!r}; above 0 is needed")
+    return np.array(column, np.float64)
+
+
+def _columns(file: Path) -> _Columns:
+    """Return the columns. Raises UsageError if one is missing, or a cell is empty."""
     with reading(file):
         state = file.stat()
     return _read_columns(file, (state.st_size, state.st_mtime_ns))

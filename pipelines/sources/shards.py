@@ -6,7 +6,6 @@ once, from the tar headers and labels, and kept beside the shards. Images are re
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import json
@@ -141,15 +140,8 @@ class TarShards(Source):
     def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
         """Return these images alone, with all classes."""
         rows = np.asarray(kept, np.int64)
-        return dataclasses.replace(
-            self,
-            of=split or self.of,
-            keys=self.keys.take(rows),
-            labels=self.labels[rows],
-            shard=self.shard[rows],
-            offset=self.offset[rows],
-            length=self.length[rows],
-        )
+        columns = {name: getattr(self, name)[rows] for name in ("shard", "offset", "length")}
+        return self._take(kept, split, keys=self.keys.take(rows), **columns)
 
 
 def is_pattern(data: Path) -> bool:

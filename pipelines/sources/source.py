@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,12 @@ Stamp = tuple[int, int] | None
 class Source(ABC):
     """The images of one split. A sample's index is its place in `names`, on which its crops depend.
 
-    classes: their names, in the order of the labels. labels: (N,) int64.
+    classes: their names, in the order of the labels. labels: (N,) int64. weights: (N,), or None.
     """
 
     classes: list[str]
     labels: NDArray[np.int64]
+    weights: NDArray[np.float64] | None = None
 
     @property
     @abstractmethod
@@ -75,6 +76,14 @@ class Source(ABC):
     @abstractmethod
     def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
         """Return the source with these samples alone, but with all its classes; `split`: its new name."""
+
+    def _take(self, kept: Sequence[int], split: str | None, **columns: Any) -> Self:
+        """Return the source with these samples' labels and weights, and with the subclass's columns."""
+        rows = np.asarray(kept, np.int64)
+        weights = None if self.weights is None else self.weights[rows]
+        if split is not None:
+            columns["of"] = split
+        return dataclasses.replace(self, labels=self.labels[rows], weights=weights, **columns)
 
     def with_classes(self, classes: list[str]) -> Self:
         """Return the source with labels that are indices into `classes`, which has all of its own."""

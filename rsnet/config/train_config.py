@@ -97,6 +97,13 @@ class DataOptions(Generic[Unset]):
     val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Share of the training images for validation, chosen by their names, where there are no others."""
 
+    class_weights: Annotated[str | None, arg(metavar="balanced|FILE")] = None
+    """Weights of the classes in the loss: balanced, the inverse of their images; or a JSON file,
+    {"CLASS": WEIGHT}. A table's column weight counts in any case."""
+
+    balanced_sampling: bool = False
+    """As many images of each class in an epoch; of small classes some more than once, with another crop."""
+
     normalize: Annotated[
         NormalizeName | Unset, arg(metavar="{imagenet,unit,inception,clip,dpn}")
     ] = UNSET

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.batch import Batch, Loader
+from pipelines.batch import Batch, Loader, copy_batch
 from rsnet.distributed.device import peak_memory_gb
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training import cuda_graph
@@ -138,7 +138,8 @@ def profile(
             yield batch
 
     device = trainer.device
-    batches = [_copy(batch) for batch in islice(in_time(endless(loader)), 2)]
+    # The loader may use their memory for the next ones.
+    batches = [copy_batch(batch) for batch in islice(in_time(endless(loader)), 2)]
     images = len(batches[0].labels) * trainer.accumulate
     alone = time_loader(in_time(endless(loader)), device, steps, trainer.accumulate)
     if device.type == "cuda":
@@ -221,11 +222,6 @@ def endless(loader: Loader) -> Iterator[Batch]:
         loader.set_epoch(epoch)
         yield from loader
         epoch += 1
-
-
-def _copy(batch: Batch) -> Batch:
-    """Copy a batch, as the loader may use its memory for the next one."""
-    return Batch(tuple(x.clone() for x in batch.images), batch.labels.clone())
 
 
 def _repeat(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.batch import Batch
+from pipelines.batch import Batch, copy_batch
 from pipelines.utils.errors import first_line
 
 # Updates before the capture: what libraries choose and allocate at their first calls must not be captured.
@@ -87,18 +87,13 @@ class UpdateGraphs:
     def _takes(self, batch: Batch) -> bool:
         """Return whether a batch has the shapes of the captured ones, as all of a training's have."""
         kept = self._batch
-        return kept is None or [x.shape for x in (*kept.images, kept.labels)] == [
-            x.shape for x in (*batch.images, batch.labels)
-        ]
+        return kept is None or [x.shape for x in kept.tensors] == [x.shape for x in batch.tensors]
 
     def _keep(self, batch: Batch) -> None:
         """Copy a batch to where the graphs read it, on the stream that they are launched on."""
         if self._batch is None:
-            images = tuple(torch.empty_like(x) for x in batch.images)
-            self._batch = Batch(images, torch.empty_like(batch.labels))
-        for kept, x in zip(
-            (*self._batch.images, self._batch.labels), (*batch.images, batch.labels), strict=True
-        ):
+            self._batch = copy_batch(batch)
+        for kept, x in zip(self._batch.tensors, batch.tensors, strict=True):
             kept.copy_(x)
 
     def _beside(self, compute: Compute, batch: Batch) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ class Mixup:
         self.seed = seed
 
     def __call__(self, batch: Batch, index: int) -> Batch:
-        """Mix the training's `index`-th batch. Labels become (N, classes), the shares of the classes."""
+        """Mix the training's `index`-th batch. Labels become (N, classes), the shares of the classes; weights
+        mix as they do."""
         draws = random.Random(f"{self.seed}/{index}")
         kind = draws.choice(self.kinds)
         share = draws.betavariate(self.strength[kind], self.strength[kind])
@@ -38,7 +39,10 @@ class Mixup:
             images = tuple(_paste(x, box) for x in batch.images)
         labels = torch.zeros(len(batch.labels), self.num_classes, device=batch.labels.device)
         labels.scatter_(1, batch.labels[:, None], 1.0)  # F.one_hot reads them on the host
-        return Batch(images, labels.lerp(labels.roll(1, 0), 1 - share))
+        weights = batch.weights
+        if weights is not None:
+            weights = weights.lerp(weights.roll(1, 0), 1 - share)
+        return Batch(images, labels.lerp(labels.roll(1, 0), 1 - share), weights)
 
 
 def _box(share: float, x: float, y: float) -> tuple[tuple[float, float, float, float], float]:

@@ -37,18 +37,27 @@ class Objective(nn.Module):
         self._is_compiled = True
 
     def __call__(
-        self, images: tuple[Tensor, ...], labels: Tensor, sizes: Sequence[int] | None = None
+        self,
+        images: tuple[Tensor, ...],
+        labels: Tensor,
+        sizes: Sequence[int] | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         norms = self.model.norms_of(sizes or self.model.sizes) if self._is_compiled else []
         with count_batches_together(norms):
-            return cast(dict[str, Tensor], super().__call__(images, labels, sizes))
+            return cast(dict[str, Tensor], super().__call__(images, labels, sizes, weights))
 
     def forward(
-        self, images: tuple[Tensor, ...], labels: Tensor, sizes: Sequence[int] | None = None
+        self,
+        images: tuple[Tensor, ...],
+        labels: Tensor,
+        sizes: Sequence[int] | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the terms of the loss, each (), and "total", of S x (N, 3, s, s) and labels (N,) or (N, C).
 
-        images: the largest first. sizes: those that take part; None for all of the network's.
+        images: the largest first. sizes: those that take part; None for all of the network's. weights: (N,),
+        the samples' in the loss; None: all 1.
         """
         present = [i for i, s in enumerate(self.model.sizes) if sizes is None or s in sizes]
         sizes = [self.model.sizes[i] for i in present]
@@ -66,6 +75,7 @@ class Objective(nn.Module):
                 sizes,
                 self.kd_type,
                 self.label_smoothing,
+                weights=weights,
             )
 
 

@@ -114,7 +114,7 @@ class Trainer:
         with nullcontext() if last else self._no_all_reduce():
             with autocast(self.device, self.amp):
                 terms: dict[str, Tensor] = self.objective(
-                    batch.images, batch.labels, self.sizes_at(self.step)
+                    batch.images, batch.labels, self.sizes_at(self.step), batch.weights
                 )
             left_out = self.guard.check(terms)
             loss = terms["total"] / self.accumulate

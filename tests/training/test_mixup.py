@@ -40,6 +40,15 @@ def test_mixup_has_one_share_and_one_partner_at_all_sizes():
         )
 
 
+def test_weights_mix_as_labels_do():
+    weights = torch.tensor([1.0, 2, 3, 4, 5, 6])
+    mixed = Mixup(0.2, 0, CLASSES, seed=1)(_flat_batch()._replace(weights=weights), 0)
+    share = mixed.labels[1, 1].item()
+    torch.testing.assert_close(
+        mixed.weights, share * weights + (1 - share) * weights[[5, 0, 1, 2, 3, 4]]
+    )
+
+
 def test_cutmix_pastes_the_same_box_at_all_sizes():
     batch = _flat_batch()
     seen = set()

@@ -76,6 +76,24 @@ def _plain_step(networks, alpha, velocity, batch, lr):
     return loss.item()
 
 
+def test_weights_of_samples_scale_their_gradients():
+    """With weights 0 and 2, as half of the batch alone."""
+    batch = next(iter(_loader().train))
+    weights = torch.tensor([2.0, 0, 2, 0, 0, 2, 0, 2])
+    half = weights > 0
+    model = ResolutionSwitchable(_tiny(), SIZES).eval()  # BatchNorm would see other samples
+    gradients = []
+    for given in (
+        Batch(batch.images, batch.labels, weights),
+        Batch(tuple(x[half] for x in batch.images), batch.labels[half]),
+    ):
+        trainer = _trainer(copy.deepcopy(model))
+        trainer.forward_backward(given, last=True)
+        gradients.append([p.grad for p in trainer.objective.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_steps_equal_the_method_written_out():
     model = ResolutionSwitchable(_tiny(), SIZES).double()
     networks = []
