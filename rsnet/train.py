@@ -195,8 +195,8 @@ def _read_initial(
     source = config.pretrained or start.config.get("pretrained")
     if source is None or start.checkpoint is not None or config.evaluate:
         return None
-    found = distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes))
-    if found is not None and found.of_authors:
+    found = distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes, say))
+    if found is not None and found.assumes_sizes:
         say(assumed_sizes(source, found.network, is_start=True))
     return found
 

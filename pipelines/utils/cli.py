@@ -146,6 +146,7 @@ def parse_options(
 
     arguments = expand_home(sys.argv[1:] if argv is None else argv)
     _reject_empty(arguments)
+    arguments = _by_todays_names(arguments, getattr(options_type, "FORMER", {}))
     complaint = io.StringIO()
     options: Any
     unknown: list[str]
@@ -257,6 +258,20 @@ def exit_code(
 def expand_home(words: Sequence[str]) -> list[str]:
     """Return a command line with the home folder for `~`, also where no shell did that, as in --data=~/x."""
     return ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in words]
+
+
+def _by_todays_names(words: Sequence[str], former: Mapping[str, str]) -> list[str]:
+    """Return a command line with the names that options have now, "" for an argument without a name."""
+    renamed = []
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag not in former:
+            renamed.append(word)
+            continue
+        now = former[flag]
+        say(f"note: {flag} is now {now or 'an argument without a name'}", sys.stderr)
+        renamed += [part for part in (now, value) if part]
+    return renamed
 
 
 def _reject_empty(words: Sequence[str]) -> None:

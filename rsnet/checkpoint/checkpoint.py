@@ -179,6 +179,11 @@ class Checkpoint:
         return self.best if self.best_by == BEST_BY else []
 
     @property
+    def assumes_sizes(self) -> bool:
+        """Whether its sizes are assumed: only the authors' TensorFlow files name theirs."""
+        return self.of_authors and not self.network.tf_padding
+
+    @property
     def eval_weights(self) -> State:
         """The weights to evaluate: the averaged ones if there are any."""
         return self.model if self.ema is None else self.ema

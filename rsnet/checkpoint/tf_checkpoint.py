@@ -42,11 +42,18 @@ def read(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
+def is_named_by(path: Path) -> bool:
+    """Return whether a path names something that `read` takes, however damaged it is."""
+    if path.is_dir():
+        return any(path.glob("*.index"))
+    return path.suffix == ".npz" or _is_checkpoint(_without_suffix(path))
+
+
 def _prefix(path: Path) -> Path:
     """Return the checkpoint that is meant: PREFIX of PREFIX.index and PREFIX.data-00000-of-00001."""
     if path.is_dir():
         return _latest(path)
-    prefix = path.with_name(re.sub(r"\.(index|data-\d+-of-\d+)$", "", path.name))
+    prefix = _without_suffix(path)
     if not _is_checkpoint(prefix):
         raise UsageError(f"there is no checkpoint {path}: no file {prefix.name}.index")
     return prefix
@@ -64,6 +71,10 @@ def _latest(folder: Path) -> Path:
     if not steps:
         raise UsageError(f"there is no checkpoint in {folder}: no file model-STEP.index")
     return folder / f"model-{max(steps)}"
+
+
+def _without_suffix(path: Path) -> Path:
+    return path.with_name(re.sub(r"\.(index|data-\d+-of-\d+)$", "", path.name))
 
 
 def _is_checkpoint(prefix: Path) -> bool:

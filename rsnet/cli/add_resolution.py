@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
+from rsnet.cli.classifier import SOURCE, say_source
 from rsnet.config.bounds import MANY, MOST_IMAGES, MOST_LR, MOST_PIXELS
 
 if TYPE_CHECKING:
     import torch
 
-    from rsnet.checkpoint.checkpoint import Checkpoint
     from rsnet.config.model_config import ModelConfig
+    from rsnet.release.source import Source
     from rsnet.training.add_resolution import State
 
 
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 class Options:
     """Add a resolution to a trained network; the other sizes' outputs stay as they are, bit for bit."""
 
-    checkpoint: Annotated[Path, arg(metavar="CHECKPOINT.pt")]
-    """A checkpoint of a run."""
+    # By their names in version 0.1: what they are called now, "" for an argument without a name.
+    FORMER: ClassVar = {"--checkpoint": ""}
+
+    source: Positional[Annotated[str, arg(metavar=SOURCE)]]
+    """Run directory, checkpoint, release, or file of the original code."""
 
     size: int
     """The new resolution, in pixels."""
@@ -45,7 +49,7 @@ class Options:
     training images; or the same trained to give the ensemble's outputs."""
 
     output: Annotated[Path | None, arg(metavar="FILE.pt")] = None
-    """File to write. Unset: CHECKPOINT-SIZE.pt."""
+    """Checkpoint to write. Unset: beside what was given, under its name and the size."""
 
     steps: int = 200
     """Batches of training images, for estimate and for distil; at most one epoch."""
@@ -72,19 +76,15 @@ class Options:
 
 def run(options: Options) -> int:
     from rsnet.checkpoint import io
-    from rsnet.checkpoint.authors_pytorch import assumed_sizes
     from rsnet.checkpoint.checkpoint import Checkpoint
     from rsnet.distributed import process_group
+    from rsnet.release.source import open_source
 
-    checkpoint = io.load(options.checkpoint)
-    network = checkpoint.network
-    if checkpoint.of_authors:
-        say(assumed_sizes(options.checkpoint, network, is_start=True))
-    output = options.output or options.checkpoint.with_name(
-        f"{options.checkpoint.stem}-{options.size}.pt"
-    )
-    _require_addable(options, network, output)
-    states, results = _compute(options, checkpoint, process_group.setup("auto"))
+    source = open_source(options.source)
+    network, file = source.network, source.file.resolve()
+    output = options.output or file.with_name(f"{file.stem}-{options.size}.pt")
+    _require_addable(options, source, output)
+    states, results = _compute(options, source, process_group.setup("auto"))
     rows = [
         [name, *(f"{r[key]:.{digits}f}" for key, digits in (("top1", 2), ("top5", 2), ("loss", 4))),
          "saved" if name == options.how else ""]
@@ -101,7 +101,7 @@ def run(options: Options) -> int:
 
 
 def _compute(
-    options: Options, checkpoint: Checkpoint, device: torch.device
+    options: Options, source: Source, device: torch.device
 ) -> tuple[dict[str, State], dict[str, dict[str, float]]]:
     """Return the network's state by each method, and its evaluation at the new size."""
     from pipelines.batch import LoaderSpec
@@ -110,7 +110,7 @@ def _compute(
     from rsnet.models.state_dict import select_sizes
     from rsnet.training.add_resolution import build_network, candidates
 
-    network = checkpoint.network
+    network = source.network
     sizes = sorted([*network.sizes, options.size], reverse=True)
     spec = LoaderSpec(
         options.data, tuple(sizes), options.batch_size, device,
@@ -118,6 +118,7 @@ def _compute(
     )  # fmt: skip
     with error_context(f"--size {options.size}"):
         build_network(network, sizes, device)
+    say_source(source)
     results = {}
     with ExitStack() as stack:
         loaders = make_loaders(spec, True)
@@ -128,7 +129,7 @@ def _compute(
         val = make_loaders(dataclasses.replace(spec, sizes=(options.size,)), False).val
         stack.enter_context(closing(val))
         states = candidates(
-            checkpoint, options.size, loaders.train, device, options.steps, options.lr
+            source.checkpoint, options.size, loaders.train, device, options.steps, options.lr
         )
         for name, state in states.items():
             single = build_network(network, [options.size], device)
@@ -137,13 +138,19 @@ def _compute(
     return states, results
 
 
-def _require_addable(options: Options, network: ModelConfig, output: Path) -> None:
+def _require_addable(options: Options, source: Source, output: Path) -> None:
     """Raise UsageError if the size cannot be added, or the file not be written."""
+    from rsnet.config.model_config import FULL
+
+    network = source.network
     if options.size in network.sizes:
-        raise UsageError(f"--size {options.size}: {options.checkpoint} has it already")
+        raise UsageError(f"--size {options.size}: {source.path} has it already")
     if network.norm == "shared":
+        raise UsageError(f"{source.path}: one BatchNorm serves all sizes; there is none to add")
+    if source.release is not None and network.qw != FULL:
         raise UsageError(
-            f"{options.checkpoint}: one BatchNorm serves all sizes; there is none to add"
+            f"{source.path}: a release has the values of its {network.qw}-bit weights alone; give its run "
+            "or checkpoint"
         )
     if output.exists():
         raise UsageError(f"--output: {output} exists; give another name")

@@ -1,4 +1,4 @@
-"""`rsnet bench`: measure a release's sizes and cascades on this device."""
+"""`rsnet bench`: measure a network's sizes and cascades on this device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tyro.conf import arg
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
-from rsnet.cli.classifier import ClassifierOptions, load_classifier
+from rsnet.cli.classifier import ClassifierOptions, load_classifier, say_source
 
 if TYPE_CHECKING:
     from rsnet.inference.benchmark import Figures, SizeFigures, Times
@@ -37,7 +37,7 @@ class Options(ClassifierOptions):
     """New folder for bench.json and accuracy_latency.png. Unset: none."""
 
     card: bool = False
-    """Put the figures into the release's README.md, in place of those of an earlier bench."""
+    """Put the figures into a release's README.md, in place of those of an earlier bench."""
 
     wandb: Annotated[
         Literal["online", "offline", "disabled"], arg(metavar="{online,offline,disabled}")
@@ -66,10 +66,13 @@ def run(options: Options) -> int:
     output = options.output
     if output is not None and (output.exists() or output.is_symlink()):
         raise UsageError(f"--output: {output} exists; give another name")
-    classifier = load_classifier(options.release, options.device, options.batch_size, options.dtype)
+    classifier, source = load_classifier(options)
     folder = find_labelled_images(options.data, classifier.config["network"])
     if options.card:
-        update_bench(options.release, None)  # reports what is wrong before minutes have passed
+        if source.release is None:
+            raise UsageError(f"--card: {source.path} is no release, which alone has a README.md")
+        update_bench(source.file, None)  # reports what is wrong before minutes have passed
+    say_source(source, sys.stderr)
     with ProgressBar("evaluate", len(folder.paths)) as bar:
         scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
     figures = measure(classifier, scores)
@@ -81,7 +84,7 @@ def run(options: Options) -> int:
         if options.wandb != "disabled":
             _log_to_wandb(options, output, figures, plot)
     if options.card:
-        update_bench(options.release, section(figures))
+        update_bench(source.file, section(figures))
     print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
     return 0
 

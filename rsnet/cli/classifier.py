@@ -1,25 +1,30 @@
-"""Options and loading of a release, for all verbs that compute with one."""
+"""Options and loading of a network, for all verbs that classify with one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from tyro.conf import Positional, arg
 
+from pipelines.utils.output import say
+
 if TYPE_CHECKING:
     from rsnet.inference.classifier import SwitchableClassifier
+    from rsnet.release.source import Source
 
 Dtype = Literal["float32", "bfloat16"]
+
+# What `rsnet.release.source` opens.
+SOURCE = "RUN|FILE|RELEASE"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptions:
-    """A release, and how it is computed."""
+    """A network, and how it is computed."""
 
-    release: Positional[Annotated[Path, arg(metavar="DIR")]]
-    """Folder that `rsnet release` wrote."""
+    source: Positional[Annotated[str, arg(metavar=SOURCE)]]
+    """Run directory, checkpoint, release, or file of the original code."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
@@ -29,6 +34,12 @@ class ClassifierOptions:
 
     dtype: Dtype = "float32"
     """Precision of the computation."""
+
+    fold: bool = False
+    """Fold BatchNorm into the convolutions: faster, with a copy of the weights for each size used."""
+
+    cuda_graphs: bool = False
+    """Replay a CUDA graph for each size (not measured yet)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,30 +51,34 @@ class LatencyOptions:
 
 
 def load_classifier(
-    release: Path,
-    device: str | None,
-    batch_size: int,
-    dtype: Dtype = "float32",
-    *,
-    remeasure: bool = False,
-    **options: Any,
-) -> SwitchableClassifier:
-    """Load a release on the device, or on the GPU if none is named and there is one.
+    options: ClassifierOptions, top: int = 5
+) -> tuple[SwitchableClassifier, Source]:
+    """Load the network that a verb names, on the device, or on the GPU if none is named and there is one.
 
-    remeasure: measure its latencies. options: further ones of `SwitchableClassifier.load`, which says what
-    is raised.
+    top: classes that a prediction names. Raises what `open_source` and `SwitchableClassifier.load` do.
     """
     import torch
 
     from rsnet.inference.classifier import SwitchableClassifier
+    from rsnet.release.from_run import released
+    from rsnet.release.source import open_source
 
+    source = open_source(options.source)
     classifier = SwitchableClassifier.load(
-        release,
-        device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        torch.bfloat16 if dtype == "bfloat16" else None,
-        batch_size,
-        **options,
+        released(source),
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        torch.bfloat16 if options.dtype == "bfloat16" else None,
+        options.batch_size,
+        top,
+        fold=options.fold,
+        cuda_graphs=options.cuda_graphs,
     )
-    if remeasure:
+    if isinstance(options, LatencyOptions) and options.remeasure:
         classifier.calibrate_latency()
-    return classifier
+    return classifier, source
+
+
+def say_source(source: Source, file: TextIO | None = None) -> None:
+    """Say what was taken; on stderr, once nothing is wrong with the command, if stdout is for results."""
+    for line in source.lines():
+        say(line, file)

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
+from rsnet.cli.classifier import SOURCE, say_source
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Options:
     compared with the network, and export.json beside them says how far it is off.
     """
 
-    source: Positional[Annotated[Path, arg(metavar="CHECKPOINT.pt|DIR")]]
-    """For the original code, a checkpoint of a run, else a folder that `rsnet release` wrote."""
+    source: Positional[Annotated[str, arg(metavar=SOURCE)]]
+    """Run directory, checkpoint, release, or file of the original code."""
 
     output: Annotated[Path, arg(metavar="OUT")]
     """File to write for the original code, else folder."""
@@ -42,9 +43,13 @@ def run(options: Options) -> int:
     if options.format == "original":
         return _export_original(options)
     from rsnet.export.writer import export_release
+    from rsnet.release.from_run import released
+    from rsnet.release.source import open_source
 
+    source = open_source(options.source)
+    say_source(source)
     files = export_release(
-        options.source,
+        released(source),
         options.output,
         options.format,
         sizes=options.sizes,
@@ -60,15 +65,15 @@ def run(options: Options) -> int:
 
 
 def _export_original(options: Options) -> int:
-    if options.source.is_dir():
-        raise UsageError(
-            f"{options.source} is a folder; --format original takes RUN/checkpoints/best.pt"
-        )
     if options.sizes is not None or options.one_file:
         raise UsageError("--sizes and --one-file are of --format onnx and torch.export")
     from rsnet.export.original import export_original
+    from rsnet.release.source import open_source
 
-    network, optimizer = export_original(options.source, options.output)
+    source = open_source(options.source)
+    say_source(source)
+    network = source.network
+    optimizer = export_original(source.checkpoint, options.output)
     sizes = " ".join(map(str, network.sizes))
     say(f"{options.output}: for the original code with --arch {network.arch} --sizes {sizes}")
     decay = optimizer["param_groups"][0]["weight_decay"]

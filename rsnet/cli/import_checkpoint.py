@@ -15,10 +15,10 @@ from pipelines.utils.output import say
 
 @dataclass(frozen=True)
 class Options:
-    """Make a run directory of a checkpoint of the original code."""
+    """Make a run directory of a checkpoint of the original code, or of its quantized training code."""
 
-    original: Positional[Annotated[Path, arg(metavar="ORIGINAL.pth.tar")]]
-    """The original's file."""
+    original: Positional[Annotated[Path, arg(metavar="ORIGINAL")]]
+    """The original's file: model_best.pth.tar, or what `rsnet import-tf` takes."""
 
     output: Annotated[Path, arg(metavar="DIR")]
     """Run directory to write."""
@@ -31,14 +31,19 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from rsnet.checkpoint import io
+    from rsnet.checkpoint import tf_checkpoint
+
+    if tf_checkpoint.is_named_by(options.original):
+        return _import_tensorflow(options)
     from rsnet.checkpoint.authors_optimizer import weight_decay
     from rsnet.config.model_config import DEFAULT_SIZES
     from rsnet.loggers.run_dir import write_imported_run
+    from rsnet.release.source import open_source
 
-    checkpoint = io.load(options.original, options.arch, options.sizes)
-    if not checkpoint.of_authors:
-        raise UsageError(f"{options.original}: this is a checkpoint of this trainer already")
+    source = open_source(options.original, options.arch, options.sizes)
+    checkpoint = source.checkpoint
+    if source.kind != "original":
+        raise UsageError(f"{options.original}: this is a {source.kind} of this trainer already")
     best = write_imported_run(options.output, options.original, checkpoint)
     network = checkpoint.network
     order = " ".join(map(str, options.sizes or DEFAULT_SIZES))
@@ -56,3 +61,15 @@ def run(options: Options) -> int:
     else:
         say(f"its momentum and weight decay {decay:g} are taken along, for a training that goes on")
     return 0
+
+
+def _import_tensorflow(options: Options) -> int:
+    from rsnet.cli import import_tensorflow
+
+    if options.arch is not None or options.sizes is not None:
+        raise UsageError(
+            f"--arch, --sizes: {options.original} is of the quantized training code, and names them"
+        )
+    return import_tensorflow.run(
+        import_tensorflow.Options(original=options.original, output=options.output)
+    )

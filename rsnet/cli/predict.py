@@ -1,4 +1,4 @@
-"""`rsnet predict`: classify images with a release."""
+"""`rsnet predict`: classify images with a trained network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import DataError
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
-from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier
+from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier, say_source
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LatencyOptions, ClassifierOptions):
-    """Classify images with a release: a table, in the order of the images, or JSON.
+    """Classify images with a trained network: a table, in the order of the images, or JSON.
 
     An image that cannot be decoded, or has more than 100 million pixels, is named on stderr and left
     out. Exit code: 0 if all were classified, 1 if some were left out, 2 if there are no images.
@@ -37,7 +37,7 @@ class Options(LatencyOptions, ClassifierOptions):
     """Images, and folders whose images are taken at any depth."""
 
     size: int | None = None
-    """Resolution. Unset: the release's largest."""
+    """Resolution. Unset: the network's largest."""
 
     confidence: float | None = None
     """In place of a size: a cascade from the smallest size up, in which an image is classified at the next
@@ -45,19 +45,13 @@ class Options(LatencyOptions, ClassifierOptions):
 
     budget_ms: float | None = None
     """In place of both: milliseconds for a batch. The most accurate size that fits is taken;
-    latencies are measured if those beside the release are of another device or batch size."""
+    latencies are measured if those beside the network are of another device or batch size."""
 
     tuned: bool = False
     """Calibrated probabilities and, unless one of the three above is given, the cascade of `rsnet tune`."""
 
     top: int = 5
     """Classes to name."""
-
-    fold: bool = False
-    """Fold BatchNorm into the convolutions: faster, with a copy of the weights for each size used."""
-
-    cuda_graphs: bool = False
-    """Replay a CUDA graph for each size (not measured yet)."""
 
     json: bool = False
     """Print one line of JSON per image, as soon as it is classified."""
@@ -68,22 +62,14 @@ def run(options: Options) -> int:
     from rsnet.inference.preprocess import find_images
 
     paths = find_images(options.images)
-    classifier = load_classifier(
-        options.release,
-        options.device,
-        options.batch_size,
-        options.dtype,
-        remeasure=options.remeasure,
-        top=options.top,
-        fold=options.fold,
-        cuda_graphs=options.cuda_graphs,
-    )
+    classifier, source = load_classifier(options, options.top)
     readable = _Readable(classifier, paths)
     # A bar would be torn by lines on the same terminal.
     shown = any(p.is_dir() for p in options.images) and not (options.json and sys.stdout.isatty())
     answers = classifier.stream(
         readable, options.size, options.confidence, options.budget_ms, options.tuned
     )
+    say_source(source, sys.stderr)
     with ExitStack() as stack:
         out = sys.stdout  # which the bar replaces by its own console, on stderr
         if shown:

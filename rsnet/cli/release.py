@@ -9,14 +9,16 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pipelines.utils.output import say
+from rsnet.cli.classifier import SOURCE
 
 
 @dataclass(frozen=True)
 class Options:
     """Write a folder with a network's weights, a description and a model card, to publish and load."""
 
-    run: Positional[Annotated[Path, arg(metavar="RUN")]]
-    """Run directory, of which checkpoints/best.pt is taken, or a checkpoint."""
+    source: Positional[Annotated[str, arg(metavar=SOURCE)]]
+    """Run directory, of which checkpoints/best.pt is taken, checkpoint, file of the original code, or a
+    release, which is copied."""
 
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder to write."""
@@ -24,12 +26,10 @@ class Options:
 
 def run(options: Options) -> int:
     from rsnet.config.model_config import FULL
-    from rsnet.release.from_run import checkpoint_of, release_run
+    from rsnet.release.from_run import release_run
 
-    release = release_run(options.run, options.output, say)
+    release = release_run(options.source, options.output, say)
     network, weights = release.config["network"], release.config["weights"]
-    kind = "averaged weights" if weights["averaged"] else "weights"
-    say(f"{checkpoint_of(options.run)}: {kind} after epoch {release.config['source']['epoch']}")
     if release.config["accuracy"] is None:
         say(
             "note: their accuracies are not known, as there is no evaluation of them in a run directory"

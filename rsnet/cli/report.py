@@ -17,7 +17,7 @@ class Options:
     """Compare finished runs: a table, and a plot of accuracy over FLOPs."""
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")]]
-    """Run directories."""
+    """Run directories, or checkpoints in them."""
 
     output: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder for report.md and report.png. Unset: none."""
@@ -25,10 +25,12 @@ class Options:
 
 def run(options: Options) -> int:
     from rsnet.evaluation.compare import plot, read_run, tables
+    from rsnet.loggers.run_dir import run_directory
 
     if not options.runs:
         raise UsageError("name one or more run directories")
-    groups = {printable(str(path)): [read_run(path)] for path in options.runs}
+    runs = map(run_directory, options.runs)
+    groups = {printable(str(path)): [read_run(path)] for path in runs}
     text = tables(groups)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)

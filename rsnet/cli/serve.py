@@ -1,40 +1,31 @@
-"""`rsnet serve`: a release behind a web page and a JSON interface."""
+"""`rsnet serve`: a trained network behind a web page and a JSON interface."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
-from rsnet.cli.classifier import LatencyOptions, load_classifier
+from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier, say_source
 from rsnet.serving.config import ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LatencyOptions, ServerConfig):
-    """Serve a release: a web page that compares its sizes, and JSON. Ctrl-C ends it.
+class Options(LatencyOptions, ServerConfig, ClassifierOptions):
+    """Serve a trained network: a web page that compares its sizes, and JSON. Ctrl-C ends it.
 
     Exit code: 0 if it was stopped, 1 if the port is taken, 2 for a mistake in the command.
     """
-
-    release: Positional[Annotated[Path, arg(metavar="DIR")]]
-    """Folder that `rsnet release` wrote."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 127.0.0.1 accepts this machine only, 0.0.0.0 everyone who can reach it."""
 
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
-
-    device: str | None = None
-    """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
 
     top: int = 5
     """Classes to name."""
@@ -48,16 +39,14 @@ def run(options: Options) -> int:
 
     _require_valid(options, int(Image.MAX_IMAGE_PIXELS or 0) / 1e6)
     with server.bind(options.host, options.port) as listener:
-        classifier = load_classifier(
-            options.release, options.device, options.batch_size,
-            remeasure=options.remeasure, top=options.top,
-        )  # fmt: skip
+        classifier, source = load_classifier(options, options.top)
+        say_source(source, sys.stderr)  # stdout is for the address
         service = server.make_service(classifier, options)
         app = server.make_app(service, options, server.is_loopback(listener))
         # As an error it is caught, and answered; as a warning it would end up in the server's output.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         sizes = " ".join(map(str, classifier.sizes))
-        line = f"{options.release}, sizes {sizes}: {server.url_of(listener)} (Ctrl-C ends)"
+        line = f"{options.source}, sizes {sizes}: {server.url_of(listener)} (Ctrl-C ends)"
         server.serve_forever(app, listener, lambda: say(line))
     return 0
 

@@ -24,15 +24,16 @@ class Options:
     """Send W&B the metrics that it lacks. RUN/wandb.json knows the W&B run; without it, a new one is made."""
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")]]
-    """Run directories."""
+    """Run directories, or checkpoints in them."""
 
 
 def run(options: Options) -> int:
+    from rsnet.loggers.run_dir import run_directory
     from rsnet.loggers.wandb_sync import send_run
 
     if not options.runs:
         raise UsageError("name one or more run directories")
-    for path in options.runs:
+    for path in map(run_directory, options.runs):
         with error_context(str(path)):
             say(f"{path}: {send_run(path)}")
     return 0

@@ -1,4 +1,4 @@
-"""`rsnet tune`: calibrate a release's probabilities, and find a cascade that meets a target."""
+"""`rsnet tune`: calibrate a network's probabilities, and find a cascade that meets a target."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tyro.conf import arg
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
-from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier
+from rsnet.cli.classifier import ClassifierOptions, LatencyOptions, load_classifier, say_source
 
 if TYPE_CHECKING:
     from rsnet.inference.cascade import CascadeStage
@@ -25,7 +25,8 @@ class Options(LatencyOptions, ClassifierOptions):
     """Fit temperatures and the thresholds of a cascade to labelled images, for `rsnet predict --tuned`.
 
     Half of the images, drawn by chance, is fitted to; what is printed is of the other half. The result
-    is DIR/tuned.json, in place of an earlier one. Exit code 1 if the target cannot be met.
+    is tuned.json in the run's or the release's folder, or beside the file, in place of an earlier one.
+    Exit code 1 if the target cannot be met.
     """
 
     data: Annotated[Path, arg(aliases=("-d",), metavar="VAL")]
@@ -52,13 +53,12 @@ def run(options: Options) -> int:
     from rsnet.inference.cascade import TUNED_FILE
     from rsnet.inference.cascade_search import tune_release
 
-    classifier = load_classifier(
-        options.release, options.device, options.batch_size, options.dtype,
-        remeasure=options.remeasure,
-    )  # fmt: skip
+    classifier, source = load_classifier(options)
+    tuned_file = classifier.release.beside(TUNED_FILE)
     folder = find_labelled_images(options.data, classifier.config["network"])
-    if not os.access(options.release, os.W_OK):
-        raise UsageError(f"cannot write into {options.release}, where {TUNED_FILE} belongs")
+    if not os.access(tuned_file.parent, os.W_OK):
+        raise UsageError(f"cannot write into {tuned_file.parent}, where {tuned_file.name} belongs")
+    say_source(source)
     with ProgressBar("evaluate", len(folder.paths)) as bar:
         scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
     result = tune_release(classifier, scores, options.target_top1, options.target_ms)
@@ -75,7 +75,7 @@ def run(options: Options) -> int:
     )
     if options.target_top1 is not None and result.held_out.top1 < options.target_top1:
         say(f"note: that is below {options.target_top1:g} %; more images would fit it better")
-    say(f"{options.release / TUNED_FILE}: {_shown(result.tuned.cascade)}")
+    say(f"{tuned_file}: {_shown(result.tuned.cascade)}")
     return 0
 
 

@@ -7,17 +7,14 @@ from typing import Any
 
 from rsnet.checkpoint import io
 from rsnet.checkpoint.authors_pytorch import to_original
-from rsnet.config.model_config import ModelConfig
+from rsnet.checkpoint.checkpoint import Checkpoint
 
 
-def export_original(source: str | Path, output: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Write the checkpoint `source` as a file for the authors' code; return what its network is, and the
-    state of the optimizer that was written.
+def export_original(checkpoint: Checkpoint, output: str | Path) -> dict[str, Any]:
+    """Write a checkpoint as a file for the authors' code; return the state of the optimizer in it.
 
-    Raises UsageError if there is no checkpoint, or the authors' code has no such network; DataError if the
-    file is damaged.
+    Raises UsageError if the authors' code has no such network.
     """
-    checkpoint = io.load(Path(source))
     content = to_original(checkpoint)
     io.write(Path(output), content)
-    return checkpoint.network, content["optimizer"]
+    return content["optimizer"]  # type: ignore[no-any-return]

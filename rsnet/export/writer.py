@@ -32,31 +32,28 @@ BATCHES = (1, 3)
 
 
 def export_release(
-    source: str | Path,
+    source: str | Path | release.Release,
     output: str | Path,
     file_format: Format,
     *,
     sizes: Sequence[int] | None = None,
     one_file: bool = False,
 ) -> list[dict[str, Any]]:
-    """Write the release in `source` as files of `file_format` in a new folder, compared with the network.
+    """Write a release as files of `file_format` in a new folder, compared with the network.
+
+    source: a release that was read, or its folder.
 
     sizes: which ones; None for all. one_file: ONNX alone, all sizes in one file, the weights once.
 
     Returns the entries of export.json, one a file. Raises UsageError for what cannot be asked for, DataError
     if a network cannot be exported or a file computes something else; then there is no folder.
     """
-    source, output = Path(source), Path(output)
-    if source.is_file() or (source / "checkpoints").is_dir():
-        raise UsageError(
-            f"--format {file_format} takes a release; write one by "
-            f"`python -m rsnet release {source} --output DIR`"
-        )
+    output = Path(output)
     if file_format == "onnx":
         onnx_export.require()
     elif one_file:
         raise UsageError("--one-file is of --format onnx")
-    content = release.read(source)
+    content = source if isinstance(source, release.Release) else release.read(source)
     chosen = _chosen_sizes(sizes, content.config["network"]["sizes"], one_file)
     model = release.build(content, chosen)
     about = _about(content.config)

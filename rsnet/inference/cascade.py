@@ -130,10 +130,12 @@ class Tuned:
     cascade: Cascade
 
 
-def write_tuned(folder: str | Path, sha256: str, tuned: Tuned, notes: Mapping[str, Any]) -> None:
+def write_tuned(
+    folder: str | Path, sha256: str, tuned: Tuned, notes: Mapping[str, Any], prefix: str = ""
+) -> None:
     """Write tuned.json into a release, in place of an earlier one. Raises OSError.
 
-    sha256: of the release's weights. notes: further fields.
+    sha256: of the release's weights. notes: further fields. prefix: of the file's name.
     """
     content = {
         "format": TUNED_FORMAT,
@@ -141,15 +143,15 @@ def write_tuned(folder: str | Path, sha256: str, tuned: Tuned, notes: Mapping[st
         "temperatures": {str(size): value for size, value in tuned.temperatures.items()},
         "cascade": [stage._asdict() for stage in tuned.cascade],
     }
-    atomic_write_json(Path(folder) / TUNED_FILE, content | dict(notes))
+    atomic_write_json(Path(folder) / (prefix + TUNED_FILE), content | dict(notes))
 
 
-def read_tuned(folder: str | Path, sha256: str, sizes: Sequence[int]) -> Tuned:
+def read_tuned(folder: str | Path, sha256: str, sizes: Sequence[int], prefix: str = "") -> Tuned:
     """Read tuned.json of the release in `folder`, whose weights have this SHA-256.
 
     Raises UsageError if there is none; DataError, in one line, if the file is damaged or of other weights.
     """
-    path, advice = Path(folder) / TUNED_FILE, "run `python -m rsnet tune` again"
+    path, advice = Path(folder) / (prefix + TUNED_FILE), "run `python -m rsnet tune` again"
     if not path.is_file():
         raise UsageError(f"there is no {path}; `python -m rsnet tune` writes it")
     with parsing(path, advice):

@@ -341,7 +341,8 @@ def tune_release(
         },
         "conditions": conditions,
     }
-    write_tuned(classifier.folder, conditions["sha256"], result.tuned, notes)
+    found = classifier.release
+    write_tuned(found.folder, conditions["sha256"], result.tuned, notes, found.prefix)
     return result
 
 

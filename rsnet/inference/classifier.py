@@ -51,7 +51,6 @@ class SwitchableClassifier:
 
     def __init__(
         self,
-        folder: Path,
         content: release.Release,
         device: torch.device,
         dtype: torch.dtype | None,
@@ -61,7 +60,7 @@ class SwitchableClassifier:
         fold: bool,
         cuda_graphs: bool,
     ) -> None:
-        """Build the network of `content`, the release in `folder`; the rest are `load`'s arguments."""
+        """Build the network of `content`; the rest are `load`'s arguments."""
         network = content.config["network"]
         model = release.build(content, network["sizes"])
         self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -75,7 +74,7 @@ class SwitchableClassifier:
         self.device = device
         self.batch_size, self._top = batch_size, min(top, self.num_classes)
         self.config = content.config  # of config.json
-        self.folder, self._sha256 = folder, content.config["weights"]["sha256"]
+        self.release, self._sha256 = content, content.config["weights"]["sha256"]
         self._latencies: latency.Table | None = None
         self._is_stored = False  # whether they were read from the file
         self._normalize = PixelNormalizer(device, dtype or torch.float32, network["normalize"])
@@ -83,7 +82,7 @@ class SwitchableClassifier:
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        folder: str | Path | release.Release,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         batch_size: int = 32,
@@ -92,7 +91,7 @@ class SwitchableClassifier:
         fold: bool = False,
         cuda_graphs: bool = False,
     ) -> SwitchableClassifier:
-        """Load the release in `folder`.
+        """Load the release in `folder`, or one that was read already.
 
         dtype: torch.bfloat16 computes under autocast; None in float32. batch_size: most images of a
         forward. top: how many classes a prediction names. fold: BatchNorm becomes part of the convolutions;
@@ -110,8 +109,7 @@ class SwitchableClassifier:
             raise UsageError(f"top {top}: at least 1 is needed")
         place = _require_device(device)
         return cls(
-            Path(folder),
-            release.read(folder),
+            folder if isinstance(folder, release.Release) else release.read(folder),
             place,
             dtype,
             batch_size=batch_size,
@@ -265,11 +263,12 @@ class SwitchableClassifier:
 
     @property
     def _latency_file(self) -> Path:
-        return latency.path_of(self.folder, self.conditions["device"])
+        return self.release.beside(latency.file_name(self.conditions["device"]))
 
     def tuned(self) -> Tuned:
         """Return what `rsnet tune` found. Raises what `read_tuned` does."""
-        return read_tuned(self.folder, self._sha256, self.sizes)
+        found = self.release
+        return read_tuned(found.folder, self._sha256, self.sizes, found.prefix)
 
     def cascade(
         self,

@@ -85,9 +85,9 @@ def percentile(times: list[float], percent: int) -> float:
     return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
 
 
-def path_of(folder: str | Path, device: str) -> Path:
-    """Return where a release's table for a device lies. device: its name."""
-    return Path(folder) / f"latency-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
+def file_name(device: str) -> str:
+    """Return the name of the file with a release's table for a device. device: its name."""
+    return f"latency-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
 
 
 def save(path: str | Path, conditions: Mapping[str, Any], table: Table) -> None:

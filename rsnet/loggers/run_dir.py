@@ -132,6 +132,22 @@ class RunDir:
         self.append_text("metrics.jsonl", json.dumps({"time": time.time(), **metrics}) + "\n")
 
 
+def run_directory(path: Path) -> Path:
+    """Return the run directory that an argument names: it, its folder of checkpoints, or one of those.
+
+    Raises UsageError for a release, or a file that lies in no run.
+    """
+    if (path / "model.safetensors").is_file() and not (path / "metrics.jsonl").exists():
+        raise UsageError(f"{path} is a release, without the metrics of its training; give its run")
+    if path.is_file():
+        folder = path.resolve().parent
+        if folder.name != "checkpoints":
+            raise UsageError(f"{path} lies in no run, whose metrics are needed; give the directory")
+        return folder.parent
+    is_inner = path.name == "checkpoints" and (path.parent / "metrics.jsonl").exists()
+    return path.parent if is_inner else path
+
+
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """Return what a run's figures depend on besides its options."""
     is_cuda = device.type == "cuda"

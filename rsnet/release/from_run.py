@@ -1,4 +1,4 @@
-"""Release the network of a run directory or a checkpoint.
+"""Releases of runs, checkpoints and files of the original code, written to a folder or kept in memory.
 
 Apart from `package`, as reading a release needs none of what reads checkpoints.
 """
@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pipelines.utils.errors import error_context
-from rsnet.checkpoint import io
-from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.checkpoint.weights import load_weights
 from rsnet.losses import ENSEMBLE
-from rsnet.models.factory import create_model, gflops
+from rsnet.models.factory import gflops
+from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package
 from rsnet.release.config import result_names
+from rsnet.release.source import BEST, Source, open_source
 
 Accuracy = dict[str, dict[str, float]]
 
@@ -25,49 +24,55 @@ Accuracy = dict[str, dict[str, float]]
 def release_run(
     run: str | Path, output: str | Path, say: Callable[[str], None] = lambda _: None
 ) -> package.Release:
-    """Write the release `output` of a run's best checkpoint, or of a checkpoint, and return its content.
+    """Write the release `output` of what `open_source` takes, and return its content.
 
     The averaged weights are released where there are some. config.json has their accuracies if they are of
-    a run directory whose metrics.jsonl has an evaluation of just these weights. say: is told which sizes are
-    assumed of a file of the original code.
+    a run directory whose metrics.jsonl has an evaluation of just these weights. A release is copied.
+    say: is told what was taken.
 
-    Raises UsageError if there is no checkpoint, or something at `output`; DataError if a file is damaged.
+    Raises what `open_source` does, and UsageError if there is something at `output`.
     """
-    path = checkpoint_of(run)
-    checkpoint = io.load(path)
-    config = checkpoint.network
-    if checkpoint.of_authors:
-        say(assumed_sizes(path, config, is_start=True))
-    network = config.to_dict()
-    with error_context(str(path)):
-        model = create_model(config)
-        load_weights(model, checkpoint.eval_weights, config.sizes)
+    source = open_source(run)
+    if source.release is not None:
+        written = package.copy(source.release, output)
+    else:
+        model = source.build()
+        network = source.network.to_dict()
+        written = package.write(output, network, model, **_facts(source, model))
+    for line in source.lines():
+        say(line)
+    return written
+
+
+def released(source: Source) -> package.Release:
+    """Return the release of what was opened, as `release_run` would write it.
+
+    What is found out about the weights of a run is kept in its directory, as of a release in its folder;
+    about those of any other file beside it, under its name.
+    """
+    if source.release is not None:
+        return source.release
+    model = source.build()
+    run_dir = source.run_dir if source.file.name == BEST or source.kind == "run" else None
+    folder, prefix = (run_dir, "") if run_dir else (source.file.parent, f"{source.file.name}-")
+    network = source.network.to_dict()
+    return package.in_memory(network, model, folder, prefix, **_facts(source, model))
+
+
+def _facts(source: Source, model: ResolutionSwitchable) -> dict[str, Any]:
+    """Return what `package.write` is told of a network."""
     costs = {str(size): gflops(model, size) for size in model.sizes}
-    run_dir = _run_dir(path)
-    return package.write(
-        output,
-        network,
-        model,
-        gflops=costs | {ENSEMBLE: sum(costs.values())},
-        accuracy=_accuracy(run_dir, checkpoint) if run_dir else None,
-        averaged=checkpoint.ema is not None,
-        source={
+    run_dir = source.run_dir
+    return {
+        "gflops": costs | {ENSEMBLE: sum(costs.values())},
+        "accuracy": _accuracy(run_dir, source.checkpoint) if run_dir else None,
+        "averaged": source.checkpoint.ema is not None,
+        "source": {
             "run": run_dir.name if run_dir else None,
-            "checkpoint": path.name,
-            "epoch": checkpoint.epoch,
+            "checkpoint": source.file.name,
+            "epoch": source.checkpoint.epoch,
         },
-    )
-
-
-def checkpoint_of(run: str | Path) -> Path:
-    """Return the best checkpoint of a run directory, or the checkpoint itself."""
-    path = Path(run)
-    return path / "checkpoints" / "best.pt" if path.is_dir() else path
-
-
-def _run_dir(path: Path) -> Path | None:
-    folder = path.resolve().parent
-    return folder.parent if folder.name == "checkpoints" else None
+    }
 
 
 def _accuracy(run_dir: Path, checkpoint: Checkpoint) -> Accuracy | None:

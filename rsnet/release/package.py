@@ -43,10 +43,17 @@ class Release:
 
     config: the content of config.json, whose "network" describes the network as a checkpoint does.
     state: the network's state dict, on the CPU, with quantized weights as they are applied.
+    folder: where it lies, and what is found out about it is kept. prefix: of the names of those files.
     """
 
     config: dict[str, Any]
     state: State
+    folder: Path = Path()
+    prefix: str = ""
+
+    def beside(self, name: str) -> Path:
+        """Return the path of a file that belongs to these weights, such as tuned.json."""
+        return self.folder / (self.prefix + name)
 
 
 def write(
@@ -68,8 +75,64 @@ def write(
     Raises UsageError if there is something at `folder`, OSError if it cannot be written.
     """
     folder = Path(folder)
+    _require_new(folder)
+    config, data = _serialized(
+        network, model, gflops=gflops, accuracy=accuracy, averaged=averaged, source=source
+    )
+    with atomic_directory(folder) as temporary:
+        atomic_write(temporary / WEIGHTS, data)
+        atomic_write_json(temporary / CONFIG, config)
+        atomic_write(
+            temporary / release_card.NAME,
+            release_card.text(config).encode(errors="backslashreplace"),
+        )
+        written = read(temporary)
+    return dataclasses.replace(written, folder=folder)
+
+
+def in_memory(
+    network: Mapping[str, Any], model: ResolutionSwitchable, folder: Path, prefix: str, **facts: Any
+) -> Release:
+    """Return the content that `write` would write, and `read` read back, without writing it.
+
+    folder, prefix: of files beside it, see `Release`. facts: `write`'s arguments of those names.
+    """
+    config, data = _serialized(network, model, **facts)
+    state = _on_meta(_unpacked_config(network)).state_dict()
+    stored = safetensors.torch.load(data)
+    return Release(config, unpack_state_dict(stored, state), folder, prefix)
+
+
+def copy(release: Release, folder: str | Path) -> Release:
+    """Write a release that was read to another `folder`, whole or not at all, and return its content.
+
+    Raises UsageError if there is something at `folder`, OSError if it cannot be written.
+    """
+    folder = Path(folder)
+    _require_new(folder)
+    with atomic_directory(folder) as temporary:
+        for name in (WEIGHTS, CONFIG, release_card.NAME):
+            if (release.folder / name).is_file():
+                atomic_write(temporary / name, (release.folder / name).read_bytes())
+        written = read(temporary)
+    return dataclasses.replace(written, folder=folder)
+
+
+def _require_new(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"--output: {folder} exists; give another name")
+
+
+def _serialized(
+    network: Mapping[str, Any],
+    model: ResolutionSwitchable,
+    *,
+    gflops: Mapping[str, float],
+    accuracy: Mapping[str, Mapping[str, float]] | None,
+    averaged: bool,
+    source: Mapping[str, Any],
+) -> tuple[dict[str, Any], bytes]:
+    """Return the contents of config.json and of model.safetensors; the arguments are those of `write`."""
     data = safetensors.torch.save(_stored_tensors(model))
     shared, private = model.count_parameters()
     config = {
@@ -91,14 +154,7 @@ def write(
             "torchvision": torchvision.__version__,
         },
     }
-    with atomic_directory(folder) as temporary:
-        atomic_write(temporary / WEIGHTS, data)
-        atomic_write_json(temporary / CONFIG, config)
-        atomic_write(
-            temporary / release_card.NAME,
-            release_card.text(config).encode(errors="backslashreplace"),
-        )
-        return read(temporary)
+    return config, data
 
 
 def read(folder: str | Path) -> Release:
@@ -116,7 +172,7 @@ def read(folder: str | Path) -> Release:
         state = _on_meta(_unpacked_config(config["network"])).state_dict()
     with error_context(str(folder / WEIGHTS)):
         tensors = _read_weights(folder, config["weights"], expected)
-    return Release(config, unpack_state_dict(tensors, state))
+    return Release(config, unpack_state_dict(tensors, state), folder)
 
 
 def load(folder: str | Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchable:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pipelines.utils.errors import DataError, UsageError, error_context
-from rsnet.checkpoint import io
+from rsnet.checkpoint import tf_checkpoint
 from rsnet.checkpoint.authors_pytorch import is_original
 from rsnet.checkpoint.checkpoint import FORMAT, Checkpoint
 from rsnet.checkpoint.weights import load_weights, require_match
@@ -22,47 +21,38 @@ from rsnet.models.quantization.lq_nets import full_precision_names, init_quantiz
 from rsnet.models.safe_load import safe_load
 from rsnet.models.state_dict import take_sizes
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
-from rsnet.release import package
+from rsnet.release.source import open_source, release_folder
 
 BACKBONE = "backbone"  # of --freeze: all but the classifier and BatchNorm
 NOTHING = "none"
 
 
 def read_switchable(
-    pretrained: str, arch: str | None, sizes: Sequence[int] | None
+    pretrained: str,
+    arch: str | None,
+    sizes: Sequence[int] | None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint | None:
     """Return the RS-Net that --pretrained names: a run directory, a checkpoint, a release, or a file of the
     original code. None for weights of an ordinary network, see `rsnet.models.pretrained`.
 
-    arch, sizes: what an original's file may not say of its network.
+    arch, sizes: what an original's file may not say of its network. say: is told what was taken.
 
     Raises UsageError for a folder that holds none, DataError for a file that is damaged.
     """
-    if pretrained == "default":
-        return None
     path = Path(pretrained)
+    is_there = path.exists() or tf_checkpoint.is_named_by(path)
+    if pretrained == "default" or not (is_there or is_path(pretrained)):
+        return None
     with error_context("--pretrained"):
-        for folder in (path, path.parent):
-            if _is_release(folder) and path in (folder, folder / package.WEIGHTS):
-                content = package.read(folder)
-                return Checkpoint(ModelConfig.from_dict(content.config["network"]), content.state)
-        if path.is_dir():
-            best = path / "checkpoints" / "best.pt"
-            if not best.is_file():
-                raise UsageError(
-                    f"{path} holds neither a run with checkpoints/best.pt nor a release"
-                )
-            return io.load(best)
-        if not is_path(pretrained):
-            return None
-        if not path.is_file():
-            raise UsageError(f"there is no file {path}")
-        if not _holds_switchable(path):
+        if path.is_file() and not _holds_switchable(path):
             return None
         try:
-            return io.load(path, arch, sizes)
+            source = open_source(path, arch, sizes)
         except UsageError:  # an original's file of other sizes than these
-            return io.load(path, arch)
+            source = open_source(path, arch)
+    say(f"--pretrained: {source.lines()[0]}")
+    return source.checkpoint
 
 
 def start_from(
@@ -150,16 +140,9 @@ def _other_classes(trained: ModelConfig, wanted: ModelConfig) -> str:
     return ""
 
 
-def _is_release(folder: Path) -> bool:
-    """Return whether a folder is a release of ours, and not, for instance, one of timm's."""
-    try:
-        content = json.loads((folder / package.CONFIG).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "network" in content
-
-
 def _holds_switchable(path: Path) -> bool:
+    if release_folder(path) or tf_checkpoint.is_named_by(path):
+        return True
     if path.suffix == ".safetensors":
         return False
     try:

@@ -15,7 +15,6 @@ from torch import Tensor
 from pipelines.batch import Loader
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.schema import read_json
-from rsnet.checkpoint import io
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
@@ -25,6 +24,7 @@ from rsnet.config.resolve import ResolvedConfig, output_directory
 from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, require_options, to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.release.source import open_source
 from rsnet.training.optim import load_momentum
 from rsnet.training.trainer import Trainer
 
@@ -118,24 +118,14 @@ class Start:
 def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     """Return what --resume names; if it is unset, the run directory's own run, if its options are known.
 
-    Raises UsageError if there is no such checkpoint, DataError if it, or all of a run's, are damaged.
+    Raises UsageError if there is no such checkpoint, or a training cannot go on with it, DataError if it,
+    or all of a run's, are damaged.
     """
     output = output_directory(config, config.arch or DEFAULT_ARCH)
     if config.is_profile and config.resume is None:
         return Start()
     if config.resume not in (None, "auto"):
-        source = Path(config.resume)
-        with error_context("--resume"):
-            found = io.load(source, config.arch, config.sizes)
-            require_options(found.config, str(source))
-        if found.of_authors and config.sizes is None:
-            say(assumed_sizes(source, found.network))
-        is_of_output = (
-            source.parent.parent.resolve()
-            == output_directory(config, config.arch or found.network.arch).resolve()
-            and not found.network.calibrated
-        )
-        return Start(source, found, is_of_output)
+        return _of_named(config, config.resume, say)
     noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
     if config.resume is None and not noted and not store.last.exists():
         return Start()
@@ -152,6 +142,27 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     if newest is None:
         return Start(continues=True, config=noted, must_be_same=is_own)
     return Start(*newest, continues=True, config=noted, must_be_same=is_own)
+
+
+def _of_named(config: TrainConfig, resume: str, say: Callable[[str], None]) -> Start:
+    """Return what --resume PATH names: a checkpoint, a run or, to evaluate, a release."""
+    with error_context("--resume"):
+        source = open_source(resume, config.arch, config.sizes, newest=not config.evaluate)
+        found = source.checkpoint
+        if source.release is not None:
+            if not config.evaluate:
+                raise UsageError(
+                    f"{resume} is a release, which has no optimizer's state to go on with; start from its "
+                    "weights by --pretrained"
+                )
+            found = dataclasses.replace(found, network=dataclasses.replace(found.network, qw=FULL))
+        require_options(found.config, str(source.file))
+    say(f"--resume: {source.lines()[0]}")
+    if found.assumes_sizes and config.sizes is None:
+        say(assumed_sizes(resume, found.network))
+    output = output_directory(config, config.arch or found.network.arch)
+    is_of_output = source.run_dir == output.resolve() and not found.network.calibrated
+    return Start(source.file, found, is_of_output)
 
 
 def _noted(path: Path) -> dict[str, Any]:

@@ -135,8 +135,11 @@ def test_an_exported_file_has_what_the_originals_resume_reads(original):
     ("words", "message"),
     [
         (["import", "ORIGINAL", "--output", "o"], "--sizes: this file was trained for 2 sizes"),
-        (["import", "none.pth", "--output", "o"], "there is no checkpoint none.pth"),
-        (["import", "--output", "o"], "ORIGINAL.pth.tar"),
+        (
+            ["import", "none.pth", "--output", "o"],
+            "there is no run, checkpoint or release none.pth",
+        ),
+        (["import", "--output", "o"], "ORIGINAL"),
         (["import", "ORIGINAL", "--output", "o", "--sizes", "32", "32"], "all different"),
         (["import", "OURS", "--output", "o"], "this is a checkpoint of this trainer already"),
         (["improt"], "improt: there is no such verb; one of train verify convert import import-tf"),

@@ -13,8 +13,9 @@ import torch
 
 from rsnet.__main__ import main
 from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.release.from_run import release_run
 from tests.conftest import write_photo
-from tests.helpers import releases
+from tests.helpers import releases, runs
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,17 @@ def album(tmp_path) -> Path:
     return tmp_path / "album"
 
 
+TAKEN = r"release .+/release: parallel_resnet10, sizes 64 48 32\n"
 ALBUM = ["a.PNG", "b.jpg", "deep/er/c.jpeg"]
 
 
 def _predict(capsys, *words: object) -> tuple[int, list[str], str]:
-    """Exit code, lines on stdout, stderr."""
+    """Exit code, lines on stdout, and stderr behind what was taken, which is said if nothing is wrong."""
     code = main(["predict", *map(str, words)])
     captured = capsys.readouterr()
-    return code, captured.out.splitlines(), captured.err
+    taken = re.match(TAKEN, captured.err)
+    assert code == 2 or taken
+    return code, captured.out.splitlines(), captured.err[taken.end() if taken else 0 :]
 
 
 def test_json_has_what_the_classifier_says(release, classifier, album, capsys):
@@ -81,7 +85,7 @@ def test_dtype_fold_and_graphs_reach_the_classifier(
 ):
     asked = []
 
-    def load(_folder, _device, dtype, _batch_size, **options):
+    def load(_folder, _device, dtype, _batch_size, _top, **options):
         asked.append({"dtype": dtype} | {k: options[k] for k in ("fold", "cuda_graphs")})
         return classifier
 
@@ -203,9 +207,9 @@ def test_folders_have_a_progress_bar_which_keeps_off_stdout(
     monkeypatch.chdir(album.parent)
     terminal = _Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    code, lines, _ = _predict(capsys, release, *words)
-    assert (code, len(lines)) == (0, count)
-    drawn = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    assert main(["predict", str(release), *words]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == count
+    drawn = re.sub(rf"{TAKEN}|\x1b\[[\d;]*m", "", terminal.getvalue())
     assert ("3/3" in drawn) if bar else (drawn == "")
 
 
@@ -215,7 +219,7 @@ def test_no_bar_is_drawn_among_lines_on_the_same_terminal(release, album, monkey
     monkeypatch.setattr("sys.stderr", err)
     assert main(["predict", str(release), str(album), "--json"]) == 0
     assert len(out.getvalue().splitlines()) == 3
-    assert err.getvalue() == ""
+    assert re.fullmatch(TAKEN, err.getvalue())
 
 
 def test_json_is_printed_batch_by_batch(release, album, monkeypatch):
@@ -231,3 +235,22 @@ def test_json_is_printed_batch_by_batch(release, album, monkeypatch):
     monkeypatch.setattr(SwitchableClassifier, "decode", spy)
     assert main(["predict", str(release), str(album), "--json", "--batch-size", "1"]) == 0
     assert printed == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", [".", "checkpoints/best.pt", "../release"])
+def test_a_run_and_its_checkpoint_are_classified_with_as_their_release_is(
+    album, tmp_path, capsys, monkeypatch, name
+):
+    """A network of random weights, with the loading that the other tests leave out."""
+    monkeypatch.undo()
+    run = runs.write_run(tmp_path / "run")
+    release_run(run, tmp_path / "release")
+    source = run / name
+    assert main(["predict", str(source), str(album), "--json", "--size", "48"]) == 0
+    out, err = capsys.readouterr()
+    assert re.match(rf"(run|checkpoint|release) {source}: parallel_resnet10, sizes 64 48 32", err)
+    expected = SwitchableClassifier.load(tmp_path / "release").classify(
+        [album / name for name in ALBUM], size=48
+    )
+    found = [json.loads(line)["top"][0] for line in out.splitlines()]
+    assert found == [{"class": p.classes[0], "probability": p.probabilities[0]} for p in expected]

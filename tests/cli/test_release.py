@@ -28,7 +28,9 @@ def run(tmp_path_factory) -> Path:
 def test_it_says_what_was_taken_and_written(run, tmp_path, capsys):
     assert main(["release", str(run), "--output", str(tmp_path / "new" / "release")]) == 0
     taken, written = capsys.readouterr().out.splitlines()
-    assert taken == f"{run}/checkpoints/best.pt: weights after epoch 2"
+    assert taken == (
+        f"run {run}: parallel_resnet10, sizes 64 48 32, weights after epoch 2 in best.pt"
+    )
     size = (tmp_path / "new" / "release" / "model.safetensors").stat().st_size / 1e6
     assert written == (f"{tmp_path}/new/release: parallel_resnet10, sizes 64 48 32, {size:.1f} MB")
 
@@ -56,8 +58,12 @@ def test_what_exists_is_not_overwritten(run, tmp_path, capsys, kind):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["none", "--output", "o"], 2, "there is no checkpoint none"),
-        (["empty", "--output", "o"], 2, "there is no checkpoint empty/checkpoints/best.pt"),
+        (["none", "--output", "o"], 2, "there is no run, checkpoint or release none"),
+        (
+            ["empty", "--output", "o"],
+            2,
+            "empty holds neither a run with checkpoints/best.pt nor a release",
+        ),
         (["junk.pt", "--output", "o"], 1, "junk.pt is no readable checkpoint"),
         (["small.pt", "--output", "o"], 1, "small.pt: Error(s) in loading state_dict"),
         (["odd.pt", "--output", "o"], 1, "network.classes has 4 names, network.num_classes is 3"),

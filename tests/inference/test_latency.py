@@ -77,7 +77,7 @@ def test_a_budget_that_is_too_small_is_told_what_the_fastest_takes():
 
 
 def test_a_table_is_read_back_for_the_same_conditions_alone(tmp_path):
-    path = latency.path_of(tmp_path, "NVIDIA H100 / 80GB")
+    path = tmp_path / latency.file_name("NVIDIA H100 / 80GB")
     assert path.name == "latency-NVIDIA-H100-80GB.json"
     assert latency.load(path, {"batch_size": 4}, SIZES) is None
     latency.save(path, {"batch_size": 4}, TABLE)

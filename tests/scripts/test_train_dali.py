@@ -308,7 +308,7 @@ def test_another_run_is_not_continued_in_an_occupied_folder(train, photos, train
         (["--batch-size", "1"], "--batch-size 1: BatchNorm needs"),
         (["--batch-size", "24"], "--batch-size: one step takes 24 images"),
         (["--accumulate", "3"], "--accumulate 3: an epoch has only 2 batches"),
-        (["--resume", "nowhere.pt"], "--resume: there is no checkpoint nowhere.pt"),
+        (["--resume", "nowhere.pt"], "--resume: there is no run, checkpoint or release nowhere.pt"),
         (["--evaluate", "--resume", "auto"], "--resume auto: there is no checkpoint"),
         (["--output", "/proc/no/run"], "--output: cannot write to /proc/no/run"),
         (["--device", "cuda"], "--device cuda: process 0 has no GPU"),

@@ -338,7 +338,7 @@ def test_the_controller_hears_of_what_waits_of_all_batches_and_of_its_answers(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "there is no folder nowhere"),
+        (["nowhere"], "there is no run, checkpoint or release nowhere"),
         (["x", "--port", "70000"], "--port 70000: a number from 0 to 65535 is needed"),
         (["x", "--deadline-ms", "0"], "--deadline-ms 0.0: a positive number is needed"),
         (["x", "--timeout", "nan"], "--timeout nan: a positive number is needed"),

@@ -15,7 +15,9 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
+from rsnet.release.from_run import release_run
 from rsnet.train import main as train
+from tests.helpers import runs
 
 SIZES = (48, 40, 24)
 NETWORK = {
@@ -55,7 +57,7 @@ def saved(tmp_path_factory):
 
 def _calibrate(saved, photos, tmp_path, *more):
     output = tmp_path / "out.pt"
-    words = ["--checkpoint", saved, "--data", photos, "--size", 32, "--output", output]
+    words = [saved, "--data", photos, "--size", 32, "--output", output]
     words += ["--batch-size", 8, "--steps", 2, *more]
     return main(["calibrate", *map(str, words)]), output
 
@@ -115,7 +117,6 @@ def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path)
         (["--seed", "-1"], "--seed -1: at least 0"),
         (["--lr", "inf"], "--lr inf: must be a positive number"),
         (["--output", "/nowhere/out.pt"], "--output: cannot write into /nowhere"),
-        (["--checkpoint", "none.pt"], "error: there is no checkpoint none.pt"),
     ],
 )
 def test_a_mistake_is_one_line(saved, photos, tmp_path, capsys, more, message):
@@ -125,6 +126,25 @@ def test_a_mistake_is_one_line(saved, photos, tmp_path, capsys, more, message):
     assert re.search(message, err)
     assert err.count("\n") == 1
     assert not output.exists()
+
+
+def test_a_quantized_release_is_sent_back_to_its_run(tmp_path, capsys):
+    network = runs.NETWORK | {"mode": "preact", "qw": 2, "qa": 2}
+    release_run(runs.write_run(tmp_path / "run", network), tmp_path / "release")
+    assert main(["add-resolution", str(tmp_path / "release"), "--size", "40", "-d", "x"]) == 2
+    line = (
+        "release: a release has the values of its 2-bit weights alone; give its run or checkpoint"
+    )
+    assert line in capsys.readouterr().err
+
+
+def test_the_former_name_of_the_argument_is_said_to_be_one(capsys):
+    words = ["--checkpoint", "none.pt", "--size", "40", "--data", "x"]
+    for given in (words, ["--checkpoint=none.pt", *words[2:]]):
+        assert main(["calibrate", *given]) == 2
+        note, error = capsys.readouterr().err.splitlines()
+        assert note == "note: --checkpoint is now an argument without a name"
+        assert error.endswith("error: there is no run, checkpoint or release none.pt")
 
 
 def test_an_existing_file_is_not_overwritten(saved, photos, tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_a_run_is_tuned_to_other_classes_and_sizes_by_its_directory_alone(
     [
         (["--freeze", "backbone"], "--freeze backbone: there is nothing to keep without --pretrained"),
         (["--pretrained", "."], "--pretrained: . holds neither a run with checkpoints/best.pt nor a"),
-        (["--pretrained", "./none.pt"], "--pretrained: there is no file none.pt"),
+        (["--pretrained", "./none.pt"], "--pretrained: there is no run, checkpoint or release none.pt"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, message):
