@@ -148,3 +148,14 @@ def _save(tf, prefix: Path, variables) -> None:
         made = [tf.Variable(value.numpy(), name=name) for name, value in variables.items()]
         session.run(tf.variables_initializer(made))
         tf.train.Saver(made).save(session, str(prefix))
+
+
+def test_import_takes_the_same_files(npz, tmp_path, capsys):
+    assert main(["import-tf", str(npz), "--output", str(tmp_path / "a")]) == 0
+    expected = capsys.readouterr().out.replace(f"{tmp_path}/a/", f"{tmp_path}/b/")
+    assert main(["import", str(npz), "--output", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(["import", str(npz), "--output", str(tmp_path / "c"), "--sizes", "64"]) == 2
+    assert "is of the quantized training code, and names them" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "a"), "--output", str(tmp_path / "c")]) == 2
+    assert "a: this is a run of this trainer already" in capsys.readouterr().err

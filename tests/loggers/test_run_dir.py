@@ -20,7 +20,9 @@ from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError
 from rsnet.loggers import run_dir
 from rsnet.loggers.console import ConsoleLogger
-from rsnet.loggers.run_dir import RunDir, environment
+from rsnet.loggers.run_dir import RunDir, environment, run_directory
+from rsnet.release.from_run import release_run
+from tests.helpers.runs import write_run
 
 ROOT = Path(__file__).parents[2]
 SHOW = """
@@ -202,3 +204,14 @@ def test_the_environment_names_versions_device_and_commit():
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     assert (env["git_sha"] or "").rstrip("+") == head
+
+
+def test_a_run_is_named_by_its_directory_and_by_what_lies_in_it(tmp_path):
+    run = write_run(tmp_path / "run")
+    for name in (".", "checkpoints", "checkpoints/best.pt"):
+        assert run_directory(run / name).resolve() == run
+    release_run(run, tmp_path / "release")
+    with pytest.raises(UsageError, match="is a release, without the metrics of its training"):
+        run_directory(tmp_path / "release")
+    with pytest.raises(UsageError, match="lies in no run, whose metrics are needed"):
+        run_directory(tmp_path / "release" / "config.json")
