@@ -14,6 +14,9 @@ VERBS = {
     "train": Verb(
         "rsnet.cli.train", "train, evaluate or profile a network", None, extra="train", trains=True
     ),
+    "list": Verb(
+        "rsnet.cli.list_networks", "list the networks, their costs and weights", prints=True
+    ),
     "verify": PIPELINE_VERBS["verify"],
     "convert": PIPELINE_VERBS["convert"],
     "shards": PIPELINE_VERBS["shards"],
@@ -34,10 +37,12 @@ VERBS = {
         trains=True,
     ),
     "release": Verb("rsnet.cli.release", "write a trained network as a folder to publish"),
-    "predict": Verb("rsnet.cli.predict", "classify images with a release", prints=True),
+    "predict": Verb("rsnet.cli.predict", "classify images with a trained network", prints=True),
     "tune": Verb("rsnet.cli.tune", "find a cascade for an accuracy or a latency"),
-    "bench": Verb("rsnet.cli.bench", "measure a release on this device", prints=True),
-    "serve": Verb("rsnet.cli.serve", "serve a release: web page and JSON API", extra="serve"),
+    "bench": Verb("rsnet.cli.bench", "measure a trained network on this device", prints=True),
+    "serve": Verb(
+        "rsnet.cli.serve", "serve a trained network: web page and JSON API", extra="serve"
+    ),
     "sync": Verb("rsnet.cli.sync", "send W&B the metrics that it lacks", extra="train"),
 }
 ALIASES = {"calibrate": "add-resolution"}

@@ -76,7 +76,7 @@ def main(
     """
 
     def action() -> int:
-        config, options = parse(options_type, argv)
+        config, options = parse(options_type, argv, script)
         try:
             run(script, config, options, make_loaders)
         except RuntimeError as error:

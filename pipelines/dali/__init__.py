@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from pipelines.batch import Loaders, LoaderSpec
+from typing import TYPE_CHECKING
+
 from pipelines.dali.options import DaliOptions
+
+if TYPE_CHECKING:
+    from pipelines.batch import Loaders, LoaderSpec
 
 __all__ = ["DaliOptions", "make_loaders"]
 

@@ -5,9 +5,13 @@ The options can be imported without FFCV; what needs it says in one line that it
 
 from __future__ import annotations
 
-from pipelines.batch import Loaders, LoaderSpec
+from typing import TYPE_CHECKING
+
 from pipelines.ffcv.options import ConvertOptions, FfcvOptions, not_installed
 from pipelines.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipelines.batch import Loaders, LoaderSpec
 
 __all__ = ["ConvertOptions", "FfcvOptions", "convert_or_verify", "make_loaders"]
 

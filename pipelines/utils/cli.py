@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import importlib
+import inspect
 import io
 import os
 import re
@@ -14,12 +14,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from pipelines.utils.config_file import completed, flag_of, split_config
 from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
 from pipelines.utils.memory import is_lack_of_memory, memory_line, require_memory
+from pipelines.utils.option_docs import OptionDoc, flags, help_page, topics
 from pipelines.utils.output import guard_output, lost_output, say
+from pipelines.utils.synonyms import advice
 
 Options = TypeVar("Options")
 
@@ -136,29 +140,60 @@ def exit_if_not_installed(name: str, extra: str) -> Iterator[None]:
 
 
 def parse_options(
-    options_type: type[Options], groups: Sequence[Any], argv: Sequence[str] | None = None
+    options_type: type[Options],
+    groups: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    program: str = "",
 ) -> Options:
     """Return the command line as an instance; `groups`: the dataclasses whose fields are the options.
+
+    program: the command as users type it.
 
     Raises UsageError, in one line, for what is mistyped; prints the help and exits for --help.
     """
     import tyro  # most verbs are found and listed without it; it takes 0.2 s
 
     arguments = expand_home(sys.argv[1:] if argv is None else argv)
+    exit_with_help(arguments, program, groups)
     _reject_empty(arguments)
     arguments = _by_todays_names(arguments, getattr(options_type, "FORMER", {}))
+    arguments = with_config(arguments, groups)
+    _reject_unknown([word for word in arguments if word.startswith("--")], groups)
     complaint = io.StringIO()
     options: Any
     unknown: list[str]
     try:
         with contextlib.redirect_stderr(complaint):
-            options, unknown = tyro.cli(options_type, args=arguments, return_unknown_args=True)
+            options, unknown = tyro.cli(
+                options_type, prog=program or None, args=arguments, return_unknown_args=True
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_message(complaint.getvalue())) from None
-    _reject_unknown(unknown, groups)
+    if unknown:
+        raise UsageError(f"{unknown[0]}: there is no such option; --help lists all options")
     return options  # type: ignore[no-any-return]
+
+
+def exit_with_help(words: Sequence[str], program: str, groups: Sequence[Any]) -> None:
+    """Print what the options are, by topic, and exit, if a command line asks for that."""
+    if not {"-h", "--help"} & set(words):
+        return
+    titled: dict[str, list[OptionDoc]] = {}
+    for group in groups:
+        for title, options in topics(group):
+            titled.setdefault(title, []).extend(options)
+    print(help_page(program or Path(sys.argv[0]).name, inspect.getdoc(groups[0]) or "", titled))
+    raise SystemExit(0)
+
+
+def with_config(words: Sequence[str], groups: Sequence[Any]) -> list[str]:
+    """Return a command line with the options that the file of its --config gives, and it does not."""
+    rest, path = split_config(words)
+    if path is None:
+        return rest
+    return expand_home(completed(rest, path, _fields(groups)))
 
 
 def command(
@@ -168,7 +203,7 @@ def command(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a command line and return the exit code. A user's mistake is one line on stderr."""
-    return exit_code(name, lambda: run(parse_options(options_type, [options_type], argv)))
+    return exit_code(name, lambda: run(parse_options(options_type, [options_type], argv, name)))
 
 
 def verb_command(
@@ -205,7 +240,7 @@ def run_verb(name: str, verb: Verb, words: Sequence[str]) -> int:
         if verb.options is None:
             return run(words)
         options_type = getattr(module, verb.options)
-        return run(parse_options(options_type, [options_type], words))
+        return run(parse_options(options_type, [options_type], words, name))
 
     return exit_code(name, action, extra=verb.extra, prints=verb.prints)
 
@@ -284,17 +319,17 @@ def _reject_empty(words: Sequence[str]) -> None:
 
 
 def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:
-    """Raise UsageError for the first of the words that the parser had no use for."""
-    if not words:
-        return
-    names = [f.name.replace("_", "-") for group in groups for f in dataclasses.fields(group)]
-    word = next((w for w in words if w.startswith("-")), words[0])
-    flag = word.split("=", 1)[0]
-    known = [f"--{name}" for name in names]
-    near = [k for k in known if k.startswith(flag) and len(flag) > 3]
-    near = near or difflib.get_close_matches(flag, known, n=1)
-    advice = f"did you mean {near[0]}?" if near else "--help lists all options"
-    raise UsageError(f"{flag}: there is no such option; {advice}")
+    """Raise UsageError for the first of the flags that the command does not have."""
+    known = _fields(groups)
+    for word in words:
+        if flag_of(word) not in known:
+            flag = word.split("=", 1)[0]
+            raise UsageError(f"{flag}: there is no such option; {advice(flag, known)}")
+
+
+def _fields(groups: Sequence[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields of dataclasses by the names that their options have on a command line."""
+    return {flag: field for group in groups for flag, field in flags(group).items()}
 
 
 def _message(box: str) -> str:

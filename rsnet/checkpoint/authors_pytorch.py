@@ -16,7 +16,13 @@ from torch import Tensor
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint.authors_optimizer import from_original_optimizer, to_original_optimizer
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.config.model_config import DEFAULT_SIZES, MODEL_DEFAULTS, WEIGHT_FIELDS, ModelConfig
+from rsnet.config.model_config import (
+    DEFAULT_SIZES,
+    MODEL_DEFAULTS,
+    WEIGHT_FIELDS,
+    ModelConfig,
+    canonical_arch,
+)
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import describe_mismatch
 
@@ -55,8 +61,10 @@ def from_original(
     arch = arch or content.get("arch")
     if arch is None:
         raise UsageError(
-            "--arch: this file does not say which network it holds; one of " + _known()
+            "--arch: this file does not say which network it holds; give it, or make a run of the file by "
+            f"`rsnet import FILE --arch NAME`, one of {_known()}"
         )
+    arch = canonical_arch(str(arch))
     if arch not in ARCHS:
         raise UsageError(f"--arch {arch}: the original has no such network; one of {_known()}")
     copies = 1 + max(int(m[1]) for k in state if (m := re.search(r"\.bn_(\d+)\.", k)))

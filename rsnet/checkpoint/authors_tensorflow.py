@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.config.model_config import BITS, FULL, Mode, ModelConfig
-from rsnet.models.factory import PREFIX, create_model
+from rsnet.config.model_config import BITS, FULL, PREFIX, Mode, ModelConfig
+from rsnet.models.factory import create_model
 from rsnet.models.preact_resnet import LAYERS
 from rsnet.models.quantization.lq_nets import DECAY
 from rsnet.models.state_dict import describe_mismatch

@@ -21,7 +21,7 @@ SOURCE = "RUN|FILE|RELEASE"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptions:
-    """A network, and how it is computed."""
+    """Network and computation."""
 
     source: Positional[Annotated[str, arg(metavar=SOURCE)]]
     """Run directory, checkpoint, release, or file of the original code."""
@@ -44,7 +44,7 @@ class ClassifierOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyOptions:
-    """Of verbs that choose by latencies."""
+    """Latencies."""
 
     remeasure: bool = False
     """Measure this device's latencies anew, in place of those in the release's latency-DEVICE.json."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipelines import dali, ffcv
-from pipelines.utils.cli import expand_home
-from rsnet.train import main
+from pipelines.utils.cli import exit_with_help, expand_home
+from pipelines.utils.config_file import read_config, split_config
+from rsnet.config.train_config import TrainConfig
+
+NAME = "rsnet train"
 
 Pipeline = Literal["dali", "ffcv"]
 
@@ -35,13 +38,23 @@ class FfcvTrainOptions(ffcv.FfcvOptions):
 def run(words: Sequence[str]) -> int:
     """Run `rsnet train` with these arguments and return the exit code."""
     words = expand_home(words)
-    data = _last_value(words, "--data", "-d")
-    pipeline = _last_value(words, "--pipeline")
-    if pipeline is None and data is not None and any(Path(data).glob("*.beton")):
+    given, path = split_config(words)
+    config = {} if path is None else read_config(path)
+    data = _last_value(given, "--data", "-d") or config.get("data")
+    pipeline = _last_value(given, "--pipeline")
+    if pipeline is None and data is not None and any(Path(data).expanduser().glob("*.beton")):
         pipeline = "ffcv"
-    if pipeline == "ffcv":
-        return main("rsnet train", FfcvTrainOptions, ffcv.make_loaders, words)
-    return main("rsnet train", DaliTrainOptions, dali.make_loaders, words)
+    pipeline = pipeline or config.get("pipeline")
+    options: Any = FfcvTrainOptions if pipeline == "ffcv" else DaliTrainOptions
+    exit_with_help(words, NAME, [TrainConfig, options])
+    return main(NAME, options, (ffcv if pipeline == "ffcv" else dali).make_loaders, words)
+
+
+def main(*given: Any) -> int:
+    """Call `rsnet.train.main`, which imports torch, as --help does not need it."""
+    from rsnet.train import main as train
+
+    return train(*given)
 
 
 def _last_value(words: Sequence[str], *flags: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from pipelines.utils.cli import parse_options
+from pipelines.utils.cli import exit_with_help, parse_options, with_config
 from rsnet.config.train_config import TOPICS, TrainConfig
 
 Options = TypeVar("Options")
@@ -25,7 +25,7 @@ DECAY = ("--lr-decay", "--sched")
 
 
 def parse(
-    options_type: type[Options], argv: Sequence[str] | None = None
+    options_type: type[Options], argv: Sequence[str] | None = None, program: str = ""
 ) -> tuple[TrainConfig, Options]:
     """Return the command line as a `TrainConfig` and the pipeline's own options.
 
@@ -37,14 +37,20 @@ def parse(
         [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in groups.items()],
     )
     together.__doc__ = TrainConfig.__doc__
-    words = sys.argv[1:] if argv is None else argv
-    words = [part for word in words for part in SHORTHANDS.get(word, (word,))]
-    words = [_as_of_today(before, word) for before, word in zip(["", *words], words, strict=False)]
-    parsed: Any = parse_options(together, [TrainConfig, options_type], words)
+    sources = [TrainConfig, options_type]
+    words = _plain(sys.argv[1:] if argv is None else argv)
+    exit_with_help(words, program, sources)
+    parsed: Any = parse_options(together, sources, _plain(with_config(words, sources)), program)
     values: dict[str, Any] = {}
     for topic in TOPICS:
         values |= vars(getattr(parsed, topic))
     return TrainConfig(**values), parsed.pipeline
+
+
+def _plain(words: Sequence[str]) -> list[str]:
+    """Return a command line without shorthands and the original's values."""
+    words = [part for word in words for part in SHORTHANDS.get(word, (word,))]
+    return [_as_of_today(before, word) for before, word in zip(["", *words], words, strict=False)]
 
 
 def _as_of_today(before: str, word: str) -> str:

@@ -19,6 +19,21 @@ BITS = range(1, 9)
 FULL = 32  # bits of what is not quantized
 DEFAULT_SIZES = (224, 192, 160, 128, 96)
 
+PREFIX = "parallel_"
+TIMM_PREFIX = PREFIX + "timm/"
+
+# The original's names of networks that torchvision spells differently.
+AUTHORS_NAMES = {"mobilenet_v2": "mobilenetv2"}
+
+
+def canonical_arch(name: str) -> str:
+    """Return the name under which a network is recorded, the authors', of its library's or its bare one.
+
+    parallel_mobilenetv2 is that of parallel_mobilenet_v2, mobilenetv2 and mobilenet_v2.
+    """
+    bare = name.removeprefix(PREFIX)
+    return PREFIX + AUTHORS_NAMES.get(bare, bare)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -28,7 +43,7 @@ class ModelConfig:
     """
 
     arch: str
-    """parallel_<torchvision name> or parallel_timm/<timm name>."""
+    """parallel_<torchvision name> or parallel_timm/<timm name>; without parallel_ it is completed."""
 
     num_classes: int
     sizes: tuple[int, ...]
@@ -53,6 +68,7 @@ class ModelConfig:
     """Sizes that were added after the training, and how their BatchNorm was made."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "arch", canonical_arch(self.arch))
         object.__setattr__(self, "sizes", tuple(sorted(self.sizes, reverse=True)))
         object.__setattr__(self, "classes", tuple(self.classes))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 from tyro.conf import arg
 
 from pipelines.utils.errors import DataError
-from rsnet.config.model_config import Mode, NormalizeName
+from rsnet.config.model_config import Mode, NormalizeName, canonical_arch
 from rsnet.config.option_rules import require_valid
 from rsnet.config.recipes import RecipeName
 
@@ -35,7 +35,7 @@ class ModelOptions(Generic[Unset]):
     """Network."""
 
     arch: Annotated[str | Unset, arg(aliases=("-a",), metavar="NAME")] = UNSET
-    """parallel_<torchvision name> or parallel_timm/<timm name>. Unset: parallel_resnet50."""
+    """Network, by torchvision's name or as timm/NAME; `rsnet list` has them all. Unset: parallel_resnet50."""
 
     sizes: Annotated[tuple[int, ...] | Unset, arg(metavar="INT [INT ...]")] = UNSET
     """Input sizes in pixels. Unset: 224 192 160 128 96."""
@@ -352,6 +352,8 @@ class TrainOptions(
     """
 
     def __post_init__(self) -> None:
+        if self.arch is not None:
+            object.__setattr__(self, "arch", canonical_arch(str(self.arch)))
         require_valid(self)
 
     @property

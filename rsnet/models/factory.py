@@ -22,7 +22,16 @@ from torchvision.models import list_models as list_torchvision_models
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipelines.utils.errors import UsageError, first_line
-from rsnet.config.model_config import FULL, Mode, ModelConfig, NormalizeName
+from rsnet.config.model_config import (
+    AUTHORS_NAMES,
+    FULL,
+    PREFIX,
+    TIMM_PREFIX,
+    Mode,
+    ModelConfig,
+    NormalizeName,
+    canonical_arch,
+)
 from rsnet.models import preact_resnet
 from rsnet.models.layers.activations import convert_activations
 from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
@@ -39,11 +48,8 @@ from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 
 Network = TypeVar("Network", bound=nn.Module)
 
-PREFIX = "parallel_"
-TIMM_PREFIX = PREFIX + "timm/"
-
-# The original's names that torchvision spells differently.
-_ALIASES = {"mobilenetv2": "mobilenet_v2"}
+# torchvision's names of networks that the original spells differently.
+_ALIASES = {theirs: name for name, theirs in AUTHORS_NAMES.items()}
 
 # Pixels of an image that is large enough to see how often a network halves it.
 PROBE = 320
@@ -64,8 +70,7 @@ def list_models() -> list[str]:
     names = {
         n for n in list_torchvision_models(module=torchvision.models) if not _UNFIT.match(n)
     } | set(LAYERS)
-    aliases = {v: k for k, v in _ALIASES.items()}
-    return sorted(PREFIX + aliases.get(n, n) for n in names)
+    return sorted(map(canonical_arch, names))
 
 
 def create_model(
@@ -86,7 +91,7 @@ def create_model(
 
     Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
     """
-    network = _build_network(config)
+    network = build_ordinary(config)
     if config.stem == "small":
         convert_to_small_stem(network)
     if pretrained is not None:
@@ -121,14 +126,14 @@ def pretrained_normalize(arch: str, pretrained: str) -> NormalizeName | None:
         return None
     if not arch.startswith(TIMM_PREFIX) and arch not in known:
         return None
-    return expected_normalize(*_library_name(arch), pretrained)
+    return expected_normalize(*library_name(arch), pretrained)
 
 
 def classifier_names(config: ModelConfig) -> frozenset[str]:
     """Return the names, in the ordinary network, of the parameters whose shapes the classes decide."""
     with WeightsOnMeta():
         here, other = (
-            _build_network(dataclasses.replace(config, num_classes=config.num_classes + more))
+            build_ordinary(dataclasses.replace(config, num_classes=config.num_classes + more))
             for more in (0, 1)
         )
     shapes = {name: value.shape for name, value in other.state_dict().items()}
@@ -209,7 +214,7 @@ class _FirstInput(nn.Module):
         return x
 
 
-def _build_network(config: ModelConfig) -> nn.Module:
+def build_ordinary(config: ModelConfig) -> nn.Module:
     arguments = config.arch, config.num_classes, config.width_mult
     if config.mode != "resnet":
         return _build_preact(*arguments, config.mode)
@@ -221,7 +226,7 @@ def _build_network(config: ModelConfig) -> nn.Module:
 def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Module:
     if arch not in list_models():
         raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_models())}")
-    _, name = _library_name(arch)
+    _, name = library_name(arch)
     if name in LAYERS and (width_mult != 1.0 or name not in list_torchvision_models()):
         return scaled_resnet(name, num_classes, width_mult)
     builder = get_model_builder(name)
@@ -234,7 +239,7 @@ def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Mod
     return network
 
 
-def _library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
+def library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
     """Return the library of a network, and its name there."""
     if arch.startswith(TIMM_PREFIX):
         return "timm", arch.removeprefix(TIMM_PREFIX)
@@ -264,7 +269,7 @@ def _load_ordinary(
             f"--pretrained: no library has pre-activation ResNets (--mode {config.mode}); train one in full "
             "precision, and give its run"
         )
-    library, name = _library_name(config.arch)
+    library, name = library_name(config.arch)
     classifier = functools.partial(classifier_names, config)
     if note := load_pretrained(network, library, name, pretrained, classifier):
         say(note)
@@ -289,7 +294,7 @@ def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
         ) from None
     if width_mult != 1.0:
         raise UsageError(f"--width-mult {width_mult}: choose a width by its timm name instead")
-    _, name = _library_name(arch)
+    _, name = library_name(arch)
     if not timm.is_model(name):
         known = [TIMM_PREFIX + n for n in timm.list_models()]
         raise UsageError(f"--arch {arch}: unknown to timm; {_suggest(arch, known)}")
@@ -299,10 +304,20 @@ def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
 
 def _suggest(arch: str, known: list[str]) -> str:
     """Return the end of a message about an unknown `arch`: names of `known` that are similar."""
-    near = difflib.get_close_matches(arch, known, n=3, cutoff=0.5)
-    if not near and PREFIX + arch in known:
-        near = [PREFIX + arch]
-    return f"did you mean {' or '.join(near)}?" if near else "such a name is parallel_resnet50"
+    near = difflib.get_close_matches(arch.lower(), known, n=3, cutoff=0.5)
+    if _is_of_timm(arch):
+        near = [TIMM_PREFIX + arch.removeprefix(PREFIX)]
+    found = f"did you mean {' or '.join(near)}?" if near else "such a name is parallel_resnet50;"
+    return f"{found} `rsnet list` has all"
+
+
+def _is_of_timm(arch: str) -> bool:
+    """Return whether timm has a network of this name, which torchvision has not."""
+    try:
+        import timm
+    except ImportError:
+        return False
+    return bool(timm.is_model(arch.removeprefix(PREFIX)))
 
 
 def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:

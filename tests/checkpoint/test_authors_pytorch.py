@@ -226,7 +226,10 @@ def test_sizes_that_are_assumed_are_said(tmp_path):
     for sizes in ([], ["--sizes", *map(str, SIZES)]):
         words = ["--data", "d", "--evaluate", "--resume", str(path), *sizes]
         find_start(parse(DaliOptions, words)[0], said.append)
-    (note,) = said
+    taken, note, again = said
+    for line, its in ((taken, "224 192 160 128 96"), (again, " ".join(map(str, SIZES)))):
+        about = f"parallel_resnet18, sizes {its}, weights after epoch 120"
+        assert line == f"--resume: file of the original code {path}: {about}"
     assert note.startswith(f"note: {path} does not say its sizes; 224 192 160 128 96 is assumed")
     # The sizes of a training that starts from it are not the file's.
     start = assumed_sizes(path, checkpoint.load(path).network, is_start=True)

@@ -142,7 +142,10 @@ def test_an_exported_file_has_what_the_originals_resume_reads(original):
         (["import", "--output", "o"], "ORIGINAL"),
         (["import", "ORIGINAL", "--output", "o", "--sizes", "32", "32"], "all different"),
         (["import", "OURS", "--output", "o"], "this is a checkpoint of this trainer already"),
-        (["improt"], "improt: there is no such verb; one of train verify convert import import-tf"),
+        (
+            ["improt"],
+            "improt: there is no such verb; one of train list verify convert import import-tf",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(original, tmp_path, monkeypatch, capsys, words, message):

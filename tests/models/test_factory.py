@@ -170,8 +170,8 @@ def test_the_small_stem_shrinks_the_image_less(arch, width_mult, stride):
     ("arch", "message"),
     [
         ("parallel_resnet51", r"did you mean .*parallel_resnet50"),
-        ("resnet50", r"did you mean parallel_resnet50"),
-        ("parallel_mobilenet_v2", r"did you mean parallel_mobilenetv2"),
+        ("ResNet_50", r"did you mean .*parallel_resnet50"),
+        ("resnet18d", r"did you mean parallel_timm/resnet18d\?"),
         ("parallel_timm/resnet18x", r"did you mean parallel_timm/resnet18"),
         ("parallel_timm/vit_tiny_patch16_224", "has no BatchNorm"),
         ("parallel_vit_b_16", "unknown"),

@@ -42,5 +42,7 @@ def test_a_release_is_evaluated_also_a_quantized_one_and_no_training_goes_on_wit
     assert found is not None
     assert (found.network.qw, found.network.qa) == (32, 2)  # the weights as they are applied
     load_weights(create_model(found.network), found.eval_weights, found.network.sizes)
-    with pytest.raises(UsageError, match="which has no optimizer's state to go on with; start from"):
+    with pytest.raises(
+        UsageError, match="which has no optimizer's state to go on with; start from"
+    ):
         _start(release, [])
