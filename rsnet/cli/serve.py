@@ -82,7 +82,7 @@ def _require_valid(options: Options, most_megapixels: float) -> None:
 
 
 def _require_packages() -> None:
-    for name in ("fastapi", "uvicorn", "python_multipart"):
+    for name in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         try:
             importlib.import_module(name)
         except ImportError:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rsnet.inference.cascade import Prediction
+from rsnet.serving.metrics import CountRequests
 from rsnet.serving.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -57,6 +58,7 @@ def make_app(service: Service, info: dict[str, Any], hosts: Sequence[str] | None
     if hosts is not None:  # else a foreign page could get here under a name of its own
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(_Headers)
+    app.add_middleware(CountRequests, metrics=service.metrics)
 
     @app.post("/classify", dependencies=[Depends(_refuse_other_sites)])
     async def classify(request: Request, choice: Annotated[Choice, Query()]) -> dict[str, Any]:
@@ -76,6 +78,10 @@ def make_app(service: Service, info: dict[str, Any], hosts: Sequence[str] | None
     @app.get("/info")
     async def about() -> dict[str, Any]:
         return info
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return service.metrics.response()
 
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app

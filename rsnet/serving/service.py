@@ -18,6 +18,7 @@ from rsnet.inference.cascade import Cascade, CascadeStage, Prediction
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.serving import upload
 from rsnet.serving.dynamic_batcher import DynamicBatcher
+from rsnet.serving.metrics import Metrics
 from rsnet.serving.size_controller import SizeController
 
 # PIL decodes without Python's lock. Each thread may hold a decoded image of `most_pixels`.
@@ -54,8 +55,9 @@ class Service:
             classifier.predict,
             settings.batch_size,
             settings.batch_wait_s,
-            controller.computed if controller else None,
+            self._note_batch,
         )
+        self.metrics = Metrics(classifier.sizes, lambda: self._under_way)
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
         self._under_way = 0
         # Images by size, of requests whose image is there.
@@ -86,7 +88,9 @@ class Service:
         except UsageError as error:
             raise HTTPException(422, str(error)) from error
         is_free = size is None and confidence is None and budget_ms is None
-        return await self._answer(request, None if is_free and self._controller else cascade)
+        found = await self._answer(request, None if is_free and self._controller else cascade)
+        self.metrics.decided(found[-1].size)
+        return found
 
     async def compare(self, request: Request) -> list[Prediction]:
         """Classify the image in a request at every size, the largest first; raises what `classify` does."""
@@ -146,6 +150,11 @@ class Service:
             left.cancel()
             # Until then the image would still be computed, and the request no longer counted.
             await asyncio.gather(task, left, return_exceptions=True)
+
+    def _note_batch(self, size: int, images: int, ms: float) -> None:
+        self.metrics.computed(size, images, ms)
+        if self._controller is not None:
+            self._controller.computed(size, images, ms)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
