@@ -2,9 +2,8 @@
 
 A .beton file is opened only if it is complete, and written in order by one thread: FFCV's own reader opens
 half-written and truncated files without complaint, and its writer hangs forever on one bad sample. The
-layout (header, field descriptors, samples, pages of data, allocation table) is described by the dtypes in
-`ffcv.types`, which the reader and the writer here share. The sidecar says what the file was made from, and
-its size and SHA-256.
+layout is in `pipelines.ffcv.layout`, which the reader and the writer here share. The sidecar says what the
+file was made from, and its size and SHA-256.
 """
 
 from __future__ import annotations
@@ -17,26 +16,23 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.ffcv.turbojpeg import Bytes, kept_threads
+from pipelines.ffcv.layout import (
+    ALLOCATION,
+    DESCRIPTOR,
+    FIELDS,
+    HEADER,
+    JPG,
+    KINDS,
+    RAW,
+    VERSION,
+    Bytes,
+    name_of,
+    row_type,
+)
 from pipelines.image_formats import MOST_MEGAPIXELS
 from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.utils.reading import reading
 
-with kept_threads():
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.reader import Reader
-    from ffcv.types import (
-        ALLOC_TABLE_TYPE,
-        CURRENT_VERSION,
-        TYPE_ID_HANDLER,
-        FieldDescType,
-        HeaderType,
-        get_metadata_type,
-    )
-
-RAW, JPG = int(IMAGE_MODES["raw"]), int(IMAGE_MODES["jpg"])
-FIELDS = {"image": RGBImageField(), "label": IntField()}
 # FFCV's own choice. It reads whole pages, so a sample never crosses a page; pages grow for a larger sample.
 PAGE_SIZE = 1 << 23
 MAX_CLASSES = 1 << 20
@@ -82,19 +78,23 @@ def open_beton(path: Path) -> Beton:
     if not path.is_file():
         raise UsageError(f"there is no file {path}; rsnet convert makes it")
     _check_header(path)
-    _check_fields(path)
+    names = _checked_fields(path)
     try:
         with reading(path):
-            reader = Reader(str(path))
+            header = np.fromfile(path, HEADER, count=1)[0]
+            start = HEADER.itemsize + len(names) * DESCRIPTOR.itemsize
+            rows = np.fromfile(path, row_type(names), int(header["num_samples"]), offset=start)
+            table = np.fromfile(path, ALLOCATION, offset=int(header["alloc_table_ptr"]))
     except RunError:
         raise
-    except Exception as error:  # FFCV checks nothing: whatever numpy says of the bytes
+    except Exception as error:  # whatever numpy says of the bytes
         raise _broken_file(path, f"its header is damaged ({error!r})") from None
-    columns = dict(zip(reader.handlers, reader.metadata.dtype.names, strict=True))
-    image, labels = (reader.metadata[columns[name]] for name in FIELDS)
+    if len(rows) != header["num_samples"]:
+        raise _broken_file(path, "it has fewer rows than samples")
+    image, labels = (rows[f"f{names.index(name)}"] for name in FIELDS)
     samples = Samples(
         image["data_ptr"].copy(),
-        _stored_sizes(path, image["data_ptr"], reader.alloc_table),
+        _stored_sizes(path, image["data_ptr"], table),
         image["height"].astype(np.int64),
         image["width"].astype(np.int64),
         image["mode"].copy(),
@@ -108,7 +108,7 @@ def open_beton(path: Path) -> Beton:
     wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():
         raise _broken_file(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
-    return Beton(path, samples, labels.astype(np.int64), int(reader.page_size))
+    return Beton(path, samples, labels.astype(np.int64), int(header["page_size"]))
 
 
 def table_sha256(path: Path) -> str:
@@ -116,12 +116,12 @@ def table_sha256(path: Path) -> str:
 
     Takes 0.1 s for ImageNet's 70 MB.
     """
-    header = np.fromfile(path, HeaderType, count=1)[0]
-    metadata = int(header["num_samples"]) * get_metadata_type(list(FIELDS.values())).itemsize
-    descriptors = int(header["num_fields"]) * FieldDescType.itemsize
+    header = np.fromfile(path, HEADER, count=1)[0]
+    metadata = int(header["num_samples"]) * row_type(FIELDS).itemsize
+    descriptors = int(header["num_fields"]) * DESCRIPTOR.itemsize
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest.update(file.read(HeaderType.itemsize + descriptors + metadata))
+        digest.update(file.read(HEADER.itemsize + descriptors + metadata))
         file.seek(int(header["alloc_table_ptr"]))
         digest.update(file.read())
     return digest.hexdigest()
@@ -152,12 +152,12 @@ class BetonWriter:
 
     def __init__(self, file: BinaryIO, capacity: int) -> None:
         self._file = file
-        self._samples = np.zeros(capacity, get_metadata_type(list(FIELDS.values())))
-        self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._samples = np.zeros(capacity, row_type(FIELDS))
+        self._table = np.zeros(capacity, ALLOCATION)
         self._fields = _field_descriptors()
         self._page = PAGE_SIZE
         self._count = 0
-        tables = HeaderType.itemsize + self._fields.nbytes + self._samples.nbytes
+        tables = HEADER.itemsize + self._fields.nbytes + self._samples.nbytes
         self._end = _round_up(int(tables), self._page)
 
     def add(self, sample: Stored, label: int) -> None:
@@ -184,11 +184,11 @@ class BetonWriter:
         """Write the tables and, last of all, the header."""
         self._file.seek(self._end)
         self._file.write(self._table[: self._count].tobytes())
-        header = np.zeros(1, HeaderType)
-        header["version"], header["num_fields"] = CURRENT_VERSION, len(FIELDS)
+        header = np.zeros(1, HEADER)
+        header["version"], header["num_fields"] = VERSION, len(FIELDS)
         header["num_samples"], header["page_size"] = self._count, self._page
         header["alloc_table_ptr"] = self._end
-        self._file.seek(HeaderType.itemsize)
+        self._file.seek(HEADER.itemsize)
         self._file.write(self._fields.tobytes() + self._samples[: self._count].tobytes())
         self._file.flush()
         self._file.seek(0)
@@ -197,41 +197,42 @@ class BetonWriter:
 
 
 def _check_header(path: Path) -> None:
-    """Raise DataError if the file is incomplete, before FFCV reads it.
-
-    FFCV would take all of a half-written file for the allocation table.
-    """
+    """Raise DataError if the file is incomplete: all of a half-written one would be its table."""
     size = path.stat().st_size
-    if size < HeaderType.itemsize:
+    if size < HEADER.itemsize:
         raise _broken_file(path, f"it has {size} bytes only")
     with reading(path):
-        header = np.fromfile(path, HeaderType, count=1)[0]
+        header = np.fromfile(path, HEADER, count=1)[0]
     table, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
-    if header["version"] != CURRENT_VERSION or not 1 <= header["num_fields"] <= 64:
-        raise _broken_file(path, f"it is no FFCV file of version {CURRENT_VERSION}")
+    if header["version"] != VERSION or not 1 <= header["num_fields"] <= 64:
+        raise _broken_file(path, f"it is no FFCV file of version {VERSION}")
     if table == 0:
         raise _broken_file(path, "it was not written to its end")
-    if table + samples * ALLOC_TABLE_TYPE.itemsize != size or not samples:
+    if table + samples * ALLOCATION.itemsize != size or not samples:
         raise _broken_file(path, f"it is cut off, or longer than it should be ({size} bytes)")
 
 
-def _check_fields(path: Path) -> None:
-    """Raise DataError, which names all fields with their types, unless they are an image and a label."""
-    count = int(np.fromfile(path, HeaderType, count=1)[0]["num_fields"])
-    found = _named(np.fromfile(path, FieldDescType, count=count, offset=HeaderType.itemsize))
+def _checked_fields(path: Path) -> list[str]:
+    """Return the fields' names, in their order.
+
+    Raises DataError, which names all with their types, unless they are an image and a label.
+    """
+    count = int(np.fromfile(path, HEADER, count=1)[0]["num_fields"])
+    descriptors = np.fromfile(path, DESCRIPTOR, count=count, offset=HEADER.itemsize)
+    found = _named(descriptors)
     wanted = _named(_field_descriptors())
     if sorted(found) != sorted(wanted):
         raise _broken_file(
             path, f"its fields are {', '.join(found)} instead of {' and '.join(wanted)}"
         )
+    return [name_of(descriptor) for descriptor in descriptors]
 
 
 def _named(descriptors: NDArray[Any]) -> list[str]:
     """Return each field as `name (type)`. Of types that FFCV does not know, it has the number alone."""
-    handlers = {n: handler.__name__ for n, handler in TYPE_ID_HANDLER.items() if handler}
+    kinds = dict(enumerate(KINDS))
     return [
-        f"{field['name'].tobytes().partition(bytes(1))[0].decode(errors='backslashreplace')} "
-        f"({handlers.get(int(field['type_id']), 'a type of its own')})"
+        f"{name_of(field)} ({kinds.get(int(field['type_id']), 'a type of its own')})"
         for field in descriptors
     ]
 
@@ -254,10 +255,9 @@ def _broken_file(path: Path, reason: str) -> DataError:
 
 
 def _field_descriptors() -> NDArray[Any]:
-    type_ids = {handler: type_id for type_id, handler in TYPE_ID_HANDLER.items()}
-    descriptors = np.zeros(len(FIELDS), FieldDescType)
+    descriptors = np.zeros(len(FIELDS), DESCRIPTOR)
     for descriptor, (name, field) in zip(descriptors, FIELDS.items(), strict=True):
-        descriptor["type_id"] = type_ids[type(field)]
+        descriptor["type_id"] = field.kind
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
     return descriptors
 

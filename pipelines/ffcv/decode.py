@@ -6,18 +6,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+import pipelines.resize
 from pipelines import transforms
-from pipelines.ffcv import turbojpeg
-from pipelines.ffcv.beton import RAW, Samples
-from pipelines.ffcv.turbojpeg import ACCURATE_DCT, RGB, Bytes, kept_threads
+from pipelines.ffcv import native
+from pipelines.ffcv.beton import Samples
+from pipelines.ffcv.layout import RAW, Bytes
+from pipelines.ffcv.turbojpeg import ACCURATE_DCT, RGB
 from pipelines.resize import Table, resize
 from pipelines.transforms import CropParams, Rectangle, View
-
-with kept_threads():
-    from ffcv.libffcv import read
+from pipelines.utils.compiled import compiler
 
 # `training_views` or `eval_views`.
 Views = Callable[..., None]
@@ -34,16 +33,18 @@ class Job(NamedTuple):
     status: Bytes  # (N,) FINE where the views were written
 
 
-_read = njit(nogil=True)(read)
-_decompress = turbojpeg.decompress
-_read_header = turbojpeg.read_header
-_open_handle = turbojpeg.open_handle
-_close_handle = turbojpeg.close_handle
-_random_resized_crop = njit(nogil=True)(transforms.random_resized_crop)
-_eval_view = njit(nogil=True)(transforms.eval_view)
+_compiled = compiler(__file__, native.__file__, transforms.__file__, pipelines.resize.__file__)
+
+_pread = native.pread
+_decompress = native.decompress
+_read_header = native.read_header
+_open_handle = native.open_handle
+_close_handle = native.close_handle
+_random_resized_crop = _compiled(transforms.random_resized_crop)
+_eval_view = _compiled(transforms.eval_view)
 
 
-@njit(nogil=True)
+@_compiled
 def training_views(file: int, job: Job, first: int, last: int, crop_params: CropParams) -> None:
     """Write samples `first` to `last` - 1 of a batch, cropped and flipped by `crop_params`.
 
@@ -60,7 +61,7 @@ def training_views(file: int, job: Job, first: int, last: int, crop_params: Crop
                 resize(pixels, box, view, crop_params.flip[i, k], job.table, out)
 
 
-@njit(nogil=True)
+@_compiled
 def eval_views(file: int, job: Job, first: int, last: int) -> None:
     """Write samples as `training_views` does, but as evaluation's centre crop of each size."""
     samples, status = job.samples, job.status
@@ -74,12 +75,12 @@ def eval_views(file: int, job: Job, first: int, last: int) -> None:
                 resize(pixels, box, _eval_view(height, width, len(out)), False, job.table, out)
 
 
-@njit(nogil=True)
+@_compiled
 def decode(file: int, samples: Samples, i: int) -> Any:
     """Return the status of sample `i` and, if it is FINE, its pixels as (height, 3 * width)."""
     height, width = samples.height[i], samples.width[i]
     stored = np.empty(samples.size[i], np.uint8)
-    if _read(file, stored, samples.pointer[i]) != stored.size:
+    if _pread(file, stored.ctypes.data, stored.size, samples.pointer[i]) != stored.size:
         return FAULTY, stored.reshape(1, -1)
     if samples.mode[i] == RAW:
         return FINE, stored.reshape(height, 3 * width)
@@ -90,7 +91,7 @@ def decode(file: int, samples: Samples, i: int) -> Any:
     return (FINE if code == 0 else FAULTY), pixels
 
 
-@njit(nogil=True)
+@_compiled
 def _decode_jpeg(handle: Any, jpeg: Bytes, pixels: Bytes) -> Any:
     """Decode into (height, 3 * width); return 0 if the JPEG is sound and has that size."""
     height, width = len(pixels), pixels.shape[1] // 3

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipelines.ffcv.beton import JPG, RAW, Stored
+from pipelines.ffcv.beton import Stored
+from pipelines.ffcv.layout import JPG, RAW, Bytes
 from pipelines.ffcv.options import ConvertOptions, WriteMode
-from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
+from pipelines.ffcv.turbojpeg import decode_jpeg
 from pipelines.image_formats import (
     DECODES_WITH_ERRORS,
     check_image,

@@ -9,29 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
+from pipelines.ffcv.layout import Bytes
 from pipelines.image_formats import MOST_MEGAPIXELS
 from pipelines.utils.errors import DataError
 
 
-@contextlib.contextmanager
-def kept_threads() -> Iterator[None]:
-    """Keep PyTorch's number of threads, which importing FFCV sets to one."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def _load_library() -> ctypes.CDLL:
+    """Load FFCV's library without FFCV, whose import takes five seconds and sets PyTorch's threads to one.
+
+    Raises ImportError if it is not installed.
+    """
+    found = importlib.util.find_spec("ffcv")
+    for folder in found.submodule_search_locations or () if found else ():
+        for path in Path(folder).glob("_libffcv*"):
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:  # a library that it is linked with is missing
+                raise ImportError(str(error), name="ffcv") from error
+    raise ModuleNotFoundError("No module named 'ffcv'", name="ffcv")
 
 
-with kept_threads():
-    from ffcv.libffcv import lib
-
-Bytes = NDArray[np.uint8]
+lib = _load_library()
 
 RGB = 0  # TJPF_RGB
 ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT

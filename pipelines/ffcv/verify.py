@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.ffcv.beton import RAW, Beton, open_beton
+from pipelines.ffcv.beton import Beton, open_beton
+from pipelines.ffcv.layout import RAW, Bytes
 from pipelines.ffcv.sidecar import check_sidecar, read_sidecar
-from pipelines.ffcv.turbojpeg import Bytes, decode_jpeg
+from pipelines.ffcv.turbojpeg import decode_jpeg
 from pipelines.image_formats import memory_errors
 from pipelines.sampler import Indices
 from pipelines.utils.atomic_io import sha256_file

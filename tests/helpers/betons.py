@@ -59,13 +59,10 @@ def damage_sample(beton: Path, index: int) -> None:
 
 def table_of(path: Path) -> np.memmap:
     """The file's table of contents, to be changed in place."""
-    from ffcv.types import FieldDescType, HeaderType, get_metadata_type
+    from pipelines.ffcv.layout import DESCRIPTOR, FIELDS, HEADER, row_type
 
-    from pipelines.ffcv.beton import FIELDS
-
-    start = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
-    dtype = get_metadata_type(list(FIELDS.values()))
-    return np.memmap(path, dtype, "r+", offset=start, shape=17)
+    start = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
+    return np.memmap(path, row_type(FIELDS), "r+", offset=start, shape=17)
 
 
 def samples_of(path: Path) -> list[tuple[int, np.ndarray, int]]:

@@ -38,3 +38,10 @@ def test_a_table_replaces_the_bytes_that_come_without_one(beton, split):
     for values, bytes_ in zip(written(table, np.float32), written(None, np.uint8), strict=True):
         assert bytes_.std() > 10
         np.testing.assert_array_equal(values, bytes_ + np.float32([0, 256, 512]))
+
+
+def test_the_code_of_a_batch_is_kept_for_the_next_process():
+    from pipelines.ffcv import decode
+
+    for function in (decode.training_views, decode.eval_views, decode.decode):
+        assert "numba-" in str(function.stats.cache_path)
