@@ -179,7 +179,7 @@ def run(o: Options) -> int:
     jobs = list(jobs_of(o))
     threads = max(1, len(os.sched_getaffinity(0)) // o.jobs)
     display = ConsoleLogger(active=True)
-    display.start("study", sum(job.work for job in jobs))
+    display.start("study", sum(job.work for job in jobs), images=0)
     done = 0
     for job in jobs:
         claim(job)
@@ -191,7 +191,7 @@ def run(o: Options) -> int:
                 job = running[future]
                 done += job.work
                 write_results(o, jobs)
-                display.update(done, str(job.path.relative_to(o.output.resolve())))
+                display.update(done, str(job.path.relative_to(o.output.resolve())), prints=True)
         finally:
             pool.shutdown(cancel_futures=True)
             display.stop()

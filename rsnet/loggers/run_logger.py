@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,14 @@ class RunLogger:
         self.run_dir, self.console = run_dir, context.console
         self.config, self.device = context.config, context.device
         self.steps_per_epoch = steps_per_epoch
+        self.images = context.global_batch
+        # An evaluation takes as long as so many updates. Until there was one: a forward of all images, which
+        # is a third of a training step's work.
+        self._evaluation = len(context.loaders.val) / self.config.accumulate / 3
+        self._update_s = self._ended = (
+            0.0  # seconds: of an update; when the epoch's last one was done
+        )
+        self._losses = ""
         self._write_header(context)
         self.wandb = start_wandb(context, self.config.output, run_id=wandb_id)
 
@@ -65,6 +74,27 @@ class RunLogger:
         self.console.stop()
         self.wandb.finish(failed)
 
+    def begin_epoch(self, epoch: int, done: int) -> None:
+        """Begin the bar of an epoch, after so many epochs and so many updates of this one."""
+        epochs = self.config.epochs
+        later = (epochs - epoch - 1) * self.steps_per_epoch + (epochs - epoch) * self._evaluation
+        self.console.start(
+            f"epoch {epoch + 1}/{epochs}",
+            self.steps_per_epoch,
+            images=self.images,
+            done=done,
+            later=later,
+        )
+
+    def log_update(self, done: int) -> None:
+        """Move the bar to an update that was queued; the losses beside it are those of the last report."""
+        self.console.update(done, self._losses)
+
+    def end_epoch(self) -> None:
+        """End the bar of an epoch; what follows is its evaluation."""
+        self.console.stop()
+        self._ended = time.perf_counter()
+
     def log_progress(self, p: TrainingProgress, epoch: int, alpha: Mapping[int, float]) -> None:
         """Log the updates since the last call. `epoch`: those that are finished."""
         speed = p.images_per_s * distributed.world_size()
@@ -83,12 +113,13 @@ class RunLogger:
             metrics["skipped_updates"] = p.skipped
         self.run_dir.append_metrics(metrics)
         self.wandb.log(metrics)
-        self.console.update(
-            p.steps_in_epoch, f"loss {p.terms['total']:.4f}  lr {p.lr:.5f}  {speed:.0f} img/s"
-        )
+        self._update_s, self._losses = p.step_time, losses_in_words(p)
+        self.console.update(p.steps_in_epoch, self._losses, prints=True)
 
     def log_evaluation(self, results: Results, epoch: int, step: int) -> None:
         """Log an evaluation after so many epochs and updates."""
+        if self._update_s:
+            self._evaluation = (time.perf_counter() - self._ended) / self._update_s
         metrics: dict[str, Any] = {"step": step, "epoch": epoch}
         for name, values in results.items():
             metrics |= {f"val/{what}@{name}": value for what, value in values.items()}
@@ -112,6 +143,18 @@ class RunLogger:
         )
         self.wandb.log_results(report.COLUMNS, report.rows(results, cost), plot)
         self.console.say(f"run directory {self.config.output}, plot {plot}")
+
+
+def losses_in_words(p: TrainingProgress) -> str:
+    """Return the cross-entropy at the largest and the smallest size, and the learning rate.
+
+    The sum of all losses, which is minimised, has no value that anybody could place.
+    """
+    sizes = [int(name[3:]) for name in p.terms if name.startswith("ce/") and name[3:].isdigit()]
+    ends = dict.fromkeys((max(sizes), min(sizes)))  # one, of one size
+    values = ", ".join(f"{p.terms[f'ce/{size}']:.3f} at {size}" for size in ends)
+    skipped = f"{p.skipped} updates skipped" if p.skipped else ""
+    return ", ".join(filter(None, [f"cross-entropy {values}", f"lr {p.lr:.4g}", skipped]))
 
 
 def start_wandb(

@@ -134,7 +134,7 @@ class TrainingRun:
         for epoch in range(self.epoch, self.config.epochs):
             if self.done == 0:
                 self.train_loader.set_epoch(epoch)
-            self.console.start(f"epoch {epoch + 1}/{self.config.epochs}", self.steps_per_epoch)
+            self.logger.begin_epoch(epoch, self.done)
             train_one_epoch(
                 self.trainer,
                 self.train_loader,
@@ -143,7 +143,7 @@ class TrainingRun:
                 self.done,
                 self._after_update,
             )
-            self.console.stop()
+            self.logger.end_epoch()
             self._act_on(self.vote.count())
             self._share_buffers()
             results = self._evaluate()
@@ -156,6 +156,7 @@ class TrainingRun:
     def _after_update(self) -> None:
         self.watchdog.tick()
         self.done += 1
+        self.logger.log_update(self.done)
         self._act_on(self.vote.cast(self._asked() or (SAVE if self._is_save_due() else 0)))
 
     def _asked(self) -> int:
@@ -315,13 +316,14 @@ def evaluate_with_progress(
 ) -> Results:
     """Evaluate `model` on the run's validation data, and show the progress on the console."""
     console, loader = context.console, context.loaders.val
-    console.start("val", len(loader))
+    images = context.config.batch_size * distributed.world_size()
+    console.start("val", len(loader), images=images)
     done = 0
 
     def on_batch() -> None:
         nonlocal done
         done += 1
-        console.update(done, "", every=10.0)
+        console.update(done)
         after_batch()
 
     results = evaluate(model, loader, context.device, AMP_DTYPES[context.config.amp], on_batch)

@@ -1,95 +1,25 @@
-"""The run directory and what the console shows."""
+"""The run directory."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import json
 import os
-import pty
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.utils import output
-from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import RunError, UsageError
 from rsnet.loggers import run_dir
-from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.run_dir import RunDir, environment, run_directory
 from rsnet.release.from_run import release_run
 from tests.helpers.runs import write_run
 
 ROOT = Path(__file__).parents[2]
-SHOW = """
-from rsnet.loggers.console import ConsoleLogger
-display = ConsoleLogger(True)
-display.start("epoch 1/2", 4)
-for done in (1, 2, 3, 4):
-    display.update(done, f"loss {done}.5")
-display.stop()
-display.say("epoch 1 [done]")
-"""
-
-
-def test_without_a_terminal_progress_is_plain_lines(capsys):
-    display = ConsoleLogger(True)
-    display.start("epoch 1/2", 4)
-    display.update(2, "loss 2.5  lr 0.1")
-    display.update(4, "loss 1.5  lr 0.1")
-    display.say("[no markup]")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("epoch 1/2 2/4  loss 2.5  lr 0.1  eta 0:00:0")
-    assert lines[1:] == ["epoch 1/2 4/4  loss 1.5  lr 0.1  eta 0:00:00", "[no markup]"]
-
-
-def test_on_a_terminal_progress_is_a_bar():
-    parent, child = pty.openpty()
-    environ = os.environ | {"TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", SHOW], stdout=child, env=environ, check=False)
-    os.close(child)
-    shown = os.read(parent, 65536).decode()
-    os.close(parent)
-    assert done.returncode == 0
-    assert "━" in shown
-    assert "4/4" in shown
-    assert "loss 4.5" in shown
-    assert "epoch 1 [done]" in shown
-
-
-def test_ranks_that_are_not_the_first_say_nothing(capsys):
-    display = ConsoleLogger(False)
-    display.start("x", 2)
-    display.update(1, "y")
-    display.say("z")
-    assert capsys.readouterr().out == ""
-
-
-def test_a_console_that_is_lost_is_said_in_the_runs_own_log(tmp_path, monkeypatch):
-    run = RunDir(tmp_path, continues=False, active=True)
-    reader, writer = os.pipe()
-    os.close(reader)
-    file = open(writer, "wb", closefd=False)  # noqa: SIM115
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
-
-    def train() -> int:
-        display = ConsoleLogger(True)
-        display.log = run.note
-        for epoch in (1, 2):
-            display.update(epoch, "loss 0.5")
-            display.say(f"epoch {epoch}/2")
-        return 0
-
-    assert exit_code("train_dali.py", train) == 0
-    lines = [line[20:] for line in (tmp_path / "log.txt").read_text().splitlines()]
-    os.close(writer)
-    assert lines == [
-        "stdout is lost (Broken pipe): the training goes on without", "epoch 1/2", "epoch 2/2",
-    ]  # fmt: skip
 
 
 def test_a_log_that_the_disk_does_not_take_ends_nothing(tmp_path, monkeypatch):
