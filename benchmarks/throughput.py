@@ -36,7 +36,7 @@ from rsnet.config.train_config import TrainConfig
 from rsnet.distributed.device import has_bf16, time_convolutions
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.autocast import AMP_DTYPES
-from rsnet.models.factory import create_model, gflops
+from rsnet.models.factory import create_model, gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import step_profiler as profile
 from rsnet.profiler.report import images_per_s
@@ -150,7 +150,7 @@ def end_to_end(arch: str, o: Options) -> dict[str, Any]:
     loader = dali.make_loaders(dali.DaliOptions(workers=o.workers), spec).train
     assert loader is not None
     trainer, model = make_ours(arch, o, o.amp)
-    cost = sum(gflops(model, size) for size in o.sizes)
+    cost = sum(gmacs(model, size) for size in o.sizes)
     rounds = [profile.profile(trainer, model, loader, cost, o.rounds) for _ in range(3)]
     loader.close()
     speeds = [images_per_s(p) for p in rounds]

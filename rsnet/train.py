@@ -183,7 +183,7 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     console.say_table(report.table(results, cost))
     if writes and distributed.is_main():
         run_dir = RunDir(config.output, continues=True, active=True)
-        run_dir.write_json("evaluation.json", {"gflops": cost, **results})
+        run_dir.write_json("evaluation.json", {"gmacs": cost, **results})
         report.plot(config.output / "evaluation.png", config.arch, results, cost)
     return results
 

@@ -80,7 +80,7 @@ def files(tmp_path_factory) -> Path:
     shutil.copytree(FOLDER / "run", folder / "run")
     names = (*map(str, SIZES), "ensemble")
     results = {name: {"top1": 50.0, "top5": 90.0, "loss": 1.0} for name in names}
-    results |= {"gflops": dict.fromkeys(names, 0.1), "parameters": {"shared": 9, "private": 3}}
+    results |= {"gmacs": dict.fromkeys(names, 0.1), "parameters": {"shared": 9, "private": 3}}
     (folder / "run" / "results.json").write_text(json.dumps(results))
     return folder
 

@@ -95,7 +95,7 @@ def _tables(figures: Figures) -> str:
 
     batch = figures.conditions["batch_size"]
     sizes = text_table(
-        ["size", "GFLOPs", "top-1 %", "top-5 %", "ECE %", "tuned", "ms of 1: p50, p95, p99",
+        ["size", "GMACs", "top-1 %", "top-5 %", "ECE %", "tuned", "ms of 1: p50, p95, p99",
          f"ms of {batch}: p50, p95, p99", "images/s", "peak MB"],
         map(_size_row, figures.sizes),
     )  # fmt: skip
@@ -122,7 +122,7 @@ def _tables(figures: Figures) -> str:
 def _size_row(s: SizeFigures) -> list[str]:
     tuned = "" if s.tuned_ece is None else f"{s.tuned_ece:.2f}"
     return [
-        str(s.size), f"{s.gflops:.3f}", f"{s.top1:.2f}", f"{s.top5:.2f}", f"{s.ece:.2f}", tuned,
+        str(s.size), f"{s.gmacs:.3f}", f"{s.top1:.2f}", f"{s.top5:.2f}", f"{s.ece:.2f}", tuned,
         _times(s.ms_one), _times(s.ms_batch), f"{s.images_per_s:.0f}", f"{s.peak_mb:.1f}",
     ]  # fmt: skip
 

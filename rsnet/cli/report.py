@@ -14,7 +14,7 @@ from pipelines.utils.text import printable
 
 @dataclass(frozen=True)
 class Options:
-    """Compare finished runs: a table, and a plot of accuracy over FLOPs."""
+    """Compare finished runs: a table, and a plot of accuracy over GMACs."""
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")]]
     """Run directories, or checkpoints in them."""

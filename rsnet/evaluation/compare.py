@@ -1,4 +1,4 @@
-"""Finished runs side by side: accuracy, FLOPs, parameters and speed, as tables and as a plot."""
+"""Finished runs side by side: accuracy, GMACs, parameters and speed, as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from pipelines.utils.errors import UsageError
 from pipelines.utils.schema import parsing, read_json
+from rsnet.config.costs import require_gmacs
 from rsnet.losses import ENSEMBLE
 
 
@@ -23,7 +24,7 @@ class RunSummary:
     path: Path
     seed: int
     top1: dict[str, float]  # % by size, and of the ensemble
-    gflops: dict[str, float]  # an image
+    gmacs: dict[str, float]  # an image
     shared: int  # parameters
     private: int
     images: float  # trained on
@@ -52,7 +53,8 @@ def read_run(path: Path) -> RunSummary:
         metrics = path / "metrics.jsonl"
         with parsing(metrics, remedy):
             lines = [json.loads(line) for line in metrics.read_bytes().splitlines()]
-        gflops, parameters = results.pop("gflops"), results.pop("parameters")
+        require_gmacs(results)
+        gmacs, parameters = results.pop("gmacs"), results.pop("parameters")
         if len(results) == 2:
             results.pop(ENSEMBLE)  # of one size: itself
         images, seconds = _work([line for line in lines if "perf/step_time" in line])
@@ -60,7 +62,7 @@ def read_run(path: Path) -> RunSummary:
             path=path,
             seed=config["seed"],
             top1={name: r["top1"] for name, r in results.items()},
-            gflops=gflops,
+            gmacs=gmacs,
             shared=parameters["shared"],
             private=parameters["private"],
             images=images,
@@ -72,12 +74,10 @@ def tables(groups: Groups) -> str:
     """Return two Markdown tables: top-1 by size, and what it costs. Mean ± standard deviation over runs."""
     names = _sizes(groups)
     accuracy = [["top-1 %", *names]]
-    cost = [
-        ["", "GFLOPs an image", "parameters shared", "private", "images/s", "training, minutes"]
-    ]
+    cost = [["", "GMACs an image", "parameters shared", "private", "images/s", "training, minutes"]]
     for label, runs in groups.items():
         accuracy.append([label, *(_mean_and_spread([r.top1.get(n) for r in runs]) for n in names)])
-        gflops = {n: r.gflops[n] for r in runs for n in r.sizes}
+        gmacs = {n: r.gmacs[n] for r in runs for n in r.sizes}
         # Networks of one size each are counted together: what all sizes cost.
         seeds = len({r.seed for r in runs})
         seconds = sum(r.seconds for r in runs) / seeds
@@ -85,7 +85,7 @@ def tables(groups: Groups) -> str:
         cost.append(
             [
                 label,
-                " ".join(f"{gflops[n]:.3g}" for n in names if n in gflops),
+                " ".join(f"{gmacs[n]:.3g}" for n in names if n in gmacs),
                 f"{sum(r.shared for r in runs) / seeds:,.0f}",
                 f"{sum(r.private for r in runs) / seeds:,.0f}",
                 f"{images / seconds:.0f}" if seconds else "",
@@ -96,19 +96,19 @@ def tables(groups: Groups) -> str:
 
 
 def plot(path: Path, groups: Groups) -> None:
-    """Plot top-1 over GFLOPs, one line a group, bars for the standard deviation; a PNG at `path`."""
+    """Plot top-1 over GMACs, one line a group, bars for the standard deviation; a PNG at `path`."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for label, runs in groups.items():
         names = [n for n in _sizes({label: runs}) if n != ENSEMBLE]
-        x = [next(r.gflops[n] for r in runs if n in r.gflops) for n in names]
+        x = [next(r.gmacs[n] for r in runs if n in r.gmacs) for n in names]
         top1 = [[r.top1[n] for r in runs if n in r.top1] for n in names]
         y = [statistics.mean(values) for values in top1]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1]
         axes.errorbar(x, y, spread, fmt="o-", capsize=3, label=label)
         for name, at_x, at_y in zip(names, x, y, strict=True):
             axes.annotate(name, (at_x, at_y), textcoords="offset points", xytext=(4, -10), size=7)
-    axes.set(xlabel="GFLOPs an image", ylabel="top-1 %")
+    axes.set(xlabel="GMACs an image", ylabel="top-1 %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)

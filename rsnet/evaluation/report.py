@@ -1,4 +1,4 @@
-"""Results of an evaluation as a table and as a plot of accuracy over FLOPs."""
+"""Results of an evaluation as a table and as a plot of accuracy over GMACs."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from matplotlib.figure import Figure
 
 from pipelines.utils.tables import text_table
 from rsnet.losses import ENSEMBLE
-from rsnet.models.factory import gflops
+from rsnet.models.factory import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 
-COLUMNS: list[str | int] = ["size", "GFLOPs", "top1", "top5", "loss"]
+COLUMNS: list[str | int] = ["size", "GMACs", "top1", "top5", "loss"]
 
 Results = Mapping[str, Mapping[str, float]]
 
 
-def rows(results: Results, gflops: Mapping[str, float]) -> list[list[str | float]]:
+def rows(results: Results, gmacs: Mapping[str, float]) -> list[list[str | float]]:
     """Return a row of `COLUMNS` per size, the largest first, and the ensemble's, which costs all of them."""
-    return [[name, gflops[name], r["top1"], r["top5"], r["loss"]] for name, r in results.items()]
+    return [[name, gmacs[name], r["top1"], r["top5"], r["loss"]] for name, r in results.items()]
 
 
-def cost(sizes: Sequence[int], gflops: Sequence[float]) -> dict[str, float]:
-    """Return the GFLOPs by the names that `Results` have."""
-    return dict(zip(map(str, sizes), gflops, strict=True)) | {ENSEMBLE: sum(gflops)}
+def cost(sizes: Sequence[int], gmacs: Sequence[float]) -> dict[str, float]:
+    """Return the GMACs by the names that `Results` have."""
+    return dict(zip(map(str, sizes), gmacs, strict=True)) | {ENSEMBLE: sum(gmacs)}
 
 
 def model_cost(model: ResolutionSwitchable) -> dict[str, float]:
-    """Return the GFLOPs an image of a network, at every size and of the ensemble."""
-    return cost(model.sizes, [gflops(model, size) for size in model.sizes])
+    """Return the GMACs an image of a network, at every size and of the ensemble."""
+    return cost(model.sizes, [gmacs(model, size) for size in model.sizes])
 
 
-def table(results: Results, gflops: Mapping[str, float]) -> str:
+def table(results: Results, gmacs: Mapping[str, float]) -> str:
     """Return the rows as aligned text."""
     return text_table(
-        ["size", "GFLOPs", "top-1 %", "top-5 %", "loss"],
+        ["size", "GMACs", "top-1 %", "top-5 %", "loss"],
         [
             [str(name), f"{cost_:.3f}", f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}"]
-            for name, cost_, top1, top5, loss in rows(results, gflops)
+            for name, cost_, top1, top5, loss in rows(results, gmacs)
         ],
     )
 
 
-def plot(path: Path, title: str, results: Results, gflops: Mapping[str, float]) -> None:
-    """Plot top-1 over GFLOPs, one point per size, and the ensemble apart; a PNG at `path`."""
+def plot(path: Path, title: str, results: Results, gmacs: Mapping[str, float]) -> None:
+    """Plot top-1 over GMACs, one point per size, and the ensemble apart; a PNG at `path`."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     sizes = [name for name in results if name != ENSEMBLE]
-    x = [gflops[s] for s in sizes]
+    x = [gmacs[s] for s in sizes]
     y = [results[s]["top1"] for s in sizes]
     axes.plot(x, y, "o-", label="one network, its resolutions")
     for name, at_x, at_y in zip(sizes, x, y, strict=True):
         axes.annotate(name, (at_x, at_y), textcoords="offset points", xytext=(4, -12))
-    axes.plot(gflops[ENSEMBLE], results[ENSEMBLE]["top1"], "*", ms=12, label="their ensemble")
-    axes.set(xlabel="GFLOPs an image", ylabel="top-1 %", title=title)
+    axes.plot(gmacs[ENSEMBLE], results[ENSEMBLE]["top1"], "*", ms=12, label="their ensemble")
+    axes.set(xlabel="GMACs an image", ylabel="top-1 %", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)

@@ -36,14 +36,14 @@ Times = dict[str, float]
 class SizeFigures:
     """Figures of a size on this device.
 
-    gflops: an image's. top1, top5, ece (calibration error): in %.
+    gmacs: an image's. top1, top5, ece (calibration error): in %.
     tuned_ece: ece with the temperature in tuned.json, of the images that it was not fitted to; or None.
     ms_one, ms_batch: of one image and of a whole batch, from pixels on the host to probabilities there.
     peak_mb: of a batch's forward, beside the weights.
     """
 
     size: int
-    gflops: float
+    gmacs: float
     top1: float
     top5: float
     ece: float
@@ -174,7 +174,7 @@ def _size(
     forward = classifier.blank_forward(classifier.batch_size)
     return SizeFigures(
         size=size,
-        gflops=classifier.config["gflops"][str(size)],
+        gmacs=classifier.config["gmacs"][str(size)],
         top1=_accuracy(logits, labels, 1),
         top5=_accuracy(logits, labels, 5),
         ece=_ece(scores, size),

@@ -10,7 +10,7 @@ from pipelines.utils.atomic_io import atomic_write_json
 from rsnet.inference.benchmark import CascadeFigures, Figures
 
 COLUMNS: list[str | int] = [
-    "size", "GFLOPs", "top1", "top5", "ece", "tuned_ece", "ms_one_p50", "ms_one_p95", "ms_one_p99",
+    "size", "GMACs", "top1", "top5", "ece", "tuned_ece", "ms_one_p50", "ms_one_p95", "ms_one_p99",
     "ms_batch_p50", "ms_batch_p95", "ms_batch_p99", "images_per_s", "peak_mb",
 ]  # fmt: skip
 
@@ -19,7 +19,7 @@ def rows(figures: Figures) -> list[list[Any]]:
     """Return one row of `COLUMNS` per size, the largest first."""
     return [
         [
-            str(s.size), s.gflops, s.top1, s.top5, s.ece, s.tuned_ece, *s.ms_one.values(),
+            str(s.size), s.gmacs, s.top1, s.top5, s.ece, s.tuned_ece, *s.ms_one.values(),
             *s.ms_batch.values(), s.images_per_s, s.peak_mb,
         ]
         for s in figures.sizes

@@ -131,15 +131,15 @@ class RunLogger:
     def log_results(
         self, results: Results, cost: Mapping[str, float], shared: int, private: int
     ) -> None:
-        """Log the last evaluation as a table, a file and a plot, with GFLOPs and numbers of parameters."""
+        """Log the last evaluation as a table, a file and a plot, with GMACs and numbers of parameters."""
         if not distributed.is_main():
             return
         self.console.say_table(report.table(results, cost))
-        plot = self.config.output / "accuracy_flops.png"
+        plot = self.config.output / "accuracy_gmacs.png"
         report.plot(plot, self.config.arch, results, cost)
         self.run_dir.write_json(
             "results.json",
-            {"gflops": cost, "parameters": {"shared": shared, "private": private}, **results},
+            {"gmacs": cost, "parameters": {"shared": shared, "private": private}, **results},
         )
         self.wandb.log_results(report.COLUMNS, report.rows(results, cost), plot)
         self.console.say(f"run directory {self.config.output}, plot {plot}")

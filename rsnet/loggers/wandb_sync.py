@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.utils.errors import DataError, UsageError, first_line
 from pipelines.utils.schema import parsing, read_json
+from rsnet.config.costs import require_gmacs
 from rsnet.evaluation import report
 from rsnet.loggers import wandb_service
 from rsnet.loggers.wandb_logger import Sent, read_sent, write_sent
@@ -57,9 +58,12 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Table | Non
     if not (path / "results.json").exists():
         return rows, config, None
     results = read_json(path / "results.json", _REMEDY)
-    gflops = results.pop("gflops")
+    require_gmacs(results)
+    gmacs = results.pop("gmacs")
     del results["parameters"]
-    table = report.COLUMNS, report.rows(results, gflops), path / "accuracy_flops.png"
+    older = path / "accuracy_flops.png"  # as it was called before
+    plot = older if older.exists() else path / "accuracy_gmacs.png"
+    table = report.COLUMNS, report.rows(results, gmacs), plot
     return rows, config, table
 
 

@@ -182,13 +182,13 @@ def fuse_batchnorm(model: ResolutionSwitchable, arch: str) -> str:
     return f"--fused-bn: {len(fused)} of {len(norms)} BatchNorm layers are fused{alone}"
 
 
-def gflops(model: nn.Module, size: int) -> float:
-    """Return the forward GFLOP (2 x multiply-accumulate) of one (3, size, size) image."""
+def gmacs(model: nn.Module, size: int) -> float:
+    """Return the forward GMACs (10^9 multiply-accumulates) of one (3, size, size) image."""
     on_meta = _shape_only(model)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         on_meta(torch.empty(1, 3, size, size, device="meta"))
-    return float(counter.get_total_flops()) / 1e9
+    return float(counter.get_total_flops()) / 2e9  # PyTorch counts additions, too
 
 
 def _shape_only(model: Network) -> Network:

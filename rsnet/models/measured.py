@@ -7,7 +7,7 @@ from torchvision.models import get_model_weights
 
 from rsnet.config.model_config import TIMM_PREFIX, ModelConfig
 from rsnet.config.networks import PIXELS, Network
-from rsnet.models.factory import WeightsOnMeta, build_ordinary, gflops, library_name
+from rsnet.models.factory import WeightsOnMeta, build_ordinary, gmacs, library_name
 
 
 def measure(arch: str) -> Network | None:
@@ -20,11 +20,11 @@ def measure(arch: str) -> Network | None:
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return None
     try:
-        gmacs = round(gflops(network, PIXELS) / 2, 4)
+        cost = round(gmacs(network, PIXELS), 4)
     except Exception:  # of a network that takes images of another size alone, whatever it raises
-        gmacs = None
+        cost = None
     count = sum(parameter.numel() for parameter in network.parameters())
-    return Network(arch, count, gmacs, _weights(arch))
+    return Network(arch, count, cost, _weights(arch))
 
 
 def _weights(arch: str) -> tuple[str, ...]:

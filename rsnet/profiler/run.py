@@ -23,7 +23,7 @@ from rsnet.distributed import process_group as distributed
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import environment
 from rsnet.loggers.run_logger import start_wandb
-from rsnet.models.factory import gflops
+from rsnet.models.factory import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import Profile, endless, profile
@@ -41,7 +41,7 @@ class ProfileRun:
     def __init__(self, context: RunContext) -> None:
         self.context, self.config, self.say = context, context.config, context.console.say
         self.folder = self.config.output / "profile"
-        self.cost = sum(gflops(context.model, size) for size in context.model.sizes)
+        self.cost = sum(gmacs(context.model, size) for size in context.model.sizes)
 
     def run(
         self,

@@ -120,13 +120,13 @@ def profile(
     trainer: Trainer,
     model: ResolutionSwitchable,
     loader: Loader,
-    step_gflops: float,
+    step_gmacs: float,
     steps: int,
     deadline: float = math.inf,
 ) -> Profile:
     """Measure `steps` steps of each kind. The trainer trains on: its weights are not worth keeping.
 
-    step_gflops: forward GFLOPs of one image at all sizes. deadline: of `time.perf_counter`.
+    step_gmacs: forward GMACs of one image at all sizes. deadline: of `time.perf_counter`.
 
     Raises OutOfTimeError at the first batch after the deadline.
     """
@@ -147,8 +147,8 @@ def profile(
     compute = time_steps(trainer, model, in_time(_repeat(batches)), steps)
     peak = peak_memory_gb(device)
     together = time_steps(trainer, model, in_time(endless(loader)), steps)
-    # Backward is twice forward: gradients of inputs and of weights.
-    tflops = 3 * step_gflops * images / compute.mean
+    # Backward is twice forward: gradients of inputs and of weights. A MAC is two FLOPs.
+    tflops = 6 * step_gmacs * images / compute.mean
     return Profile(
         images, alone, compute, together, peak, tflops, measure_peak_tflops(device, trainer.amp)
     )

@@ -20,6 +20,7 @@ from pipelines.utils.schema import (
     require,
     require_fields,
 )
+from rsnet.config.costs import require_gmacs
 from rsnet.config.model_rules import require_network
 from rsnet.losses import ENSEMBLE
 
@@ -33,7 +34,7 @@ _TOP = {
     "preprocessing": OBJECT,
     "weights": OBJECT,
     "parameters": OBJECT,
-    "gflops": OBJECT,
+    "gmacs": OBJECT,
     "accuracy": OBJECT | NOTHING,
     "source": OBJECT,
     "versions": OBJECT,
@@ -75,13 +76,14 @@ def parse(data: bytes) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         found = reprlib.repr(config.get("format"))
         raise DataError(f"is of format {found}; this version reads {FORMAT}")
+    require_gmacs(config)
     require_fields(config, _TOP)
     network = config["network"]
     require_network(network, "network.")
     require_fields(config["weights"], _WEIGHTS, "weights.")
     require_fields(config["parameters"], _PARAMETERS, "parameters.")
     names = result_names(network)
-    require_fields(config["gflops"], dict.fromkeys(names, number(0, 1e9)), "gflops.")
+    require_fields(config["gmacs"], dict.fromkeys(names, number(0, 1e9)), "gmacs.")
     if config["accuracy"] is not None:
         require_fields(config["accuracy"], dict.fromkeys(names, OBJECT), "accuracy.")
         for name in names:

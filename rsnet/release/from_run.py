@@ -12,7 +12,7 @@ from typing import Any
 
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.losses import ENSEMBLE
-from rsnet.models.factory import gflops
+from rsnet.models.factory import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package
 from rsnet.release.config import result_names
@@ -61,10 +61,10 @@ def released(source: Source) -> package.Release:
 
 def _facts(source: Source, model: ResolutionSwitchable) -> dict[str, Any]:
     """Return what `package.write` is told of a network."""
-    costs = {str(size): gflops(model, size) for size in model.sizes}
+    costs = {str(size): gmacs(model, size) for size in model.sizes}
     run_dir = source.run_dir
     return {
-        "gflops": costs | {ENSEMBLE: sum(costs.values())},
+        "gmacs": costs | {ENSEMBLE: sum(costs.values())},
         "accuracy": _accuracy(run_dir, source.checkpoint) if run_dir else None,
         "averaged": source.checkpoint.ema is not None,
         "source": {

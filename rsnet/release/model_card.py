@@ -156,16 +156,16 @@ def _what_is_private(norm: str) -> str:
 
 
 def _table(config: Mapping[str, Any]) -> str:
-    lines = ["| size | top-1 % | top-5 % | GFLOPs |", "|---|---|---|---|"]
-    for name, gflops in config["gflops"].items():
+    lines = ["| size | top-1 % | top-5 % | GMACs |", "|---|---|---|---|"]
+    for name, gmacs in config["gmacs"].items():
         result = (config["accuracy"] or {}).get(name)
         top1, top5 = (f"{result[k]:.2f}" if result else "" for k in ("top1", "top5"))
-        lines.append(f"| {name} | {top1} | {top5} | {gflops:.3f} |")
+        lines.append(f"| {name} | {top1} | {top5} | {gmacs:.3f} |")
     return "\n".join(lines)
 
 
 def _note(is_evaluated: bool, added: Collection[str]) -> str:
-    cost = "GFLOPs (2 x multiply-accumulate) are an image's; the ensemble needs all sizes."
+    cost = "GMACs (10^9 multiply-accumulates) are an image's; the ensemble needs all sizes."
     if added:
         cost += f" Added after the training, without weight in the ensemble: {', '.join(added)}."
     how = f"Accuracies are of the {_DATASET}, one centre crop each."

@@ -61,14 +61,14 @@ def write(
     network: Mapping[str, Any],
     model: ResolutionSwitchable,
     *,
-    gflops: Mapping[str, float],
+    gmacs: Mapping[str, float],
     accuracy: Mapping[str, Mapping[str, float]] | None,
     averaged: bool,
     source: Mapping[str, Any],
 ) -> Release:
     """Write the release `folder`, whole or not at all, and return what is read back from it.
 
-    network: the description of `model`, as checkpoints have it. gflops, accuracy ("top1" and "top5" in %):
+    network: the description of `model`, as checkpoints have it. gmacs, accuracy ("top1" and "top5" in %):
     of each size and of the ensemble, by name. averaged: whether the weights are an average over training
     steps. source: where they come from.
 
@@ -77,7 +77,7 @@ def write(
     folder = Path(folder)
     _require_new(folder)
     config, data = _serialized(
-        network, model, gflops=gflops, accuracy=accuracy, averaged=averaged, source=source
+        network, model, gmacs=gmacs, accuracy=accuracy, averaged=averaged, source=source
     )
     with atomic_directory(folder) as temporary:
         atomic_write(temporary / WEIGHTS, data)
@@ -127,7 +127,7 @@ def _serialized(
     network: Mapping[str, Any],
     model: ResolutionSwitchable,
     *,
-    gflops: Mapping[str, float],
+    gmacs: Mapping[str, float],
     accuracy: Mapping[str, Mapping[str, float]] | None,
     averaged: bool,
     source: Mapping[str, Any],
@@ -140,7 +140,7 @@ def _serialized(
         "network": dict(network),
         "preprocessing": release_config.preprocessing(network),
         "accuracy": accuracy,
-        "gflops": dict(gflops),
+        "gmacs": dict(gmacs),
         "parameters": {"shared": shared, "private": private},
         "weights": {
             "sha256": hashlib.sha256(data).hexdigest(),

@@ -68,7 +68,7 @@ def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
         f"    tried.touch()\n"
         f"    sys.exit('the disk is full')\n"
         f"one = {{'top1': 50.0, 'top5': 90.0, 'loss': 1.0}}\n"
-        f"results = {{'gflops': {{'32': 1.0, 'ensemble': 1.0}}}}\n"
+        f"results = {{'gmacs': {{'32': 1.0, 'ensemble': 1.0}}}}\n"
         f"results['parameters'] = {{'shared': 9, 'private': 1}}\n"
         f"(run / 'results.json').write_text(json.dumps({{**results, '32': one, 'ensemble': one}}))\n"
         f"seed = int(words[words.index('--seed') + 1])\n"

@@ -66,7 +66,7 @@ def test_a_training_whose_wandb_service_dies_ends_well_and_is_sent_whole(
     )  # fmt: skip
     assert wandb_server.metrics(sent.id) == _lines(run)
     assert f"run-{sent.id}-results" in wandb_server.files
-    assert any("accuracy_flops" in name for name in wandb_server.files)
+    assert any("accuracy_gmacs" in name for name in wandb_server.files)
     assert wandb_server.exit_codes[sent.id] == 0
 
     wandb_server.history.clear()

@@ -15,9 +15,9 @@ from rsnet.evaluation.compare import plot, read_run, tables
 def _run(path, top1: dict[str, float], seed=0, step_time=0.5, steps=(10, 14)):
     """A finished run of batches of 32 images; its metrics speak of steps up to each of `steps`."""
     path.mkdir(parents=True)
-    results = {"gflops": {}, "parameters": {"shared": 1000, "private": 24}}
+    results = {"gmacs": {}, "parameters": {"shared": 1000, "private": 24}}
     for i, (name, value) in enumerate(top1.items()):
-        results["gflops"][name] = 4.0 / (i + 1)
+        results["gmacs"][name] = 4.0 / (i + 1)
         results[name] = {"top1": value, "top5": value + 5, "loss": 1.0}
     (path / "results.json").write_text(json.dumps(results))
     (path / "config.json").write_text(json.dumps({"seed": seed}))
@@ -125,3 +125,12 @@ def test_what_is_no_finished_run_is_named(tmp_path, capsys):
     (run / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match=r"metrics\.jsonl: No such file"):
         read_run(run)
+
+
+def test_a_run_whose_costs_are_in_gflops_is_read_in_gmacs(tmp_path):
+    """As version 0.1 wrote them, two for a multiply-accumulate."""
+    run = _run(tmp_path / "run", {"64": 70.0, "32": 60.0, "ensemble": 71.0})
+    written = json.loads((run / "results.json").read_text())
+    before = {name: 2 * value for name, value in written.pop("gmacs").items()}
+    (run / "results.json").write_text(json.dumps(written | {"gflops": before}))
+    assert read_run(run).gmacs == {"64": 4.0, "32": 2.0, "ensemble": pytest.approx(4 / 3)}

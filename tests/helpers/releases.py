@@ -47,7 +47,7 @@ def write(folder: Path, accuracy: dict | None = None, **changes: object) -> Path
     names = [*map(str, network["sizes"]), "ensemble"]
     release.write(
         folder, network, model,
-        gflops=dict.fromkeys(names, 1.0), accuracy=accuracy, averaged=False, source={},
+        gmacs=dict.fromkeys(names, 1.0), accuracy=accuracy, averaged=False, source={},
     )  # fmt: skip
     return folder
 

@@ -17,7 +17,7 @@ from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.loggers import wandb_service
-from rsnet.models.factory import create_model, gflops
+from rsnet.models.factory import create_model, gmacs
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import WARMUP_STEPS, Profile, Times, profile, time_steps
 from rsnet.train import main
@@ -69,7 +69,7 @@ def test_the_parts_of_a_step_are_the_whole(clock):
 def test_what_is_slow_is_named(clock, monkeypatch, loader_pause, network_pause, name, flag):
     monkeypatch.setattr(profile_report.os, "sched_getaffinity", lambda _: range(8))
     config, trainer, model, loader = _setup(clock, loader_pause, network_pause)
-    found = profile(trainer, model, loader, sum(gflops(model, s) for s in SIZES), 3)
+    found = profile(trainer, model, loader, sum(gmacs(model, s) for s in SIZES), 3)
     assert found.bottleneck == name
     line = profile_report.advice(found, config, DaliOptions(workers=1))
     assert line.startswith(f"bottleneck: the {name} (")

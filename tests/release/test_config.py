@@ -56,7 +56,7 @@ def test_a_config_that_is_none_is_refused(folder, capsys, text, message):
         ({"sizes": [10**9, 48, 32]}, 1, "integers from 1 to 4096"),
         ({"sizes": list(range(132, 99, -1))}, 1, "up to 32 integers"),
         ({"sizes": [64.0, 48.0, 32.0]}, 1, "must be up to 32 integers"),
-        ({"sizes": [64, 48]}, 1, "gflops|preprocessing|does not fit"),
+        ({"sizes": [64, 48]}, 1, "gmacs|preprocessing|does not fit"),
         ({"num_classes": 10**9}, 1, "is 1000000000, must be an integer from 1 to 1000000"),
         ({"num_classes": -1}, 1, "must be an integer from 1 to 1000000"),
         ({"num_classes": True}, 1, "must be an integer from 1 to 1000000"),

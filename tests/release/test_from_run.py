@@ -91,10 +91,8 @@ def test_the_config_has_what_the_network_costs(run, folder):
     for size in SIZES:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, size, size))
-        assert config["gflops"][str(size)] == pytest.approx(counter.get_total_flops() / 1e9)
-    assert config["gflops"]["ensemble"] == pytest.approx(
-        sum(config["gflops"][str(s)] for s in SIZES)
-    )
+        assert config["gmacs"][str(size)] == pytest.approx(counter.get_total_flops() / 2e9)
+    assert config["gmacs"]["ensemble"] == pytest.approx(sum(config["gmacs"][str(s)] for s in SIZES))
     assert sum(config["parameters"].values()) == sum(p.numel() for p in model.parameters())
 
 

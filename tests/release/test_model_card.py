@@ -39,9 +39,9 @@ def test_the_card_has_the_hubs_metadata(folder):
 
 
 def test_the_card_says_what_the_network_is_worth_and_needs(folder):
-    card, gflops = (folder / "README.md").read_text(), read_config(folder)["gflops"]
-    assert f"| 64 | 20.00 | 52.00 | {gflops['64']:.3f} |" in card
-    assert f"| ensemble | 23.00 | 55.00 | {gflops['ensemble']:.3f} |" in card
+    card, gmacs = (folder / "README.md").read_text(), read_config(folder)["gmacs"]
+    assert f"| 64 | 20.00 | 52.00 | {gmacs['64']:.3f} |" in card
+    assert f"| ensemble | 23.00 | 55.00 | {gmacs['ensemble']:.3f} |" in card
     assert "(64: 73, 48: 54, 32: 36)" in card
     assert "private to one of them: its\nBatchNorm, and its weight in the ensemble." in card
     assert "[0.485, 0.456, 0.406]" in card

@@ -352,10 +352,10 @@ def test_a_network_that_its_file_cannot_hold_takes_no_memory(folder, capsys, mon
 
 def test_an_arch_is_never_built_from_a_description_that_is_refused(folder, monkeypatch, capsys):
     config = read_config(folder)
-    del config["gflops"]
+    del config["gmacs"]
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(release, "create_model", lambda *_: pytest.fail("built"))
-    assert "gflops is missing" in refusal(folder, capsys)[1]
+    assert "gmacs is missing" in refusal(folder, capsys)[1]
 
 
 def test_regnet_can_be_built_without_memory():

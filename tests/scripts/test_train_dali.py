@@ -68,7 +68,7 @@ def trained(photos, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_its_files(trained):
-    for name in ("command.txt", "config.json", "env.json", "results.json", "accuracy_flops.png"):
+    for name in ("command.txt", "config.json", "env.json", "results.json", "accuracy_gmacs.png"):
         assert (trained / name).stat().st_size > 0, name
     for name in ("last.pt", "best.pt", "last.pt.sha256", "best.pt.sha256"):
         assert (trained / "checkpoints" / name).exists()
@@ -80,9 +80,10 @@ def test_a_run_leaves_its_files(trained):
 
 def test_a_run_prints_its_command_its_batch_and_its_table(trained):
     out = (trained / "stdout.txt").read_text()
-    assert "python train_dali.py --data" in out
-    assert "global batch 8 = 8 images x 1 processes x 1 accumulated; 2 steps an epoch" in out
-    table = out[out.index("size  GFLOPs") :].splitlines()
+    assert "python train_dali.py --data" in (trained / "command.txt").read_text()
+    assert "--no-blurpool" not in out
+    assert "global batch  8 = 8 images x 1 processes x 1 accumulated; 2 steps an epoch" in out
+    table = out[out.index("size  GMACs") :].splitlines()
     assert [row.split()[0] for row in table[1:4]] == ["32", "24", "ensemble"]
 
 

@@ -22,7 +22,7 @@ from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
-from rsnet.models.factory import create_model, fuse_batchnorm, gflops
+from rsnet.models.factory import create_model, fuse_batchnorm, gmacs
 from rsnet.models.fold import fold_batchnorm
 from rsnet.models.layers import fused_batchnorm
 from rsnet.models.layers.fused_batchnorm import (
@@ -188,7 +188,7 @@ def test_a_training_step_of_a_fused_network_is_the_networks_own(arch, count, alo
         folded = fold_batchnorm(fused, SIZES[1])
         assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
         torch.testing.assert_close(folded(images[1]), wanted)
-    assert gflops(fused, 32) == gflops(model, 32)
+    assert gmacs(fused, 32) == gmacs(model, 32)
 
 
 @pytest.mark.usefixtures("formulas")
