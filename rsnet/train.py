@@ -21,6 +21,7 @@ from pipelines.sources.options import SplitOptions
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, error_context, first_line
+from pipelines.utils.library_output import apart_from_libraries, keep_library_output
 from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
@@ -37,6 +38,7 @@ from rsnet.distributed.device import has_bf16, peak_memory_gb, time_convolutions
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
 from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
@@ -85,16 +87,17 @@ def main(
             raise RunError(f"another process was lost: {first_line(error)}") from error
         return 0
 
-    try:
-        return exit_code(script, action)
-    except TrainingInterrupted as stop:
-        # A launcher may kill the others when the first one ends.
-        distributed.all_gather_object(None)
-        if distributed.is_main():
-            say(f"{script}: stopped by {stop}; rerun the same command to resume", sys.stderr)
-        return stop.exit_code
-    finally:
-        distributed.shutdown()
+    with apart_from_libraries():
+        try:
+            return exit_code(script, action)
+        except TrainingInterrupted as stop:
+            # A launcher may kill the others when the first one ends.
+            distributed.all_gather_object(None)
+            if distributed.is_main():
+                say(f"{script}: stopped by {stop}; rerun the same command to resume", sys.stderr)
+            return stop.exit_code
+        finally:
+            distributed.shutdown()
 
 
 def run(
@@ -153,8 +156,6 @@ def run(
             freeze(model, resolved.freeze, network)
             # All ranks built the same network; dropout and stochastic depth are each one's own.
             torch.manual_seed(rank_seed(resolved.seed, distributed.rank()))
-            console.say(context.command())
-            _warn_of_schedule(context)
             if resolved.evaluate:
                 return evaluate(context, writes=config.output is not None)
             if resolved.is_profile:
@@ -173,6 +174,7 @@ def run(
 def evaluate(context: RunContext, writes: bool) -> Results:
     """Evaluate the network and print the table; with `writes`, leave it and a plot in --output, too."""
     config, console = context.config, context.console
+    say_header(context)
     results = evaluate_with_progress(context, context.model)
     for size, found in results.items():
         if not math.isfinite(found["loss"]):
@@ -183,6 +185,7 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     console.say_table(report.table(results, cost))
     if writes and distributed.is_main():
         run_dir = RunDir(config.output, continues=True, active=True)
+        keep_library_output(config.output / "libraries.log")
         run_dir.write_json("evaluation.json", {"gmacs": cost, **results})
         report.plot(config.output / "evaluation.png", config.arch, results, cost)
     return results
@@ -325,21 +328,6 @@ def _require_finite(weights: Mapping[str, Tensor]) -> None:
                 f"{name} has numbers that are not finite: the training diverged; "
                 "take an earlier checkpoint"
             )
-
-
-def _warn_of_schedule(context: RunContext) -> None:
-    config = context.config
-    if config.warmup >= config.epochs:
-        last = config.lr * config.epochs / config.warmup
-        context.console.say(
-            f"note: the learning rate only rises, to {last:g} of {config.lr:g}: --warmup {config.warmup} is "
-            f"not below --epochs {config.epochs}"
-        )
-    if config.never_decays:
-        context.console.say(
-            f"note: the learning rate stays at {config.lr:g}: --epochs {config.epochs} end before "
-            f"--schedule's first, {min(config.schedule)}"
-        )
 
 
 def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:

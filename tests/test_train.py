@@ -51,11 +51,3 @@ def test_neighbouring_seeds_and_ranks_have_different_random_numbers():
     seeds = {train.rank_seed(seed, rank) for seed in range(8) for rank in range(8)}
     assert len(seeds) == 64
     torch.manual_seed(max(seeds))
-
-
-def test_a_warmup_that_does_not_end_is_said(begin, capsys):
-    begin("--epochs", "2", "--warmup", "5", "--lr", "1")
-    note = "note: the learning rate only rises, to 0.4 of 1: --warmup 5 is not below --epochs 2"
-    assert note in capsys.readouterr().out
-    begin("--epochs", "6", "--warmup", "5")
-    assert "only rises" not in capsys.readouterr().out

@@ -122,6 +122,13 @@ def _guard(stream: TextIO) -> _Stream | None:
     return raw if isinstance(raw, _Stream) else None
 
 
+def moved(stream: io.TextIOWrapper, fd: int) -> io.TextIOWrapper:
+    """Return a stream like a standard one that writes to another descriptor, which stays the caller's."""
+    other = _guarded(stream, io.FileIO(fd, "w", closefd=False))
+    other.reconfigure(errors=stream.errors)
+    return other
+
+
 def _guarded(stream: io.TextIOWrapper, raw: io.FileIO) -> io.TextIOWrapper:
     guard = _Stream(stream, raw)
     with contextlib.suppress(OSError):

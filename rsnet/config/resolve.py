@@ -169,6 +169,33 @@ def resolve(
     return resolved
 
 
+def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
+    """Return the value that each option has where none is given, for the network and batches of `config`.
+
+    Learning rate and averaging follow the images of an update, the modern recipe's parts the epochs.
+    """
+    global_batch, quantized = config.global_batch(world_size), config.is_quantized
+    own, fitted = (
+        get_recipe(config.recipe, config.arch, epochs, global_batch, quantized=quantized)
+        for epochs in (None, config.epochs)
+    )
+    fields = {f.name: f.default for f in dataclasses.fields(config)}
+    return (
+        fields
+        | MODEL_DEFAULTS
+        | DEFAULTS
+        | dataclasses.asdict(fitted)
+        | {
+            "recipe": "paper",
+            "epochs": own.epochs,
+            "lr": fitted.lr * global_batch / 256,
+            "sizes": DEFAULT_SIZES,
+            "sizes_per_step": len(config.sizes),
+            "wandb_project": wandb_project(),
+        }
+    )
+
+
 def _given(
     config: TrainConfig,
     previous: Mapping[str, Any] | None,

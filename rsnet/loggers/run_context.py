@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,18 @@ import torch
 from pipelines.batch import Loaders
 from rsnet.config.command_line import as_command
 from rsnet.config.model_config import ModelConfig
-from rsnet.config.resolve import ResolvedConfig
+from rsnet.config.resolve import ResolvedConfig, recipe_defaults
 from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.models.switchable import ResolutionSwitchable
+
+# Options that the header of a run, or a line of its own, speaks of, and those that say what the command does.
+IN_HEADER = {
+    "accumulate", "amp", "arch", "batch_size", "data", "device", "evaluate", "output", "profile",
+    "profile_limit", "profile_steps", "profile_sweep", "resume", "wandb", "wandb_entity", "wandb_name",
+    "wandb_project", "wandb_tags",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,21 @@ class RunContext:
         """Return the command line that sets every option but those of these names."""
         return as_command(self.script, self.config, self.options, without=without)
 
+    def changed_options(self) -> str:
+        """Return the options, as on a command line, that are neither the recipe's nor the defaults.
+
+        Without those that the header of a run has lines for.
+        """
+        usual = recipe_defaults(self.config, distributed.world_size())
+        usual |= {f.name: _default(f) for f in dataclasses.fields(self.options)}
+        values = vars(self.config) | vars(self.options)
+        same = {name for name, value in values.items() if value == usual[name]}
+        return as_command("", self.config, self.options, without=same | IN_HEADER)
+
     def to_plain_dict(self) -> dict[str, Any]:
         """Return all options, as JSON takes them."""
         return to_plain_dict(self.config) | to_plain_dict(self.options)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -15,6 +15,7 @@ from rsnet.distributed import process_group as distributed
 from rsnet.distributed.device import peak_memory_gb
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
+from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir, environment
 from rsnet.loggers.wandb_logger import WandbLogger
@@ -58,16 +59,12 @@ class RunLogger:
         self.wandb = start_wandb(context, self.config.output, run_id=wandb_id)
 
     def _write_header(self, context: RunContext) -> None:
-        """Write down what runs where, and say how many images make up an update."""
-        c, world = self.config, distributed.world_size()
+        """Write down and say what runs where."""
         typed = printable(shlex.join(sys.argv))
         self.run_dir.append_text("command.txt", f"# typed: {typed}\n{context.command()}\n")
         self.run_dir.write_json("config.json", context.to_plain_dict())
-        self.run_dir.write_json("env.json", environment(self.device, world))
-        self.console.say(
-            f"global batch {context.global_batch} = {c.batch_size} images x {world} processes x "
-            f"{c.accumulate} accumulated; {self.steps_per_epoch} steps an epoch; {self.device}, amp {c.amp}"
-        )
+        self.run_dir.write_json("env.json", environment(self.device, distributed.world_size()))
+        say_header(context, self.steps_per_epoch)
 
     def close(self, failed: bool) -> None:
         """End the bar and the W&B run."""
@@ -111,8 +108,7 @@ class RunLogger:
         }
         if p.skipped:
             metrics["skipped_updates"] = p.skipped
-        self.run_dir.append_metrics(metrics)
-        self.wandb.log(metrics)
+        self._log(metrics)
         self._update_s, self._losses = p.step_time, losses_in_words(p)
         self.console.update(p.steps_in_epoch, self._losses, prints=True)
 
@@ -123,10 +119,13 @@ class RunLogger:
         metrics: dict[str, Any] = {"step": step, "epoch": epoch}
         for name, values in results.items():
             metrics |= {f"val/{what}@{name}": value for what, value in values.items()}
-        self.run_dir.append_metrics(metrics)
-        self.wandb.log(metrics)
+        self._log(metrics)
         top1 = "  ".join(f"{name} {r['top1']:.2f}" for name, r in results.items())
         self.console.say(f"epoch {epoch}/{self.config.epochs}  top-1 %: {top1}")
+
+    def _log(self, metrics: Mapping[str, Any]) -> None:
+        self.run_dir.append_metrics(metrics)
+        self.wandb.log(metrics)
 
     def log_results(
         self, results: Results, cost: Mapping[str, float], shared: int, private: int

@@ -17,9 +17,11 @@ from torch.profiler import ProfilerActivity
 
 from pipelines.batch import Loader, Loaders
 from pipelines.utils.atomic_io import atomic_write_json
+from pipelines.utils.library_output import keep_library_output
 from rsnet.config.command_line import as_command
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.distributed import process_group as distributed
+from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import environment
 from rsnet.loggers.run_logger import start_wandb
@@ -53,6 +55,7 @@ class ProfileRun:
 
         again: the configuration with other batches. open_loaders: those of other options.
         """
+        say_header(self.context)
         found = self.profile()
         figures = profile_report.figures(found)
         files = ["profile.json", TRACE]
@@ -70,14 +73,13 @@ class ProfileRun:
         config, device, say = self.config, self.context.device, self.say
         model = self.context.model
         trainer, loader = self._trainer(config, model, self.context.loaders)
-        say(
-            f"{config.profile_steps} steps each of loader, computation, and both; {device}, amp {config.amp}"
-        )
+        say(f"{config.profile_steps} steps each of loader, computation, and both")
         found = profile(trainer, model, loader, self.cost, config.profile_steps)
         self.context.console.say_table(profile_report.table(found))
         self.context.console.say_table(profile_report.advice(found, config, self.context.options))
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
+            keep_library_output(self.folder / "libraries.log")
             figures = {
                 **profile_report.as_json(found),
                 "environment": environment(device, distributed.world_size()),

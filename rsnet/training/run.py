@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from pipelines.utils.errors import RunError, UsageError, error_context
+from pipelines.utils.library_output import keep_library_output
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import BEST_BY, Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
@@ -66,6 +67,7 @@ def train(context: RunContext, start: Start) -> Results:
     with ExitStack() as stack:
         distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
         context.console.log = run_dir.note
+        keep_library_output(config.output / "libraries.log")
         try:
             return TrainingRun(context, trainer, run_dir, start).run()
         except TrainingInterrupted as stop:

@@ -26,6 +26,9 @@ class SlowLoader:
     def __len__(self):
         return len(self._loader)
 
+    def state_dict(self):
+        return self._loader.state_dict()
+
     def set_epoch(self, epoch):
         self._loader.set_epoch(epoch)
 

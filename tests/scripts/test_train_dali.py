@@ -78,7 +78,7 @@ def test_a_run_leaves_its_files(trained):
     assert "--lr 0.003125" in (trained / "command.txt").read_text()
 
 
-def test_a_run_prints_its_command_its_batch_and_its_table(trained):
+def test_a_run_notes_its_command_and_prints_its_batch_and_its_table(trained):
     out = (trained / "stdout.txt").read_text()
     assert "python train_dali.py --data" in (trained / "command.txt").read_text()
     assert "--no-blurpool" not in out

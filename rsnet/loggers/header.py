@@ -1,0 +1,92 @@
+"""What a run says at its start: what is not as usual, what is trained on what, and where it is written."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pipelines.batch import Loader
+from rsnet.distributed import process_group as distributed
+from rsnet.evaluation.report import model_cost
+from rsnet.loggers.run_context import RunContext
+from rsnet.losses import ENSEMBLE
+
+PRECISION = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
+
+
+def say_header(context: RunContext, steps_per_epoch: int | None = None) -> None:
+    """Print a few aligned lines about a run; the full command is in its command.txt.
+
+    steps_per_epoch: of a training, which has a global batch and a run directory.
+    """
+    if not distributed.is_main():
+        return
+    config = context.config
+    lines = {
+        "options": context.changed_options() or f"those of --recipe {config.recipe}",
+        "network": _network(context),
+        "data": _data(context),
+        "device": f"{_device(context.device)}, {PRECISION[config.amp]}",
+    }
+    if steps_per_epoch is not None:
+        lines["global batch"] = (
+            f"{context.global_batch} = {config.batch_size} images x {distributed.world_size()} processes x "
+            f"{config.accumulate} accumulated; {steps_per_epoch} steps an epoch"
+        )
+        lines["run"] = str(config.output)
+    for name, value in lines.items():
+        context.console.say(f"{name:12}  {value}")
+    if steps_per_epoch is not None:
+        warn_of_schedule(context)
+
+
+def _network(context: RunContext) -> str:
+    shared, private = context.model.count_parameters()
+    costs = model_cost(context.model).items()
+    gmacs = ", ".join(f"{cost:.3g} at {name}" for name, cost in costs if name != ENSEMBLE)
+    return (
+        f"{context.config.arch}: {_short(shared + private)} parameters, {_short(private)} of them private to "
+        f"sizes; GMACs {gmacs}"
+    )
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.3g} k"
+
+
+def _data(context: RunContext) -> str:
+    train, val, classes = context.loaders
+    counts = f"{_images(val)} to validate on, {len(classes)} classes"
+    if train is not None:
+        counts = f"{_images(train)} images to train on, {counts}"
+    return f"{context.config.data}: {counts}"
+
+
+def _images(loader: Loader) -> int:
+    return int(loader.state_dict()["samples"])
+
+
+def _device(device: torch.device) -> str:
+    world = distributed.world_size()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU with {len(os.sched_getaffinity(0))} cores"
+    return f"{world} x {name}" if world > 1 else name
+
+
+def warn_of_schedule(context: RunContext) -> None:
+    """Print what is hardly meant of the learning rate."""
+    config = context.config
+    if config.warmup >= config.epochs:
+        last = config.lr * config.epochs / config.warmup
+        context.console.say(
+            f"note: the learning rate only rises, to {last:g} of {config.lr:g}: --warmup {config.warmup} is "
+            f"not below --epochs {config.epochs}"
+        )
+    if config.never_decays:
+        context.console.say(
+            f"note: the learning rate stays at {config.lr:g}: --epochs {config.epochs} end before "
+            f"--schedule's first, {min(config.schedule)}"
+        )
