@@ -14,7 +14,7 @@ from pipelines.utils.text import printable
 
 @dataclass(frozen=True)
 class Options:
-    """Compare finished runs: a table, and a plot of accuracy over GMACs."""
+    """Compare finished runs: results, the options that differ, and a plot of accuracy over GMACs."""
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")]]
     """Run directories, or checkpoints in them."""
@@ -24,7 +24,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from rsnet.evaluation.compare import plot, read_run, tables
+    from rsnet.evaluation.compare import differing_options, plot, read_run, tables
     from rsnet.loggers.run_dir import run_directory
 
     if not options.runs:
@@ -32,6 +32,9 @@ def run(options: Options) -> int:
     runs = map(run_directory, options.runs)
     groups = {printable(str(path)): [read_run(path)] for path in runs}
     text = tables(groups)
+    differing = differing_options({label: found[0] for label, found in groups.items()})
+    if len(groups) > 1:
+        text += f"\n\n{differing or 'The runs have the same options.'}"
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "report.md").write_text(text + "\n", "utf-8")

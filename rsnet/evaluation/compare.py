@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pipelines.utils.errors import UsageError
 from pipelines.utils.schema import parsing, read_json
 from rsnet.config.costs import require_gmacs
+from rsnet.evaluation.plot_labels import label_points
 from rsnet.losses import ENSEMBLE
 
 
@@ -29,11 +30,18 @@ class RunSummary:
     private: int
     images: float  # trained on
     seconds: float  # of training steps, without evaluations
+    options: dict[str, Any]
 
     @property
     def sizes(self) -> list[str]:
         return [name for name in self.top1 if name != ENSEMBLE]
 
+
+# Options that say where and how a run is written, not what it does.
+ASIDE = {
+    "allow_change", "checkpoint_every", "evaluate", "keep", "log_interval", "on_save_error", "output",
+    "resume", "tensorboard", "timeout",
+}  # fmt: skip
 
 # By label; several runs are seeds of one experiment, or networks of one size each.
 Groups = Mapping[str, Sequence[RunSummary]]
@@ -67,6 +75,7 @@ def read_run(path: Path) -> RunSummary:
             private=parameters["private"],
             images=images,
             seconds=seconds,
+            options=config,
         )
 
 
@@ -95,10 +104,33 @@ def tables(groups: Groups) -> str:
     return _markdown(accuracy) + "\n\n" + _markdown(cost)
 
 
+def differing_options(runs: Mapping[str, RunSummary]) -> str:
+    """Return a Markdown table of the options that differ between runs, by label; "" if there is none.
+
+    An option that a run did not write down, as it is of another pipeline or version, is a "-" there.
+    """
+    names = dict.fromkeys(name for run in runs.values() for name in run.options)
+    table = [["option", *runs]]
+    for name in names:
+        if name in ASIDE or name.startswith(("wandb", "profile")):
+            continue
+        known = [run.options[name] for run in runs.values() if name in run.options]
+        if any(value != known[0] for value in known):
+            has = [(name in run.options, run.options.get(name)) for run in runs.values()]
+            cells = [_shown(value) if is_known else "-" for is_known, value in has]
+            table.append([f"`--{name.replace('_', '-')}`", *cells])
+    return _markdown(table) if len(table) > 1 else ""
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def plot(path: Path, groups: Groups) -> None:
     """Plot top-1 over GMACs, one line a group, bars for the standard deviation; a PNG at `path`."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
+    points: list[tuple[str, float, float]] = []
     for label, runs in groups.items():
         names = [n for n in _sizes({label: runs}) if n != ENSEMBLE]
         x = [next(r.gmacs[n] for r in runs if n in r.gmacs) for n in names]
@@ -106,11 +138,11 @@ def plot(path: Path, groups: Groups) -> None:
         y = [statistics.mean(values) for values in top1]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1]
         axes.errorbar(x, y, spread, fmt="o-", capsize=3, label=label)
-        for name, at_x, at_y in zip(names, x, y, strict=True):
-            axes.annotate(name, (at_x, at_y), textcoords="offset points", xytext=(4, -10), size=7)
+        points += zip(names, x, y, strict=True)
     axes.set(xlabel="GMACs an image", ylabel="top-1 %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    label_points(axes, points)
     figure.savefig(path, dpi=120)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from pipelines.utils.tables import text_table
+from rsnet.evaluation.plot_labels import label_points
 from rsnet.losses import ENSEMBLE
 from rsnet.models.factory import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
@@ -51,10 +52,9 @@ def plot(path: Path, title: str, results: Results, gmacs: Mapping[str, float]) -
     x = [gmacs[s] for s in sizes]
     y = [results[s]["top1"] for s in sizes]
     axes.plot(x, y, "o-", label="one network, its resolutions")
-    for name, at_x, at_y in zip(sizes, x, y, strict=True):
-        axes.annotate(name, (at_x, at_y), textcoords="offset points", xytext=(4, -12))
     axes.plot(gmacs[ENSEMBLE], results[ENSEMBLE]["top1"], "*", ms=12, label="their ensemble")
     axes.set(xlabel="GMACs an image", ylabel="top-1 %", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    label_points(axes, zip(sizes, x, y, strict=True), size=10)
     figure.savefig(path, dpi=120)

@@ -14,6 +14,7 @@ from pipelines.utils.text import printable
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.device import peak_memory_gb
 from rsnet.evaluation import report
+from rsnet.evaluation.curves import plot_curves, read_metrics
 from rsnet.evaluation.report import Results
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
@@ -136,12 +137,14 @@ class RunLogger:
         self.console.say_table(report.table(results, cost))
         plot = self.config.output / "accuracy_gmacs.png"
         report.plot(plot, self.config.arch, results, cost)
+        curves, metrics = self.config.output / "curves.png", self.run_dir.path / "metrics.jsonl"
+        plot_curves(curves, self.config.arch, read_metrics(metrics))
         self.run_dir.write_json(
             "results.json",
             {"gmacs": cost, "parameters": {"shared": shared, "private": private}, **results},
         )
         self.wandb.log_results(report.COLUMNS, report.rows(results, cost), plot)
-        self.console.say(f"run directory {self.config.output}, plot {plot}")
+        self.console.say(f"run directory {self.config.output}, plots {plot.name} and {curves.name}")
 
 
 def losses_in_words(p: TrainingProgress) -> str:

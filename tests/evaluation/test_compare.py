@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.__main__ import main
-from rsnet.evaluation.compare import plot, read_run, tables
+from rsnet.evaluation.compare import differing_options, plot, read_run, tables
 
 
 def _run(path, top1: dict[str, float], seed=0, step_time=0.5, steps=(10, 14)):
@@ -134,3 +134,41 @@ def test_a_run_whose_costs_are_in_gflops_is_read_in_gmacs(tmp_path):
     before = {name: 2 * value for name, value in written.pop("gmacs").items()}
     (run / "results.json").write_text(json.dumps(written | {"gflops": before}))
     assert read_run(run).gmacs == {"64": 4.0, "32": 2.0, "ensemble": pytest.approx(4 / 3)}
+
+
+def test_the_options_that_differ_are_said(tmp_path, capsys):
+    both = {
+        "seed": 0,
+        "sizes": [32, 24],
+        "lr": 0.1,
+        "amp": "bf16",
+        "output": "a",
+        "wandb_name": "x",
+    }
+    others = {"sizes": [32, 16], "lr": 0.2, "output": "b", "wandb_name": "y", "workers": 4}
+    runs = []
+    for name, options in (("a", both), ("b", both | others), ("c", both)):
+        runs.append(_run(tmp_path / name, {"32": 70.0, "ensemble": 71.0}))
+        (runs[-1] / "config.json").write_text(json.dumps(options))
+    a, b, c = map(str, runs)
+    assert main(["report", a, b]) == 0
+    *_, table = capsys.readouterr().out.split("\n\n")
+    assert _rows(table) == [
+        ["option", a, b],
+        ["-" * len(cell) for cell in table.splitlines()[1].strip("|").split("|")],
+        ["`--sizes`", "32 24", "32 16"],
+        ["`--lr`", "0.1", "0.2"],
+    ]
+    assert main(["report", a, c]) == 0
+    assert capsys.readouterr().out.endswith("\n\nThe runs have the same options.\n")
+    assert main(["report", a]) == 0
+    assert "| option" not in capsys.readouterr().out
+
+
+def test_an_option_that_a_run_does_not_have_is_a_dash(tmp_path):
+    runs = {}
+    for name, options in (("a", {"workers": 4}), ("b", {}), ("c", {"workers": 8})):
+        path = _run(tmp_path / name, {"32": 70.0, "ensemble": 71.0})
+        (path / "config.json").write_text(json.dumps({"seed": 0} | options))
+        runs[name] = read_run(path)
+    assert _rows(differing_options(runs))[2:] == [["`--workers`", "4", "-", "8"]]
