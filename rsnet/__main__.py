@@ -43,7 +43,11 @@ VERBS = {
     "serve": Verb(
         "rsnet.cli.serve", "serve a trained network: web page and JSON API", extra="serve"
     ),
-    "sync": Verb("rsnet.cli.sync", "send W&B the metrics that it lacks", extra="train"),
+    "sync": Verb(
+        "rsnet.cli.sync",
+        "send W&B what it lacks, and write TensorBoard's files",
+        extra="train",
+    ),
 }
 ALIASES = {"calibrate": "add-resolution"}
 

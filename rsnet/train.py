@@ -59,7 +59,10 @@ from rsnet.training.signals import TrainingInterrupted
 from rsnet.training.trainer import require_trainable
 
 # A node may have its data and checkpoints elsewhere; rank 0 alone resumes, saves and logs.
-OWN_OF_A_NODE = {"data", "output", "resume", "wandb", "wandb_name", "wandb_project"}
+OWN_OF_A_NODE = {
+    "data", "output", "resume", "tensorboard", "wandb", "wandb_entity", "wandb_name", "wandb_project",
+    "wandb_tags",
+}  # fmt: skip
 
 Options = TypeVar("Options")
 MakeLoaders = Callable[[Options, LoaderSpec, bool], Loaders]

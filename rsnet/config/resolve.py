@@ -149,9 +149,11 @@ def resolve(
         "num_classes": known.get("num_classes"),
         "wandb_project": wandb_project(),
         "wandb_name": os.environ.get("WANDB_NAME") or None,
+        "wandb_entity": os.environ.get("WANDB_ENTITY") or None,
+        "wandb_tags": tuple(filter(None, os.environ.get("WANDB_TAGS", "").split(","))),
     }
     # On the command line these are not None where they are not given.
-    not_given = {"width_mult": 1.0, "blurpool": False, "tf_padding": False}
+    not_given = {"width_mult": 1.0, "blurpool": False, "tf_padding": False, "wandb_tags": ()}
     unset = {name: value for name, value in defaults.items() if given[name] == not_given.get(name)}
     fixed = {
         "arch": arch,

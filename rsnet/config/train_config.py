@@ -56,8 +56,7 @@ class ModelOptions(Generic[Unset]):
     """Blur before strided convolutions (antialiasing)."""
 
     mode: Annotated[Mode | Unset, arg(metavar="{resnet,preact,preact_typeA}")] = UNSET
-    """resnet: --arch as it is; preact, preact_typeA: a pre-activation ResNet, which --qa needs. Unset:
-    resnet."""
+    """resnet: --arch as it is; preact, preact_typeA: a pre-activation ResNet, for --qa. Unset: resnet."""
 
     qw: Annotated[int | Unset, arg(metavar="BITS")] = UNSET
     """Bits of the weights of all convolutions but the first, 1 to 8. Unset: 32, not quantized."""
@@ -311,6 +310,15 @@ class LoggingOptions(Generic[Unset]):
 
     wandb_name: Annotated[str | None, arg(metavar="NAME")] = None
     """W&B run name. Unset: WANDB_NAME, else the run directory's name."""
+
+    wandb_entity: Annotated[str | None, arg(metavar="NAME")] = None
+    """W&B team or user of the run. Unset: WANDB_ENTITY, else the user's own."""
+
+    wandb_tags: Annotated[tuple[str, ...], arg(metavar="TAG [TAG ...]")] = ()
+    """Tags of the W&B run. Unset: WANDB_TAGS, separated by commas."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files, too, to --output/tensorboard."""
 
 
 @dataclass(frozen=True, kw_only=True)

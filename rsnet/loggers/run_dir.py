@@ -127,9 +127,11 @@ class RunDir:
             self.append_text("metrics.abandoned.jsonl", text)
             atomic_write(path, b"".join(kept))
 
-    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        self.append_text("metrics.jsonl", json.dumps({"time": time.time(), **metrics}) + "\n")
+    def append_metrics(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one line to metrics.jsonl; return it, with its time."""
+        line = {"time": time.time(), **metrics}
+        self.append_text("metrics.jsonl", json.dumps(line) + "\n")
+        return line
 
 
 def run_directory(path: Path) -> Path:

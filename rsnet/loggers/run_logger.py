@@ -1,4 +1,4 @@
-"""Logs a run to its directory, the console and Weights & Biases."""
+"""Logs a run to its directory, the console, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rsnet.evaluation.report import Results
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir, environment
+from rsnet.loggers.tensorboard_logger import TensorBoardLogger
 from rsnet.loggers.wandb_logger import WandbLogger
 
 
@@ -57,6 +58,9 @@ class RunLogger:
         )
         self._losses = ""
         self._write_header(context)
+        self.tensorboard = TensorBoardLogger(
+            run_dir.path, self.config.tensorboard and distributed.is_main(), self.console.say
+        )
         self.wandb = start_wandb(context, self.config.output, run_id=wandb_id)
 
     def _write_header(self, context: RunContext) -> None:
@@ -68,8 +72,9 @@ class RunLogger:
         say_header(context, self.steps_per_epoch)
 
     def close(self, failed: bool) -> None:
-        """End the bar and the W&B run."""
+        """End the bar, TensorBoard's file and the W&B run."""
         self.console.stop()
+        self.tensorboard.close()
         self.wandb.finish(failed)
 
     def begin_epoch(self, epoch: int, done: int) -> None:
@@ -125,7 +130,8 @@ class RunLogger:
         self.console.say(f"epoch {epoch}/{self.config.epochs}  top-1 %: {top1}")
 
     def _log(self, metrics: Mapping[str, Any]) -> None:
-        self.run_dir.append_metrics(metrics)
+        line = self.run_dir.append_metrics(metrics)
+        self.tensorboard.log(line)
         self.wandb.log(metrics)
 
     def log_results(
@@ -177,6 +183,8 @@ def start_wandb(
         directory,
         project=c.wandb_project,
         name=name or c.wandb_name,
+        entity=c.wandb_entity,
+        tags=c.wandb_tags,
         config=context.to_plain_dict() | {"global_batch": context.global_batch},
         run_id=run_id,
         say=context.console.say,

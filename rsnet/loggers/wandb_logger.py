@@ -38,10 +38,11 @@ class WandbLogger:
 
     mode None: WANDB_MODE's, else online. Without a key, or a server that takes the run, it is offline.
     directory: the run directory.
-    run_id: the run to continue, or None.
+    run_id: the run to continue, or None. entity, tags: None and () for the environment's.
     remedy: what is left of what W&B does not get. Unset: `rsnet sync`, which reads a training's metrics.
 
-    Raises UsageError if an environment variable of W&B, or the project, has a value that is none.
+    Raises UsageError if an environment variable of W&B, the project, the entity or a tag has a value that is
+    none.
 
     No failure of W&B ends a training, or holds it up beyond the limits of `wandb_service`. The first is said
     in one line, and W&B is left alone from then on.
@@ -57,6 +58,8 @@ class WandbLogger:
         config: Mapping[str, Any],
         run_id: str | None,
         say: Callable[[str], None],
+        entity: str | None = None,
+        tags: Sequence[str] = (),
         remedy: str | None = None,
     ) -> None:
         self.run_id: str | None = None
@@ -67,7 +70,7 @@ class WandbLogger:
         self._remedy = remedy or f"`{command}` sends the metrics later"
         if mode != "disabled":
             self._console = Console(mode)
-            wandb_service.require_project(project)
+            wandb_service.require_names(project, entity, tags)
         mode, reason = wandb_service.choose_mode(mode)
         if mode == "disabled":
             say(f"W&B: disabled ({reason})")
@@ -83,6 +86,8 @@ class WandbLogger:
                 config=config,
                 run_id=run_id,
                 resume="allow",
+                entity=entity,
+                tags=tags,
             )
 
         try:

@@ -83,14 +83,21 @@ def _why(error: Exception) -> str:
     return error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
 
 
-def require_project(project: str) -> None:
-    """Raise UsageError for a name of a project that W&B does not take."""
-    try:
-        wandb.Settings(project=project)
-    except _REFUSALS as error:
+def require_names(project: str, entity: str | None, tags: Sequence[str]) -> None:
+    """Raise UsageError for a name of a project or entity, or a tag, that W&B does not take."""
+    if wrong := set(entity or "") & set("/\\#?%: "):  # of which W&B would make another address
         raise UsageError(
-            f"--wandb-project {project}: W&B does not take it: {_why(error)}"
-        ) from None
+            f"--wandb-entity {entity}: no name of a W&B team or user has a {min(wrong)!r}"
+        )
+    given: list[tuple[str, str, dict[str, Any]]] = [("project", project, {"project": project})]
+    given += [("tags", tag, {"run_tags": (tag,)}) for tag in tags]
+    for option, value, settings in given:
+        try:
+            wandb.Settings(**settings)
+        except _REFUSALS as error:
+            raise UsageError(
+                f"--wandb-{option} {value}: W&B does not take it: {_why(error)}"
+            ) from None
 
 
 def choose_mode(asked: Mode | None) -> tuple[Mode, str]:
@@ -127,6 +134,7 @@ def start(
     run_id: str | None,
     resume: Literal["allow"] | None,
     entity: str | None = None,
+    tags: Sequence[str] = (),
     **settings: Any,
 ) -> Any:
     """Start a W&B run; one that exists under the id is continued or, with resume None, replaced."""
@@ -145,6 +153,7 @@ def start(
             id=run_id,
             resume=resume,
             entity=entity,
+            tags=[printable(tag) for tag in tags] or None,
             settings=wandb.Settings(
                 silent=True, console="off", finish_timeout_raises=True, **timeouts | settings
             ),

@@ -87,7 +87,8 @@ def _send(
                 config=config,
                 run_id=sent.id if sent else None,
                 resume=None,
-                entity=sent.entity if sent else None,
+                entity=(sent.entity if sent else None) or config.get("wandb_entity"),
+                tags=config.get("wandb_tags", ()),
                 finish_timeout=TIMEOUT_S,
                 x_disable_meta=True,  # it would be this machine's
                 x_disable_stats=True,

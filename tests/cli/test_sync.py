@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rsnet.__main__ import main
-from rsnet.loggers import wandb_sync
+from rsnet.loggers import wandb_service, wandb_sync
 from rsnet.loggers.wandb_logger import Sent, WandbLogger, read_sent, write_sent
 from tests.helpers.wandb_run import append, interrupted, log, rows, write_run
 
@@ -23,7 +23,7 @@ def call(capsys, monkeypatch):
     """Run the verb in this process; returns (exit code, stdout, stderr)."""
     monkeypatch.setattr(wandb_sync, "TIMEOUT_S", 20)
 
-    def run(*paths: Path) -> tuple[int, str, str]:
+    def run(*paths: Path | str) -> tuple[int, str, str]:
         capsys.readouterr()
         code = main(["sync", *map(str, paths)])
         return code, *capsys.readouterr()
@@ -91,6 +91,40 @@ def test_the_metrics_of_a_run_that_was_never_online_come_with_their_time_and_opt
     ]
     assert wandb_server.config[sent.id]["global_batch"]["value"] == 8 * 3 * 2
     assert wandb_server.exit_codes[sent.id] == 1  # there is no final table
+
+
+def test_tensorboard_s_files_are_written_too_where_a_run_has_some(wandb_server, tmp_path, call):
+    write_run(tmp_path, rows(1, 3))
+    assert "TensorBoard" not in call(tmp_path)[1]
+    (tmp_path / "tensorboard").mkdir()
+    append(tmp_path, rows(4, 4))
+    code, out, err = call(tmp_path)
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first == f"{tmp_path}: 4 lines of metrics written for TensorBoard"
+    assert second.startswith(f"{tmp_path}: 4 lines of metrics sent to {wandb_server.url}")
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert "TensorBoard" not in call(tmp_path, "--only", "wandb")[1]
+
+
+def test_a_run_goes_to_the_entity_with_the_tags_that_its_options_say(
+    wandb_server, tmp_path, call, monkeypatch
+):
+    started = []
+    start = wandb_service.start
+
+    def noted(*arguments, **options):
+        started.append((options["entity"], options["tags"]))
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(wandb_service, "start", noted)
+    write_run(tmp_path, rows(1, 3))
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {"wandb_entity": "me", "wandb_tags": ["night"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | names))
+    assert call(tmp_path)[0] == 0
+    assert started == [("me", ["night"])]
+    assert wandb_server.history
 
 
 def test_a_run_that_was_resumed_offline_is_one_run_there(wandb_server, tmp_path, call):

@@ -213,6 +213,14 @@ def test_the_environments_names_for_wandb_count_where_none_are_given(monkeypatch
     assert (_resolve().wandb_project, _resolve().wandb_name) == ("theirs", "night")
     given = _resolve("--wandb-project mine --wandb-name day")
     assert (given.wandb_project, given.wandb_name) == ("mine", "day")
+    for name in ("WANDB_ENTITY", "WANDB_TAGS"):
+        monkeypatch.delenv(name, raising=False)
+    assert (_resolve().wandb_entity, _resolve().wandb_tags) == (None, ())
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    assert (_resolve().wandb_entity, _resolve().wandb_tags) == ("team", ("a", "b"))
+    given = _resolve("--wandb-entity me --wandb-tags c d")
+    assert (given.wandb_entity, given.wandb_tags) == ("me", ("c", "d"))
 
 
 def test_sizes_are_sorted_from_the_largest():

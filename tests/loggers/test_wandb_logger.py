@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -123,6 +124,33 @@ def test_a_project_that_wandb_does_not_take_is_refused(tmp_path):
         WandbLogger(
             "offline", tmp_path, project="a/b", name=None, config={}, run_id=None, say=print
         )
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        ({"entity": "a/b"}, "--wandb-entity a/b: no name of a W&B team or user has a '/'"),
+        ({"tags": ["x", "y" * 65]}, f"--wandb-tags {'y' * 65}: W&B does not take it: "),
+    ],
+    ids=["entity", "tag"],
+)
+def test_an_entity_or_tag_that_wandb_does_not_take_is_refused(tmp_path, names, line):
+    with pytest.raises(UsageError, match=re.escape(line)):
+        WandbLogger(
+            "offline", tmp_path, project="p", name=None, config={}, run_id=None, say=print, **names
+        )
+
+
+def test_an_entity_and_tags_that_are_given_count_more_than_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_ENTITY", "my-team")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    WandbLogger(
+        "offline", tmp_path, project="p", name=None, config={}, run_id=None, say=print,
+        entity="theirs", tags=["c", "d\udcff"],
+    ).finish()  # fmt: skip
+    runs = [r.run for r in _records(tmp_path) if r.WhichOneof("record_type") == "run"]
+    assert runs[0].entity == "theirs"
+    assert set(runs[0].tags) == {"c", "d\\udcff"}
 
 
 def test_the_entity_and_tags_of_the_environment_count(tmp_path, monkeypatch):
