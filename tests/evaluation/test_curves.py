@@ -68,6 +68,7 @@ def test_the_legend_stands_beside_the_curves_and_no_label_on_another(tmp_path, d
         rows.append({"epoch": 3, f"val/top1@{size}": 50.0, f"train/ce/{size}": 1.0})
     plot_curves(tmp_path / "curves.png", "net", rows)
     (figure,) = drawn
+    figure.draw_without_rendering()  # at its own resolution again, which the saved file had not
     (legend,) = figure.legends
     assert (
         len(legend.get_texts()) == len(range(32, 480, 32)) + 3
