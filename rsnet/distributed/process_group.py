@@ -160,6 +160,15 @@ def all_gather_object(value: T) -> list[T]:
     return values
 
 
+def gather_object(value: T) -> list[T]:
+    """Return the value of every rank on rank 0; nothing on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, group=_control)
+    return values or []
+
+
 class StepVote:
     """Ranks agree on a number, once a step, without waiting for it: the largest of the step before.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -61,20 +61,32 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Return top-1, top-5 and loss at every size and of the ensemble, over all ranks' images.
 
-    Every image counts once. Calls `on_batch` after each batch. BatchNorm is folded into the convolutions
-    unless activations are quantized: the same logits but for rounding, in four fifths of the time.
+    Every image counts once. Calls `on_batch` after each batch.
+    """
+    accuracy = Accuracy(model.sizes, device)
+    for logits, labels in batch_logits(model, loader, device, amp):
+        accuracy.add(logits, labels, model.alpha)
+        on_batch()
+    return accuracy.compute()
+
+
+@torch.no_grad()
+def batch_logits(
+    model: ResolutionSwitchable, loader: Loader, device: torch.device, amp: torch.dtype | None
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """Yield the logits of each batch of this rank, S x (N, C), and its labels, (N,), in eval mode.
+
+    BatchNorm is folded into the convolutions unless activations are quantized: the same logits but for
+    rounding, in four fifths of the time.
     """
     was_training = model.training
     model.eval()
-    accuracy = Accuracy(model.sizes, device)
     forward_all = _folded_forward_all(model, amp) if is_foldable(model) else model.forward_all
     for batch in loader:
         with autocast(device, amp):
             logits = forward_all(batch.images)
-        accuracy.add(logits, batch.labels, model.alpha)
-        on_batch()
+        yield logits, batch.labels
     model.train(was_training)
-    return accuracy.compute()
 
 
 def _folded_forward_all(

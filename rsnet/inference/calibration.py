@@ -19,13 +19,12 @@ from torch.nn import functional as F
 from pipelines.sources.folder import ImageFolder, scan_folder
 from pipelines.utils.errors import DataError, UsageError, error_context
 from pipelines.utils.thread_map import ordered_map
+from rsnet.evaluation.metrics import calibration_error
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.inference.preprocess import eval_pixels
 
 # A network that is never wrong would have temperature 0, one worse than chance an infinite one.
 MAX_TEMPERATURE = 20.0
-
-BINS = 15  # of Guo et al. 2017
 
 # Images done, and the bytes of their files.
 OnProgress = Callable[[int, int], None]
@@ -141,13 +140,6 @@ def _temperature(position: Tensor) -> Tensor:
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
-    """Return how far accuracy is from confidence, in percentage points, averaged over the images.
-
-    Both are of the images whose most likely class has a probability within one of 15 bins of [0, 1].
-    logits: (N, classes); labels: (N,).
-    """
+    """Return `calibration_error` of the softmax of logits, (N, classes), over a temperature; labels: (N,)."""
     confidence, answers = (logits / temperature).softmax(dim=1).max(dim=1)
-    gap = confidence.double() - (answers == labels).double()
-    bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, gap)
-    return 100 * sums.abs().sum().item() / len(labels)
+    return calibration_error(confidence, answers == labels)
