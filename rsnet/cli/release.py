@@ -23,12 +23,16 @@ class Options:
     output: Annotated[Path, arg(metavar="DIR")]
     """Folder to write."""
 
+    class_names: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Readable names: one a line in the order of the classes, or a dict of JSON by class. Unset: ImageNet's
+    for its WordNet ids, else the names of the data's folders."""
+
 
 def run(options: Options) -> int:
     from rsnet.config.model_config import FULL
     from rsnet.release.from_run import release_run
 
-    release = release_run(options.source, options.output, say)
+    release = release_run(options.source, options.output, say, options.class_names)
     network, weights = release.config["network"], release.config["weights"]
     if release.config["accuracy"] is None:
         say(

@@ -32,6 +32,7 @@ from rsnet.inference.cascade import (
 from rsnet.inference.preprocess import ImageInput
 from rsnet.inference.runner import ModelRunner
 from rsnet.release import package as release
+from rsnet.release.config import output_names
 
 __all__ = ["Prediction", "SwitchableClassifier"]
 
@@ -70,7 +71,7 @@ class SwitchableClassifier:
         self._forward = ModelRunner(
             self.model, device, dtype, batch_size, fold=fold, cuda_graphs=cuda_graphs
         )
-        self._names = network["classes"]
+        self._names = output_names(content.config)
         self.device = device
         self.batch_size, self._top = batch_size, min(top, self.num_classes)
         self.config = content.config  # of config.json
@@ -305,12 +306,9 @@ class SwitchableClassifier:
         probabilities, classes = (t.tolist() for t in logits.softmax(dim=1).topk(self._top))
         ms = 1000 * (time.perf_counter() - start) / len(pixels)
         return [
-            Prediction(tuple(map(self._name, indices)), tuple(values), size, ms)
+            Prediction(tuple(self._names[i] for i in indices), tuple(values), size, ms)
             for values, indices in zip(probabilities, classes, strict=True)
         ]
-
-    def _name(self, index: int) -> str:
-        return self._names[index] if index < len(self._names) else str(index)
 
 
 def _require_device(device: str | torch.device) -> torch.device:

@@ -13,7 +13,9 @@ from pipelines.utils.errors import DataError
 from pipelines.utils.schema import (
     NOTHING,
     OBJECT,
+    TEXT,
     integer,
+    list_of,
     number,
     one_of,
     pattern,
@@ -53,6 +55,13 @@ def result_names(network: Mapping[str, Any]) -> list[str]:
     return [*map(str, network["sizes"]), ENSEMBLE]
 
 
+def output_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the readable names of all outputs; one without a name goes by its index."""
+    network = config["network"]
+    known = config.get("class_names") or network["classes"]
+    return [*known, *map(str, range(len(known), network["num_classes"]))]
+
+
 def preprocessing(network: Mapping[str, Any]) -> dict[str, Any]:
     """Return how an evaluation prepares an image; mean and std are of RGB in [0, 1]."""
     mean, std = ([round(v / 255, 6) for v in values] for values in MEAN_STD[network["normalize"]])
@@ -88,6 +97,11 @@ def parse(data: bytes) -> dict[str, Any]:
         require_fields(config["accuracy"], dict.fromkeys(names, OBJECT), "accuracy.")
         for name in names:
             require_fields(config["accuracy"][name], _ACCURACY, f"accuracy.{name}.")
+    if "class_names" in config:
+        require("class_names", list_of("a list of names", TEXT), config["class_names"])
+        if (known := len(config["class_names"])) > network["num_classes"]:
+            outputs = network["num_classes"]
+            raise DataError(f"class_names has {known} names, network.num_classes is {outputs}")
     if config["preprocessing"] != preprocessing(network):
         raise DataError("preprocessing is not what this version does for such a network")
     return config  # type: ignore[no-any-return]

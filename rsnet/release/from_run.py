@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.config.model_config import ModelConfig
+from rsnet.evaluation.class_names import readable_names
 from rsnet.losses import ENSEMBLE
 from rsnet.models.factory import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
@@ -22,23 +24,28 @@ Accuracy = dict[str, dict[str, float]]
 
 
 def release_run(
-    run: str | Path, output: str | Path, say: Callable[[str], None] = lambda _: None
+    run: str | Path,
+    output: str | Path,
+    say: Callable[[str], None] = lambda _: None,
+    class_names: Path | None = None,
 ) -> package.Release:
     """Write the release `output` of what `open_source` takes, and return its content.
 
     The averaged weights are released where there are some. config.json has their accuracies if they are of
     a run directory whose metrics.jsonl has an evaluation of just these weights. A release is copied.
-    say: is told what was taken.
+    say: is told what was taken. class_names: a file with readable names of the classes, see
+    `rsnet.evaluation.class_names`; without it ImageNet's WordNet ids have theirs.
 
     Raises what `open_source` does, and UsageError if there is something at `output`.
     """
     source = open_source(run)
     if source.release is not None:
-        written = package.copy(source.release, output)
+        names = _class_names(source.network, class_names) if class_names else ()
+        written = package.copy(source.release, output, names)
     else:
         model = source.build()
         network = source.network.to_dict()
-        written = package.write(output, network, model, **_facts(source, model))
+        written = package.write(output, network, model, **_facts(source, model, class_names))
     for line in source.lines():
         say(line)
     return written
@@ -59,7 +66,9 @@ def released(source: Source) -> package.Release:
     return package.in_memory(network, model, folder, prefix, **_facts(source, model))
 
 
-def _facts(source: Source, model: ResolutionSwitchable) -> dict[str, Any]:
+def _facts(
+    source: Source, model: ResolutionSwitchable, class_names: Path | None = None
+) -> dict[str, Any]:
     """Return what `package.write` is told of a network."""
     costs = {str(size): gmacs(model, size) for size in model.sizes}
     run_dir = source.run_dir
@@ -72,7 +81,15 @@ def _facts(source: Source, model: ResolutionSwitchable) -> dict[str, Any]:
             "checkpoint": source.file.name,
             "epoch": source.checkpoint.epoch,
         },
+        "class_names": _class_names(source.network, class_names),
     }
+
+
+def _class_names(network: ModelConfig, file: Path | None) -> tuple[str, ...]:
+    """Return the readable names of all outputs; none if they are the network's own."""
+    own = [*network.classes, *map(str, range(len(network.classes), network.num_classes))]
+    names = readable_names(network.classes, network.num_classes, file)
+    return () if list(names) == own else names
 
 
 def _accuracy(run_dir: Path, checkpoint: Checkpoint) -> Accuracy | None:

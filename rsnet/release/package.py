@@ -65,20 +65,23 @@ def write(
     accuracy: Mapping[str, Mapping[str, float]] | None,
     averaged: bool,
     source: Mapping[str, Any],
+    class_names: Sequence[str] = (),
 ) -> Release:
     """Write the release `folder`, whole or not at all, and return what is read back from it.
 
     network: the description of `model`, as checkpoints have it. gmacs, accuracy ("top1" and "top5" in %):
     of each size and of the ensemble, by name. averaged: whether the weights are an average over training
-    steps. source: where they come from.
+    steps. source: where they come from. class_names: readable names of the outputs, if they have other ones
+    than the classes of the network.
 
     Raises UsageError if there is something at `folder`, OSError if it cannot be written.
     """
     folder = Path(folder)
     _require_new(folder)
     config, data = _serialized(
-        network, model, gmacs=gmacs, accuracy=accuracy, averaged=averaged, source=source
-    )
+        network, model, gmacs=gmacs, accuracy=accuracy, averaged=averaged, source=source,
+        class_names=class_names,
+    )  # fmt: skip
     with atomic_directory(folder) as temporary:
         atomic_write(temporary / WEIGHTS, data)
         atomic_write_json(temporary / CONFIG, config)
@@ -103,8 +106,10 @@ def in_memory(
     return Release(config, unpack_state_dict(stored, state), folder, prefix)
 
 
-def copy(release: Release, folder: str | Path) -> Release:
+def copy(release: Release, folder: str | Path, class_names: Sequence[str] = ()) -> Release:
     """Write a release that was read to another `folder`, whole or not at all, and return its content.
+
+    class_names: readable names of the outputs, in place of its own.
 
     Raises UsageError if there is something at `folder`, OSError if it cannot be written.
     """
@@ -114,6 +119,9 @@ def copy(release: Release, folder: str | Path) -> Release:
         for name in (WEIGHTS, CONFIG, release_card.NAME):
             if (release.folder / name).is_file():
                 atomic_write(temporary / name, (release.folder / name).read_bytes())
+        if class_names:
+            named = release.config | {"class_names": list(class_names)}
+            atomic_write_json(temporary / CONFIG, named)
         written = read(temporary)
     return dataclasses.replace(written, folder=folder)
 
@@ -131,6 +139,7 @@ def _serialized(
     accuracy: Mapping[str, Mapping[str, float]] | None,
     averaged: bool,
     source: Mapping[str, Any],
+    class_names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], bytes]:
     """Return the contents of config.json and of model.safetensors; the arguments are those of `write`."""
     data = safetensors.torch.save(_stored_tensors(model))
@@ -154,6 +163,8 @@ def _serialized(
             "torchvision": torchvision.__version__,
         },
     }
+    if class_names:
+        config["class_names"] = list(class_names)
     return config, data
 
 

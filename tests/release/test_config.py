@@ -111,3 +111,26 @@ def test_every_field_is_needed_and_has_its_type(folder):
         for wrong in (-1, float("inf"), float("nan"), [None], 10**30):
             with pytest.raises(DataError):
                 _parse_changed(config, path, lambda h, n, wrong=wrong: h.update({n: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("ant", "class_names is 'ant', must be a list of names"),
+        ([1], "class_names is [1], must be a list of names"),
+        (["a", "b", "c", "d"], "class_names has 4 names, network.num_classes is 3"),
+    ],
+)
+def test_readable_names_that_are_none_are_refused(folder, capsys, names, message):
+    (folder / "config.json").write_text(json.dumps(read_config(folder) | {"class_names": names}))
+    code, line = refusal(folder, capsys)
+    assert code == 1
+    assert message in line
+
+
+def test_outputs_go_by_readable_names_then_classes_then_numbers():
+    config = {"network": {"classes": ["n1", "n2"], "num_classes": 3}}
+    assert release_config.output_names(config) == ["n1", "n2", "2"]
+    assert release_config.output_names(config | {"class_names": ["cat", "dog"]}) == [
+        "cat", "dog", "2",
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +12,11 @@ from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import to_original
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
+from rsnet.evaluation.class_names import imagenet_ids
+from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.release import package as release
+from rsnet.release.from_run import released
+from rsnet.release.source import open_source
 from tests.helpers.runs import (
     NETWORK,
     SIZES,
@@ -120,3 +125,36 @@ def test_weights_that_were_not_evaluated_have_no_accuracies(tmp_path, capsys, ca
     card = (tmp_path / "release" / "README.md").read_text()
     assert "| 64 |  |  | 0." in card
     assert "accuracies are not known" in card
+
+
+def test_readable_names_of_a_file_are_released_and_what_predictions_have(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    names = ["Formica", "Apis", "Felis"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    words = ["--output", str(tmp_path / "release"), "--class-names", str(tmp_path / "names.txt")]
+    assert main(["release", str(run), *words]) == 0, capsys.readouterr().err
+    assert read_config(tmp_path / "release")["class_names"] == names
+    assert read_config(tmp_path / "release")["network"]["classes"] == ["ant", "bee", "cat"]
+    black = np.zeros((64, 64, 3), np.uint8)
+    (named,) = SwitchableClassifier.load(tmp_path / "release").classify(black)
+    assert sorted(named.classes) == sorted(names)
+    assert main(["release", str(tmp_path / "release"), "--output", str(tmp_path / "copy")]) == 0
+    assert read_config(tmp_path / "copy") == read_config(tmp_path / "release")
+
+
+def test_a_release_that_is_copied_can_be_given_names(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert main(["release", str(run), "--output", str(tmp_path / "release")]) == 0
+    before = read_config(tmp_path / "release")
+    assert "class_names" not in before
+    (tmp_path / "names.json").write_text('{"cat": "Felis", "ant": "Formica", "bee": "Apis"}')
+    words = ["--output", str(tmp_path / "copy"), "--class-names", str(tmp_path / "names.json")]
+    assert main(["release", str(tmp_path / "release"), *words]) == 0
+    assert read_config(tmp_path / "copy") == before | {"class_names": ["Formica", "Apis", "Felis"]}
+
+
+def test_imagenets_ids_are_named_without_a_file(tmp_path):
+    pytest.importorskip("timm")
+    network = NETWORK | {"num_classes": 1000, "classes": list(imagenet_ids()), "sizes": [32]}
+    names = released(open_source(write_run(tmp_path / "run", network))).config["class_names"]
+    assert (len(names), names[0], names[999]) == (1000, "tench", "toilet tissue")
