@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -48,6 +48,11 @@ class Loader(Protocol):
 
     def __len__(self) -> int:
         """Return the number of steps in an epoch."""
+        ...
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        """Where each sample of all ranks lies, in the order of the evaluation."""
         ...
 
     def set_epoch(self, epoch: int) -> None:

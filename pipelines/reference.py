@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,10 @@ class ReferenceLoader(ScheduledLoader):
                 tuple(normalized(x).permute(0, 3, 1, 2) for x in pixels),
                 *self._targets(self.schedule.rows(indices)),
             )
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        return [self._source.locate(index) for index in range(len(self._source))]
 
     def _fingerprint(self) -> str:
         return self._source.fingerprint()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -196,6 +196,11 @@ class ScheduledLoader(ABC):
                 f"no multiple of the global batch {self.schedule.global_batch} (--batch-size)"
             )
         self._epoch, self._step, self._first_step = state["epoch"], step, step
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        """Where each sample of all ranks lies, in the order of the evaluation."""
+        return [str(index) for index in range(self.schedule.samples)]
 
     @cached_property
     def fingerprint(self) -> str:

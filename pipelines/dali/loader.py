@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -178,6 +178,10 @@ class DaliLoader(ScheduledLoader):
 
     def _on_device(self, outputs: tuple[Any, ...], target: Target) -> Batch:
         return Batch(tuple(self._to_torch(output) for output in outputs), *target)
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        return [self._source.locate(index) for index in range(len(self._source))]
 
     def _fingerprint(self) -> str:
         return self._source.fingerprint()

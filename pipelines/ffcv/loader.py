@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +108,10 @@ class FfcvLoader(ScheduledLoader):
         self._normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         self._table = pixel_table(spec) if spec.device.type == "cpu" else None
         self._workers: _Workers | None = None
+
+    @property
+    def sample_names(self) -> Sequence[str]:
+        return [f"{self._beton.path}#{index}" for index in range(len(self._beton))]
 
     def _fingerprint(self) -> str:
         columns = self._beton.labels, self._beton.samples.size, self._beton.samples.height

@@ -55,7 +55,7 @@ def _open_both(data: Path, val_data: Path | None, with_train: bool) -> tuple[Sou
         raise UsageError(
             f"--data: {data} has no validation images: add --val-data or --val-fraction"
         )
-    with error_context("--data" if val_data is None else "--val-data"):
+    with error_context("--data" if val_data in (None, data) else "--val-data"):
         val = open_split(val_data or data, "val")
     if not with_train and val_data is not None:
         return None, val

@@ -114,6 +114,15 @@ def test_every_validation_image_counts_exactly_once(make, spec, batch_size, worl
     assert len(labels) == 17
 
 
+@readers_only
+def test_the_names_of_samples_are_in_the_order_of_the_evaluation(make, spec, photos):
+    paths = [str(p) for c in ("ant", "bee", "cat") for p in sorted((photos / "val" / c).iterdir())]
+    for rank in range(2):
+        names = make(replace(spec, rank=rank, world_size=2), False).val.sample_names
+        file = beton_of(photos) / "val.beton" if "#" in names[0] else None
+        assert names == (paths if file is None else [f"{file}#{i}" for i in range(17)])
+
+
 def test_without_training_there_is_no_training_loader(make, spec):
     assert make(spec, False).train is None
 
