@@ -29,6 +29,13 @@ VERBS = {
     "export": Verb(
         "rsnet.cli.export", "write ONNX, torch.export, or a checkpoint for the original code"
     ),
+    "evaluate": Verb(
+        "rsnet.cli.evaluate",
+        "evaluate a network on labelled images, in detail",
+        extra="train",
+        prints=True,
+        trains=True,
+    ),
     "report": Verb("rsnet.cli.report", "compare finished runs in a table and a plot", prints=True),
     "add-resolution": Verb(
         "rsnet.cli.add_resolution",

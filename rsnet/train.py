@@ -7,14 +7,13 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.sources.options import SplitOptions
@@ -26,7 +25,7 @@ from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.checkpoint.weights import load_weights, require_match
+from rsnet.checkpoint.weights import load_weights, require_finite, require_match
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
@@ -306,7 +305,7 @@ def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None)
             require_match(checkpoint.network, context.network, training)
             weights = checkpoint.model if training else checkpoint.eval_weights
             if not training:
-                _require_finite(weights)
+                require_finite(weights)
             load_weights(model, weights, checkpoint.network.sizes)
         if training:
             model.complete_alpha()
@@ -320,17 +319,6 @@ def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None)
 def rank_seed(seed: int, rank: int) -> int:
     """Return the seed of a rank's random numbers in layers; neighbouring seeds and ranks share nothing."""
     return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
-
-
-def _require_finite(weights: Mapping[str, Tensor]) -> None:
-    for name, value in weights.items():
-        # A size that was added after the training has no part in the ensemble: its alpha is -inf.
-        is_wrong = value.isnan() if name == "alpha" else ~value.isfinite()
-        if value.is_floating_point() and is_wrong.any():
-            raise DataError(
-                f"{name} has numbers that are not finite: the training diverged; "
-                "take an earlier checkpoint"
-            )
 
 
 def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:

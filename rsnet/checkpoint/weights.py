@@ -45,6 +45,18 @@ def require_match(trained: ModelConfig, wanted: ModelConfig, training: bool) -> 
         raise UsageError("; ".join(problems))
 
 
+def require_finite(weights: State) -> None:
+    """Raise DataError if weights to evaluate are not finite."""
+    for name, value in weights.items():
+        # A size that was added after the training has no part in the ensemble: its alpha is -inf.
+        is_wrong = value.isnan() if name == "alpha" else ~value.isfinite()
+        if value.is_floating_point() and is_wrong.any():
+            raise DataError(
+                f"{name} has numbers that are not finite: the training diverged; "
+                "take an earlier checkpoint"
+            )
+
+
 def load_weights(model: ResolutionSwitchable, state: State, sizes: Sequence[int]) -> None:
     """Load the state dict of a network of these `sizes` strictly, each BatchNorm by its size.
 

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from pipelines.batch import Loaders, LoaderSpec
 
+Pipeline = Literal["dali", "ffcv"]
 
-def make_loaders(spec: LoaderSpec, with_train: bool) -> Loaders:
-    """Open .beton files by FFCV if `spec.data` has them, else an image folder by DALI.
+
+def chosen_pipeline(data: Path, pipeline: Pipeline | None) -> Pipeline:
+    """Return the pipeline that reads `data`, unless one is asked for: FFCV .beton files, DALI all else."""
+    return pipeline or ("ffcv" if any(data.glob("*.beton")) else "dali")
+
+
+def make_loaders(
+    spec: LoaderSpec,
+    with_train: bool,
+    pipeline: Pipeline | None = None,
+    workers: int | None = None,
+    *,
+    skip_bad: bool = False,
+) -> Loaders:
+    """Open .beton files by FFCV if `spec.data` has them, else an image folder by DALI, or as `pipeline` says.
+
+    workers: threads; None for the pipeline's own number. skip_bad: leave out what `rsnet verify` found.
 
     Raises what the pipelines' own `make_loaders` do.
     """
-    if any(spec.data.glob("*.beton")):
+    options: dict[str, Any] = {} if workers is None else {"workers": workers}
+    if chosen_pipeline(spec.data, pipeline) == "ffcv":
         from pipelines import ffcv
 
-        return ffcv.make_loaders(ffcv.FfcvOptions(), spec, with_train)
+        if skip_bad:
+            raise UsageError(
+                "--skip-bad: a .beton file has no image that cannot be decoded; leave it out"
+            )
+        return ffcv.make_loaders(ffcv.FfcvOptions(**options), spec, with_train)
     from pipelines import dali
 
-    return dali.make_loaders(dali.DaliOptions(), spec, with_train)
+    return dali.make_loaders(dali.DaliOptions(**options, skip_bad=skip_bad), spec, with_train)

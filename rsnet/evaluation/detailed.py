@@ -220,12 +220,14 @@ def evaluate_in_detail(
     """
     match = match_classes if real is None else any_labels
     labels = match(loaders.classes, network.classes, network.num_classes)
-    if labels.how:
-        say(f"labels: {labels.how}")
-    of_real = None
+    how, of_real = labels.how, None
     if real is not None:
         paths = loaders.val.sample_names
         of_real = real_labels(paths, read_real(real), labels.classes, network.num_classes)
+        labelled = int((of_real >= 0).any(axis=1).sum())
+        how = f"{real} has labels of {labelled} of the {len(paths)} images"
+    if how:
+        say(f"labels: {how}")
     classes = [*labels.classes, *map(str, range(len(labels.classes), network.num_classes))]
     readable = names(labels.classes)
     found, results = predict(
@@ -238,7 +240,7 @@ def evaluate_in_detail(
         results = metrics.accuracies(found)
     errors = metrics.calibration_errors(found)
     merged = {name: {**result, "ece": errors[name]} for name, result in results.items()}
-    about = {**source, "network": network.arch, "labels": labels.how}
+    about = {**source, "network": network.arch, "labels": how}
     return DetailedEvaluation(about, merged, found, classes, readable)
 
 

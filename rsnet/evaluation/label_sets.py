@@ -18,7 +18,9 @@ from pipelines.utils.schema import integer, list_of, read_json, require
 from pipelines.utils.text import distinct, first_names
 from rsnet.evaluation.class_names import IMAGENET_CLASSES, are_wordnet_ids, imagenet_ids
 
-_ILSVRC_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.[^.]+")
+_ILSVRC_NAME = re.compile(
+    r"ILSVRC2012_val_([0-9]{8})(\.[^./]+)?$"
+)  # tar shards leave the suffix out
 
 
 @dataclass(frozen=True)
@@ -140,25 +142,27 @@ def real_labels(
     classes: the network's names of its classes. ReaL's labels are indices of ImageNet's classes in the order
     of their WordNet ids, which a network's outputs have unless it was trained on folders 0 to 999.
 
-    Raises UsageError if an image has another name, or the network other outputs.
+    Raises UsageError if an image has another name, none has a label, or the network has other outputs.
     """
     output_of = list(range(num_classes))
     if classes and all(name.isascii() and name.isdecimal() for name in classes):
         output_of = [int(output) for output in np.argsort([int(name) for name in classes])]
     rows = [real[_real_index(path, len(real))] for path in paths]
-    largest = max((label for row in rows for label in row), default=0)
+    largest = max((label for row in rows for label in row), default=-1)
+    if largest < 0:
+        raise UsageError("--real: none of the images has a label")
     if largest >= len(output_of):
         raise UsageError(
             f"--real: labels go up to {largest}, and the network has the outputs 0 to {num_classes - 1}"
         )
-    labels = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
+    labels = np.full((len(rows), max(map(len, rows))), -1, np.int64)
     for i, row in enumerate(rows):
         labels[i, : len(row)] = [output_of[label] for label in row]
     return labels
 
 
 def _real_index(path: str, known: int) -> int:
-    found = _ILSVRC_NAME.fullmatch(Path(path).name)
+    found = _ILSVRC_NAME.search(path)
     if found is None or not 1 <= int(found[1]) <= known:
         raise UsageError(
             f"--real has labels of ILSVRC2012_val_00000001.JPEG to {known:08}, and none of {path}; give the "

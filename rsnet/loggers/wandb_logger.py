@@ -117,8 +117,10 @@ class WandbLogger:
         """Log metrics with their "step" and "epoch"; the axes are chosen by `define_metric`."""
         self._do(lambda: self._run.log(dict(metrics)), SERVICE_TIMEOUT_S)
 
-    def log_results(self, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
-        """Log the final table and the plot."""
+    def log_results(
+        self, columns: list[str | int], rows: list[list[Any]], plot: Path | None
+    ) -> None:
+        """Log the final table and the plot, if there is one."""
         self._do(
             lambda: wandb_service.log_results(self._run, columns, rows, plot),
             wandb_service.finish_timeout(),  # a table asks the server

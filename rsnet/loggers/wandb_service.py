@@ -189,10 +189,12 @@ def _text_path(directory: Path) -> Path:
 _links: list[tempfile.TemporaryDirectory[str]] = []  # until the end of the process
 
 
-def log_results(run: Any, columns: list[str | int], rows: list[list[Any]], plot: Path) -> None:
-    """Log the final table and the plot, which goes by its file's name."""
-    table = wandb.Table(columns=columns, data=rows)
-    run.log({"results": table, plot.stem: wandb.Image(str(plot))})
+def log_results(
+    run: Any, columns: list[str | int], rows: list[list[Any]], plot: Path | None
+) -> None:
+    """Log the final table and the plot, which goes by its file's name, if there is one."""
+    plots = {} if plot is None else {plot.stem: wandb.Image(str(plot))}
+    run.log({"results": wandb.Table(columns=columns, data=rows), **plots})
 
 
 def log_profile(run: Any, figures: Mapping[str, Any], plot: Path, files: Sequence[Path]) -> None:

@@ -90,6 +90,8 @@ def test_real_labels_are_found_by_the_images_names(tmp_path):
     file.write_text(json.dumps([[5], [], [1, 7, 2]]))
     labels = real_labels(_paths(3, 1, 2), read_real(file), (), 1000)
     assert labels.tolist() == [[1, 7, 2], [5, -1, -1], [-1, -1, -1]]
+    shard = ["val-00000.tar: ILSVRC2012_val_00000003", "a.tar: n01/ILSVRC2012_val_00000001"]
+    assert real_labels(shard, read_real(file), (), 1000).tolist() == [[1, 7, 2], [5, -1, -1]]
 
 
 def test_real_labels_of_a_network_that_was_trained_on_numbered_folders_follow_the_numbers():
@@ -105,6 +107,7 @@ def test_real_labels_of_a_network_that_was_trained_on_numbered_folders_follow_th
         ("val/x/photo.jpg", [[0]], "none of val/x/photo.jpg"),
         (*_paths(2), [[0]], "ILSVRC2012_val_00000001.JPEG to 00000001, and none of"),
         (*_paths(0), [[0]], "and none of"),
+        (*_paths(1), [[]], "none of the images has a label"),
         (*_paths(1), [[3]], "labels go up to 3, and the network has the outputs 0 to 2"),
     ],
 )

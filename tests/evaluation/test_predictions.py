@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -262,3 +265,27 @@ def test_parquet_has_a_row_per_image_with_answers_or_logits(random, tmp_path, lo
     assert table.column_names == ["path", "label", *(f"logits@{name}" for name in NAMES)]
     assert table["logits@64"].to_pylist() == logits[0].tolist()
     assert table["label"].to_pylist() == [[1, 2]] * 20 + [[3]] * 17
+
+
+def test_the_manuals_example_reads_the_answers(random, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    monkeypatch.chdir(tmp_path)
+    at_224 = replace(random, names=("224", *NAMES[1:]))
+    write_parquet(Path("answers.parquet"), at_224, [*"abcdefg"], {})
+    exec(example, {})
+    names = ["abcdefg"[i] for i in random.classes[0, 0]]
+    assert capsys.readouterr().out == f"i0 {names}\n"
+
+
+def test_a_single_class_is_a_confusion_matrix_too(random):
+    alone = replace(
+        random, labels=np.full((500, 1), 3), classes=np.full((500, 4, 1), 3),
+        probabilities=np.ones((500, 4, 1), np.float32),
+    )  # fmt: skip
+    found = metrics.confusion(alone)
+    assert (found.labels.tolist(), found.answers.tolist()) == ([3], [3])
+    assert found.counts.tolist() == [[500] * 4]
+    assert found.images.tolist() == [500]
+    assert len(found.wrong) == 0
+    assert metrics.calibration_errors(alone) == dict.fromkeys(NAMES, 0.0)

@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from wandb.proto import wandb_internal_pb2
@@ -370,3 +371,11 @@ def test_a_process_can_log_another_run_after_one_that_was_lost(wandb_server, tmp
     run.finish()
     assert run.run_id != lost.run_id
     assert wandb_server.metrics(run.run_id) == rows(1, 2), said
+
+
+def test_results_without_a_plot_are_a_table_alone():
+    logged: list[dict] = []
+    run = SimpleNamespace(log=logged.append)
+    wandb_service.log_results(run, ["size", "top1"], [["64", 50.0]], None)
+    assert list(logged[0]) == ["results"]
+    assert logged[0]["results"].data == [["64", 50.0]]
