@@ -29,7 +29,8 @@ from rsnet.checkpoint.weights import load_weights, require_finite, require_match
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
-from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, to_plain_dict
+from rsnet.config.topics import DEFAULT_ARCH
+from rsnet.config.train_config import TrainConfig, to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed import watchdog
 from rsnet.distributed.agreement import data_facts, require_same

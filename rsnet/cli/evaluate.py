@@ -242,7 +242,7 @@ def _loader_spec(
 
     from pipelines.batch import LoaderSpec
     from pipelines.sources.options import NO_OPTIONS, SplitOptions
-    from rsnet.config.train_config import DEFAULT_BATCH_SIZE
+    from rsnet.config.topics import DEFAULT_BATCH_SIZE
     from rsnet.distributed import process_group as distributed
 
     # FFCV reads val.beton; of all else `open_splits` finds the validation images, or takes the whole.

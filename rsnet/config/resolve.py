@@ -13,12 +13,8 @@ from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import read_json
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
 from rsnet.config.recipes import RecipeName, get_recipe
-from rsnet.config.train_config import (
-    DEFAULT_ARCH,
-    DEFAULT_BATCH_SIZE,
-    TrainConfig,
-    TrainOptions,
-)
+from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
+from rsnet.config.train_config import TrainConfig, TrainOptions
 
 # Options that a resumed run takes from its earlier part, unless they are given again.
 OF_A_RECIPE = {

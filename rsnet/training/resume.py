@@ -21,7 +21,8 @@ from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import FULL
 from rsnet.config.resolve import ResolvedConfig, output_directory
-from rsnet.config.train_config import DEFAULT_ARCH, TrainConfig, require_options, to_plain_dict
+from rsnet.config.topics import DEFAULT_ARCH
+from rsnet.config.train_config import TrainConfig, require_options, to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release.source import open_source

@@ -1,0 +1,333 @@
+"""The options of a training run, by topic. Imports no torch.
+
+An option of type `... | Unset` may be left unset on the command line: in `TrainConfig` Unset is None. In
+`rsnet.config.resolve.ResolvedConfig`, which fills it in from the checkpoint or the recipe, it is Never.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from tyro.conf import arg
+
+from rsnet.config.model_config import Mode, NormalizeName
+from rsnet.config.recipes import RecipeName
+
+AutoAugmentOption = Literal["none", "trivial", "rand"]
+
+DEFAULT_ARCH = "parallel_resnet50"
+# Per process. Five ResNet-50 graphs of 32 images keep 4 GB, of 256 images 30 GB (bfloat16).
+DEFAULT_BATCH_SIZE = {"cuda": 256, "cpu": 32}
+
+Unset = TypeVar("Unset")
+UNSET: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Generic[Unset]):
+    """Network."""
+
+    arch: Annotated[str | Unset, arg(aliases=("-a",), metavar="NAME")] = UNSET
+    """Network, by torchvision's name or as timm/NAME; `rsnet list` has them all. Unset: parallel_resnet50."""
+
+    sizes: Annotated[tuple[int, ...] | Unset, arg(metavar="INT [INT ...]")] = UNSET
+    """Input sizes in pixels. Unset: 224 192 160 128 96."""
+
+    num_classes: Annotated[int | None, arg(metavar="INT")] = None
+    """Outputs of the network. Unset: the classes of the data."""
+
+    width_mult: float = 1.0
+    """Factor of the layers' widths (MobileNetV2 and ResNets up to 50 only)."""
+
+    stem: Annotated[Literal["imagenet", "small"] | Unset, arg(metavar="{imagenet,small}")] = UNSET
+    """First layer; small: 3x3, stride 1, no pooling, for images of about 32 pixels. Unset: imagenet."""
+
+    norm: Annotated[Literal["private", "shared"] | Unset, arg(metavar="{private,shared}")] = UNSET
+    """BatchNorm of each size its own, or one shared by all sizes, as a baseline. Unset: private."""
+
+    blurpool: bool = False
+    """Blur before strided convolutions (antialiasing)."""
+
+    mode: Annotated[Mode | Unset, arg(metavar="{resnet,preact,preact_typeA}")] = UNSET
+    """resnet: --arch as it is; preact, preact_typeA: a pre-activation ResNet, for --qa. Unset: resnet."""
+
+    qw: Annotated[int | Unset, arg(metavar="BITS")] = UNSET
+    """Bits of the weights of all convolutions but the first, 1 to 8. Unset: 32, not quantized."""
+
+    qa: Annotated[int | Unset, arg(metavar="BITS")] = UNSET
+    """Bits of the activations, 1 to 8. Unset: 32, not quantized."""
+
+    fixed_qa: bool = False
+    """Fit the quantization levels of activations to the largest size alone."""
+
+    tf_padding: bool = False
+    """Pad strided layers as TensorFlow does; quantized networks of the original code need it."""
+
+    pretrained: Annotated[
+        str | None,
+        arg(aliases=("--initial-checkpoint", "--init-from"), metavar="default|NAME|PATH"),
+    ] = None
+    """Start from trained weights: of a run directory, checkpoint, release or file of the original code; or of
+    the ordinary, single-resolution network, its library's or a file. Unset: random initialisation."""
+
+    freeze: Annotated[str | Unset, arg(metavar="none|backbone|LAYER")] = UNSET
+    """Weights that stay as they are: backbone, all but the classifier; or all up to the layer of this name.
+    BatchNorm always learns. Unset: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Generic[Unset]):
+    """Data and batch size."""
+
+    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths (.csv, .jsonl, .parquet), or tar
+    shards ('shards/{train,val}-*.tar'); for FFCV a folder with train.beton and val.beton."""
+
+    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Validation images of their own, in place of those in --data."""
+
+    val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Share of the training images for validation, chosen by their names, where there are no others."""
+
+    class_weights: Annotated[str | None, arg(metavar="balanced|FILE")] = None
+    """Weights of the classes in the loss: balanced, the inverse of their images; or a JSON file,
+    {"CLASS": WEIGHT}. A table's column weight counts in any case."""
+
+    balanced_sampling: bool = False
+    """As many images of each class in an epoch; of small classes some more than once, with another crop."""
+
+    normalize: Annotated[
+        NormalizeName | Unset, arg(metavar="{imagenet,unit,inception,clip,dpn}")
+    ] = UNSET
+    """imagenet: ImageNet's mean and std; unit: [0, 1], as in the original; inception, clip, dpn: timm's of
+    these names. Unset: what --pretrained was trained with, else imagenet."""
+
+    batch_size: Annotated[int | Unset, arg(aliases=("-b",), metavar="INT")] = UNSET
+    """Images per process and step. Unset: 256 on a GPU, 32 on a CPU."""
+
+    seed: Annotated[int | Unset, arg(metavar="INT")] = UNSET
+    """Seed of initialisation, order, crops and flips. Unset: 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(Generic[Unset]):
+    """Optimizer."""
+
+    lr: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Learning rate. Unset: the paper's 0.1 (MobileNets 0.05) times global batch / 256."""
+
+    momentum: float = 0.9
+    """SGD's momentum."""
+
+    weight_decay: Annotated[float | Unset, arg(aliases=("--wd",), metavar="FLOAT")] = UNSET
+    """Weight decay. Unset: the paper's 1e-4 (MobileNets 4e-5, quantized 5e-5)."""
+
+    sgd: Annotated[
+        Literal["plain", "nesterov"] | Unset, arg(aliases=("--opt",), metavar="{plain,nesterov}")
+    ] = UNSET
+    """Kind of momentum. Unset: plain; nesterov for quantized networks."""
+
+    decay: Annotated[Literal["all", "weights"] | Unset, arg(metavar="{all,weights}")] = UNSET
+    """Parameters with weight decay; weights: none on norm layers, biases and alpha. --norm-weight-decay is
+    the same as all, --no-norm-weight-decay as weights. Unset: the recipe's (paper all, modern and quantized
+    weights)."""
+
+    accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
+    """Batches whose gradients make up one update. Unset: 1; if a run resumes on another number of
+    processes, what keeps the images per update."""
+
+    clip_grad: Annotated[float | Unset, arg(aliases=("--clip-grad-norm",), metavar="FLOAT")] = UNSET
+    """Largest norm of the gradients. Unset: 0, no clipping."""
+
+    ema: Annotated[float | Unset, arg(aliases=("--model-ema-decay",), metavar="FLOAT")] = UNSET
+    """Decay per update of averaged weights, which are then what is evaluated; 0: no averaging. Unset: the
+    recipe's (paper 0, modern by epochs and batch size)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(Generic[Unset]):
+    """Recipe, epochs and learning rate schedule."""
+
+    recipe: Annotated[RecipeName | Unset, arg(metavar="{paper,modern}")] = UNSET
+    """Defaults of options that are not given: the paper's, or those common today. Unset: paper."""
+
+    epochs: Annotated[int | Unset, arg(metavar="INT")] = UNSET
+    """Epochs of training. Unset: the paper's 120, or 150 for MobileNets."""
+
+    lr_decay: Annotated[
+        Literal["cosine", "step", "linear", "schedule"] | Unset,
+        arg(aliases=("--sched",), metavar="{cosine,step,linear,schedule}"),
+    ] = UNSET
+    """cosine, also cos, and linear fall to zero by iteration; step and schedule by --gamma at epochs. Unset:
+    the recipe's (cosine; quantized: schedule; modern: linear up to 87 epochs)."""
+
+    step: int = 30
+    """Epochs between decays of --lr-decay step."""
+
+    schedule: tuple[int, ...] = (30, 60, 85, 95, 105)
+    """Epochs of the decays of --lr-decay schedule."""
+
+    gamma: float = 0.1
+    """Factor of a decay of step and schedule."""
+
+    warmup: Annotated[int | Unset, arg(aliases=("--warmup-epochs",), metavar="INT")] = UNSET
+    """Epochs of linear warm-up. Unset: the recipe's (paper 0, modern up to 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions(Generic[Unset]):
+    """Augmentation of images and labels."""
+
+    flip: Literal["independent", "shared"] = "independent"
+    """Each size draws its own flip, as in the original, or all share one."""
+
+    auto_augment: Annotated[AutoAugmentOption | Unset, arg(metavar="{none,trivial,rand}")] = UNSET
+    """TrivialAugment or RandAugment on the crop (not with FFCV). Unset: none."""
+
+    mixup: Annotated[float | Unset, arg(aliases=("--mixup-alpha",), metavar="FLOAT")] = UNSET
+    """Alpha of mixup, which mixes alike at all sizes. Unset: 0, off."""
+
+    cutmix: Annotated[float | Unset, arg(aliases=("--cutmix-alpha",), metavar="FLOAT")] = UNSET
+    """Alpha of CutMix, which pastes the same box at all sizes. Unset: 0, off."""
+
+    label_smoothing: Annotated[float | Unset, arg(aliases=("--smoothing",), metavar="FLOAT")] = (
+        UNSET
+    )
+    """Share of a label that is spread over all classes. Unset: the recipe's (paper 0, modern 0.1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions(Generic[Unset]):
+    """Distillation between the sizes."""
+
+    kd: bool = True
+    """Distil from the ensemble (and the larger sizes) to each size."""
+
+    kd_type: Annotated[Literal["ens_topdown", "ens"], arg(aliases=("-t",))] = "ens_topdown"
+    """ens_topdown: ensemble and larger sizes teach; ens: the ensemble alone."""
+
+    sizes_per_step: Annotated[int | Unset, arg(metavar="INT")] = UNSET
+    """Sizes in a step: the largest and others, drawn at random. Unset: all, as in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(Generic[Unset]):
+    """Device, precision and memory."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+
+    amp: Annotated[Literal["bf16", "fp16", "off"] | Unset, arg(metavar="{bf16,fp16,off}")] = UNSET
+    """Mixed precision. Unset: bf16 where the device computes it, else off."""
+
+    compile: bool = False
+    """Compile a step's forward and backward, all sizes in one graph (torch.compile): minutes at the start."""
+
+    cuda_graphs: bool = False
+    """Launch each update as one CUDA graph, with or without --compile: one GPU, all sizes in a step, no
+    --recompute. Not measured yet."""
+
+    fused_bn: bool = False
+    """Compute BatchNorm, the sum and the ReLU that follow as one operation in training (Triton), where the
+    network has them so; on a GPU, without --recompute. Not measured yet."""
+
+    recompute: Literal["off", "norm", "blocks"] = "off"
+    """Activation checkpointing: norm keeps outputs of convolutions, blocks inputs of blocks; the rest is
+    computed twice."""
+
+    deterministic: bool = False
+    """Only kernels that give the same bits every time; slower on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedOptions:
+    """Distributed training."""
+
+    sync_bn: bool = False
+    """BatchNorm over the batches of all processes, still private to each size; needs GPUs."""
+
+    grad_compress: Literal["bf16", "off"] = "off"
+    """Send gradients between processes in bfloat16."""
+
+    timeout: Annotated[float, arg(aliases=("--dist-timeout",))] = 600.0
+    """Seconds after which a process that does not answer ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Generic[Unset]):
+    """Run directory, checkpoints and error handling."""
+
+    output: Annotated[Path | Unset, arg(aliases=("-c", "--checkpoint"), metavar="DIR")] = UNSET
+    """Run directory. Unset: runs/ARCH-DATA, by the name of the data's folder."""
+
+    resume: Annotated[str | None, arg(metavar="auto|PATH")] = None
+    """Continue from a checkpoint; auto: the last one of --output, if there is one. Unset: auto, if --output
+    holds a run of the same options."""
+
+    allow_change: Annotated[
+        tuple[Literal["data", "global-batch", "seed"], ...],
+        arg(metavar="[data] [global-batch] [seed]"),
+    ] = ()
+    """Differences to the resumed run to accept; its images then come in another order."""
+
+    checkpoint_every: Annotated[str, arg(metavar="UPDATES|MINUTESm")] = "10m"
+    """Updates, or minutes as in 10m, between checkpoints within an epoch; 0: only after epochs."""
+
+    keep: Annotated[int, arg(aliases=("--keep-checkpoints",))] = 2
+    """Last checkpoints to keep; the best one is kept in addition."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """If a checkpoint cannot be written: stop, or continue without; the one before it stays in any case."""
+
+    on_nonfinite: Annotated[tuple[str, ...], arg(metavar="stop|skip INT")] = ("stop",)
+    """If a loss is NaN or infinite: stop, or skip up to so many updates in a row."""
+
+    evaluate: Annotated[bool, arg(aliases=("-e",))] = False
+    """Only evaluate the checkpoint of --resume, with its own arch, sizes and normalisation unless given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions(Generic[Unset]):
+    """Logging."""
+
+    log_interval: Annotated[int, arg(aliases=("-p", "--print-freq"))] = 50
+    """Updates between two logged steps."""
+
+    wandb: Annotated[
+        Literal["online", "offline", "disabled"] | None, arg(metavar="{online,offline,disabled}")
+    ] = None
+    """Weights & Biases. Unset: online if a key is configured, else offline."""
+
+    wandb_project: Annotated[str | Unset, arg(metavar="NAME")] = UNSET
+    """W&B project. Unset: WANDB_PROJECT, else rsnet."""
+
+    wandb_name: Annotated[str | None, arg(metavar="NAME")] = None
+    """W&B run name. Unset: WANDB_NAME, else the run directory's name."""
+
+    wandb_entity: Annotated[str | None, arg(metavar="NAME")] = None
+    """W&B team or user of the run. Unset: WANDB_ENTITY, else the user's own."""
+
+    wandb_tags: Annotated[tuple[str, ...], arg(metavar="TAG [TAG ...]")] = ()
+    """Tags of the W&B run. Unset: WANDB_TAGS, separated by commas."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files, too, to --output/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfilingOptions:
+    """Profiling."""
+
+    profile: bool = False
+    """Measure where the time of a step goes, instead of training, and write it to --output/profile."""
+
+    profile_steps: int = 20
+    """Steps that --profile measures of each kind."""
+
+    profile_sweep: Annotated[str | None, arg(metavar="OPTION[,OPTION...]")] = None
+    """--profile, then try other values of workers, prefetch, decoder-hw-load, batch-size; print the best."""
+
+    profile_limit: float = 300.0
+    """Seconds for the trials of --profile-sweep."""
