@@ -86,7 +86,8 @@ def help_page(program: str, about: str, groups: Mapping[str, Sequence[OptionDoc]
     arguments = [option for option in options if option.is_positional]
     named = [option for option in options if not option.is_positional]
     needed = [f"{option.names[0]} {option.takes}" for option in named if option.is_required]
-    words = [program, *(option.names[0] for option in arguments), *needed, "[options]"]
+    given = [o.names[0] if o.is_required else f"[{o.names[0]}]" for o in arguments]
+    words = [program, *given, *needed, "[options]"]
     width = min(shutil.get_terminal_size().columns, MOST_COLUMNS) - 1
     page = [f"usage: {' '.join(words)}", ""]
     for paragraph in about.split("\n\n"):
