@@ -1,0 +1,184 @@
+"""What is run on a machine with a GPU, on the CPU with tiny settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import loader_sweep, measure, smoke
+from pipelines.batch import Batch, Loaders
+from pipelines.utils.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+TINY = {"sizes": (32, 24), "workers": 1}
+SHORT = ("pictures-cuda", "pictures-bf16", "pictures-val", "epochs", "late-reading")
+
+
+@pytest.fixture
+def options(photos, tmp_path) -> smoke.Options:
+    tiny = {"arch": "parallel_resnet10", "batch_size": 4, "batches": 2}
+    return smoke.Options(photos, tmp_path / "smoke", SHORT, **tiny, **TINY)
+
+
+def test_the_smoke_test_runs_and_finds_all_well(options, capsys):
+    assert smoke.run(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "smoke: all well"
+    assert {line.split(": ")[0] for line in lines} >= set(SHORT)
+    with pytest.raises(UsageError, match="smoke: there is such a file or folder already"):
+        smoke.run(options)
+
+
+def test_a_check_that_fails_is_named_and_the_others_are_done(options, monkeypatch, capsys):
+    def fail(_o):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(smoke, "ACTIONS", {"train": fail, "evaluate": lambda _: "done"})
+    assert smoke.run(smoke.Options(options.data, options.output, ("train", "evaluate"))) == 1
+    _, train, evaluate, last = capsys.readouterr().out.splitlines()
+    assert train.startswith("train: FAILED: RuntimeError: no kernel image (")
+    assert evaluate.startswith("evaluate: done (")
+    assert last == "smoke: failed: train"
+
+
+@pytest.mark.parametrize(
+    ("darker", "other_label", "complaint"),
+    [(0, 0, None), (2, 0, None), (4, 0, r"worst \[4.0, 4.0\] of 255"), (0, 1, "other labels")],
+)
+def test_pictures_that_differ_by_more_than_rounding_fail(
+    options, monkeypatch, darker, other_label, complaint
+):
+    images = [torch.rand(4, 3, s, s).to(memory_format=torch.channels_last) for s in (32, 24)]
+    exact = Batch(tuple(images), torch.arange(4))
+    one = torch.tensor([0, 0, 0, 1.0]).reshape(4, 1, 1, 1)  # the last picture of each size
+    other = Batch(
+        tuple(x - one * darker / 255 for x in images),
+        exact.labels + other_label * one.flatten().long(),
+    )
+    given = iter([other, exact])
+
+    @contextmanager
+    def loaders(*_):
+        batch = next(given)
+        yield Loaders([batch], [batch], [])  # type: ignore[list-item]
+
+    monkeypatch.setattr(smoke, "loaders", loaders)
+    if complaint is None:
+        smoke.pictures(options, "train", 0.65)
+    else:
+        with pytest.raises(AssertionError, match=complaint):
+            smoke.pictures(options, "train", 0.65)
+
+
+def test_every_setting_of_the_loader_is_tried_until_the_time_is_over(photos, capsys):
+    o = loader_sweep.Options(photos, batch_size=4, batches=1, **TINY)
+    assert loader_sweep.run(o) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["images_per_s"]
+    assert {"default", "default again", "cut after decoding", "prefetch 1", "evaluation"} <= set(
+        found
+    )
+    late = loader_sweep.Options(photos, seconds=-1, batch_size=4, batches=1, **TINY)
+    assert loader_sweep.run(late) == 1
+    assert "not tried: out of time" in capsys.readouterr().out
+
+
+def test_the_best_setting_is_taken_only_if_it_is_faster_than_the_default():
+    sweep = loader_sweep.Sweep(loader_sweep.Options(ROOT))
+    sweep.found = {
+        "default again": 100.0,
+        "workers 2": 90.0,
+        "workers 4": 120.0,
+        "prefetch 4": 99.0,
+    }
+    assert sweep.best("workers", 3) == 4
+    assert sweep.best("prefetch", 2) == 2
+    assert sweep.best("decoder-hw-load", 0.65) == 0.65
+
+
+def test_parts_are_measured_in_order_until_the_time_is_over(tmp_path, monkeypatch, capsys):
+    """The words are run by a Python of their own, as those of a part are."""
+    scripts = {
+        "good": "print('fast')",
+        "bad": "raise SystemExit(3)",
+        "slow": "import time; time.sleep(600)",
+    }
+    run = tmp_path / "run.py"
+    run.write_text("import sys; exec(sys.argv[1])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kinds = {name: (9.0, lambda _o, text=text: ["run", text]) for name, text in scripts.items()}
+    kinds["slow"] = (0.3, kinds["slow"][1])
+    monkeypatch.setattr(measure, "KINDS", kinds)
+    o = measure.Options(tmp_path, tmp_path / "out", parts=("good", "bad", "slow"), **TINY)
+    assert measure.run(o) == 1
+    text = (o.output / "results.md").read_text()
+    head, good, bad, slow = text.split("\n## ")
+    for name in ("date: 20", "GPU: ", "commit: ", "command: `python -m benchmarks.gpu.measure"):
+        assert f"\n- {name}" in head
+    assert good.startswith("good\n\n```\n$ python -m run 'print('")
+    assert "fast\nexit code 0, " in good
+    assert "exit code 3, " in bad
+    assert slow.endswith("ended after 0 s: out of time\n```\n")
+    late = measure.Options(tmp_path, tmp_path / "late", parts=("good",), seconds=1, **TINY)
+    assert measure.run(late) == 0
+    assert "not begun: out of time" in (late.output / "results.md").read_text()
+    assert "== bad: exit code 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("speed", "there is no such part; one of smoke sweep profile"),
+        ("profile:resnet50", "is written as profile:ARCH:BATCH:SWITCHES"),
+        ("step", "is written as step:ARCH:BATCH"),
+        ("sweep:resnet50", "is written as sweep"),
+    ],
+)
+def test_a_part_that_is_none_ends_it_before_anything_is_measured(tmp_path, part, said):
+    o = measure.Options(tmp_path, tmp_path / "out", parts=("smoke", part), **TINY)
+    with pytest.raises(UsageError, match=f"--parts {part}: {said}"):
+        measure.run(o)
+    assert not o.output.exists()
+
+
+def test_the_parts_are_commands_that_exist(tmp_path):
+    o = measure.Options(tmp_path, tmp_path / "out", **TINY)
+    for part in measure.PARTS:
+        _, words = measure.words_of(part, o)
+        module = ROOT / (words[0].replace(".", "/") + ".py")
+        assert module.exists() or words[0] in ("rsnet", "pytest")
+
+
+@pytest.mark.slow  # processes that import torch and DALI, a compiler
+def test_parts_run_in_processes_of_their_own(photos, tmp_path):
+    o = measure.Options(
+        photos, tmp_path / "out", rounds=2, **TINY,
+        parts=("smoke", "sweep", "profile:resnet10:4:no-kd", "step:resnet18:2", "evaluation:resnet18:2"),
+    )  # fmt: skip
+    assert measure.run(o) == 0
+    text = (o.output / "results.md").read_text()
+    assert text.count("\nexit code 0, ") == len(o.parts)
+    assert "smoke: all well" in text
+    assert (o.output / "profile-resnet10-4-no-kd" / "profile" / "profile.json").exists()
+
+
+def test_a_part_is_ended_with_the_processes_that_it_started():
+    script = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    part = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert part.stdout is not None
+    child = Path("/proc") / part.stdout.readline().decode().strip() / "stat"
+    assert child.exists()
+    measure._end(part)
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ"
+    part.stdout.close()
