@@ -6,7 +6,7 @@ Nothing is computed: the tensors have no numbers (fake tensors). Operations are 
 forward, losses, backward and optimizer call; views and allocations are left out, as they start no kernel on a
 GPU, which waits for the host if it is done with few images sooner than the host starts its kernels. Memory is
 what tensors hold at most, besides weights, momentum and the batch, and without the scratch of kernels. Prints
-one JSON object per network: (a) is `benchmarks.plain`, (b) this trainer in bfloat16.
+one JSON object per network: `benchmarks.plain`, and in bfloat16 `benchmarks.modern` and this trainer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.throughput import Options as Workload
-from benchmarks.throughput import make_model, make_network, our_step, plain_step, trainer_of
+from benchmarks.throughput import (
+    make_model,
+    make_network,
+    modern_step,
+    our_step,
+    plain_step,
+    trainer_of,
+)
 from pipelines.batch import Batch
 from rsnet.models.layers.onednn_workarounds import DepthwiseConv2d
-from rsnet.models.switchable import ResolutionSwitchable
 
 ALLOCATIONS = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -83,18 +90,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def measure(arch: str, o: Options) -> dict[str, Any]:
     found: dict[str, Any] = {"arch": arch}
     workload = Workload(batch_size=o.batch_size, amp="bf16")
-    networks = {"plain": make_network(arch), "ours": make_model(arch, workload)}
+    networks = {
+        "plain": make_network(arch),
+        "modern": make_network(arch).to(memory_format=torch.channels_last),
+        "ours": make_model(arch, workload),
+    }
     for which, network in networks.items():
         # The loss that a step returns is a number that nobody knows.
         with FakeTensorMode(
             shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
         ) as mode:
             forget_numbers(network, mode)
-            step = (
-                our_step(trainer_of(network, arch, workload, "bf16"))
-                if isinstance(network, ResolutionSwitchable)
-                else plain_step(network, workload)
-            )
+            step = step_of(which, network, arch, workload)
             batch = Batch(
                 tuple(torch.empty(o.batch_size, 3, s, s) for s in workload.sizes),
                 torch.zeros(o.batch_size, dtype=torch.int64),
@@ -108,6 +115,14 @@ def measure(arch: str, o: Options) -> dict[str, Any]:
             "peak_memory_mb": round(watch.peak / 1e6),
         }
     return found
+
+
+def step_of(which: str, network: Any, arch: str, workload: Workload) -> Callable[[Batch], float]:
+    if which == "plain":
+        return plain_step(network, workload)
+    if which == "modern":
+        return modern_step(network, workload, torch.bfloat16)
+    return our_step(trainer_of(network, arch, workload, "bf16"))
 
 
 def forget_numbers(network: nn.Module, mode: FakeTensorMode) -> None:
