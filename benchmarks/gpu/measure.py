@@ -7,13 +7,14 @@ Writes measured/results.md: date, GPU, driver, commit and command, then each par
 printed. Profiles and their traces lie beside it. Each part is a process of its own, which is ended when its
 time or the whole time is over; what it printed until then is kept. Exit code 1 if a part failed. The parts:
 
-- smoke: `benchmarks.gpu.smoke`, does everything run?
-- sweep: `benchmarks.gpu.loader_sweep`, DALI alone with other settings
+- smoke[:BATCH]: `benchmarks.gpu.smoke`, does everything run?
+- sweep[:BATCH]: `benchmarks.gpu.loader_sweep`, DALI alone with other settings
 - profile:ARCH:BATCH[:OPTION...]: `rsnet train --profile`, loader, computation and both, with these switches
 - step:ARCH:BATCH: `benchmarks.throughput`, a step beside two other ways to write it, and peak memory
 - ways:ARCH:BATCH: `benchmarks.step_ways`, CUDA graphs and the like
 - evaluation:ARCH:BATCH: `benchmarks.evaluation`
-- quantized, loaders, tests: `benchmarks.quantized`, `benchmarks.loaders`, and the tests that need a GPU
+- peers[:BATCH]: `benchmarks.peers`, DALI beside other libraries' loaders
+- quantized, tests: `benchmarks.quantized`, and the tests that need a GPU
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PARTS = (
     "smoke", "sweep", "profile:resnet50:128", "step:resnet50:128", "profile:resnet18:256",
     "profile:mobilenetv2:256", "ways:resnet50:128", "step:resnet18:128", "step:mobilenetv2:128",
     "profile:resnet50:256", "profile:resnet18:256:compile", "profile:resnet50:128:compile",
-    "evaluation:resnet50:128", "loaders", "quantized", "tests",
+    "evaluation:resnet50:128", "peers", "quantized", "tests",
 )  # fmt: skip
 
 
@@ -72,12 +73,13 @@ class Options:
     """DALI's threads."""
 
 
-def smoke(o: Options) -> list[str]:
-    return ["benchmarks.gpu.smoke", "--output", str(o.output / "smoke"), *_reading(o), *_sizes(o)]
+def smoke(o: Options, batch: str = "64") -> list[str]:
+    words = ["--output", str(o.output / "smoke"), "--batch-size", batch]
+    return ["benchmarks.gpu.smoke", *words, *_reading(o), *_sizes(o)]
 
 
-def sweep(o: Options) -> list[str]:
-    return ["benchmarks.gpu.loader_sweep", *_reading(o), *_sizes(o)]
+def sweep(o: Options, batch: str = "256") -> list[str]:
+    return ["benchmarks.gpu.loader_sweep", "--batch-size", batch, *_reading(o), *_sizes(o)]
 
 
 def profile(o: Options, arch: str, batch: str, *switches: str) -> list[str]:
@@ -94,7 +96,8 @@ def step(o: Options, arch: str, batch: str) -> list[str]:
 
 
 def ways(o: Options, arch: str, batch: str) -> list[str]:
-    return _compared("step_ways", o, arch, batch)
+    words = ["--ways", "graph", "graph of all", "recompute norm"]
+    return [*_compared("step_ways", o, arch, batch), *words]
 
 
 def evaluation(o: Options, arch: str, batch: str) -> list[str]:
@@ -105,8 +108,9 @@ def quantized(o: Options) -> list[str]:
     return ["benchmarks.quantized", *_sizes(o), "--batch-size", "64", "--rounds", str(o.rounds)]
 
 
-def loaders(o: Options) -> list[str]:
-    return ["benchmarks.loaders", *_reading(o), *_sizes(o), "--batch-size", "128", "--rounds", "3"]
+def peers(o: Options, batch: str = "128") -> list[str]:
+    words = ["--batch-size", batch, "--rounds", "4"]
+    return ["benchmarks.peers", *words, *_reading(o), *_sizes(o)]
 
 
 def tests(_o: Options) -> list[str]:
@@ -131,11 +135,11 @@ KINDS: dict[str, tuple[float, Callable[..., list[str]]]] = {
     "smoke": (240, smoke),
     "sweep": (90, sweep),
     "profile": (300, profile),
-    "step": (150, step),
+    "step": (200, step),
     "ways": (150, ways),
     "evaluation": (120, evaluation),
     "quantized": (120, quantized),
-    "loaders": (120, loaders),
+    "peers": (120, peers),
     "tests": (300, tests),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import loader_sweep, measure, smoke
+from benchmarks.gpu import loader_sweep, measure, smoke, trace
 from pipelines.batch import Batch, Loaders
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import DataError, UsageError
 
 ROOT = Path(__file__).parents[2]
 TINY = {"sizes": (32, 24), "workers": 1}
@@ -136,7 +137,7 @@ def test_parts_are_measured_in_order_until_the_time_is_over(tmp_path, monkeypatc
         ("speed", "there is no such part; one of smoke sweep profile"),
         ("profile:resnet50", "is written as profile:ARCH:BATCH:SWITCHES"),
         ("step", "is written as step:ARCH:BATCH"),
-        ("sweep:resnet50", "is written as sweep"),
+        ("sweep:64:2", "is written as sweep:BATCH"),
     ],
 )
 def test_a_part_that_is_none_ends_it_before_anything_is_measured(tmp_path, part, said):
@@ -156,13 +157,11 @@ def test_the_parts_are_commands_that_exist(tmp_path):
 
 @pytest.mark.slow  # processes that import torch and DALI, a compiler
 def test_parts_run_in_processes_of_their_own(photos, tmp_path):
-    o = measure.Options(
-        photos, tmp_path / "out", rounds=2, **TINY,
-        parts=("smoke", "sweep", "profile:resnet10:4:no-kd", "step:resnet18:2", "evaluation:resnet18:2"),
-    )  # fmt: skip
+    parts = ("smoke:4", "profile:resnet10:4:no-kd")
+    o = measure.Options(photos, tmp_path / "out", parts=parts, rounds=1, **TINY)
     assert measure.run(o) == 0
     text = (o.output / "results.md").read_text()
-    assert text.count("\nexit code 0, ") == len(o.parts)
+    assert text.count("\nexit code 0, ") == len(parts)
     assert "smoke: all well" in text
     assert (o.output / "profile-resnet10-4-no-kd" / "profile" / "profile.json").exists()
 
@@ -182,3 +181,36 @@ def test_a_part_is_ended_with_the_processes_that_it_started():
     measure._end(part)
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ"
     part.stdout.close()
+
+
+def write_trace(path: Path, *events: dict) -> Path:
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": list(events)}).encode()))
+    return path
+
+
+def test_a_traces_kernels_and_gaps_are_those_of_all_streams(tmp_path, capsys):
+    events = [
+        {"cat": "kernel", "name": name, "ts": start, "dur": length}
+        for name, start, length in (
+            ("conv", 130, 10), ("relu", 100, 20), ("conv", 110, 20),  # two streams; until 140
+            ("copy", 145, 1), ("relu", 150, 2),
+        )
+    ]  # fmt: skip
+    other = [{"cat": "cpu_op", "name": "aten::relu", "ts": 0, "dur": 900}, {"name": "a flow"}]
+    path = write_trace(tmp_path / "trace.json.gz", *events, *other)
+    kernels = trace.read(path)
+    assert trace.longest(kernels) == [("conv", 2, 30), ("relu", 2, 22), ("copy", 1, 1)]
+    assert trace.gaps_of(kernels) == [(5, "conv", "copy"), (4, "copy", "relu")]
+    assert trace.run(trace.Options(path, most=1)) == 0
+    out = capsys.readouterr().out
+    assert "5 kernels in 0.1 ms; idle for 17.3 %, in 2 gaps" in out  # 9 of 52 us
+    assert "copy" in out
+    assert out.count("relu") == 0
+
+
+def test_a_trace_of_a_cpu_has_no_kernels(tmp_path):
+    path = write_trace(
+        tmp_path / "trace.json.gz", {"cat": "cpu_op", "name": "x", "ts": 0, "dur": 9}
+    )
+    with pytest.raises(DataError, match="no kernel of a GPU is in it"):
+        trace.read(path)
