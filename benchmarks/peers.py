@@ -5,14 +5,15 @@
 Training batches: a random crop, resized, flipped, normalised, on the device, of the same photos. The others
 are torchvision's ImageFolder in PyTorch's DataLoader, timm's loader, and FFCV's own Loader on the same
 .beton file; what is not installed is left out. Each keeps its workers from epoch to epoch. They alternate,
-epoch by epoch, in one run; the ratio of the speeds of the same round is the figure to trust. Prints one
-JSON object.
+epoch by epoch, in one run; the ratio of the speeds of the same round is the figure to trust, and on a
+machine that others use, the CPU time of an image. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -144,13 +145,30 @@ def ours(loaders: Loaders) -> Epoch:
     return epoch
 
 
-def images_per_s(batches: Iterable[Any], device: torch.device) -> float:
-    start, images = time.perf_counter(), 0
+class Cost(NamedTuple):
+    """Of an epoch."""
+
+    images_per_s: float
+    cpu_ms: float  # an image, of this process and its children
+
+
+def cost_of(batches: Iterable[Any], device: torch.device) -> Cost:
+    start, used, images = time.perf_counter(), cpu_seconds(), 0
     for _, labels in batches:
         images += len(labels)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return images / (time.perf_counter() - start)
+    took = time.perf_counter() - start
+    return Cost(images / took, 1000 * (cpu_seconds() - used) / images)
+
+
+def cpu_seconds() -> float:
+    """What this process and the workers that it has started have used until now."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def sources(o: Options, device: torch.device) -> tuple[dict[str, Epoch], list[Loaders]]:
@@ -181,19 +199,23 @@ def name_of(pipeline: str, sizes: tuple[int, ...]) -> str:
 def run(o: Options) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, opened = sources(o, device)
-    speeds: dict[str, list[float]] = {name: [] for name in found}
+    costs: dict[str, list[Cost]] = {name: [] for name in found}
     for number in range(o.rounds):
         for name, epoch in found.items():
-            speed = images_per_s(epoch(number), device)
+            cost = cost_of(epoch(number), device)
             if number > 0:
-                speeds[name].append(speed)
+                costs[name].append(cost)
     for loaders in opened:
         loaders.close()
+    speeds = {name: [cost.images_per_s for cost in each] for name, each in costs.items()}
     others = [name for name in found if not name.startswith("ours")]
     all_sizes = [name for name in found if name.endswith(f" {len(o.sizes)} sizes")]
     figures = {
         "images_per_s": {n: round(statistics.median(s), 1) for n, s in speeds.items()},
         "from_to": {n: [round(min(s), 1), round(max(s), 1)] for n, s in speeds.items()},
+        "cpu_ms_an_image": {
+            n: round(statistics.median(c.cpu_ms for c in each), 2) for n, each in costs.items()
+        },
         # A speed is the inverse of a time.
         "speed_of_all_sizes_over_one_of": {
             f"{mine} / {other}": ratios(speeds[mine], speeds[other])

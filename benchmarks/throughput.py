@@ -67,6 +67,9 @@ class Options:
     rounds: int = 6
     """Steps of each; the first is not counted."""
 
+    cpu_time: bool = False
+    """Time of this process on the CPU in place of the clock's: for a CPU that others use, with one thread."""
+
     curve: int = 0
     """Steps over which the losses are compared, on four batches in turn."""
 
@@ -95,16 +98,17 @@ def measure(arch: str, o: Options) -> dict[str, Any]:
 
 def compare_steps(arch: str, o: Options) -> dict[str, Any]:
     """Seconds a step, alternating."""
+    now = time.process_time if o.cpu_time else time.perf_counter
     steps = {which: make_step(which, arch, o) for which in SIDES}
     batch = make_batches(o, 1)[0]
     taken: dict[str, list[float]] = {which: [] for which in SIDES}
     for i in range(o.rounds):
         for which, step in steps.items():
-            start = time.perf_counter()
+            start = now()
             step(batch)
             profile.synchronize(batch.labels.device)
             if i > 0:
-                taken[which].append(time.perf_counter() - start)
+                taken[which].append(now() - start)
     medians = {which: statistics.median(seconds) for which, seconds in taken.items()}
     return {
         "images_per_s": {which: round(o.batch_size / s, 2) for which, s in medians.items()},

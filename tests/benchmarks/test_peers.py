@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -26,6 +30,20 @@ def test_torchvisions_loader_gives_normalised_images_of_the_first_size(photos):
     assert 200 < bytes_again.max() < 255.01
 
 
+def test_the_cpu_time_of_workers_counts(monkeypatch):
+    work = "import time; print(flush=True)\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    worker = subprocess.Popen(
+        [sys.executable, "-S", "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [worker])
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    before = peers.cpu_seconds() - time.process_time()
+    worker.stdout.readline()
+    assert 0.15 < peers.cpu_seconds() - time.process_time() - before < 0.4
+    worker.communicate(b"\n")
+
+
 @pytest.mark.slow  # the compilation of FFCV's loader, and processes
 @needs_ffcv
 def test_all_loaders_read_the_same_photos(photos, capsys):
@@ -37,5 +55,6 @@ def test_all_loaders_read_the_same_photos(photos, capsys):
     ours = {f"ours, {p}, {n}" for p in ("DALI", "FFCV") for n in ("1 size", "2 sizes")}
     assert found["images_per_s"].keys() == names | ours
     assert min(found["images_per_s"].values()) > 0
+    assert found["cpu_ms_an_image"].keys() == names | ours
     ratio = found["speed_of_all_sizes_over_one_of"]["ours, DALI, 2 sizes / torchvision"]
     assert ratio["from"] <= ratio["median"] <= ratio["to"]
