@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from nvidia.dali import fn
 
-from benchmarks.gpu.opened import opened
+from benchmarks.gpu.opened import opened, require_photos
 from benchmarks.throughput import device_in_use
 from pipelines.batch import LoaderSpec
 from pipelines.dali import DaliOptions
@@ -129,6 +129,7 @@ def cut_after_decoding() -> Iterator[None]:
 
 
 def run(o: Options) -> int:
+    require_photos(o.data)
     sweep = Sweep(o)
     measure = sweep.measure
     measure("default")

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.opened import require_photos
 from benchmarks.throughput import device_in_use
 from pipelines.utils.cli import command
 from pipelines.utils.cores import default_workers
@@ -222,6 +223,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def run(o: Options) -> int:
     parts = [(part, *words_of(part, o)) for part in o.parts]
+    require_photos(o.data)
     if o.output.exists():
         raise UsageError(
             f"--output {o.output}: there is such a file or folder already; name a new one"

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from benchmarks.gpu.opened import opened
+from benchmarks.gpu.opened import opened, require_photos
 from benchmarks.throughput import device_in_use
 from pipelines.batch import Batch, Loader, Loaders, LoaderSpec
 from pipelines.dali import DaliOptions
@@ -249,6 +249,7 @@ ACTIONS: dict[Check, Callable[[Options], str]] = {
 
 
 def run(o: Options) -> int:
+    require_photos(o.data)
     if o.output.exists():
         raise UsageError(
             f"--output {o.output}: there is such a file or folder already; name a new one"

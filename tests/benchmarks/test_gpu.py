@@ -102,7 +102,7 @@ def test_the_best_setting_is_taken_only_if_it_is_faster_than_the_default():
     assert sweep.best("decoder-hw-load", 0.65) == 0.65
 
 
-def test_parts_are_measured_in_order_until_the_time_is_over(tmp_path, monkeypatch, capsys):
+def test_parts_are_measured_in_order_until_the_time_is_over(photos, tmp_path, monkeypatch, capsys):
     """The words are run by a Python of their own, as those of a part are."""
     scripts = {
         "good": "print('fast')",
@@ -115,7 +115,7 @@ def test_parts_are_measured_in_order_until_the_time_is_over(tmp_path, monkeypatc
     kinds = {name: (9.0, lambda _o, text=text: ["run", text]) for name, text in scripts.items()}
     kinds["slow"] = (0.3, kinds["slow"][1])
     monkeypatch.setattr(measure, "KINDS", kinds)
-    o = measure.Options(tmp_path, tmp_path / "out", parts=("good", "bad", "slow"), **TINY)
+    o = measure.Options(photos, tmp_path / "out", parts=("good", "bad", "slow"), **TINY)
     assert measure.run(o) == 1
     text = (o.output / "results.md").read_text()
     head, good, bad, slow = text.split("\n## ")
@@ -125,7 +125,7 @@ def test_parts_are_measured_in_order_until_the_time_is_over(tmp_path, monkeypatc
     assert "fast\nexit code 0, " in good
     assert "exit code 3, " in bad
     assert slow.endswith("ended after 0 s: out of time\n```\n")
-    late = measure.Options(tmp_path, tmp_path / "late", parts=("good",), seconds=1, **TINY)
+    late = measure.Options(photos, tmp_path / "late", parts=("good",), seconds=1, **TINY)
     assert measure.run(late) == 0
     assert "not begun: out of time" in (late.output / "results.md").read_text()
     assert "== bad: exit code 3" in capsys.readouterr().out
@@ -145,6 +145,20 @@ def test_a_part_that_is_none_ends_it_before_anything_is_measured(tmp_path, part,
     with pytest.raises(UsageError, match=f"--parts {part}: {said}"):
         measure.run(o)
     assert not o.output.exists()
+
+
+def test_data_without_its_folders_is_one_line_before_anything_is_begun(tmp_path):
+    (tmp_path / "train").mkdir()
+    for run in (
+        lambda: smoke.run(smoke.Options(tmp_path, tmp_path / "out")),
+        lambda: loader_sweep.run(loader_sweep.Options(tmp_path)),
+        lambda: measure.run(measure.Options(tmp_path, tmp_path / "out")),
+    ):
+        with pytest.raises(
+            UsageError, match=r"--data .*: there is no folder .*/val; it takes train/"
+        ):
+            run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_parts_are_commands_that_exist(tmp_path):
