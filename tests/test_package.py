@@ -21,10 +21,10 @@ from rsnet.__main__ import ALIASES, VERBS, main
 from rsnet.models import factory, switchable
 from rsnet.release import package
 from tests.helpers import releases
+from tests.helpers.packages import uv
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = ROOT / "tests" / "data" / "written_by_0.1"
-UV = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
 
 
 def _python(*words: str, cwd: Path = ROOT, python: str = sys.executable) -> str:
@@ -122,7 +122,7 @@ def test_a_module_of_ours_that_is_missing_is_a_fault_of_the_program():
 def wheel(tmp_path_factory) -> Path:
     """Built by hatchling; skips where neither uv nor hatchling can be had."""
     folder = tmp_path_factory.mktemp("dist")
-    _uv("build", "--quiet", "--wheel", "--out-dir", str(folder), str(ROOT))
+    uv("build", "--quiet", "--wheel", "--out-dir", str(folder), str(ROOT))
     (built,) = folder.glob("*.whl")
     return built
 
@@ -131,26 +131,14 @@ def wheel(tmp_path_factory) -> Path:
 def installed(wheel, tmp_path_factory) -> Path:
     """The bin folder of an environment that has the wheel and what it requires, and nothing else."""
     folder = tmp_path_factory.mktemp("env") / "env"
-    _uv("venv", "--quiet", "--python", sys.executable, str(folder))
+    uv("venv", "--quiet", "--python", sys.executable, str(folder))
     # The versions of the lock: they lie in uv's cache, from which files are linked, not copied.
     pinned = folder / "pinned.txt"
     export = ("export", "--quiet", "--frozen", "--no-dev", "--no-hashes", "--no-emit-project")
-    pinned.write_text(_uv(*export, "--project", str(ROOT)))
+    pinned.write_text(uv(*export, "--project", str(ROOT)))
     python = str(folder / "bin" / "python")
-    _uv("pip", "install", "--quiet", "--python", python, "-c", str(pinned), str(wheel))
+    uv("pip", "install", "--quiet", "--python", python, "-c", str(pinned), str(wheel))
     return folder / "bin"
-
-
-def _uv(*words: str) -> str:
-    if shutil.which(UV) is None:
-        pytest.skip("uv is not installed; ./install.sh brings it")
-    done = subprocess.run([UV, *words], capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode and any(
-        w in done.stderr for w in ("Failed to fetch", "dns error", "offline")
-    ):
-        pytest.skip(f"no network: {done.stderr.splitlines()[0]}")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow

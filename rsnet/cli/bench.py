@@ -121,9 +121,10 @@ def _tables(figures: Figures) -> str:
 
 def _size_row(s: SizeFigures) -> list[str]:
     tuned = "" if s.tuned_ece is None else f"{s.tuned_ece:.2f}"
+    peak = "" if s.peak_mb is None else f"{s.peak_mb:.1f}"
     return [
         str(s.size), f"{s.gmacs:.3f}", f"{s.top1:.2f}", f"{s.top5:.2f}", f"{s.ece:.2f}", tuned,
-        _times(s.ms_one), _times(s.ms_batch), f"{s.images_per_s:.0f}", f"{s.peak_mb:.1f}",
+        _times(s.ms_one), _times(s.ms_batch), f"{s.images_per_s:.0f}", peak,
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from tyro.conf import Positional, arg
@@ -11,9 +12,11 @@ from pipelines.utils.output import say
 
 if TYPE_CHECKING:
     from rsnet.inference.classifier import SwitchableClassifier
+    from rsnet.release.package import Release
     from rsnet.release.source import Source
 
 Dtype = Literal["float32", "bfloat16"]
+Engine = Literal["torch", "onnxruntime"]
 
 # What `rsnet.release.source` opens.
 SOURCE = "RUN|FILE|RELEASE"
@@ -24,7 +27,8 @@ class ClassifierOptions:
     """Network and computation."""
 
     source: Positional[Annotated[str, arg(metavar=SOURCE)]]
-    """Run directory, checkpoint, release, or file of the original code."""
+    """Run directory, checkpoint, release (also hf://USER/NAME on the hub), file of the original code, or what
+    `rsnet export --format onnx` wrote."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, ... Unset: the GPU if there is one."""
@@ -34,6 +38,10 @@ class ClassifierOptions:
 
     dtype: Dtype = "float32"
     """Precision of the computation."""
+
+    engine: Annotated[Engine | None, arg(metavar="{torch,onnxruntime}")] = None
+    """What computes: torch, or onnxruntime what `rsnet export --format onnx` wrote, on the CPU. Unset: by the
+    folder."""
 
     fold: bool = False
     """Fold BatchNorm into the convolutions: faster, with a copy of the weights for each size used."""
@@ -60,22 +68,29 @@ def load_classifier(
     import torch
 
     from rsnet.inference.classifier import SwitchableClassifier
+    from rsnet.inference.onnx_runner import is_export
     from rsnet.release.from_run import released
-    from rsnet.release.source import open_source
+    from rsnet.release.source import of_export, open_source
 
-    source = open_source(options.source)
+    source: Source | None = None
+    content: Path | Release = Path(options.source)
+    if not is_export(Path(options.source)) and options.engine != "onnxruntime":
+        source = open_source(options.source)
+        content = released(source)
+    on_gpu = torch.cuda.is_available() and source is not None
     classifier = SwitchableClassifier.load(
-        released(source),
-        options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        content,
+        options.device or ("cuda" if on_gpu else "cpu"),
         torch.bfloat16 if options.dtype == "bfloat16" else None,
         options.batch_size,
         top,
         fold=options.fold,
         cuda_graphs=options.cuda_graphs,
+        engine=options.engine,
     )
     if isinstance(options, LatencyOptions) and options.remeasure:
         classifier.calibrate_latency()
-    return classifier, source
+    return classifier, source or of_export(classifier.release, classifier.sizes)
 
 
 def say_source(source: Source, file: TextIO | None = None) -> None:

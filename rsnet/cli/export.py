@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,15 +11,16 @@ from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
+from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import SOURCE, say_source
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write a network for other programs: for the original code, ONNX or torch.export.
+    """Write a network for other programs: for the original code, ONNX, torch.export, torchvision or timm.
 
-    The latter two take normalised images, float32 (N, 3, size, size), any N, to logits. Each file is run and
-    compared with the network, and export.json beside them says how far it is off.
+    All but the first take normalised images, float32 (N, 3, size, size), any N, to logits. Each file is run
+    and compared with the network, and export.json beside them says how far it is off.
     """
 
     source: Positional[Annotated[str, arg(metavar=SOURCE)]]
@@ -27,14 +29,36 @@ class Options:
     output: Annotated[Path, arg(metavar="OUT")]
     """File to write for the original code, else folder."""
 
-    format: Literal["original", "onnx", "torch.export"] = "original"
-    """original: a file for the original code. onnx, torch.export: a file for each size."""
+    format: Literal["original", "onnx", "torch.export", "torchvision", "timm"] = "original"
+    """original: a file for the original code. onnx, torch.export: a file for each size. torchvision, timm:
+    each size's weights as a state dict of the library's own network."""
 
     sizes: Annotated[tuple[int, ...] | None, arg(metavar="INT [INT ...]")] = None
-    """Sizes for onnx and torch.export. Unset: all."""
+    """Sizes to write, but for the original code. Unset: all."""
 
     one_file: bool = False
     """For onnx: one file for all sizes, the weights in it once, with a second input `size`."""
+
+    int8: bool = False
+    """For onnx: weights and activations in 8-bit integers, with scales for each size; needs --calibrate."""
+
+    calibrate: Annotated[Path | None, arg(metavar="VAL")] = None
+    """For --int8: folder with one folder of images per class, or one whose val/ is that. The activations'
+    ranges are seen on some of the images; the accuracy and latency of all precisions on all of them."""
+
+    max_drop: float | None = None
+    """For --int8: percentage points that top-1 may fall by at any size; a file that loses more is refused.
+    Unset: 1."""
+
+    def __post_init__(self) -> None:
+        if self.int8 and (self.format != "onnx" or self.one_file):
+            raise UsageError("--int8 is of --format onnx, a file for each size")
+        if self.int8 and self.calibrate is None:
+            raise UsageError("--int8: give --calibrate, too, the folder of labelled images")
+        if not self.int8 and (self.calibrate, self.max_drop) != (None, None):
+            raise UsageError("--calibrate and --max-drop are of --int8")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise UsageError(f"--max-drop {self.max_drop}: must be from 0 to 100 percentage points")
 
 
 def run(options: Options) -> int:
@@ -42,6 +66,8 @@ def run(options: Options) -> int:
         raise UsageError(f"--output: {options.output} exists; give another name")
     if options.format == "original":
         return _export_original(options)
+    if options.int8:
+        return _export_int8(options)
     from rsnet.export.writer import export_release
     from rsnet.release.from_run import released
     from rsnet.release.source import open_source
@@ -57,16 +83,62 @@ def run(options: Options) -> int:
     )
     for file in files:
         off = max(value for errors in file["max_abs_error"].values() for value in errors.values())
+        how = f"off by at most {off:.1e}" if off else "the same, bit for bit"
         say(
             f"{options.output / file['file']}: size {' '.join(map(str, file['sizes']))}, "
-            f"{file['bytes'] / 1e6:.1f} MB, logits off by at most {off:.1e}"
+            f"{file['bytes'] / 1e6:.1f} MB, logits {how}"
         )
+    return 0
+
+
+def _export_int8(options: Options) -> int:
+    from rsnet.export.int8 import PRECISIONS, export_int8
+    from rsnet.release.from_run import released
+    from rsnet.release.source import open_source
+
+    assert options.calibrate is not None
+    source = open_source(options.source)
+    say_source(source)
+    report = export_int8(
+        released(source),
+        options.output,
+        options.calibrate,
+        sizes=options.sizes,
+        max_drop=1.0 if options.max_drop is None else options.max_drop,
+        say=lambda line: say(line, sys.stderr),
+    )
+    conditions = report["comparison_conditions"]
+    threads = conditions["threads"]
+    say(
+        f"{report['comparison_images']} images; {conditions['device']}, {threads} "
+        f"thread{'s' * (threads > 1)}, batches of 1"
+    )
+    rows = [
+        [
+            size,
+            *(
+                f"{found[name][key]:.2f}" if found[name] else ""
+                for key in ("top1", "ms")
+                for name in PRECISIONS
+            ),
+        ]
+        for size, found in report["comparison"].items()
+    ]
+    print(
+        text_table(
+            ["size", *(f"{what}, {name}" for what in ("top-1 %", "ms") for name in PRECISIONS)],
+            rows,
+        )
+    )
+    for file in report["files"]:
+        megabytes, before = (file[key] / 1e6 for key in ("bytes", "float32_bytes"))
+        say(f"{options.output / file['file']}: {megabytes:.1f} MB, in float32 {before:.1f} MB")
     return 0
 
 
 def _export_original(options: Options) -> int:
     if options.sizes is not None or options.one_file:
-        raise UsageError("--sizes and --one-file are of --format onnx and torch.export")
+        raise UsageError("--sizes and --one-file: --format original takes all sizes")
     from rsnet.export.original import export_original
     from rsnet.release.source import open_source
 

@@ -34,7 +34,7 @@ def require() -> None:
 
 def write(path: Path, network: nn.Module, size: int, about: Mapping[str, Any]) -> None:
     """Write one size: `images`, float32 (N, 3, size, size), to `logits`, (N, classes). about: metadata."""
-    _save(path, _traced(network, size), about)
+    save(path, _traced(network, size), about)
 
 
 def write_all(path: Path, networks: Mapping[int, nn.Module], about: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ def write_all(path: Path, networks: Mapping[int, nn.Module], about: Mapping[str,
     Values that several networks have are in the file once. Another size is an error when it is run.
     """
     models = {s: _traced(network, s) for s, network in networks.items()}
-    _save(path, _switched(models), about)
+    save(path, _switched(models), about)
 
 
 def load(path: Path) -> Callable[[Tensor, int], Tensor]:
@@ -145,10 +145,12 @@ def _with_inputs(graph: Any, sizes: list[int], values: Iterable[Any], like: Any)
     return helper.make_model(whole, opset_imports=opsets, ir_version=version)
 
 
-def _save(path: Path, model: Any, about: Mapping[str, Any]) -> None:
+def save(path: Path, model: Any, about: Mapping[str, Any]) -> None:
+    """Write an onnx.ModelProto, checked, with `about` as its metadata."""
     import onnx
 
     model.producer_name, model.producer_version = "rsnet", __version__
+    del model.metadata_props[:]  # of the quantization
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
     onnx.checker.check_model(model)
     atomic_write(path, model.SerializeToString())

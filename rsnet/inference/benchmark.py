@@ -39,7 +39,7 @@ class SizeFigures:
     gmacs: an image's. top1, top5, ece (calibration error): in %.
     tuned_ece: ece with the temperature in tuned.json, of the images that it was not fitted to; or None.
     ms_one, ms_batch: of one image and of a whole batch, from pixels on the host to probabilities there.
-    peak_mb: of a batch's forward, beside the weights.
+    peak_mb: of a batch's forward, beside the weights; None where torch does not allocate it.
     """
 
     size: int
@@ -51,7 +51,7 @@ class SizeFigures:
     ms_one: Times
     ms_batch: Times
     images_per_s: float
-    peak_mb: float
+    peak_mb: float | None
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,9 @@ def _size(
         ms_one=one,
         ms_batch=batch,
         images_per_s=1000 * classifier.batch_size / batch["p50"],
-        peak_mb=peak_bytes(lambda: forward(size), classifier.device) / 1e6,
+        peak_mb=None
+        if "engine" in classifier.conditions
+        else peak_bytes(lambda: forward(size), classifier.device) / 1e6,
     )
 
 

@@ -99,7 +99,8 @@ def conditions_line(figures: Figures) -> str:
     c = figures.conditions
     dtype = c["dtype"].removeprefix("torch.")
     threads = f"{c['threads']} thread{'s' * (c['threads'] > 1)}"
-    return f"{figures.images} images; {c['device']}, {threads}, {dtype}, torch {c['torch']}"
+    engine = c.get("engine", f"torch {c['torch']}")
+    return f"{figures.images} images; {c['device']}, {threads}, {dtype}, {engine}"
 
 
 def named_cascades(figures: Figures) -> Iterator[tuple[str, CascadeFigures]]:

@@ -19,8 +19,9 @@ from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import parsing
 from rsnet.inference.preprocess import eval_pixels
+from rsnet.release import package as release
 
-TUNED_FILE, TUNED_FORMAT = "tuned.json", 1
+TUNED_FILE, TUNED_FORMAT = release.TUNED, 1
 
 # Fitted temperatures are from 1/20 to 20; values far from those make NaN of logits.
 MIN_TEMPERATURE = 1e-3

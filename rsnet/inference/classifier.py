@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ from rsnet.inference.cascade import (
     read_tuned,
     run_cascade,
 )
+from rsnet.inference.onnx_runner import OnnxRunner, is_export
 from rsnet.inference.preprocess import ImageInput
 from rsnet.inference.runner import ModelRunner
 from rsnet.release import package as release
@@ -37,6 +38,8 @@ from rsnet.release.config import output_names
 __all__ = ["Prediction", "SwitchableClassifier"]
 
 Key = TypeVar("Key")
+
+Engine = Literal["torch", "onnxruntime"]
 
 # Images of a forward. More are no faster on any device, and their pixels alone fill 10 GB.
 MAX_BATCH = 65536
@@ -60,22 +63,30 @@ class SwitchableClassifier:
         top: int,
         fold: bool,
         cuda_graphs: bool,
+        onnx: OnnxRunner | None = None,
     ) -> None:
-        """Build the network of `content`; the rest are `load`'s arguments."""
+        """Build the network of `content`; the rest are `load`'s arguments.
+
+        onnx: in place of that network, the exported one; there is no `model` then.
+        """
         network = content.config["network"]
-        model = release.build(content, network["sizes"])
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.sizes = model.sizes
+        self._forward: ModelRunner | OnnxRunner
+        if onnx is None:
+            model = release.build(content, network["sizes"])
+            self.model = model.to(device).to(memory_format=torch.channels_last)
+            self.sizes, self._sha256 = model.sizes, content.config["weights"]["sha256"]
+            self._forward = ModelRunner(
+                self.model, device, dtype, batch_size, fold=fold, cuda_graphs=cuda_graphs
+            )
+        else:
+            self._forward, self.sizes, self._sha256 = onnx, onnx.sizes, onnx.sha256
         self.num_classes: int = network["num_classes"]
         self.accuracy: dict[str, dict[str, float]] | None = content.config["accuracy"]
-        self._forward = ModelRunner(
-            self.model, device, dtype, batch_size, fold=fold, cuda_graphs=cuda_graphs
-        )
         self._names = output_names(content.config)
         self.device = device
         self.batch_size, self._top = batch_size, min(top, self.num_classes)
         self.config = content.config  # of config.json
-        self.release, self._sha256 = content, content.config["weights"]["sha256"]
+        self.release = content
         self._latencies: latency.Table | None = None
         self._is_stored = False  # whether they were read from the file
         self._normalize = PixelNormalizer(device, dtype or torch.float32, network["normalize"])
@@ -91,13 +102,15 @@ class SwitchableClassifier:
         *,
         fold: bool = False,
         cuda_graphs: bool = False,
+        engine: Engine | None = None,
     ) -> SwitchableClassifier:
-        """Load the release in `folder`, or one that was read already.
+        """Load the release in `folder`, at an address on the hub (hf://USER/NAME@REVISION), or read already.
 
         dtype: torch.bfloat16 computes under autocast; None in float32. batch_size: most images of a
         forward. top: how many classes a prediction names. fold: BatchNorm becomes part of the convolutions;
         faster, with a copy of the weights for each size that is used. cuda_graphs: fewer calls from the
-        host, on a GPU alone (not measured yet).
+        host, on a GPU alone (not measured yet). engine: "onnxruntime" takes a folder that
+        `rsnet export --format onnx` wrote, and computes as its files do, on the CPU; None by the folder.
 
         Raises what `release.read` does, and UsageError, a ValueError, for a device that is not there,
         another dtype, numbers below 1, and a fold of a network whose activations are quantized.
@@ -109,14 +122,28 @@ class SwitchableClassifier:
         if top < 1:
             raise UsageError(f"top {top}: at least 1 is needed")
         place = _require_device(device)
+        onnx = None
+        if isinstance(folder, release.Release):
+            content = folder
+        elif engine == "onnxruntime" or (engine is None and is_export(Path(folder))):
+            onnx = OnnxRunner(Path(folder))
+            content = release.Release(onnx.config, {}, Path(folder))
+            if place.type != "cpu" or dtype is not None or fold or cuda_graphs:
+                raise UsageError(
+                    "--engine onnxruntime: the files say how they are computed, on the CPU; leave out "
+                    "--device, --dtype, --fold and --cuda-graphs"
+                )
+        else:
+            content = release.read(folder)
         return cls(
-            folder if isinstance(folder, release.Release) else release.read(folder),
+            content,
             place,
             dtype,
             batch_size=batch_size,
             top=top,
             fold=fold,
             cuda_graphs=cuda_graphs,
+            onnx=onnx,
         )
 
     def classify(
@@ -238,8 +265,7 @@ class SwitchableClassifier:
         Raises DataError if the batch does not fit into memory.
         """
         try:
-            images = self._normalize(pixels.to(self.device)).permute(0, 3, 1, 2)
-            return self._forward(images, size).float()
+            return self._forward(self.normalized(pixels), size).float()
         except RuntimeError as error:
             # The CPU's allocator has no type of its own.
             is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
@@ -249,6 +275,10 @@ class SwitchableClassifier:
                 f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}; "
                 f"give a smaller --batch-size than {self.batch_size}"
             ) from error
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Return the network's input, (N, 3, size, size), of such pixels."""
+        return self._normalize(pixels.to(self.device)).permute(0, 3, 1, 2)
 
     @property
     def conditions(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from pipelines.utils.schema import parsing
 
 # By size: {"median": ms, "p95": ms} of a forward of a whole batch.
 Table = dict[int, dict[str, float]]
+
+Key = TypeVar("Key")
 
 WARM_UP, REPEATS = 5, 40
 
@@ -56,13 +58,14 @@ def measure(forward: Callable[[int], object], sizes: tuple[int, ...]) -> Table:
 
 
 def sample(
-    forward: Callable[[int], object], sizes: tuple[int, ...], repeats: int
-) -> dict[int, list[float]]:
+    forward: Callable[[Key], object], sizes: tuple[Key, ...], repeats: int
+) -> dict[Key, list[float]]:
     """Return, by size, milliseconds of each of the `repeats` forwards that follow the warm-up.
 
-    The sizes take turns, so that what else the machine does meanwhile falls on all of them.
+    sizes: or whatever else says what `forward` computes. They take turns, so that what else the machine does
+    meanwhile falls on all of them.
     """
-    times: dict[int, list[float]] = {size: [] for size in sizes}
+    times: dict[Key, list[float]] = {size: [] for size in sizes}
     for turn in range(WARM_UP + repeats):
         for size in sizes:
             start = time.perf_counter()

@@ -227,16 +227,28 @@ def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Mod
     if arch not in list_models():
         raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_models())}")
     _, name = library_name(arch)
-    if name in LAYERS and (width_mult != 1.0 or name not in list_torchvision_models()):
+    if is_variant(name, width_mult):
         return scaled_resnet(name, num_classes, width_mult)
     builder = get_model_builder(name)
-    options = dict(_OVERRIDES.get(name, {}))
-    if width_mult != 1.0:
-        if "width_mult" not in inspect.signature(_network_class(builder)).parameters:
-            raise UsageError(f"--width-mult {width_mult}: {arch} has no width to multiply")
-        options["width_mult"] = width_mult
-    network: nn.Module = builder(weights=None, num_classes=num_classes, **options)
+    parameters = inspect.signature(_network_class(builder)).parameters
+    if width_mult != 1.0 and "width_mult" not in parameters:
+        raise UsageError(f"--width-mult {width_mult}: {arch} has no width to multiply")
+    network: nn.Module = builder(weights=None, **builder_options(arch, num_classes, width_mult))
     return network
+
+
+def builder_options(arch: str, num_classes: int, width_mult: float) -> dict[str, Any]:
+    """Return what the network's library is asked for besides its name."""
+    library, name = library_name(arch)
+    others = dict(_OVERRIDES.get(name, {})) if library == "torchvision" else {}
+    if width_mult != 1.0:
+        others["width_mult"] = width_mult
+    return {"num_classes": num_classes, **others}
+
+
+def is_variant(name: str, width_mult: float) -> bool:
+    """Return whether a network of torchvision's kind is one that torchvision itself does not build."""
+    return name in LAYERS and (width_mult != 1.0 or name not in list_torchvision_models())
 
 
 def library_name(arch: str) -> tuple[Literal["torchvision", "timm"], str]:
@@ -298,7 +310,8 @@ def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
     if not timm.is_model(name):
         known = [TIMM_PREFIX + n for n in timm.list_models()]
         raise UsageError(f"--arch {arch}: unknown to timm; {_suggest(arch, known)}")
-    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    options = builder_options(arch, num_classes, width_mult)
+    network: nn.Module = timm.create_model(name, pretrained=False, **options)
     return network
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -106,6 +107,17 @@ class ResolutionSwitchable(nn.Module):
             vars(norm)["active"] = 0 if self.shared_norm else index
         for quantizer in self._quantizers:
             vars(quantizer)["active"] = index
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Do what nn.Module does, with the layers' versions, without which MNASNet does not load.
+
+        Neither safetensors nor a selection of sizes keeps them; all state dicts here are of the newest.
+        """
+        state = OrderedDict(state_dict)
+        state._metadata = self.state_dict()._metadata  # type: ignore[attr-defined]
+        return super().load_state_dict(state, strict, assign)
 
     def norms_of(self, sizes: Sequence[int]) -> list[nn.Module]:
         """Return the BatchNorms that forwards at these sizes apply once each; none if all share one."""

@@ -93,6 +93,13 @@ def text(config: Mapping[str, Any]) -> str:
     )
 
 
+def for_hub(card: bytes, name: str) -> bytes:
+    """Return a card whose example loads the release from the hub, where it is `name`."""
+    return card.replace(
+        b'rsnet.load(".")  # this folder', f'rsnet.load("hf://{name}")'.encode()
+    ).replace(b"pip install rsnet-trainer\n", b'pip install "rsnet-trainer[hub]"\n')
+
+
 def with_bench(card: str, section: str) -> str:
     """Return a card with this section, in place of that of an earlier bench or at the end.
 

@@ -27,9 +27,13 @@ from rsnet.models.quantization.bit_packing import pack_state_dict, unpack_state_
 from rsnet.models.state_dict import describe_mismatch, select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import config as release_config
+from rsnet.release import hub
 from rsnet.release import model_card as release_card
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, TUNED = "model.safetensors", "config.json", "tuned.json"
+
+# What is published of a release's folder; latencies are of one machine.
+PUBLISHED = (CONFIG, WEIGHTS, release_card.NAME, TUNED)
 
 # Bytes of the safetensors header of 100,000 tensors.
 MAX_HEADER = 16 * 2**20
@@ -169,16 +173,17 @@ def _serialized(
 
 
 def read(folder: str | Path) -> Release:
-    """Read the release in `folder`, checked as a whole.
+    """Read the release in `folder`, or at hf://USER/NAME@REVISION on the hub, checked as a whole.
 
-    Raises UsageError if there is no such folder, or the network needs a library that is not installed;
-    DataError, in one line, if a file is missing, damaged, manipulated or of another version.
+    Raises what `hub.download` does; UsageError if there is no such folder, or the network needs a library
+    that is not installed; DataError, in one line, if a file is missing, damaged, manipulated or of another
+    version.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
     with error_context(str(folder / CONFIG)):
-        config = release_config.parse(_read(folder, CONFIG, release_config.MAX_BYTES))
+        config = release_config.parse(read_file(folder, CONFIG, release_config.MAX_BYTES))
         expected = _stored_tensors(_on_meta(ModelConfig.from_dict(config["network"])))
         state = _on_meta(_unpacked_config(config["network"])).state_dict()
     with error_context(str(folder / WEIGHTS)):
@@ -186,8 +191,31 @@ def read(folder: str | Path) -> Release:
     return Release(config, unpack_state_dict(tensors, state), folder)
 
 
+def local_folder(source: str | Path) -> Path:
+    """Return the folder of a release, which one on the hub has in the hub's cache, see `hub.download`."""
+    return hub.download(source, PUBLISHED) if hub.is_address(source) else Path(source)
+
+
+def push(folder: str | Path, name: str) -> str:
+    """Publish the release in `folder` on the hub as `name`, USER/NAME, and return the hash of the commit.
+
+    The card there loads it by its address. Raises what `read` and `hub.push` do.
+    """
+    folder = Path(folder)
+    network = read(folder).config["network"]
+    contents: dict[str, bytes | Path | None] = {
+        file: folder / file if (folder / file).is_file() else None for file in PUBLISHED
+    }
+    if contents[release_card.NAME] is not None:
+        card = (folder / release_card.NAME).read_bytes()
+        contents[release_card.NAME] = release_card.for_hub(card, name)
+    return hub.push(contents, name, f"{network['arch']}, by rsnet {__version__}")
+
+
 def load(folder: str | Path, sizes: Sequence[int] | None = None) -> ResolutionSwitchable:
-    """Load the network of the release in `folder`, at all of its sizes or some, on the CPU, in eval mode.
+    """Load the network of a release, at all of its sizes or some, on the CPU, in eval mode.
+
+    folder: its folder, or its address on the hub, hf://USER/NAME or hf://USER/NAME@REVISION.
 
     Raises what `read` does, and UsageError for sizes that it does not have.
     """
@@ -238,7 +266,7 @@ def _on_meta(config: ModelConfig) -> ResolutionSwitchable:
 def _read_weights(folder: Path, noted: Mapping[str, Any], expected: State) -> State:
     """Read model.safetensors, which must be the noted file and hold the expected tensors."""
     size = sum(value.nbytes for value in expected.values())
-    data = _read(folder, WEIGHTS, 8 + MAX_HEADER + size)
+    data = read_file(folder, WEIGHTS, 8 + MAX_HEADER + size)
     if len(data) != noted["bytes"]:
         raise DataError(f"has {len(data)} bytes, {CONFIG} says {noted['bytes']}")
     if hashlib.sha256(data).hexdigest() != noted["sha256"]:
@@ -281,14 +309,20 @@ def _escaped(text: str) -> str:
     return text[:1000].encode("unicode_escape").decode()
 
 
-def _read(folder: Path, name: str, most: int) -> bytes:
-    """Read a file of at most `most` bytes that lies in `folder` itself."""
+def read_file(folder: Path, name: str, most: int) -> bytes:
+    """Read a file of at most `most` bytes that lies in `folder` itself. Raises DataError, not naming it."""
     path = folder / name
     if not path.is_file():
         raise DataError("there is no such file; is the folder a release?")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not path.resolve().is_relative_to(_root(folder.resolve())):
         raise DataError("is a link that leads out of the folder; copy the file itself there")
     size = path.stat().st_size
     if size > most:
         raise DataError(f"has {size} bytes, more than the {most} that it may have")
     return path.read_bytes()
+
+
+def _root(folder: Path) -> Path:
+    """Return the folder that links from the release's may lead to: the hub's cache has files beside it."""
+    is_cached = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    return folder.parents[1] if is_cached else folder

@@ -19,7 +19,7 @@ from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package
 
-Kind = Literal["run", "checkpoint", "release", "original"]
+Kind = Literal["run", "checkpoint", "release", "original", "export"]
 
 BEST, LAST = "best.pt", "last.pt"
 
@@ -93,14 +93,15 @@ def open_source(
 ) -> Source:
     """Read what the argument of a command names; nothing in it is executed.
 
-    argument: a run directory, a checkpoint, a release, or a file of the authors' code: PyTorch's, or what
+    argument: a run directory, a checkpoint, a release, also one on the hub (`rsnet.release.hub`),
+    or a file of the authors' code: PyTorch's, or what
     `tf_checkpoint.read` takes. newest: of a run, take the last checkpoint before the best one.
     arch, sizes: what an original's file may not say of its network, see `rsnet.checkpoint.authors_pytorch`.
 
     Raises UsageError if there is no such thing, DataError if it is damaged.
     """
     path = Path(argument)
-    if folder := release_folder(path):
+    if folder := release_folder(package.local_folder(argument)):
         content = package.read(folder)
         network = ModelConfig.from_dict(content.config["network"])
         return Source("release", path, folder, Checkpoint(network, content.state), content)
@@ -115,6 +116,12 @@ def open_source(
         raise UsageError(f"there is no run, checkpoint or release {path}")
     found = io.load(path, arch, sizes)
     return Source("original" if found.of_authors else "checkpoint", path, path, found)
+
+
+def of_export(release: package.Release, sizes: Sequence[int]) -> Source:
+    """Return what was opened where a folder holds a release as other programs compute it, at these sizes."""
+    network = ModelConfig.from_dict(release.config["network"]).with_sizes(sizes)
+    return Source("export", release.folder, release.folder, Checkpoint(network, {}), release)
 
 
 def release_folder(path: Path) -> Path | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.roofline import Kernel, Options, kernels_of_step, seconds
 from benchmarks.throughput import make_network
 from rsnet.config.model_config import ModelConfig
-from rsnet.models.factory import WeightsOnMeta, create_model, gflops
+from rsnet.models.factory import WeightsOnMeta, create_model, gmacs
 
 
 class Block(nn.Module):
@@ -81,7 +81,7 @@ def test_flops_are_those_that_pytorch_counts():
     with WeightsOnMeta():
         network = make_network("parallel_resnet50").to("meta").eval()
     kernels = kernels_of_step(network, Options(sizes=(64,), batch_size=1))["eager"]
-    expected = 1e9 * gflops(create_model(ModelConfig("parallel_resnet50", 1000, (64,))), 64)
+    expected = 2e9 * gmacs(create_model(ModelConfig("parallel_resnet50", 1000, (64,))), 64)
     first = 2 * 64 * 32 * 32 * 3 * 7 * 7
     flops = {b: sum(k.flops for k in kernels if k.backward == b) for b in (False, True)}
     assert flops[False] == pytest.approx(expected)

@@ -34,7 +34,7 @@ def _loaded_once(monkeypatch, classifier):
 
     def load(_folder, device, dtype, batch_size, top, **computed):
         assert device == "cpu" or torch.cuda.is_available()
-        assert (dtype, computed) == (None, {"fold": False, "cuda_graphs": False})
+        assert (dtype, computed) == (None, {"fold": False, "cuda_graphs": False, "engine": None})
         classifier.batch_size, classifier._top = batch_size, top
         return classifier
 

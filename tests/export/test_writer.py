@@ -18,10 +18,11 @@ import onnxruntime
 import pytest
 import torch
 
-from pipelines.utils.errors import DataError
+from pipelines.utils.errors import DataError, UsageError
 from rsnet.__main__ import main
 from rsnet.export import onnx_export
 from rsnet.export.torch_export import Levels
+from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.models.quantization.lq_nets import ActivationQuantizer
 from rsnet.release import package as release
 from tests.helpers import releases
@@ -108,6 +109,20 @@ def test_one_onnx_export_has_each_shared_weight_once(one_file, folder):
     assert (one_file / "model.onnx").stat().st_size < sum(map(len, stored)) + 2 * others + 50_000
 
 
+def test_one_onnx_export_classifies_as_the_release_does(one_file, folder):
+    photo = np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8)
+    exported, written = (SwitchableClassifier.load(path) for path in (one_file, folder))
+    for size in SIZES:
+        (found,), (expected,) = (c.classify(photo, size) for c in (exported, written))
+        assert found.classes == expected.classes
+        np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=1e-4)
+
+
+def test_other_exports_are_not_computed_by_onnx_runtime(programs):
+    with pytest.raises(UsageError, match="computes exports of --format onnx alone"):
+        SwitchableClassifier.load(programs)
+
+
 def test_one_onnx_export_refuses_a_size_that_it_does_not_have(one_file):
     with pytest.raises(Exception, match="reshape"):
         _run(one_file / "model.onnx", images=_noise(1, 40), size=np.array(40))
@@ -123,7 +138,7 @@ def test_an_exported_program_computes_its_size_for_any_batch(programs, folder):
 
 def test_the_report_has_the_files_and_how_far_they_are_off(files):
     report = json.loads((files / "export.json").read_text())
-    assert {"export.json", *(f["file"] for f in report["files"])} == {
+    assert {"config.json", "export.json", *(f["file"] for f in report["files"])} == {
         path.name for path in files.iterdir()
     }
     assert [f["sizes"] for f in report["files"]] == [[48]]
@@ -268,7 +283,7 @@ def test_a_missing_library_is_named(folder, tmp_path, monkeypatch, capsys, libra
         (["RELEASE", "--format", "tflite", "--output", "OUT"], "tflite"),
         (["RELEASE", "--output", "OUT"], "the original has no parallel_resnet10 with width_mult"),
         (["NONE", "--output", "OUT"], "there is no run, checkpoint or release"),
-        (["NONE", "--output", "OUT", "--sizes", "64"], "--sizes and --one-file are of --format"),
+        (["NONE", "--output", "OUT", "--sizes", "64"], "--sizes and --one-file: --format original takes"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(folder, tmp_path, capsys, words, message):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -217,3 +218,11 @@ def test_exported_at_one_size_it_is_that_resolution(model):
     exported = torch.export.export(model, (x,), {"size": 32}).module()
     model.select(48)
     torch.testing.assert_close(exported(x, size=32), model(x, 32), rtol=0, atol=0)
+
+
+def test_a_state_that_lost_its_layers_versions_loads():
+    """As a release's, or a selection of sizes; MNASNet asks for them."""
+    model = ResolutionSwitchable(torchvision.models.mnasnet0_5(num_classes=3), (64, 32))
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
