@@ -60,8 +60,8 @@ from rsnet.training.trainer import require_trainable
 
 # A node may have its data and checkpoints elsewhere; rank 0 alone resumes, saves and logs.
 OWN_OF_A_NODE = {
-    "data", "output", "resume", "tensorboard", "wandb", "wandb_entity", "wandb_name", "wandb_project",
-    "wandb_tags",
+    "data", "output", "resume", "tensorboard", "val_data", "wandb", "wandb_entity", "wandb_name",
+    "wandb_project", "wandb_tags",
 }  # fmt: skip
 
 Options = TypeVar("Options")

@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.ffcv.beton import (
     PAGE_SIZE,
@@ -82,12 +83,26 @@ class _Split:
 
     source: Source
     chosen: Indices
-    fingerprint: str
-    bytes: int
+    sizes: NDArray[np.int64]
+    """(N,) bytes of each of the source's images; 0 if it is missing, which reading it will say."""
 
     @property
     def name(self) -> str:
         return self.source.split
+
+    @property
+    def bytes(self) -> int:
+        """Of all that are to be stored."""
+        return int(self.sizes[self.chosen].sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the images' names and sizes."""
+        digest = hashlib.sha256()
+        for i in self.chosen.tolist():
+            line = f"{self.names[i]}\0{self.sizes[i]}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     @property
     def probes(self) -> Indices:
@@ -129,20 +144,9 @@ def _scan_splits(options: ConvertOptions, data: Path) -> list[_Split]:
     for source in (sources[split] for split in wanted):
         every = np.arange(len(source))
         chosen = every if options.subset is None else _spread(every, options.subset)
-        splits.append(_Split(source, chosen, *_fingerprint(source, chosen)))
+        sizes = [0 if stamp is None else stamp[0] for stamp in source.stamps().values()]
+        splits.append(_Split(source, chosen, np.array(sizes, np.int64)))
     return splits
-
-
-def _fingerprint(source: Source, chosen: Indices) -> tuple[str, int]:
-    """Return the SHA-256 of the images' names and sizes, and the sum of the sizes."""
-    digest, total = hashlib.sha256(), 0
-    stamps = list(source.stamps().items())
-    for i in chosen.tolist():
-        name, stamp = stamps[i]
-        size = 0 if stamp is None else stamp[0]  # reading what is missing will say so
-        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-        total += size
-    return digest.hexdigest(), total
 
 
 def _spread(indices: Indices, count: int) -> Indices:
@@ -196,7 +200,7 @@ def _check_space(output: Path, splits: list[_Split], encoder: Encoder, workers: 
         before, after = 0, 0
         for index, encoded in zip(probes, _encode(split, probes, encoder, workers), strict=True):
             if isinstance(encoded, Encoded):
-                before += len(split.source.read(int(index)))
+                before += split.sizes[index]
                 after += encoded.stored.data.size
         # One page for the tables; 5 % because pages are not filled to their ends.
         size = PAGE_SIZE + 1.05 * split.bytes * after / max(before, 1)

@@ -71,7 +71,11 @@ class _Distillation(nn.Module):
         return self
 
     def forward(
-        self, images: tuple[Tensor, ...], _labels: Tensor, _sizes: None = None
+        self,
+        images: tuple[Tensor, ...],
+        _labels: Tensor,
+        _sizes: None = None,
+        _weights: None = None,
     ) -> dict[str, Tensor]:
         by_size = dict(zip(self.model.sizes, images, strict=True))
         trained = [s for s in self.model.sizes if s != self.size]

@@ -144,7 +144,7 @@ def test_an_exported_file_has_what_the_originals_resume_reads(original):
         (["import", "OURS", "--output", "o"], "this is a checkpoint of this trainer already"),
         (
             ["improt"],
-            "improt: there is no such verb; one of train list verify convert import import-tf",
+            "improt: there is no such verb; one of train list verify convert shards import import-tf",
         ),
     ],
 )

@@ -127,7 +127,7 @@ def test_an_evaluation_says_what_is_evaluated(tmp_path, capsys):
     capsys.readouterr()
     synthetic_run.train(run, "--evaluate", "--resume", str(run / "checkpoints" / "best.pt"))
     out = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in out.splitlines()[:4]] == [
-        "options", "network", "data", "device",
-    ]  # fmt: skip
+    first, *header = out.splitlines()
+    assert first.startswith("--resume: checkpoint ")
+    assert [line.split("  ")[0] for line in header[:4]] == ["options", "network", "data", "device"]
     assert "8 to validate on" in out

@@ -102,7 +102,10 @@ def test_a_run_can_start_from_an_ordinary_networks_weights(train, photos, tmp_pa
         (["--ema", 1], "--ema 1.0: must be at least 0 and less than 1"),
         (["--mixup", -1], "--mixup -1.0: must be from 0 to 100"),
         (["--recipe", "old"], "invalid choice 'old' for argument '--recipe'"),
-        (["--pretrained", "none.pth"], "--pretrained: there is no file none.pth"),
+        (
+            ["--pretrained", "none.pth"],
+            "--pretrained: there is no run, checkpoint or release none.pth",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(train, photos, tmp_path, options, message):

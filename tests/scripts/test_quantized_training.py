@@ -128,7 +128,7 @@ def test_training_starts_from_a_full_precision_run(train, photos, runs, tmp_path
         (["--mode", "preact", "--pretrained", "default"], "no library has pre-activation ResNets"),
         (["--mode", "preact", "--arch", "parallel_mobilenetv2"], "--mode preact: there is no such "
          "parallel_mobilenetv2"),
-        (["--qw", "2", "--pretrained", "x.pt"], "--pretrained: there is no file x.pt"),
+        (["--qw", "2", "--pretrained", "x.pt"], "--pretrained: there is no run, checkpoint or release x.pt"),
         (["--qw", "2", "--pretrained", "default", "--freeze", "backbone"], "backbone: the quantizers"),
         ([*BOTH, "--blurpool"], "--blurpool: what is blurred is no longer at the levels of --qa 2"),
     ],

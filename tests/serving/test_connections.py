@@ -240,8 +240,8 @@ def signals_restored():
 def test_a_signal_ends_it_with_exit_code_0_after_the_answers_under_way(
     folder, classifier, gate, pool, monkeypatch, capfd, number
 ):
-    def load(given, _device, dtype, batch_size, *, top):
-        assert (given, dtype, batch_size, top) == (folder, None, 8, 5)
+    def load(given, _device, dtype, batch_size, top, **_):
+        assert (given.folder, dtype, batch_size, top) == (folder, None, 8, 5)
         return classifier
 
     monkeypatch.setattr(SwitchableClassifier, "load", load)
@@ -258,7 +258,7 @@ def test_a_signal_ends_it_with_exit_code_0_after_the_answers_under_way(
             found.append(answer.result().status_code)
 
     out: list[str] = []
-    visitor = threading.Thread(target=visit)
+    visitor = threading.Thread(target=visit, daemon=True)  # a failure must not wait for it
     visitor.start()
     assert main(["serve", str(folder), "--port", "0"]) == 0
     visitor.join()

@@ -65,9 +65,7 @@ def test_help_of_training_is_by_topic_and_says_defaults_in_words(capsys):
 
 def test_usage_marks_what_may_be_left_out(capsys):
     assert _help(capsys, "list").startswith("usage: rsnet list [PATTERN] [options]\n")
-    assert _help(capsys, "release").startswith(
-        "usage: rsnet release RUN|FILE|RELEASE --output DIR ["
-    )
+    assert _help(capsys, "export").startswith("usage: rsnet export RUN|FILE|RELEASE --output OUT [")
 
 
 def test_help_of_a_script_has_its_name(capsys):
