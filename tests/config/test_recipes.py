@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 
 import pytest
@@ -14,8 +15,13 @@ from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 
 
+@functools.cache
+def _parse(line: str):
+    return parse(DaliOptions, shlex.split("--data /d " + line))
+
+
 def _resolve(line: str, previous=None):
-    config, _ = parse(DaliOptions, shlex.split("--data /d " + line))
+    config, _ = _parse(line)
     return resolve(config, world_size=1, device_type="cuda", has_bf16=True, previous=previous)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 import subprocess
@@ -19,6 +20,7 @@ from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import TOPICS, TrainConfig, to_plain_dict
 
 
+@functools.cache
 def _parse(line: str):
     return parse(DaliOptions, shlex.split("--data /d " + line))
 
