@@ -154,7 +154,7 @@ class Cost(NamedTuple):
 
 def cost_of(batches: Iterable[Any], device: torch.device) -> Cost:
     start, used, images = time.perf_counter(), cpu_seconds(), 0
-    for _, labels in batches:
+    for _, labels, *_ in batches:
         images += len(labels)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -21,7 +21,7 @@ SIZES = (32, 24)
 def test_torchvisions_loader_gives_normalised_images_of_the_first_size(photos):
     o = peers.Options(photos, sizes=SIZES, batch_size=4, workers=0)
     batches = list(peers.torchvision_loader(o, torch.device("cpu"))(0))
-    assert [len(labels) for _, labels in batches] == [4] * (23 // 4)
+    assert [len(labels) for _, labels, *_ in batches] == [4] * (23 // 4)
     pixels = torch.cat([images for images, _ in batches])
     assert pixels.shape[1:] == (3, 32, 32)
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in MEAN_STD["imagenet"])

@@ -92,5 +92,5 @@ def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
     assert "individual networks" in table
     assert "50.00 ± 0.00" in table
     assert (options.output / "study.png").exists()
-    assert "study 40/40" in capsys.readouterr().out
+    assert "study: 40/40" in capsys.readouterr().out
     assert json.loads((options.output / "K_=_2" / "seed1" / "config.json").read_text())["seed"] == 1

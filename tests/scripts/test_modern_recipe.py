@@ -36,10 +36,11 @@ def train(monkeypatch, capsys):
 def test_a_modern_run_resumes_to_the_same_weights_and_evaluates_its_average(
     train, photos, tmp_path, monkeypatch
 ):
-    code, out, err = train("--data", photos, *RUN, *MODERN, "--epochs", 2, "-c", tmp_path / "whole")
+    code, _, err = train("--data", photos, *RUN, *MODERN, "--epochs", 2, "-c", tmp_path / "whole")
     assert code == 0, err
+    command = (tmp_path / "whole" / "command.txt").read_text()
     for flag in ("--recipe modern", "--decay weights", "--ema 0.5", "--label-smoothing 0.1"):
-        assert flag in out
+        assert flag in command
     whole = checkpoint.load(tmp_path / "whole" / "checkpoints" / "last.pt")
 
     # The same in two parts, the second told nothing but where to go on.

