@@ -15,6 +15,7 @@ import torch
 from benchmarks.gpu import loader_sweep, measure, smoke, trace
 from pipelines.batch import Batch, Loaders
 from pipelines.utils.errors import DataError, UsageError
+from tests.helpers.servers import until
 
 ROOT = Path(__file__).parents[2]
 TINY = {"sizes": (32, 24), "workers": 1}
@@ -190,11 +191,12 @@ def test_a_part_is_ended_with_the_processes_that_it_started():
         [sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True
     )
     assert part.stdout is not None
-    child = Path("/proc") / part.stdout.readline().decode().strip() / "stat"
-    assert child.exists()
-    measure._end(part)
-    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ"
-    part.stdout.close()
+    with part.stdout:
+        child = Path("/proc") / part.stdout.readline().decode().strip() / "stat"
+        assert child.exists()
+        measure._end(part)
+        # A signal takes a moment.
+        until(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ")
 
 
 def write_trace(path: Path, *events: dict) -> Path:
