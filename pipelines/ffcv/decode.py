@@ -96,7 +96,7 @@ def _decode_jpeg(handle: Any, jpeg: Bytes, pixels: Bytes) -> Any:
     """Decode into (height, 3 * width); return 0 if the JPEG is sound and has that size."""
     height, width = len(pixels), pixels.shape[1] // 3
     # The decoder takes any size that fits, and would leave the rest of the pixels uninitialised.
-    header = np.empty(4, np.int32)
+    header = np.zeros(4, np.int32)  # of a file of tables alone they stay as they are
     at = header.ctypes.data
     code = _read_header(handle, jpeg.ctypes.data, jpeg.size, at, at + 4, at + 8, at + 12)
     if code != 0 or header[0] != width or header[1] != height:

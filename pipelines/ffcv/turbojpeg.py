@@ -74,7 +74,7 @@ def decode_jpeg(jpeg: Bytes) -> Bytes:
     Raises DataError with libjpeg's message.
     """
     with _new_handle() as handle:
-        numbers = np.empty(4, np.int32)
+        numbers = np.zeros(4, np.int32)  # of a file of tables alone they stay as they are
         places = [numbers[i:].ctypes.data for i in range(4)]
         _check(handle, read_header(handle, jpeg.ctypes.data, jpeg.size, *places))
         width, height = int(numbers[0]), int(numbers[1])

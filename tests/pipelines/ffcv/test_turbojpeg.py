@@ -50,6 +50,25 @@ def _write_samples(path: Path, jpegs: list[bytes]) -> None:
         writer.finish()
 
 
+def test_a_jpeg_of_tables_alone_is_damaged_whatever_the_memory_held_before(monkeypatch):
+    """libjpeg-turbo calls its header read, and says nothing of its size."""
+    from pipelines.ffcv import turbojpeg
+
+    jpeg = small_jpeg(0)
+    frame = jpeg.index(b"\xff\xc0")
+    tables = np.frombuffer(jpeg[:frame] + bytes(len(jpeg) - frame), np.uint8)
+    empty = np.empty
+
+    def used(shape, dtype):
+        numbers = empty(shape, dtype)
+        numbers.fill(-7 if dtype is np.int32 else 0)
+        return numbers
+
+    monkeypatch.setattr(np, "empty", used)
+    with pytest.raises(DataError):
+        turbojpeg.decode_jpeg(tables)
+
+
 def test_the_compiled_decoder_gives_a_sample_the_same_pixels_in_any_order(tmp_path):
     from pipelines.ffcv.beton import open_beton
     from pipelines.ffcv.decode import FINE, Job, eval_views
