@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import ClassifierOptions, load_classifier, say_source
+from rsnet.cli.wandb_table import log_table
 
 if TYPE_CHECKING:
     from rsnet.inference.benchmark import Figures, SizeFigures, Times
@@ -58,7 +58,7 @@ class Options(ClassifierOptions):
 def run(options: Options) -> int:
     from pipelines.utils.progress import ProgressBar
     from rsnet.inference.benchmark import measure
-    from rsnet.inference.benchmark_report import section, write_results
+    from rsnet.inference.benchmark_report import COLUMNS, rows, section, write_results
     from rsnet.inference.calibration import collect_logits, find_labelled_images
     from rsnet.inference.latency import unsteady
     from rsnet.release.model_card import update_bench
@@ -81,8 +81,8 @@ def run(options: Options) -> int:
         say(f"note: the device was busy with something else: {reason}", sys.stderr)
     if output is not None:
         plot = write_results(output, classifier.config["network"]["arch"], figures)
-        if options.wandb != "disabled":
-            _log_to_wandb(options, output, figures, plot)
+        config = {**figures.conditions, "images": figures.images}
+        log_table(options, config, COLUMNS, rows(figures), plot)
     if options.card:
         update_bench(source.file, section(figures))
     print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
@@ -130,22 +130,3 @@ def _size_row(s: SizeFigures) -> list[str]:
 
 def _times(times: Times) -> str:
     return " ".join(f"{value:8.2f}" for value in times.values())
-
-
-def _log_to_wandb(options: Options, output: Path, figures: Figures, plot: Path) -> None:
-    from rsnet.config.resolve import wandb_project
-    from rsnet.inference import benchmark_report
-    from rsnet.loggers.wandb_logger import WandbLogger
-
-    log = WandbLogger(
-        options.wandb,
-        output,
-        project=options.wandb_project or wandb_project(),
-        name=options.wandb_name or os.environ.get("WANDB_NAME") or None,
-        config={**figures.conditions, "images": figures.images},
-        run_id=None,
-        say=lambda line: say(line, sys.stderr),
-        remedy=f"all of it is in {output}",
-    )
-    log.log_results(benchmark_report.COLUMNS, benchmark_report.rows(figures), plot)
-    log.finish()

@@ -24,6 +24,7 @@ from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from rsnet.cli.classifier import SOURCE, say_source
 from rsnet.cli.loaders import Pipeline, chosen_pipeline
+from rsnet.cli.wandb_table import log_table
 from rsnet.config.bounds import MOST_IMAGES
 
 if TYPE_CHECKING:
@@ -276,6 +277,7 @@ def _names(options: Options, source: Source, classes: Sequence[str]) -> Sequence
 
 def _write(options: Options, found: DetailedEvaluation) -> None:
     """Write what the options ask for."""
+    from rsnet.evaluation.detailed import COLUMNS
     from rsnet.evaluation.predictions import write_parquet
 
     plot = None
@@ -286,26 +288,5 @@ def _write(options: Options, found: DetailedEvaluation) -> None:
         options.predictions.parent.mkdir(parents=True, exist_ok=True)
         write_parquet(options.predictions, found.predictions, found.names, found.source)
         say(f"{options.predictions}: {len(found.predictions.paths)} images")
-    if options.output is not None and options.wandb != "disabled":
-        _log_to_wandb(options, options.output, found, plot)
-
-
-def _log_to_wandb(
-    options: Options, output: Path, found: DetailedEvaluation, plot: Path | None
-) -> None:
-    from rsnet.config.resolve import wandb_project
-    from rsnet.evaluation.detailed import COLUMNS
-    from rsnet.loggers.wandb_logger import WandbLogger
-
-    log = WandbLogger(
-        options.wandb,
-        output,
-        project=options.wandb_project or wandb_project(),
-        name=options.wandb_name or os.environ.get("WANDB_NAME") or None,
-        config={**found.source, "images": len(found.predictions.paths)},
-        run_id=None,
-        say=lambda line: say(line, sys.stderr),
-        remedy=f"all of it is in {output}",
-    )
-    log.log_results(COLUMNS, found.rows(), plot)
-    log.finish()
+    config = {**found.source, "images": len(found.predictions.paths)}
+    log_table(options, config, COLUMNS, found.rows(), plot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -13,6 +13,9 @@ from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import SOURCE, say_source
+
+if TYPE_CHECKING:
+    from rsnet.release.source import Source
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Options:
     Unset: 1."""
 
     def __post_init__(self) -> None:
+        if self.format == "original" and (self.sizes is not None or self.one_file):
+            raise UsageError("--sizes and --one-file: --format original takes all sizes")
         if self.int8 and (self.format != "onnx" or self.one_file):
             raise UsageError("--int8 is of --format onnx, a file for each size")
         if self.int8 and self.calibrate is None:
@@ -64,16 +69,17 @@ class Options:
 def run(options: Options) -> int:
     if options.output.exists() or options.output.is_symlink():
         raise UsageError(f"--output: {options.output} exists; give another name")
-    if options.format == "original":
-        return _export_original(options)
-    if options.int8:
-        return _export_int8(options)
-    from rsnet.export.writer import export_release
-    from rsnet.release.from_run import released
     from rsnet.release.source import open_source
 
     source = open_source(options.source)
     say_source(source)
+    if options.format == "original":
+        return _export_original(options, source)
+    if options.int8:
+        return _export_int8(options, source)
+    from rsnet.export.writer import export_release
+    from rsnet.release.from_run import released
+
     files = export_release(
         released(source),
         options.output,
@@ -91,14 +97,11 @@ def run(options: Options) -> int:
     return 0
 
 
-def _export_int8(options: Options) -> int:
+def _export_int8(options: Options, source: Source) -> int:
     from rsnet.export.int8 import PRECISIONS, export_int8
     from rsnet.release.from_run import released
-    from rsnet.release.source import open_source
 
     assert options.calibrate is not None
-    source = open_source(options.source)
-    say_source(source)
     report = export_int8(
         released(source),
         options.output,
@@ -136,14 +139,9 @@ def _export_int8(options: Options) -> int:
     return 0
 
 
-def _export_original(options: Options) -> int:
-    if options.sizes is not None or options.one_file:
-        raise UsageError("--sizes and --one-file: --format original takes all sizes")
+def _export_original(options: Options, source: Source) -> int:
     from rsnet.export.original import export_original
-    from rsnet.release.source import open_source
 
-    source = open_source(options.source)
-    say_source(source)
     network = source.network
     optimizer = export_original(source.checkpoint, options.output)
     sizes = " ".join(map(str, network.sizes))

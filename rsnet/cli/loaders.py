@@ -15,7 +15,12 @@ Pipeline = Literal["dali", "ffcv"]
 
 def chosen_pipeline(data: Path, pipeline: Pipeline | None) -> Pipeline:
     """Return the pipeline that reads `data`, unless one is asked for: FFCV .beton files, DALI all else."""
-    return pipeline or ("ffcv" if any(data.glob("*.beton")) else "dali")
+    return pipeline or ("ffcv" if has_beton(data) else "dali")
+
+
+def has_beton(data: Path) -> bool:
+    """Return whether a folder has .beton files."""
+    return any(data.glob("*.beton"))
 
 
 def make_loaders(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pipelines import dali, ffcv
 from pipelines.utils.cli import exit_with_help, expand_home
 from pipelines.utils.config_file import read_config, split_config
+from rsnet.cli.loaders import has_beton
 from rsnet.config.train_config import TrainConfig
 
 NAME = "rsnet train"
@@ -42,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     config = {} if path is None else read_config(path)
     data = _last_value(given, "--data", "-d") or config.get("data")
     pipeline = _last_value(given, "--pipeline")
-    if pipeline is None and data is not None and any(Path(data).expanduser().glob("*.beton")):
+    if pipeline is None and data is not None and has_beton(Path(data).expanduser()):
         pipeline = "ffcv"
     pipeline = pipeline or config.get("pipeline")
     options: Any = FfcvTrainOptions if pipeline == "ffcv" else DaliTrainOptions
