@@ -26,7 +26,7 @@ from pipelines import dali
 from pipelines.batch import Loader, LoaderSpec
 from pipelines.sources import shards
 from pipelines.sources.folder import scan_train_val
-from pipelines.sources.write_shards import ShardsOptions, write_shards
+from pipelines.sources.shards_options import ShardsOptions, write_shards
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ VERBS = {
         extra="ffcv",
     ),
     "shards": Verb(
-        "pipelines.sources.write_shards",
+        "pipelines.sources.shards_options",
         "write images as tar shards",
         "ShardsOptions",
         "write_shards",

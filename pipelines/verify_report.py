@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def skip_bad(
     path = report or source.report
     with error_context("--skip-bad"):
         splits = read(path)
-    command = source.verify_command + (f" --report {shlex.quote(str(report))}" if report else "")
+    command = source.verify_command(report)
     if not splits:
         raise UsageError(f"--skip-bad: there is no report {path}; {command} writes it")
     found = splits.get(source.split)

@@ -102,7 +102,7 @@ def _note_formats(source: Source) -> None:
     if kinds:
         say(
             f"note: decoders do not agree on all of {', '.join(kinds)}; "
-            f"{source.verify_command} lists the images of which they see different pictures",
+            f"{source.verify_command()} lists the images of which they see different pictures",
             sys.stderr,
         )
 
@@ -144,7 +144,7 @@ class DaliLoader(ScheduledLoader):
         """
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
             self._pipeline = build(
-                self._graph(), self._feed, self._options, self._spec, self._source.files is not None
+                self._graph(), self._feed, self._options, self._spec, self._source.has_files
             )
         self._drain()
         self._feed.start(self.schedule.batches(epoch, first_step), epoch)
@@ -315,9 +315,10 @@ class _Feed:
 
     def _read(self, batches: Iterator[Indices]) -> Generator[tuple[Indices, list[Any]]]:
         """Yield each batch with its paths, which DALI reads, or with its images' bytes."""
-        if (files := self._source.files) is not None:
+        if self._source.has_files:
             for indices in batches:
-                yield indices, path_batch([files[i] for i in self._schedule.rows(indices)])
+                rows = self._schedule.rows(indices).tolist()
+                yield indices, path_batch([self._source.locate(i) for i in rows])
             return
         yield from ordered_map(self._encoded, batches, self._threads)
 

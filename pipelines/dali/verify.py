@@ -83,10 +83,13 @@ def _verify_split(
         known[split] = SplitReport(fingerprint, len(stamps), bad, faulty, options.max_megapixels)
         verify_report.write(report, known)
     bad, faulty = known[split].bad, known[split].faulty or {}
+    found = {
+        name: source.locate(i) for i, name in enumerate(stamps) if name in bad or name in faulty
+    }
     for name, reason in bad.items():
-        say(f"{place}/{name}: {reason}")
+        say(f"{found[name]}: {reason}")
     for name, words in faulty.items():
-        say(f"{place}/{name}: {DECODES_WITH_ERRORS}: {words}")
+        say(f"{found[name]}: {DECODES_WITH_ERRORS}: {words}")
     say(f"{place}: {len(bad)} of {len(stamps)} images are bad")
     if faulty:
         say(f"{place}: {len(faulty)} more decode with errors; --skip-bad --strict leaves them out")
@@ -157,8 +160,9 @@ def _decode(
 
 def _require_there(source: Source, index: int, stamp: Stamp) -> None:
     """Raise RunError if a file is gone that was there before: the disk or network of all may be."""
-    if source.files is not None and stamp is not None and file_state(source.locate(index)) is None:
-        raise cannot_read(source.locate(index), "it was there a moment ago")
+    place = source.locate(index)
+    if source.has_files and stamp is not None and file_state(place) is None:
+        raise cannot_read(place, "it was there a moment ago")
 
 
 def _reasons(

@@ -275,7 +275,7 @@ def _write(
             if isinstance(encoded, DataError):
                 place = source.locate(index)
                 # The disk or network of all may be gone.
-                if source.files is not None and not os.path.lexists(place):
+                if source.has_files and not os.path.lexists(place):
                     raise cannot_read(place, "it was there a moment ago")
                 if not options.skip_bad:
                     raise DataError(

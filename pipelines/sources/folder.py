@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -27,32 +26,24 @@ class ImageFolder(Source):
 
     root: Path
     paths: list[str]
-    of: str | None = None
-    """The split, where it is not the folder's name."""
+    is_part: bool = False
+    """Whether it is a split that was made of the folder's images."""
 
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of files below the class folders that are no images, by suffix."""
 
-    @property
-    def split(self) -> str:
-        """The folder's name, or the split that was made of it."""
-        return self.of or self.root.name
+    has_files: ClassVar[bool] = True
 
     @property
     def place(self) -> str:
         """The folder, and the split that was made of it."""
-        return f"{self.root} ({self.of})" if self.of else str(self.root)
+        return f"{self.root} ({self.split})" if self.is_part else str(self.root)
 
     @property
     def names(self) -> list[str]:
         """The paths below `root`."""
         prefix = f"{self.root}/"
         return [path.removeprefix(prefix) for path in self.paths]
-
-    @property
-    def files(self) -> list[str] | None:
-        """The paths."""
-        return self.paths
 
     @property
     def counted(self) -> str:
@@ -64,14 +55,9 @@ class ImageFolder(Source):
         return text
 
     @property
-    def verify_command(self) -> str:
-        """The command line that finds all broken images."""
-        return verify_command(self.root.parent)
-
-    @property
     def report(self) -> Path:
         """verified.json in the folder that has train and val."""
-        return self.root.parent / REPORT
+        return self.data / REPORT
 
     def stamps(self) -> dict[str, Stamp]:
         """Return sizes and times; takes 5 s for a million images. Raises RunError."""
@@ -87,7 +73,8 @@ class ImageFolder(Source):
 
     def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
         """Return the folder with these images alone, but with all its classes."""
-        return self._take(kept, split, paths=[self.paths[i] for i in kept])
+        is_part = self.is_part or split is not None
+        return self._take(kept, split, paths=[self.paths[i] for i in kept], is_part=is_part)
 
 
 def scan_folder(root: Path) -> ImageFolder:
@@ -114,7 +101,13 @@ def scan_folder(root: Path) -> ImageFolder:
     paths = [path for images, _ in found for path in images]
     labels = np.repeat(np.arange(len(classes)), [len(images) for images, _ in found])
     return ImageFolder(
-        classes=classes, labels=labels, root=root, paths=paths, passed_over=passed_over
+        data=root.parent,
+        split=root.name,
+        classes=classes,
+        labels=labels,
+        root=root,
+        paths=paths,
+        passed_over=passed_over,
     )
 
 
@@ -162,9 +155,3 @@ def _require_different(folders: list[Path]) -> None:
 def _kinds(passed_over: Counter[str]) -> str:
     """Return the suffixes and their numbers, as text."""
     return first_names([f"{suffix} {count}" for suffix, count in passed_over.most_common()])
-
-
-def verify_command(data: Path, report: Path | None = None) -> str:
-    """Return the command line that verifies the images below `data`."""
-    words = ["rsnet", "verify", str(data)]
-    return shlex.join(words if report is None else [*words, "--report", str(report)])

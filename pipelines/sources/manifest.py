@@ -9,12 +9,11 @@ import functools
 import hashlib
 import math
 import os
-import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,22 +46,15 @@ THREADS = 16  # that look whether files are there: a file server answers many at
 class Manifest(Source):
     """The images of one split of a table, in the order of their paths."""
 
-    file: Path
-    of: str
-    """The split."""
-
     paths: list[str]
     """Relative to the table's folder."""
 
-    @property
-    def split(self) -> str:
-        """The split."""
-        return self.of
+    has_files: ClassVar[bool] = True
 
     @property
     def place(self) -> str:
         """The table, and the split."""
-        return f"{self.file} ({self.of})"
+        return f"{self.data} ({self.split})"
 
     @property
     def names(self) -> list[str]:
@@ -70,24 +62,14 @@ class Manifest(Source):
         return self.paths
 
     @property
-    def files(self) -> list[str] | None:
-        """The paths from here."""
-        return [self.locate(i) for i in range(len(self.paths))]
-
-    @property
     def counted(self) -> str:
         """What was found, as text."""
         return count_text(len(self.paths), len(self.classes))
 
     @property
-    def verify_command(self) -> str:
-        """The command line that finds all broken images."""
-        return f"rsnet verify {shlex.quote(str(self.file))}"
-
-    @property
     def report(self) -> Path:
         """Beside the table."""
-        return self.file.with_name(f"{self.file.name}.{REPORT}")
+        return self.data.with_name(f"{self.data.name}.{REPORT}")
 
     def stamps(self) -> dict[str, Stamp]:
         """Return sizes and times. Raises RunError."""
@@ -99,7 +81,7 @@ class Manifest(Source):
 
     def locate(self, index: int) -> str:
         """Return an image's path."""
-        return os.path.join(self.file.parent, self.paths[index])
+        return os.path.join(self.data.parent, self.paths[index])
 
     def subset(self, kept: Sequence[int], split: str | None = None) -> Self:
         """Return the rows `kept`, with all classes."""
@@ -130,8 +112,8 @@ def read(file: Path, split: str) -> Manifest:
         classes=classes,
         labels=indices_of([labels[row] for row in chosen], classes),
         weights=None if weights is None else weights[chosen],
-        file=file,
-        of=split,
+        data=file,
+        split=split,
         paths=paths,
     )
     _require_there(found)
@@ -232,9 +214,9 @@ def _require_once(file: Path, paths: list[str], rows: list[int]) -> None:
 
 def _require_there(found: Manifest) -> None:
     """Raise UsageError if files are missing; RunError if that cannot be told."""
-    files = found.files or []
+    files = [found.locate(i) for i in range(len(found))]
     with ThreadPoolExecutor(THREADS) as pool:
         stamps = pool.map(file_stamp, files, chunksize=1000)
         missing = [file for file, stamp in zip(files, stamps, strict=True) if stamp is None]
     if missing:
-        raise UsageError(f"{found.file} lists files that are not there: {first_names(missing)}")
+        raise UsageError(f"{found.data} lists files that are not there: {first_names(missing)}")

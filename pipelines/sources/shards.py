@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import sys
 import tarfile
 from collections import Counter
@@ -66,9 +65,6 @@ class TarShards(Source):
     shards: paths. shard, offset, length: (N,) int64, where each image lies.
     """
 
-    of: str
-    """The split."""
-
     shards: list[str]
     keys: Any
     """(N,) names, an Arrow array: a tenth of the memory of Python's strings."""
@@ -78,14 +74,9 @@ class TarShards(Source):
     length: NDArray[np.int64]
 
     @property
-    def split(self) -> str:
-        """The split."""
-        return self.of
-
-    @property
     def place(self) -> str:
         """The folder, and the split."""
-        return f"{self._folder} ({self.of})"
+        return f"{self._folder} ({self.split})"
 
     @property
     def names(self) -> list[str]:
@@ -96,11 +87,6 @@ class TarShards(Source):
     def counted(self) -> str:
         """What was found, as text."""
         return f"{count_text(len(self), len(self.classes))} in {len(self.shards)} shards"
-
-    @property
-    def verify_command(self) -> str:
-        """The command line that finds all broken images."""
-        return f"rsnet verify {shlex.quote(str(self._folder))}"
 
     @property
     def report(self) -> Path:
@@ -179,7 +165,7 @@ def open_shards(data: Path, split: str) -> TarShards:
     """
     shards = paths_of(data, split)
     if not shards:
-        raise UsageError(f"no shards of {split} match {data}; expected such as {data}/{PATTERN}")
+        raise UsageError(f"no shards of {split} match {data}; expected names such as {PATTERN}")
     folder, names = Path(shards[0]).parent, [Path(path).name for path in shards]
     states = [(name, *_state(path)) for name, path in zip(names, shards, strict=True)]
     fingerprint = hashlib.sha256(repr(states).encode()).hexdigest()
@@ -196,7 +182,8 @@ def open_shards(data: Path, split: str) -> TarShards:
         labels=np.array([int(label) for label in labels])[column["label"]]
         if classes
         else column["label"],
-        of=split,
+        split=split,
+        data=data,
         shards=shards,
         keys=table["name"].combine_chunks(),
         shard=column["shard"],

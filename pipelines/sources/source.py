@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +29,18 @@ Stamp = tuple[int, int] | None
 class Source(ABC):
     """The images of one split. A sample's index is its place in `names`, on which its crops depend.
 
-    classes: their names, in the order of the labels. labels: (N,) int64. weights: (N,), or None.
+    data: what `rsnet verify` takes: the folder that has the splits, a table, or a pattern of shards. split:
+    train or val. classes: their names, in the order of the labels. labels: (N,) int64. weights: (N,) or None.
     """
 
+    data: Path
+    split: str
     classes: list[str]
     labels: NDArray[np.int64]
     weights: NDArray[np.float64] | None = None
 
-    @property
-    @abstractmethod
-    def split(self) -> str:
-        """Its name: train or val."""
+    has_files: ClassVar[bool] = False
+    """Whether each sample is a file of its own, whose path `locate` returns."""
 
     @property
     @abstractmethod
@@ -54,16 +56,6 @@ class Source(ABC):
     @abstractmethod
     def counted(self) -> str:
         """What was found, as text."""
-
-    @property
-    @abstractmethod
-    def verify_command(self) -> str:
-        """The command line that finds all broken images."""
-
-    @property
-    def files(self) -> list[str] | None:
-        """The path of each sample, None unless each is a file of its own."""
-        return None
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -81,9 +73,9 @@ class Source(ABC):
         """Return the source with these samples' labels and weights, and with the subclass's columns."""
         rows = np.asarray(kept, np.int64)
         weights = None if self.weights is None else self.weights[rows]
-        if split is not None:
-            columns["of"] = split
-        return dataclasses.replace(self, labels=self.labels[rows], weights=weights, **columns)
+        return dataclasses.replace(
+            self, split=split or self.split, labels=self.labels[rows], weights=weights, **columns
+        )
 
     def with_classes(self, classes: list[str]) -> Self:
         """Return the source with labels that are indices into `classes`, which has all of its own."""
@@ -99,6 +91,11 @@ class Source(ABC):
     @abstractmethod
     def stamps(self) -> dict[str, Stamp]:
         """Return by name, in order, by what a changed image is noticed. Raises RunError."""
+
+    def verify_command(self, report: Path | None = None) -> str:
+        """Return the command line that finds all broken images. report: the file that it writes, if given."""
+        words = ["rsnet", "verify", str(self.data)]
+        return shlex.join(words if report is None else [*words, "--report", str(report)])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,7 +134,7 @@ class Source(ABC):
         else:
             places = first_names([self.locate(index) for index in indices])
             what, advice = f"cannot read one of {places}: {dali_error_line(error)}", ""
-        return DataError(f"{what}; {advice}{self.verify_command} finds all broken images")
+        return DataError(f"{what}; {advice}{self.verify_command()} finds all broken images")
 
 
 def file_stamp(path: str) -> Stamp:

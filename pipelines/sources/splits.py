@@ -57,7 +57,8 @@ def _open_both(data: Path, val_data: Path | None, with_train: bool) -> tuple[Sou
         )
     with error_context("--data" if val_data in (None, data) else "--val-data"):
         val = open_split(val_data or data, "val")
-    if not with_train and val_data is not None:
+    # A table has the classes of all its rows.
+    if not with_train and (val_data is not None or kind == "manifest"):
         return None, val
     with error_context("--data"):
         train = open_split(data, "train")

@@ -12,16 +12,13 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tyro.conf import arg
 
 from pipelines.image_formats import open_image
 from pipelines.image_io import SUFFIXES
-from pipelines.sources.options import SplitOptions
 from pipelines.sources.shards import CLASSES, samples_of
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_splits
@@ -38,54 +35,12 @@ from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.schema import read_json
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+if TYPE_CHECKING:
+    from pipelines.sources.shards_options import ShardsOptions
+
 NOTES = "shards.json"  # in the folder: what was written, to go on after an interruption
 SEED = 0  # of the order in the shards
 OVERHEAD = 2560  # bytes of tar per sample: two headers, the label's block, the padding of the image
-
-
-@dataclass(frozen=True)
-class ShardsOptions:
-    """Write tar shards in webdataset's format, to train from or to publish.
-
-    Images keep their bytes. A command that was interrupted goes on with the first shard that is missing.
-    """
-
-    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
-    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths, or other shards."""
-
-    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")]
-    """Folder for the shards; what is in it is not overwritten."""
-
-    shard_size: Annotated[str, arg(metavar="SIZE")] = "1GB"
-    """Bytes of a shard, at most: a number with K, M, G or T."""
-
-    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Validation images of their own, in place of those in --data."""
-
-    val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Share of the training images for validation, chosen by their names, where there are no others."""
-
-    @property
-    def shard_bytes(self) -> int:
-        """`shard_size` as a number."""
-        text = self.shard_size.upper().removesuffix("B")
-        number, unit = (text[:-1], text[-1]) if text.endswith(tuple("KMGT")) else (text, "")
-        try:
-            size = float(number) * UNITS[unit]
-        except ValueError:
-            size = float("nan")
-        if not 10**4 <= size < 10**13:
-            raise UsageError(f"--shard-size {self.shard_size}: such as 500MB, from 10KB to 10TB")
-        return int(size)
-
-    @property
-    def placed(self) -> SplitOptions:
-        """Where the validation images are."""
-        return SplitOptions(self.val_data, self.val_fraction)
-
-    def __post_init__(self) -> None:
-        _ = self.shard_bytes, self.placed  # checks them
 
 
 def write_shards(options: ShardsOptions) -> int:
@@ -146,13 +101,14 @@ def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
 
 
 def _write_split(output: Path, source: Source, plan: list[list[int]]) -> None:
-    names, places = source.names, _keys(source.names)
+    names = source.names
+    keys = _keys(names)
     done = size = 0
     with ProgressBar(source.split, len(source)) as progress:
         for number, rows in enumerate(plan):
             path = output / f"{source.split}-{number:06}.tar"
             if not path.exists():
-                samples = [(row, places[row], suffix_of(names[row])) for row in rows]
+                samples = [(row, keys[row], suffix_of(names[row])) for row in rows]
                 _write_shard(path, source, samples)
             done, size = done + len(rows), size + path.stat().st_size
             progress.update(done, size, 0)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.sources.options import SplitOptions
 from pipelines.utils.errors import UsageError
 from rsnet.config.bounds import MANY, MOST_IMAGES, MOST_KEPT, MOST_LR, MOST_PIXELS
 from rsnet.config.model_config import BITS, FULL
@@ -32,6 +33,7 @@ def require_valid(c: Any) -> None:
         )
     if c.fused_bn and c.sync_bn:
         raise UsageError("--fused-bn and --sync-bn: choose one; a fused BatchNorm knows one batch")
+    SplitOptions(c.val_data, c.val_fraction)  # checks them
     if c.evaluate and c.resume is None:
         raise UsageError("--evaluate: say which checkpoint, with --resume PATH or --resume auto")
     if c.evaluate and c.pretrained is not None:
@@ -47,7 +49,6 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             _distinct_positive,
             "give one or more sizes, positive and all different, of 4096 pixels at most",
         ),
-        ("--val-fraction", c.val_fraction, _between_0_and_1, "a share above 0 and below 1"),
         ("--num-classes", c.num_classes, _within(2, MANY), "at least 2, and 1000000 at most"),
         ("--width-mult", c.width_mult, _above_0(100), "must be a positive number, 100 at most"),
         ("--qw", c.qw, _bits, "from 1 to 8, or 32 for full precision"),
@@ -181,7 +182,3 @@ def _distinct_positive(sizes: tuple[int, ...]) -> bool:
         and max(sizes) <= MOST_PIXELS
         and len(set(sizes)) == len(sizes)
     )
-
-
-def _between_0_and_1(value: float) -> bool:
-    return 0 < value < 1

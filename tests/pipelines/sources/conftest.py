@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
 
-from pipelines.sources.write_shards import ShardsOptions, write_shards
+from pipelines.sources.shards_options import ShardsOptions, write_shards
 
 
 def rows_of(folder: Path, below: Path) -> list[dict[str, str]]:

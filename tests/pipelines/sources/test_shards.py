@@ -18,6 +18,7 @@ from pipelines.sources import shards
 from pipelines.sources import write_shards as writing
 from pipelines.sources.folder import scan_folder
 from pipelines.sources.options import SplitOptions
+from pipelines.sources.shards_options import ShardsOptions
 from pipelines.sources.splits import open_splits
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import write_photo
@@ -90,7 +91,7 @@ def test_shards_are_mixed_and_always_the_same(photos, tmp_path):
 def test_an_interrupted_command_goes_on_with_the_shard_that_is_missing(
     photos, tmp_path, monkeypatch
 ):
-    options = writing.ShardsOptions(photos, tmp_path / "s", shard_size="100KB")
+    options = ShardsOptions(photos, tmp_path / "s", shard_size="100KB")
     write, done = writing._write_shard, []
 
     def breaking(path, *rest):
@@ -125,7 +126,7 @@ def test_shards_of_other_images_or_size_are_not_mixed(photos, tmp_path, capsys):
 @pytest.mark.parametrize("size", ["1", "1XB", "", "nan", "-1GB", "100TB"])
 def test_a_size_that_is_none_is_refused(tmp_path, size):
     with pytest.raises(UsageError, match=r"--shard-size .*: such as 500MB"):
-        writing.ShardsOptions(tmp_path, tmp_path, shard_size=size)
+        ShardsOptions(tmp_path, tmp_path, shard_size=size)
 
 
 def test_names_with_dots_or_twice_become_keys_of_their_own():

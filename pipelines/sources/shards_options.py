@@ -1,0 +1,65 @@
+"""Options of `rsnet shards`. Importing them needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from pipelines.sources.options import SplitOptions
+from pipelines.utils.errors import UsageError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class ShardsOptions:
+    """Write tar shards in webdataset's format, to train from or to publish.
+
+    Images keep their bytes. A command that was interrupted goes on with the first shard that is missing.
+    """
+
+    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths, or other shards."""
+
+    output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")]
+    """Folder for the shards; what is in it is not overwritten."""
+
+    shard_size: Annotated[str, arg(metavar="SIZE")] = "1GB"
+    """Bytes of a shard, at most: a number with K, M, G or T."""
+
+    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Validation images of their own, in place of those in --data."""
+
+    val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Share of the training images for validation, chosen by their names, where there are no others."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` as a number."""
+        text = self.shard_size.upper().removesuffix("B")
+        number, unit = (text[:-1], text[-1]) if text.endswith(tuple("KMGT")) else (text, "")
+        try:
+            size = float(number) * UNITS[unit]
+        except ValueError:
+            size = float("nan")
+        if not 10**4 <= size < 10**13:
+            raise UsageError(f"--shard-size {self.shard_size}: such as 500MB, from 10KB to 10TB")
+        return int(size)
+
+    @property
+    def placed(self) -> SplitOptions:
+        """Where the validation images are."""
+        return SplitOptions(self.val_data, self.val_fraction)
+
+    def __post_init__(self) -> None:
+        _ = self.shard_bytes, self.placed  # checks them
+
+
+def write_shards(options: ShardsOptions) -> int:
+    """Call `write_shards.write_shards`, which imports torchvision."""
+    from pipelines.sources.write_shards import write_shards as write
+
+    return write(options)
