@@ -98,6 +98,22 @@ def whole(photos, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on localhost (tests.helpers.s3_server), which this process and its children find."""
+    from s3fs import S3FileSystem
+
+    from tests.helpers.s3_server import S3Server
+
+    server = S3Server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # those of another server
+    yield server
+    server.stop()
+    S3FileSystem.clear_instance_cache()
+
+
 needs_ffcv = pytest.mark.skipif(
     importlib.util.find_spec("ffcv") is None,
     reason="FFCV is not installed; ./install.sh says which system packages it is built with",

@@ -40,12 +40,12 @@ def _requirements() -> dict[str, str]:
         # TensorFlow: half a gigabyte, to read the original's checkpoints once. CUDA 12: another DALI.
         if name not in ("tensorflow", "cuda12"):
             lines += [line for line in extra if not line.startswith("rsnet-trainer[")]
-    return dict(line.lower().split(">=") for line in lines)
+    return dict(re.sub(r"\[.*\]", "", line).lower().split(">=") for line in lines)
 
 
 def _pinned() -> dict[str, str]:
     (pip,) = (d["pip"] for d in CONDA["dependencies"] if isinstance(d, dict))
-    return dict(line.split("==") for line in pip)
+    return dict(re.sub(r"\[.*\]", "", line).split("==") for line in pip)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

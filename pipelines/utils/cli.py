@@ -51,9 +51,12 @@ EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
 # The extra of pyproject.toml that installs a library.
 EXTRAS = {
+    "aiohttp": "http",
     "fastapi": "serve",
     "ffcv": "ffcv",
     "filelock": "train",
+    "fsspec": "http",
+    "gcsfs": "gs",
     "huggingface_hub": "hub",
     "matplotlib": "cli",
     "numba": "train",
@@ -65,6 +68,7 @@ EXTRAS = {
     "pyarrow": "train",
     "python_multipart": "serve",
     "rich": "cli",
+    "s3fs": "s3",
     "tensorboard": "train",
     "tensorflow": "tensorflow",
     "timm": "timm",

@@ -1,0 +1,120 @@
+"""An S3 server on localhost (moto's), with faults in between that a test asks for."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+BUCKET = "bucket"
+_Start = Callable[..., Any]
+
+
+@dataclass
+class Fault:
+    """What happens to the requests of a kind, so many times.
+
+    method, key: a request's, of which the key ends so. status: answered in place of the object's, such as
+    503. delay: seconds before the answer. cut: bytes of the body that are sent before the connection ends.
+    """
+
+    method: str = "GET"
+    key: str = ""
+    status: int | None = None
+    delay: float = 0
+    cut: int | None = None
+    times: int = 1
+
+
+class _Silent(WSGIRequestHandler):
+    def log(self, *_: object) -> None: ...
+
+
+class S3Server:
+    """A bucket of its own, one server at a time in a process.
+
+    requests: (method, path with the query) of all, in their order.
+    """
+
+    def __init__(self) -> None:
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server(
+            "127.0.0.1", 0, self._answer, threaded=True, request_handler=_Silent
+        )
+        self._lock = threading.Lock()
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str]] = []
+        self.url = f"http://127.0.0.1:{self._server.port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        reset = urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")
+        urllib.request.urlopen(reset, timeout=30).close()  # what moto keeps belongs to the process
+        self.client = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+            config=Config(retries={"max_attempts": 1}),
+        )
+        self.client.create_bucket(Bucket=BUCKET)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to find it: nothing but the usual variables."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def put(self, key: str, data: bytes) -> str:
+        """Store an object; return its URL."""
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=data)
+        return f"s3://{BUCKET}/{key}"
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes."""
+        data: bytes = self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        return data
+
+    def keys(self) -> list[str]:
+        """Return the keys of all objects, sorted."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+        return sorted(item["Key"] for page in pages for item in page.get("Contents", []))
+
+    def stop(self) -> None:
+        """End the server; an answer that waits is not waited for."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _fault_of(self, method: str, path: str) -> Fault | None:
+        with self._lock:
+            for fault in self.faults:
+                if fault.times and method == fault.method and path.endswith(fault.key):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def _answer(self, environ: dict[str, Any], start_response: _Start) -> Iterable[bytes]:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        query = environ.get("QUERY_STRING")
+        self.requests.append((method, f"{path}?{query}" if query else path))
+        fault = self._fault_of(method, path)
+        if fault is None:
+            answer: Iterable[bytes] = self._app(environ, start_response)
+            return answer
+        time.sleep(fault.delay)
+        if fault.status is not None:
+            start_response(f"{fault.status} Fault", [("Content-Length", "0")])
+            return []
+        body = b"".join(self._app(environ, start_response))
+        return [body if fault.cut is None else body[: fault.cut]]
