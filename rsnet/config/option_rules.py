@@ -126,6 +126,12 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             "must be a positive number of seconds, 1e8 at most",
         ),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
+        (
+            "--val-interval",
+            c.val_interval,
+            _within(1, MANY),
+            "at least 1 epoch, and 1000000 at most",
+        ),
         ("--log-interval", c.log_interval, _within(1, 10**9), "at least 1 step, and 10^9 at most"),
     ]
 

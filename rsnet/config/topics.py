@@ -272,6 +272,9 @@ class CheckpointOptions(Generic[Unset]):
     ] = ()
     """Differences to the resumed run to accept; its images then come in another order."""
 
+    val_interval: int = 1
+    """Epochs between evaluations, of which best.pt is the best; the last epoch has one in any case."""
+
     checkpoint_every: Annotated[str, arg(metavar="UPDATES|MINUTESm")] = "10m"
     """Updates, or minutes as in 10m, between checkpoints within an epoch; 0: only after epochs."""
 

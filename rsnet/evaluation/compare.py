@@ -40,7 +40,7 @@ class RunSummary:
 # Options that say where and how a run is written, not what it does.
 ASIDE = {
     "allow_change", "checkpoint_every", "evaluate", "keep", "log_interval", "on_save_error", "output",
-    "resume", "tensorboard", "timeout",
+    "resume", "tensorboard", "timeout", "val_interval",
 }  # fmt: skip
 
 # By label; several runs are seeds of one experiment, or networks of one size each.
@@ -101,7 +101,7 @@ def tables(groups: Groups) -> str:
                 f"{seconds / 60:.1f}",
             ]
         )
-    return _markdown(accuracy) + "\n\n" + _markdown(cost)
+    return markdown_table(accuracy) + "\n\n" + markdown_table(cost)
 
 
 def differing_options(runs: Mapping[str, RunSummary]) -> str:
@@ -119,7 +119,7 @@ def differing_options(runs: Mapping[str, RunSummary]) -> str:
             has = [(name in run.options, run.options.get(name)) for run in runs.values()]
             cells = [_shown(value) if is_known else "-" for is_known, value in has]
             table.append([f"`--{name.replace('_', '-')}`", *cells])
-    return _markdown(table) if len(table) > 1 else ""
+    return markdown_table(table) if len(table) > 1 else ""
 
 
 def _shown(value: Any) -> str:
@@ -175,7 +175,7 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
     return f"{statistics.mean(known):.2f}{spread}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as an aligned Markdown table; the first is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

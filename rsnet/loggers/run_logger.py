@@ -79,8 +79,9 @@ class RunLogger:
 
     def begin_epoch(self, epoch: int, done: int) -> None:
         """Begin the bar of an epoch, after so many epochs and so many updates of this one."""
-        epochs = self.config.epochs
-        later = (epochs - epoch - 1) * self.steps_per_epoch + (epochs - epoch) * self._evaluation
+        epochs, interval = self.config.epochs, self.config.val_interval
+        evaluations = -(-epochs // interval) - epoch // interval
+        later = (epochs - epoch - 1) * self.steps_per_epoch + evaluations * self._evaluation
         self.console.start(
             f"epoch {epoch + 1}/{epochs}",
             self.steps_per_epoch,

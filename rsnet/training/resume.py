@@ -34,8 +34,8 @@ ASIDE = {
     "accumulate", "allow_change", "batch_size", "checkpoint_every", "compile", "cuda_graphs", "data",
     "device", "evaluate", "fused_bn", "keep", "log_interval", "num_classes", "on_nonfinite",
     "on_save_error", "output", "profile", "profile_limit", "profile_steps", "profile_sweep", "recompute",
-    "resume", "tensorboard", "timeout", "val_data", "wandb", "wandb_entity", "wandb_name", "wandb_project",
-    "wandb_tags",
+    "resume", "tensorboard", "timeout", "val_data", "val_interval", "wandb", "wandb_entity", "wandb_name",
+    "wandb_project", "wandb_tags",
 }  # fmt: skip
 
 

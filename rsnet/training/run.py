@@ -148,8 +148,13 @@ class TrainingRun:
             self.logger.end_epoch()
             self._act_on(self.vote.count())
             self._share_buffers()
-            results = self._evaluate()
+            is_last = epoch + 1 == self.config.epochs
+            is_due = is_last or (epoch + 1) % self.config.val_interval == 0
+            results = self._evaluate() if is_due else None
             self.epoch, self.done = epoch + 1, 0
+            if results is None:
+                self._save()
+                continue
             self.logger.log_evaluation(results, self.epoch, self.trainer.step)
             reached = score(results, self.model.sizes)
             self._save(reached if reached > self.best else None)

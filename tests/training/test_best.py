@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
@@ -153,3 +154,11 @@ def test_the_best_has_the_highest_top1_at_the_largest_size_and_the_mean_of_all_d
     assert score((50, 90), (10, 20)) > score((49.999, 99), (49, 99))
     assert score((50, 90), (10, 21)) > score((50, 90), (10, 20))
     assert score((50, 90), (10, 20)) == [50, 42.5]
+
+
+def test_epochs_between_two_evaluations_have_none_but_the_last_one_has(train):
+    """The best is then among those: the second epoch's 60 % is not seen."""
+    assert train("--val-interval", "5", "--log-interval", "100")[0] == 0
+    lines = [json.loads(line) for line in Path("run", "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "val/top1@16" in line] == [3]
+    assert _load("last.pt").best[0] == _load("best.pt").best[0] == TOP1[0]
