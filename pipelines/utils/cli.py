@@ -169,7 +169,11 @@ def parse_options(
     try:
         with contextlib.redirect_stderr(complaint):
             options, unknown = tyro.cli(
-                options_type, prog=program or None, args=arguments, return_unknown_args=True
+                options_type,
+                prog=program or None,
+                args=arguments,
+                return_unknown_args=True,
+                config=(tyro.conf.HelptextFromCommentsOff,),  # help_page shows the docstrings
             )
     except SystemExit as stop:
         if not stop.code:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import sys
 from collections.abc import Container, Sequence
@@ -31,20 +32,26 @@ def parse(
 
     Raises UsageError, in one line, for what is mistyped; prints the help and exits for --help.
     """
-    groups: dict[str, Any] = {**TOPICS, "pipeline": options_type}
-    together = dataclasses.make_dataclass(
-        "Together",
-        [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in groups.items()],
-    )
-    together.__doc__ = TrainConfig.__doc__
-    sources = [TrainConfig, options_type]
+    own: Any = options_type
+    sources = [TrainConfig, own]
     words = _plain(sys.argv[1:] if argv is None else argv)
     exit_with_help(words, program, sources)
-    parsed: Any = parse_options(together, sources, _plain(with_config(words, sources)), program)
+    completed = _plain(with_config(words, sources))
+    parsed: Any = parse_options(_together(own), sources, completed, program)
     values: dict[str, Any] = {}
     for topic in TOPICS:
         values |= vars(getattr(parsed, topic))
     return TrainConfig(**values), parsed.pipeline
+
+
+@functools.cache  # tyro reads a class that it knows in half the time
+def _together(options_type: type[Any]) -> Any:
+    """Return a class with a field for each topic, and one for the pipeline's own options."""
+    groups: dict[str, Any] = {**TOPICS, "pipeline": options_type}
+    fields = [(name, Annotated[kind, tyro.conf.OmitArgPrefixes]) for name, kind in groups.items()]
+    together = dataclasses.make_dataclass("Together", fields)
+    together.__doc__ = TrainConfig.__doc__
+    return together
 
 
 def _plain(words: Sequence[str]) -> list[str]:
