@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,9 +20,9 @@ AutoAugment = Literal["trivial", "rand"]
 class Batch(NamedTuple):
     """The samples of one step at every size.
 
-    images: one (N, 3, s, s) tensor per size, the largest first, channels-last in memory, normalised.
-    labels: (N,) int64. weights: (N,) float32, the samples' in the loss, or None if all are equal. All on
-    one device.
+    images: one (N, 3, s, s) tensor per size, the largest first, channels-last in memory, normalised; in
+    training those of `LoaderSpec.extra_sizes` follow. labels: (N,) int64. weights: (N,) float32, the
+    samples' in the loss, or None if all are equal. All on one device.
     """
 
     images: tuple[Tensor, ...]
@@ -74,7 +74,10 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """The options that all pipelines share. `batch_size` is per process."""
+    """The options that all pipelines share. `batch_size` is per process.
+
+    extra_sizes: of training batches, after `sizes`: the same crop at other sizes, flipped as the largest is.
+    """
 
     data: Path
     sizes: tuple[int, ...]
@@ -90,6 +93,16 @@ class LoaderSpec:
     splits: SplitOptions = NO_OPTIONS
     class_weights: str | None = None
     balanced_sampling: bool = False
+    extra_sizes: tuple[int, ...] = ()
+
+    @property
+    def all_sizes(self) -> tuple[int, ...]:
+        """The sizes of a batch's images, in their order."""
+        return self.sizes + self.extra_sizes
+
+    def of_split(self, training: bool) -> LoaderSpec:
+        """Return the options of the training or of the validation data."""
+        return self if training else replace(self, extra_sizes=())
 
 
 class Loaders(NamedTuple):

@@ -69,7 +69,7 @@ def check_sizes(spec: LoaderSpec) -> None:
 
 def allocate_blocks(spec: LoaderSpec, count: int) -> list[Tensor]:
     """Allocate `count` images at each size: (count, s, 3 * s) in the compute dtype."""
-    return [torch.empty((count, s, 3 * s), dtype=spec.dtype) for s in spec.sizes]
+    return [torch.empty((count, s, 3 * s), dtype=spec.dtype) for s in spec.all_sizes]
 
 
 def as_images(blocks: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -61,7 +61,7 @@ class ReferenceLoader(ScheduledLoader):
         self, options: ReferenceOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
         super().__init__(make_schedule(spec, len(source), training, source.labels))
-        self._options, self._spec, self._source = options, spec, source
+        self._options, self._spec, self._source = options, spec.of_split(training), source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
@@ -116,10 +116,17 @@ class _MultiSizeDataset(Dataset[list[Tensor] | DataError | RunError]):
 
     def _training_views(self, image: Image.Image, index: int) -> Iterator[Image.Image]:
         spec = self._spec
-        params = crop_params(spec.seed, self._epoch, np.array([index]), len(spec.sizes), spec.flip)
+        params = crop_params(
+            spec.seed,
+            self._epoch,
+            np.array([index]),
+            len(spec.sizes),
+            spec.flip,
+            len(spec.extra_sizes),
+        )
         rectangle = random_resized_crop(image.height, image.width, params, 0)
         crop = self._augmented(F.crop(image, *rectangle), index)
-        for size, flip in zip(spec.sizes, params.flip[0], strict=True):
+        for size, flip in zip(spec.all_sizes, params.flip[0], strict=True):
             view = F.resize(crop, [size, size], InterpolationMode.BILINEAR)
             yield F.hflip(view) if flip else view
 

@@ -39,9 +39,15 @@ def uniforms(
     return numbers
 
 
-def crop_params(seed: int, epoch: int, indices: Indices, sizes: int, flip: Flip) -> CropParams:
-    """Return the crops and flips of N samples at `sizes` resolutions."""
-    return CropParams.from_uniforms(uniforms(seed, epoch, indices, CropParams.lanes(sizes)), flip)
+def crop_params(
+    seed: int, epoch: int, indices: Indices, sizes: int, flip: Flip, extra: int = 0
+) -> CropParams:
+    """Return the crops and flips of N samples at `sizes` resolutions, and at `extra` more with the flip of
+    the first.
+    """
+    numbers = uniforms(seed, epoch, indices, CropParams.lanes(sizes))
+    params = CropParams.from_uniforms(numbers, flip)
+    return params._replace(flip=np.hstack([params.flip, *[params.flip[:, :1]] * extra]))
 
 
 @dataclass(frozen=True)

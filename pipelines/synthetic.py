@@ -46,12 +46,13 @@ class SyntheticLoader(ScheduledLoader):
     def __init__(self, spec: LoaderSpec, images: int, classes: int, training: bool) -> None:
         super().__init__(make_schedule(spec, images, training))
         self._spec, self._classes = spec, classes
+        sizes = spec.of_split(training).all_sizes
         generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self._images = tuple(
             torch.randn(spec.batch_size, s, s, 3, generator=generator, device=spec.device)
             .to(spec.dtype)
             .permute(0, 3, 1, 2)
-            for s in spec.sizes
+            for s in sizes
         )
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:

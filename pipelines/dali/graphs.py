@@ -59,7 +59,7 @@ def build(
 def crop_graph(
     feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool
 ) -> tuple[Any, Any]:
-    """Give training's crops as bytes, (height, width, 3), and (S,) int32 flips."""
+    """Give training's crops as bytes, (height, width, 3), and int32 flips, one of each size."""
     images, area, ratio, position, flips, *numbers = fn.external_source(
         source=feed, num_outputs=5 if spec.auto_augment is None else 6, batch=True
     )
@@ -81,7 +81,7 @@ def training_graph(
     crop, flips = crop_graph(feed, options, spec, with_paths)
     return tuple(
         _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
-        for i, size in enumerate(spec.sizes)
+        for i, size in enumerate(spec.all_sizes)
     )
 
 

@@ -116,6 +116,7 @@ class DaliLoader(ScheduledLoader):
         self, options: DaliOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
         super().__init__(make_schedule(spec, len(source), training, source.labels))
+        spec = spec.of_split(training)
         self._spec, self._source = spec, source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
         self._feed = _Feed(spec, source, self.schedule, options.workers)
@@ -268,7 +269,7 @@ class Resizer:
             pixels = np.asarray(images[i])  # .at(i) would copy
             height, width, _ = pixels.shape
             box, rows = Rectangle(0, 0, height, width), pixels.reshape(height, 3 * width)
-            for k, size in enumerate(self._spec.sizes):
+            for k, size in enumerate(self._spec.all_sizes):
                 if mirror is None:
                     view, flip = eval_view(height, width, size), False
                 else:
@@ -306,7 +307,8 @@ class _Feed:
         if not self._schedule.training:
             return [images]
         spec = self._spec
-        params = crop_params(spec.seed, self._epoch, indices, len(spec.sizes), spec.flip)
+        counts = len(spec.sizes), spec.flip, len(spec.extra_sizes)
+        params = crop_params(spec.seed, self._epoch, indices, *counts)
         numbers = [params.area, params.ratio, params.position, params.flip.astype(np.int32)]
         if spec.auto_augment is not None:
             counters = spec.seed, self._epoch, indices

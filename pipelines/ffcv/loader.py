@@ -103,6 +103,7 @@ class FfcvLoader(ScheduledLoader):
         training: bool,
     ) -> None:
         super().__init__(_schedule(options, spec, beton, training))
+        spec = spec.of_split(training)
         self._options, self._spec, self._beton, self._classes = options, spec, beton, classes
         self._targets = Targets(spec, beton.labels, classes, training)
         self._normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
@@ -151,7 +152,8 @@ class FfcvLoader(ScheduledLoader):
         params: tuple[CropParams, ...] = ()
         if self.schedule.training:
             views = ffcv_decode.training_views
-            params = (crop_params(spec.seed, epoch, indices, len(spec.sizes), spec.flip),)
+            counts = len(spec.sizes), spec.flip, len(spec.extra_sizes)
+            params = (crop_params(spec.seed, epoch, indices, *counts),)
         outs = tuple(as_array(block) for block in blocks)
         job = Job(self._beton.samples.take(rows), self._table, outs, status)
 
@@ -169,7 +171,7 @@ class FfcvLoader(ScheduledLoader):
         """
         if self._spec.device.type == "cpu":
             return None, allocate_blocks(self._spec, count)
-        shapes = [(count, s, 3 * s) for s in self._spec.sizes]
+        shapes = [(count, s, 3 * s) for s in self._spec.all_sizes]
         lengths = [math.prod(shape) for shape in shapes]
         buffer = torch.empty(sum(lengths), dtype=torch.uint8, pin_memory=True)
         blocks = zip(torch.split(buffer, lengths), shapes, strict=True)

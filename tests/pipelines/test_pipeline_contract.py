@@ -95,6 +95,20 @@ def test_values_are_normalised(make, spec, normalize, low, high):
         assert high - 0.4 * (high - low) < values.max() <= high
 
 
+@readers_only
+@pytest.mark.parametrize("flip", ["independent", "shared"])
+def test_extra_sizes_are_the_same_crop_flipped_as_the_largest_in_training_alone(make, spec, flip):
+    """As a loader of that size alone makes it: the first size's flip is the first number."""
+    spec = replace(spec, flip=flip)
+    train, val, _ = make(replace(spec, extra_sizes=(40, 72)))
+    plain, alone = make(spec).train, [make(replace(spec, sizes=(s,))).train for s in (40, 72)]
+    for batch, ours, *others in zip(*map(epoch_of, (train, plain, *alone)), strict=True):
+        expected = [*ours.images, *(other.images[0] for other in others)]
+        assert len(batch.images) == len(expected) == 5
+        assert all(torch.equal(x, y) for x, y in zip(batch.images, expected, strict=True))
+    assert [x.shape[-1] for x in epoch_of(val)[0].images] == list(SIZES)
+
+
 def test_an_epoch_has_as_many_batches_as_its_length_says(make, spec):
     train, val, _ = make(spec)
     assert len(epoch_of(train)) == len(train) == 23 // 4
