@@ -87,6 +87,7 @@ class LoaderSpec:
     normalize: Normalize = "imagenet"
     flip: Flip = "independent"
     auto_augment: AutoAugment | None = None
+    random_erase: float = 0.0
     seed: int = 0
     rank: int = 0
     world_size: int = 1

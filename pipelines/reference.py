@@ -60,8 +60,10 @@ class ReferenceLoader(ScheduledLoader):
     def __init__(
         self, options: ReferenceOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
-        super().__init__(make_schedule(spec, len(source), training, source.labels))
-        self._options, self._spec, self._source = options, spec.of_split(training), source
+        super().__init__(
+            spec.of_split(training), make_schedule(spec, len(source), training, source.labels)
+        )
+        self._options, self._source = options, source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:

@@ -11,14 +11,17 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines import erasing
 from pipelines.batch import Batch, Flip, LoaderSpec
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import UsageError
 
 Indices = NDArray[np.int64]
 
-# The first of a sample's random numbers that automatic augmentation uses, behind those of crop and flips.
+# The first of a sample's random numbers that automatic augmentation and random erasing use, behind those of
+# crop and flips.
 AUGMENTATION_LANE = 1024
+ERASING_LANE = 2048
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment
 
@@ -145,8 +148,8 @@ class ScheduledLoader(ABC):
 
     pipeline = ""  # what reads the images, as users know it
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, spec: LoaderSpec, schedule: Schedule) -> None:
+        self._spec, self.schedule = spec, schedule
         self._epoch = 0
         self._step = 0  # batches of this epoch that were yielded
         self._first_step = 0  # of the next iteration
@@ -160,8 +163,22 @@ class ScheduledLoader(ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         self._step, self._first_step = self._first_step, 0
-        for batch in self._read(self._epoch, self._step):
+        batches = self._read(self._epoch, self._step)
+        if self._spec.random_erase and self.schedule.training:
+            batches = self._erased(batches, self._epoch, self._step)
+        for batch in batches:
             self._step += 1
+            yield batch
+
+    def _erased(self, batches: Iterator[Batch], epoch: int, first_step: int) -> Iterator[Batch]:
+        """Erase a box of the samples whose own numbers say so."""
+        spec = self._spec
+        for indices, batch in zip(self.schedule.batches(epoch, first_step), batches, strict=True):
+            numbers = uniforms(spec.seed, epoch, indices, erasing.LANES, ERASING_LANE)
+            boxes = erasing.Boxes.from_uniforms(numbers, spec.random_erase)
+            counts = len(spec.sizes), spec.flip, len(spec.extra_sizes)
+            flip = crop_params(spec.seed, epoch, indices, *counts).flip
+            erasing.erase(batch, boxes, flip)
             yield batch
 
     def set_epoch(self, epoch: int) -> None:

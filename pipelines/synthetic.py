@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,9 +44,11 @@ class SyntheticLoader(ScheduledLoader):
     pipeline = "synthetic"
 
     def __init__(self, spec: LoaderSpec, images: int, classes: int, training: bool) -> None:
-        super().__init__(make_schedule(spec, images, training))
-        self._spec, self._classes = spec, classes
-        sizes = spec.of_split(training).all_sizes
+        # What is erased of images that are used again would stay so.
+        own = replace(spec.of_split(training), random_erase=0.0)
+        super().__init__(own, make_schedule(spec, images, training))
+        self._classes = classes
+        sizes = own.all_sizes
         generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self._images = tuple(
             torch.randn(spec.batch_size, s, s, 3, generator=generator, device=spec.device)

@@ -115,9 +115,9 @@ class DaliLoader(ScheduledLoader):
     def __init__(
         self, options: DaliOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
-        super().__init__(make_schedule(spec, len(source), training, source.labels))
         spec = spec.of_split(training)
-        self._spec, self._source = spec, source
+        super().__init__(spec, make_schedule(spec, len(source), training, source.labels))
+        self._source = source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
         self._feed = _Feed(spec, source, self.schedule, options.workers)
         self._options = options

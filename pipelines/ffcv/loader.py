@@ -102,9 +102,8 @@ class FfcvLoader(ScheduledLoader):
         classes: list[str],
         training: bool,
     ) -> None:
-        super().__init__(_schedule(options, spec, beton, training))
-        spec = spec.of_split(training)
-        self._options, self._spec, self._beton, self._classes = options, spec, beton, classes
+        super().__init__(spec.of_split(training), _schedule(options, spec, beton, training))
+        self._options, self._beton, self._classes = options, beton, classes
         self._targets = Targets(spec, beton.labels, classes, training)
         self._normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         self._table = pixel_table(spec) if spec.device.type == "cpu" else None

@@ -192,6 +192,10 @@ class AugmentationOptions(Generic[Unset]):
     cutmix: Annotated[float | Unset, arg(aliases=("--cutmix-alpha",), metavar="FLOAT")] = UNSET
     """Alpha of CutMix, which pastes the same box at all sizes. Unset: 0, off."""
 
+    random_erase: Annotated[float | Unset, arg(aliases=("--reprob",), metavar="FLOAT")] = UNSET
+    """Share of the images of which one box is erased, set to the mean, the same part of the picture at all
+    sizes. Unset: 0."""
+
     label_smoothing: Annotated[float | Unset, arg(aliases=("--smoothing",), metavar="FLOAT")] = (
         UNSET
     )

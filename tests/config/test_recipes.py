@@ -36,9 +36,8 @@ def test_the_papers_recipe_is_plain_sgd():
         "paper", 120, 0.1, 1e-4, "cosine",
     )  # fmt: skip
     assert (c.warmup, c.label_smoothing, c.decay, c.ema) == (0, 0.0, "all", 0.0)
-    assert (c.mixup, c.cutmix, c.auto_augment, c.blurpool, c.sizes_per_step) == (
-        0.0, 0.0, "none", False, 5,
-    )  # fmt: skip
+    assert (c.mixup, c.cutmix, c.auto_augment, c.random_erase) == (0, 0, "none", 0)
+    assert (c.blurpool, c.sizes_per_step) == (False, 5)
 
 
 @pytest.mark.parametrize("bits", ["--qw 2", "--mode preact --qa 2", "--mode preact --qw 4 --qa 3"])
@@ -108,7 +107,11 @@ def test_another_recipe_on_resume_is_that_recipe():
 
 
 def test_what_was_switched_on_can_be_switched_off_on_resume():
-    first = dataclasses.asdict(_resolve("--auto-augment rand --clip-grad 2 --mixup 0.2"))
-    off = "--auto-augment none --clip-grad 0 --mixup 0"
-    again = _resolve(f"--resume auto {off}", previous=first)
-    assert (again.auto_augment, again.clip_grad, again.mixup) == ("none", 0, 0)
+    on = "--auto-augment rand --clip-grad 2 --mixup 0.2 --random-erase 0.1"
+    first = dataclasses.asdict(_resolve(on))
+    names = ("auto_augment", "clip_grad", "mixup", "random_erase")
+    kept = dataclasses.asdict(_resolve("--resume auto", previous=first))
+    assert [kept[name] for name in names] == ["rand", 2, 0.2, 0.1]
+    off = "--auto-augment none --clip-grad 0 --mixup 0 --random-erase 0"
+    again = dataclasses.asdict(_resolve(f"--resume auto {off}", previous=first))
+    assert [again[name] for name in names] == ["none", 0, 0, 0]

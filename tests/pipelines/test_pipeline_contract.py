@@ -16,6 +16,8 @@ import torch
 
 from pipelines import dali, ffcv, reference, synthetic
 from pipelines.batch import Loaders, LoaderSpec
+from pipelines.erasing import LANES, Boxes
+from pipelines.sampler import ERASING_LANE, crop_params, uniforms
 from pipelines.utils.errors import UsageError
 from tests.conftest import beton_of, needs_ffcv
 
@@ -63,6 +65,8 @@ def make(request: pytest.FixtureRequest) -> Any:
 
 
 readers_only = pytest.mark.parametrize("make", READERS, indirect=True)
+# All that is drawn for a sample.
+AUGMENTED = {"random_erase": 0.5}
 
 
 def epoch_of(loader, epoch=0):
@@ -162,7 +166,9 @@ def test_another_seed_gives_other_batches(make, spec):
 
 
 @readers_only
-def test_two_ranks_split_the_batches_of_one(make, spec):
+@pytest.mark.parametrize("more", [{}, AUGMENTED])
+def test_two_ranks_split_the_batches_of_one(make, spec, more):
+    spec = replace(spec, **more)
     whole = epoch_of(make(replace(spec, batch_size=8)).train)
     parts = [epoch_of(make(replace(spec, rank=r, world_size=2)).train) for r in (0, 1)]
     for batch, *halves in zip(whole, *parts, strict=True):
@@ -198,6 +204,34 @@ def test_sizes_flip_independently_unless_shared(make, spec):
     assert 15 <= disagreements("independent") <= 45  # of 60, about half
 
 
+@readers_only
+def test_the_same_part_of_the_picture_is_erased_at_every_size(make, spec):
+    erased, plain = make(replace(spec, random_erase=0.5)).train, make(spec).train
+    count = 0
+    for indices, one, other in zip(
+        erased.schedule.batches(1), epoch_of(erased, 1), epoch_of(plain, 1), strict=True
+    ):
+        places, edges = Boxes.from_uniforms(uniforms(0, 1, indices, LANES, ERASING_LANE), 0.5)
+        boxes = dict(zip(places.tolist(), edges.tolist(), strict=True))
+        flip = crop_params(0, 1, indices, len(SIZES), spec.flip).flip
+        count += len(boxes)
+        for k, (size, x, expected) in enumerate(zip(SIZES, one.images, other.images, strict=True)):
+            for i, picture in enumerate(expected):
+                top, left, bottom, right = (round(e * size) for e in boxes.get(i, [0] * 4))
+                as_cropped = picture.flip(2) if flip[i, k] else picture
+                as_cropped[:, top:bottom, left:right] = 0
+                assert torch.equal(x[i].flip(2) if flip[i, k] else x[i], as_cropped)
+    assert 5 <= count <= 15  # of 20
+
+
+@readers_only
+def test_validation_images_are_as_they_are(make, spec):
+    for a, b in zip(
+        *(epoch_of(make(s, False).val) for s in (spec, replace(spec, **AUGMENTED))), strict=True
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+
+
 def test_a_broken_off_epoch_does_not_leak_into_the_next(make, spec):
     train = make(spec).train
     expected = epoch_of(train, 1)
@@ -207,7 +241,9 @@ def test_a_broken_off_epoch_does_not_leak_into_the_next(make, spec):
         assert torch.equal(a.images[0], b.images[0])
 
 
-def test_a_loader_continues_where_its_state_was_taken(make, spec):
+@pytest.mark.parametrize("more", [{}, AUGMENTED])
+def test_a_loader_continues_where_its_state_was_taken(make, spec, more):
+    spec = replace(spec, **more)
     train = make(spec).train
     expected = epoch_of(train, 2)
     train.set_epoch(2)
