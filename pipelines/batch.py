@@ -88,6 +88,7 @@ class LoaderSpec:
     flip: Flip = "independent"
     auto_augment: AutoAugment | None = None
     random_erase: float = 0.0
+    repeats: int = 1
     seed: int = 0
     rank: int = 0
     world_size: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -61,6 +61,10 @@ class Schedule:
     gives each rank its slice, so that the order does not depend on the number of ranks. Samples that do
     not fill a global batch are dropped, other ones each epoch. Evaluation: a contiguous share of the
     samples for each rank, each exactly once; the last batch may be smaller.
+
+    repeats: how often an epoch has each image that it has (Hoffer et al. 2019), one after the other, so that
+    a step of all ranks has all of them. The epoch stays as long, with fewer images, as torchvision's
+    RASampler has it; there, too, the ranks take turns, so that the crops of an image are on several.
     """
 
     samples: int
@@ -69,6 +73,8 @@ class Schedule:
     world_size: int
     seed: int
     training: bool
+    _: KW_ONLY
+    repeats: int = 1
 
     # A sample that an epoch has again is its index plus a multiple of `samples`: with a crop of its own.
     order_name: ClassVar[str] = "random"
@@ -84,6 +90,11 @@ class Schedule:
     def rows(self, indices: Indices) -> Indices:
         """Return the samples of the source that a batch's indices are of."""
         return indices % self.samples
+
+    @property
+    def order_text(self) -> str:
+        """The order, as a state has it: another one cannot be continued."""
+        return self.order_name + (f", {self.repeats} of an image" if self.repeats > 1 else "")
 
     @property
     def global_batch(self) -> int:
@@ -107,6 +118,9 @@ class Schedule:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Indices]:
         """Yield the sample indices of each step from `first_step` on."""
+        if self.repeats > 1:
+            yield from self._repeated(epoch, first_step)
+            return
         if self.training:
             order = self.order(epoch)
             offset, stride = self.rank * self.batch_size, self.global_batch
@@ -116,6 +130,15 @@ class Schedule:
         for step in range(first_step, self.steps):
             start = step * stride + offset
             yield order[start : start + self.batch_size]
+
+    def _repeated(self, epoch: int, first_step: int) -> Iterator[Indices]:
+        images = self.order(epoch)[: -(-self.samples // self.repeats)]
+        order = (images[:, None] + self.samples * np.arange(self.repeats)).ravel()
+        for step in range(first_step, self.steps):
+            of_all = order[step * self.global_batch :][: self.global_batch]
+            own = of_all[self.rank :: self.world_size]
+            # Mixup and CutMix mix neighbours: not an image with itself, where one rank has it again.
+            yield own[np.argsort(own // self.samples, kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -194,7 +217,7 @@ class ScheduledLoader(ABC):
             "samples": self.schedule.samples,
             "data": self.fingerprint,
             "pipeline": self.pipeline,
-            "order": self.schedule.order_name,
+            "order": self.schedule.order_text,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,7 +264,10 @@ def make_schedule(
     spec: LoaderSpec, samples: int, training: bool, labels: NDArray[np.int64] | None = None
 ) -> Schedule:
     """Return the schedule of the rank that `spec` describes. labels: (samples,), to balance classes."""
-    schedule = Schedule(samples, spec.batch_size, spec.rank, spec.world_size, spec.seed, training)
+    repeats = spec.repeats if training else 1
+    schedule = Schedule(
+        samples, spec.batch_size, spec.rank, spec.world_size, spec.seed, training, repeats=repeats
+    )
     if training and spec.balanced_sampling and labels is not None:
         return BalancedSchedule(**vars(schedule), labels=labels)
     return schedule

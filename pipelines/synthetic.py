@@ -59,7 +59,7 @@ class SyntheticLoader(ScheduledLoader):
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         for indices in self.schedule.batches(epoch, first_step):
-            labels = torch.from_numpy(indices % self._classes)
+            labels = torch.from_numpy(self.schedule.rows(indices) % self._classes)
             yield Batch(
                 tuple(x[: len(indices)] for x in self._images),
                 labels.to(self._spec.device, non_blocking=True),

@@ -333,6 +333,7 @@ def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
         flip=config.flip,
         auto_augment=None if config.auto_augment == "none" else config.auto_augment,
         random_erase=config.random_erase,
+        repeats=config.ra_reps,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -122,7 +122,8 @@ class FfcvLoader(ScheduledLoader):
             self._workers = _Workers(self._options.workers, self._beton.path)
         workers = self._workers
         batches = list(self.schedule.batches(epoch, first_step))
-        pages = _PageAdvice(self._options, workers, self._beton, batches)
+        rows = [self.schedule.rows(indices) for indices in batches]
+        pages = _PageAdvice(self._options, workers, self._beton, rows)
         started = self._started(workers, epoch, batches, pages)
         for step, batch in enumerate(iterate_finished(started, ahead=self._options.prefetch)):
             pages.after(step)

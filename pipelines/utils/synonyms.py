@@ -58,6 +58,8 @@ _MEANINGS: dict[tuple[str, ...], str] = {
     ("device",): "accelerator use-cuda cuda no-cuda cpu use-cpu",
     ("deterministic",): "cudnn-deterministic",
     ("auto-augment",): "aa autoaugment randaug rand-augment augment trivial-augment",
+    ("random-erase",): "random-erasing re-prob erase-prob random-erase-prob",
+    ("ra-reps",): "ra-sampler repeated-aug repeat-aug repeated-augmentation",
     ("mixup",): "mix-up",
     ("cutmix",): "cut-mix",
     ("label-smoothing",): "label-smoothing-factor labelsmoothing ls",

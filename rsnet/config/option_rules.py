@@ -23,6 +23,16 @@ def require_valid(c: Any) -> None:
             raise UsageError(f"{flag} {shown}".rstrip() + f": {rule}")
     if c.evaluate and c.is_profile:
         raise UsageError("--evaluate and --profile: choose one of them")
+    _require_combinable(c)
+    SplitOptions(c.val_data, c.val_fraction)  # checks them
+    if c.evaluate and c.resume is None:
+        raise UsageError("--evaluate: say which checkpoint, with --resume PATH or --resume auto")
+    if c.evaluate and c.pretrained is not None:
+        raise UsageError("--pretrained: a training starts from it; --evaluate takes --resume")
+
+
+def _require_combinable(c: Any) -> None:
+    """Raise UsageError for two options that exclude each other."""
     if c.compile and c.recompute != "off":
         raise UsageError("--compile and --recompute: choose one; the compiler recomputes by itself")
     if c.cuda_graphs and c.recompute != "off":
@@ -33,11 +43,10 @@ def require_valid(c: Any) -> None:
         )
     if c.fused_bn and c.sync_bn:
         raise UsageError("--fused-bn and --sync-bn: choose one; a fused BatchNorm knows one batch")
-    SplitOptions(c.val_data, c.val_fraction)  # checks them
-    if c.evaluate and c.resume is None:
-        raise UsageError("--evaluate: say which checkpoint, with --resume PATH or --resume auto")
-    if c.evaluate and c.pretrained is not None:
-        raise UsageError("--pretrained: a training starts from it; --evaluate takes --resume")
+    if c.balanced_sampling and (c.ra_reps or 1) > 1:
+        raise UsageError(
+            f"--balanced-sampling and --ra-reps {c.ra_reps}: choose one; both say how often an image comes"
+        )
 
 
 def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
@@ -57,6 +66,7 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
         ("--mixup", c.mixup, _of_a_beta, "must be from 0 to 100"),
         ("--cutmix", c.cutmix, _of_a_beta, "must be from 0 to 100"),
         ("--random-erase", c.random_erase, _from_0(1), "must be a share from 0 to 1"),
+        ("--ra-reps", c.ra_reps, _within(1, 100), "at least 1, and 100 at most"),
         ("--epochs", c.epochs, _within(1, MANY), "at least 1 epoch is needed, and 1000000 at most"),
         (
             "--batch-size",

@@ -196,6 +196,10 @@ class AugmentationOptions(Generic[Unset]):
     """Share of the images of which one box is erased, set to the mean, the same part of the picture at all
     sizes. Unset: 0."""
 
+    ra_reps: Annotated[int | Unset, arg(aliases=("--aug-repeats",), metavar="INT")] = UNSET
+    """Crops of an image in a step, over all processes (repeated augmentation); an epoch then has fewer images
+    and stays as long. Unset: 1."""
+
     label_smoothing: Annotated[float | Unset, arg(aliases=("--smoothing",), metavar="FLOAT")] = (
         UNSET
     )

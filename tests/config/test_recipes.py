@@ -36,7 +36,7 @@ def test_the_papers_recipe_is_plain_sgd():
         "paper", 120, 0.1, 1e-4, "cosine",
     )  # fmt: skip
     assert (c.warmup, c.label_smoothing, c.decay, c.ema) == (0, 0.0, "all", 0.0)
-    assert (c.mixup, c.cutmix, c.auto_augment, c.random_erase) == (0, 0, "none", 0)
+    assert (c.mixup, c.cutmix, c.auto_augment, c.random_erase, c.ra_reps) == (0, 0, "none", 0, 1)
     assert (c.blurpool, c.sizes_per_step) == (False, 5)
 
 
@@ -107,11 +107,11 @@ def test_another_recipe_on_resume_is_that_recipe():
 
 
 def test_what_was_switched_on_can_be_switched_off_on_resume():
-    on = "--auto-augment rand --clip-grad 2 --mixup 0.2 --random-erase 0.1"
+    on = "--auto-augment rand --clip-grad 2 --mixup 0.2 --random-erase 0.1 --ra-reps 3"
     first = dataclasses.asdict(_resolve(on))
-    names = ("auto_augment", "clip_grad", "mixup", "random_erase")
+    names = ("auto_augment", "clip_grad", "mixup", "random_erase", "ra_reps")
     kept = dataclasses.asdict(_resolve("--resume auto", previous=first))
-    assert [kept[name] for name in names] == ["rand", 2, 0.2, 0.1]
-    off = "--auto-augment none --clip-grad 0 --mixup 0 --random-erase 0"
+    assert [kept[name] for name in names] == ["rand", 2, 0.2, 0.1, 3]
+    off = "--auto-augment none --clip-grad 0 --mixup 0 --random-erase 0 --ra-reps 1"
     again = dataclasses.asdict(_resolve(f"--resume auto {off}", previous=first))
-    assert [again[name] for name in names] == ["none", 0, 0, 0]
+    assert [again[name] for name in names] == ["none", 0, 0, 0, 1]

@@ -66,7 +66,7 @@ def make(request: pytest.FixtureRequest) -> Any:
 
 readers_only = pytest.mark.parametrize("make", READERS, indirect=True)
 # All that is drawn for a sample.
-AUGMENTED = {"random_erase": 0.5}
+AUGMENTED = {"random_erase": 0.5, "repeats": 2}
 
 
 def epoch_of(loader, epoch=0):
@@ -174,7 +174,20 @@ def test_two_ranks_split_the_batches_of_one(make, spec, more):
     for batch, *halves in zip(whole, *parts, strict=True):
         for i in range(len(SIZES)):
             together = torch.cat([half.images[i] for half in halves])
-            torch.testing.assert_close(together, batch.images[i], rtol=0, atol=0)
+            one, two = (
+                sorted(x.numpy().tobytes() for x in xs) for xs in (batch.images[i], together)
+            )
+            assert one == two
+
+
+def test_an_image_comes_again_with_its_label_and_another_crop(make, spec):
+    train = make(replace(spec, repeats=2, flip="shared")).train
+    for indices, batch in zip(train.schedule.batches(0), epoch_of(train), strict=True):
+        assert (
+            train.schedule.rows(indices).tolist() == 2 * train.schedule.rows(indices)[:2].tolist()
+        )
+        assert len({x.numpy().tobytes() for x in batch.images[0]}) == 4
+        assert torch.equal(batch.labels[:2], batch.labels[2:])
 
 
 @readers_only

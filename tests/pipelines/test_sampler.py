@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
-from pipelines.sampler import Schedule, crop_params, uniforms
+from pipelines import synthetic
+from pipelines.batch import LoaderSpec
+from pipelines.sampler import Schedule, ScheduledLoader, crop_params, uniforms
+from pipelines.utils.errors import UsageError
 
 
 def test_a_samples_numbers_do_not_depend_on_its_batch():
@@ -72,3 +78,43 @@ def test_each_seed_and_each_epoch_has_an_order_of_its_own():
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
     ]
     assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_images_are_repeated_as_timm_repeats_them(ranks, monkeypatch):
+    repeats, batch = 3, 24 // ranks
+    for rank in range(ranks):
+        schedule = Schedule(103, batch, rank, ranks, seed=5, training=True, repeats=repeats)
+        order = torch.from_numpy(schedule.order(2))
+        monkeypatch.setattr(torch, "randperm", lambda *_, order=order, **__: order)
+        theirs = list(
+            RepeatAugSampler(range(103), ranks, rank, num_repeats=repeats, selected_round=0)
+        )
+        batches = list(schedule.batches(2))
+        assert len(batches) == 103 // 24
+        for step, indices in enumerate(batches):
+            rows = schedule.rows(indices).tolist()
+            assert sorted(rows) == sorted(theirs[step * batch :][:batch])
+            assert len(set(indices.tolist())) == batch  # a crop of its own for each
+            assert all(a != b for a, b in zip(rows, rows[-1:] + rows[:-1], strict=True))
+
+
+def test_the_repeated_samples_of_a_step_do_not_depend_on_the_processes():
+    def steps(ranks: int) -> list[set[int]]:
+        parts = [
+            Schedule(103, 12 // ranks, r, ranks, seed=5, training=True, repeats=3).batches(4)
+            for r in range(ranks)
+        ]
+        return [set(np.concatenate(p).tolist()) for p in zip(*parts, strict=True)]
+
+    assert steps(1) == steps(2) == steps(3)
+    assert len(set.union(*steps(1))) == 96
+
+
+def test_a_run_is_not_resumed_with_another_number_of_repetitions():
+    def loader(repeats: int) -> ScheduledLoader:
+        spec = LoaderSpec(Path(), (8,), 4, torch.device("cpu"), repeats=repeats)
+        return synthetic.make_loaders(synthetic.SyntheticOptions(12, 1, 2), spec).train
+
+    with pytest.raises(UsageError, match="order random, this run's random, 3 of an image"):
+        loader(3).load_state_dict(loader(1).state_dict())

@@ -18,7 +18,7 @@ RUN = ["--arch", "parallel_resnet10", "--width-mult", "0.125", "--stem", "small"
 RUN += ["--sizes", "32", "24", "16", "--batch-size", "8", "--wandb", "disabled", "--amp", "off"]
 MODERN = [
     "--recipe", "modern", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1", "--auto-augment", "trivial",
-    "--sizes-per-step", "2", "--blurpool", "--random-erase", "0.5",
+    "--sizes-per-step", "2", "--blurpool", "--random-erase", "0.5", "--ra-reps", "2",
 ]  # fmt: skip
 
 
