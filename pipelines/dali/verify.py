@@ -18,6 +18,8 @@ from collections.abc import Container, Generator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pipelines import verify_report
 from pipelines.dali.decoder import Decoder, Messages, decoder_messages
 from pipelines.dali.options import VerifyOptions
@@ -184,6 +186,7 @@ def _reasons(
         return [(reason, heard) for reason in found]
 
     every = range(len(source))
+    source.expect(np.arange(len(source)))
     batches = (every[i : i + BATCH] for i in range(0, len(every), BATCH))
     for found in ordered_map(check, batches, options.workers):
         yield from found

@@ -325,6 +325,7 @@ def _encode(
     split: _Split, indices: Indices, encoder: Encoder, workers: int
 ) -> Generator[Encoded | DataError]:
     source = split.source
+    source.expect(indices)
     return ordered_map(
         lambda i: encoder(source.locate(i), partial(source.read, i), i), indices.tolist(), workers
     )

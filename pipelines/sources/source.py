@@ -61,6 +61,14 @@ class Source(ABC):
     def read(self, index: int) -> bytes:
         """Return an image's bytes. Raises DataError if there are none, RunError if it cannot be read."""
 
+    def expect(self, rows: NDArray[np.int64]) -> None:  # noqa: B027 - local sources are there
+        """Prepare for these samples, which are read next, in this order.
+
+        What is far away is fetched ahead of its use. A later call takes the place of an earlier one.
+
+        Raises UsageError if they cannot be prepared.
+        """
+
     @abstractmethod
     def locate(self, index: int) -> str:
         """Return where a sample lies, for messages."""

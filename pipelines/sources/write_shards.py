@@ -103,10 +103,12 @@ def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
 def _write_split(output: Path, source: Source, plan: list[list[int]]) -> None:
     names = source.names
     keys = _keys(names)
+    paths = [output / f"{source.split}-{number:06}.tar" for number in range(len(plan))]
+    missing = [rows for path, rows in zip(paths, plan, strict=True) if not path.exists()]
+    source.expect(np.array([*itertools.chain(*missing)], np.int64))
     done = size = 0
     with ProgressBar(source.split, len(source)) as progress:
-        for number, rows in enumerate(plan):
-            path = output / f"{source.split}-{number:06}.tar"
+        for path, rows in zip(paths, plan, strict=True):
             if not path.exists():
                 samples = [(row, keys[row], suffix_of(names[row])) for row in rows]
                 _write_shard(path, source, samples)

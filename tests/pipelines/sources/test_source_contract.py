@@ -15,6 +15,7 @@ from pipelines import dali, reference
 from pipelines.__main__ import main
 from pipelines.batch import LoaderSpec
 from pipelines.sources.options import NO_OPTIONS, SplitOptions
+from pipelines.sources.shards import TarShards
 from pipelines.sources.splits import open_splits
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import needs_ffcv, write_folder
@@ -192,3 +193,21 @@ def test_a_shard_that_shrinks_under_a_run_is_named(photos, tmp_path):
         path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"train-\d+\.tar: .*\.JPEG: the shard ends within it"):
         list(loaders.train)
+
+
+def test_loaders_tell_a_source_which_samples_they_read_next_in_their_order(photos, monkeypatch):
+    expected, read, original = [], [], TarShards.read
+    monkeypatch.setattr(TarShards, "expect", lambda _, rows: expected.append(rows.tolist()))
+    monkeypatch.setattr(TarShards, "read", lambda self, i: read.append(i) or original(self, i))
+    spec = spec_of(source_of("shards", photos))
+    for make, options in (
+        (dali.make_loaders, dali.DaliOptions(workers=1)),
+        (reference.make_loaders, reference.ReferenceOptions()),
+    ):
+        loader = make(options, spec).train
+        loader.load_state_dict(loader.state_dict() | {"epoch": 2, "position": 8})
+        list(loader)
+        assert [read] == expected
+        assert len(read) == (5 - 2) * 4
+        read.clear()
+        expected.clear()
