@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import re
 import shutil
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,9 +57,53 @@ def pytest_make_collect_report(
     return report
 
 
+# Of what is imported nothing is garbage: to look through it was an eighth of the tests' time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else nanobind reports as leaked what is never collected
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
+
+
+def _save_a_pixel(_figure: object, path: Path, **_options: object) -> None:
+    Image.new("RGB", (1, 1)).save(path, "PNG")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _undrawn_plots() -> Iterator[dict[str, Any]]:
+    """Save one pixel for each plot: to draw takes more time than the rest of a small training.
+
+    Commands in processes of their own draw theirs. Yields the methods that draw, by their names.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        yield {}
+        return
+    from matplotlib.figure import Figure
+
+    drawing = {"savefig": Figure.savefig, "draw_without_rendering": Figure.draw_without_rendering}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", _save_a_pixel)
+        patch.setattr(Figure, "draw_without_rendering", lambda _: None)
+        yield drawing
+
+
+@pytest.fixture
+def drawn_plots(_undrawn_plots: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw plots after all, for the tests that look at them."""
+    from matplotlib.figure import Figure
+
+    for name, method in _undrawn_plots.items():
+        monkeypatch.setattr(Figure, name, method)
 
 
 def write_photo(path: Path, height: int, width: int, seed: int, quality: int = 90) -> None:

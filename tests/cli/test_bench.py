@@ -57,6 +57,7 @@ def _bench(capsys, *words: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_json_the_table_the_files_and_the_card_agree(folder, data, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     output = tmp_path / "new" / "bench"

@@ -57,6 +57,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_the_results_are_those_of_a_trainings_evaluation_and_the_files_agree(
     run, photos, tmp_path, evaluate
 ):

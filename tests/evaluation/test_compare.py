@@ -95,6 +95,7 @@ def test_runs_of_different_sizes_share_a_table(tmp_path):
     assert rows[3][1:] == ["", "68.00", "", ""]
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_a_plot_is_a_picture(tmp_path):
     run = read_run(_run(tmp_path / "a", {"32": 70.0, "24": 65.0, "ensemble": 71.0}))
     plot(tmp_path / "plot.png", {"a": [run], "b": [run, run]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from rsnet.evaluation import confusion_plot
@@ -31,6 +32,7 @@ def test_of_a_thousand_classes_the_matrix_has_those_of_the_most_frequent_confusi
     assert classes.tolist() == list(range(CLASSES))
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_the_plot_shows_names_shares_and_pairs(tmp_path, monkeypatch):
     figures = []
     figure_type = confusion_plot.Figure
@@ -52,6 +54,7 @@ def test_the_plot_shows_names_shares_and_pairs(tmp_path, monkeypatch):
         assert image.size == (1500, 750)
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_no_name_breaks_the_plot(tmp_path):
     names = ["$x^$ {", "日本", "\udcff", "a\nb", "\\frac"]
     confusion_plot.plot(tmp_path / "x.png", "$_", _confusion(5, 4), ["64", "48"], names)

@@ -25,7 +25,7 @@ def _rows(epochs: int = 3, steps: int = 4) -> list[dict]:
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(drawn_plots, monkeypatch):  # noqa: ARG001
     """The figures that were saved."""
     figures: list[Figure] = []
     save = Figure.savefig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from matplotlib.figure import Figure
 
 from rsnet.evaluation.plot_labels import label_points
@@ -14,6 +15,7 @@ def _labels(points) -> list:
     return axes.texts
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_no_label_lies_on_another():
     points = [(str(i), i / 100, (i * 37 % 100) / 100) for i in range(100)]
     texts = _labels(points)
@@ -22,6 +24,7 @@ def test_no_label_lies_on_another():
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_the_same_label_is_not_repeated_beside_itself():
     assert [t.get_text() for t in _labels([("32", 0, 0), ("32", 0, 1e-3), ("32", 1, 1)])] == [
         "32", "32",

@@ -144,6 +144,7 @@ def call(photos, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.usefixtures("drawn_plots")
 def test_a_command_leaves_figures_a_plot_and_a_trace_and_no_run(call, tmp_path, capsys):
     run = tmp_path / "run"
     assert call("--profile") == 0
