@@ -39,7 +39,8 @@ from rsnet.config.train_config import TrainConfig
 from rsnet.distributed.device import has_bf16, time_convolutions
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.autocast import AMP_DTYPES
-from rsnet.models.factory import create_model, gmacs
+from rsnet.models.factory import create_model
+from rsnet.models.shapes import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import step_profiler as profile
 from rsnet.profiler.report import images_per_s

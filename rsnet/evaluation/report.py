@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pipelines.utils.tables import text_table
 from rsnet.evaluation.plot_labels import label_points
 from rsnet.losses import ENSEMBLE
-from rsnet.models.factory import gmacs
+from rsnet.models.shapes import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 
 COLUMNS: list[str | int] = ["size", "GMACs", "top1", "top5", "loss"]

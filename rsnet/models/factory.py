@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -10,23 +9,23 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_builder
 from torchvision.models import list_models as list_torchvision_models
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pipelines.utils.errors import UsageError, first_line
+from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import (
     AUTHORS_NAMES,
     FULL,
     PREFIX,
     TIMM_PREFIX,
+    WEIGHT_FIELDS,
     Mode,
     ModelConfig,
     NormalizeName,
@@ -42,17 +41,16 @@ from rsnet.models.layers.onednn_workarounds import (
 )
 from rsnet.models.preact_resnet import init_classifier
 from rsnet.models.pretrained import expected_normalize, load_pretrained
-from rsnet.models.quantization.lq_nets import Quantizer, init_quantizers_from_weights, quantize
+from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quantize
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
+from rsnet.models.shapes import check_sizes
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
-
-Network = TypeVar("Network", bound=nn.Module)
 
 # torchvision's names of networks that the original spells differently.
 _ALIASES = {theirs: name for name, theirs in AUTHORS_NAMES.items()}
 
-# Pixels of an image that is large enough to see how often a network halves it.
-PROBE = 320
+# What `create_model` found to work at its sizes: a command may build a network three times.
+_checked: set[tuple[object, ...]] = set()
 
 # No BatchNorm; or, as MaxViT, only at the one size that its attention windows divide.
 _UNFIT = re.compile(r"alexnet|convnext|maxvit|squeezenet|swin|vgg\d+$|vit_")
@@ -113,7 +111,10 @@ def create_model(
         model = ResolutionSwitchable(network, config.sizes, shared_norm=config.norm == "shared")
     except ValueError as error:
         raise UsageError(f"--arch {config.arch}: {error}") from error
-    _check_sizes(model, config.arch)
+    shapes = (config.sizes, *(getattr(config, name) for name in WEIGHT_FIELDS))
+    if shapes not in _checked:
+        check_sizes(model, config.arch)
+        _checked.add(shapes)
     return model
 
 
@@ -180,38 +181,6 @@ def fuse_batchnorm(model: ResolutionSwitchable, arch: str) -> str:
     shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
     alone = f", on their own: {shown}" if others else ""
     return f"--fused-bn: {len(fused)} of {len(norms)} BatchNorm layers are fused{alone}"
-
-
-def gmacs(model: nn.Module, size: int) -> float:
-    """Return the forward GMACs (10^9 multiply-accumulates) of one (3, size, size) image."""
-    on_meta = _shape_only(model)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        on_meta(torch.empty(1, 3, size, size, device="meta"))
-    return float(counter.get_total_flops()) / 2e9  # PyTorch counts additions, too
-
-
-def _shape_only(model: Network) -> Network:
-    """Return a copy without numbers, which computes shapes, and without layers that change none.
-
-    PyTorch takes BatchNorm, ReLU6 and quantizers apart on the meta device: six forwards of ResNet-50 take
-    1.1 s with them, 0.06 without.
-    """
-    replaced: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        replaced[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-    for buffer in model.buffers():
-        replaced[id(buffer)] = torch.empty_like(buffer, device="meta")
-    for module in model.modules():
-        if isinstance(module, SwitchableBatchNorm2d | nn.Hardtanh | Quantizer):
-            replaced[id(module)] = _FirstInput()
-    return copy.deepcopy(model, replaced).eval()
-
-
-class _FirstInput(nn.Module):
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        return x
 
 
 def build_ordinary(config: ModelConfig) -> nn.Module:
@@ -331,66 +300,3 @@ def _is_of_timm(arch: str) -> bool:
     except ImportError:
         return False
     return bool(timm.is_model(arch.removeprefix(PREFIX)))
-
-
-def _check_sizes(model: ResolutionSwitchable, arch: str) -> None:
-    """Raise UsageError if the network cannot run at one of its sizes, or shrinks it to next to nothing."""
-    on_meta = _shape_only(model)
-    failures = {size: error for size in model.sizes if (error := _failure(on_meta, size))}
-    works = [size for size in model.sizes if size not in failures]
-    fixed = _fixed_size(model.network)
-    for size, error in failures.items():
-        alone = f"; it takes {fixed} alone" if fixed else ""
-        if not alone and works:
-            alone = f"; of these sizes, it works at {' '.join(map(str, works))}"
-        raise UsageError(
-            f"--sizes: {arch} does not work at {size} ({first_line(error)}){alone}"
-        ) from error
-    # Under half the stride, the last two stages have one pixel: their 3x3 filters act as 1x1 filters.
-    stride = _total_stride(on_meta)
-    smallest = model.sizes[-1]
-    if smallest < stride // 2:
-        raise UsageError(
-            f"--sizes: {smallest} is too small for {arch}, which shrinks its input {stride} times; "
-            f"use {stride // 2} or more"
-        )
-
-
-def _failure(on_meta: ResolutionSwitchable, size: int) -> Exception | None:
-    """Return what a forward at `size` raises, if anything; libraries raise what they like."""
-    try:
-        with torch.no_grad():
-            on_meta(torch.empty(1, 3, size, size, device="meta"), on_meta.sizes[0])
-    except Exception as error:
-        return error
-    return None
-
-
-def _fixed_size(network: nn.Module) -> int | None:
-    """Return the one size that a network of timm's takes, by its own account; None if it takes others."""
-    known = getattr(network, "default_cfg", None) or {}
-    return known["input_size"][-1] if known.get("fixed_input_size") else None
-
-
-def _total_stride(on_meta: ResolutionSwitchable) -> int:
-    """Return how many times smaller the last spatial feature map is than a large image.
-
-    Networks that take no other image than those of their size are watched at that.
-    """
-    smallest = 0
-
-    def watch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        nonlocal smallest
-        if output.shape[-1] > 1:
-            smallest = min(smallest, output.shape[-1])
-
-    hooks = [m.register_forward_hook(watch) for m in on_meta.modules() if isinstance(m, nn.Conv2d)]
-    try:
-        for probe in (PROBE, on_meta.sizes[0]):
-            smallest = probe
-            if _failure(on_meta, probe) is None:
-                return round(probe / smallest)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return 1

@@ -7,7 +7,8 @@ from torchvision.models import get_model_weights
 
 from rsnet.config.model_config import TIMM_PREFIX, ModelConfig
 from rsnet.config.networks import PIXELS, Network
-from rsnet.models.factory import WeightsOnMeta, build_ordinary, gmacs, library_name
+from rsnet.models.factory import WeightsOnMeta, build_ordinary, library_name
+from rsnet.models.shapes import gmacs
 
 
 def measure(arch: str) -> Network | None:

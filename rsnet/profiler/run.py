@@ -25,7 +25,7 @@ from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import environment
 from rsnet.loggers.run_logger import start_wandb
-from rsnet.models.factory import gmacs
+from rsnet.models.shapes import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import Profile, endless, profile

@@ -14,7 +14,7 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.evaluation.class_names import readable_names
 from rsnet.losses import ENSEMBLE
-from rsnet.models.factory import gmacs
+from rsnet.models.shapes import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package
 from rsnet.release.config import result_names

@@ -184,8 +184,11 @@ def read(folder: str | Path) -> Release:
         raise UsageError(f"there is no folder {folder}")
     with error_context(str(folder / CONFIG)):
         config = release_config.parse(read_file(folder, CONFIG, release_config.MAX_BYTES))
-        expected = _stored_tensors(_on_meta(ModelConfig.from_dict(config["network"])))
-        state = _on_meta(_unpacked_config(config["network"])).state_dict()
+        network = ModelConfig.from_dict(config["network"])
+        written = _on_meta(network)
+        expected = _stored_tensors(written)
+        unpacked = _unpacked_config(config["network"])
+        state = (written if unpacked == network else _on_meta(unpacked)).state_dict()
     with error_context(str(folder / WEIGHTS)):
         tensors = _read_weights(folder, config["weights"], expected)
     return Release(config, unpack_state_dict(tensors, state), folder)

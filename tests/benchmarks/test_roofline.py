@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from benchmarks.roofline import Kernel, Options, kernels_of_step, seconds
 from benchmarks.throughput import make_network
 from rsnet.config.model_config import ModelConfig
-from rsnet.models.factory import WeightsOnMeta, create_model, gmacs
+from rsnet.models.factory import WeightsOnMeta, create_model
+from rsnet.models.shapes import gmacs
 
 
 class Block(nn.Module):

@@ -15,13 +15,12 @@ from torch import nn
 from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import (
-    _check_sizes,
     create_model,
-    gmacs,
     list_models,
     synchronize_batchnorm,
 )
-from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
+from rsnet.models.shapes import gmacs
+from rsnet.models.switchable import SwitchableBatchNorm2d
 
 # Forward GMACs an image at 224 and 96 pixels, as papers and torchvision give them.
 GMACS = {
@@ -206,27 +205,6 @@ def test_a_network_of_one_size_works_there_and_says_that_it_takes_no_other(name)
             create_model(ModelConfig(arch, 10, (own, 64)))
     assert str(error.value).startswith(f"--sizes: {arch} does not work at 64 (")
     assert str(error.value).endswith(f"); it takes {own} alone")
-
-
-class _Windowed(nn.Module):
-    """Raises what no library of ours does, at sizes that seven does not divide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        if x.shape[-1] % 7:
-            raise LookupError(f"no window for {x.shape[-1]}\nas told")
-        return self.bn(self.conv(x)).mean((2, 3))
-
-
-def test_whatever_a_forward_raises_is_one_line_that_names_the_sizes_that_work():
-    _check_sizes(ResolutionSwitchable(_Windowed(), (56, 28)), "parallel_x")
-    with pytest.raises(UsageError) as error:
-        _check_sizes(ResolutionSwitchable(_Windowed(), (56, 40, 28)), "parallel_x")
-    message = "--sizes: parallel_x does not work at 40 (no window for 40); of these sizes, it works at 56 28"
-    assert str(error.value) == message
 
 
 def test_a_deepcopy_of_a_built_network_computes_the_same():

@@ -17,7 +17,8 @@ from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.loggers import wandb_service
-from rsnet.models.factory import create_model, gmacs
+from rsnet.models.factory import create_model
+from rsnet.models.shapes import gmacs
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import WARMUP_STEPS, Profile, Times, profile, time_steps
 from rsnet.train import main

@@ -22,7 +22,7 @@ from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
-from rsnet.models.factory import create_model, fuse_batchnorm, gmacs
+from rsnet.models.factory import create_model, fuse_batchnorm
 from rsnet.models.fold import fold_batchnorm
 from rsnet.models.layers import fused_batchnorm
 from rsnet.models.layers.fused_batchnorm import (
@@ -31,6 +31,7 @@ from rsnet.models.layers.fused_batchnorm import (
     batch_norm_act,
     batch_norm_statistics,
 )
+from rsnet.models.shapes import gmacs
 from rsnet.models.switchable import make_switchable
 from rsnet.training.trainer import require_trainable
 from tests.helpers.triton import compile_for_h100
