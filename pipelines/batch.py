@@ -87,6 +87,7 @@ class LoaderSpec:
     normalize: Normalize = "imagenet"
     flip: Flip = "independent"
     auto_augment: AutoAugment | None = None
+    ra_magnitude: int = 9
     random_erase: float = 0.0
     repeats: int = 1
     seed: int = 0

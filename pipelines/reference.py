@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
-from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
+from pipelines.auto_augment import LANES, augment
 from pipelines.batch import Batch, Loaders, LoaderSpec
 from pipelines.image_formats import decode_error, decode_rgb, memory_errors
 from pipelines.image_io import eval_image
@@ -30,8 +30,6 @@ from pipelines.sources.splits import open_splits
 from pipelines.targets import Targets
 from pipelines.transforms import random_resized_crop
 from pipelines.utils.errors import DataError, RunError
-
-_AUGMENTATIONS = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
 
 
 @dataclass(frozen=True)
@@ -137,12 +135,8 @@ class _MultiSizeDataset(Dataset[list[Tensor] | DataError | RunError]):
         spec = self._spec
         if spec.auto_augment is None:
             return crop
-        number = uniforms(spec.seed, self._epoch, np.array([index]), 1, AUGMENTATION_LANE).item()
-        # torchvision draws from PyTorch's generator; torch.manual_seed would seed the GPU's, too.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(number * 2**53))
-            augmented: Image.Image = _AUGMENTATIONS[spec.auto_augment]()(crop)
-        return augmented
+        numbers = uniforms(spec.seed, self._epoch, np.array([index]), LANES, AUGMENTATION_LANE)
+        return augment(crop, spec.auto_augment, spec.ra_magnitude, numbers[0])
 
     def _eval_views(self, image: Image.Image) -> Iterator[Image.Image]:
         for size in self._spec.sizes:

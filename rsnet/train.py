@@ -332,6 +332,7 @@ def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
         normalize=config.normalize,
         flip=config.flip,
         auto_augment=None if config.auto_augment == "none" else config.auto_augment,
+        ra_magnitude=config.ra_magnitude,
         random_erase=config.random_erase,
         repeats=config.ra_reps,
         seed=config.seed,

@@ -17,19 +17,14 @@ from nvidia.dali.auto_aug.core import select, signed_bin
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 
-from pipelines.batch import AutoAugment, LoaderSpec
+from pipelines.auto_augment import MAGNITUDES, OPERATIONS_OF
+from pipelines.batch import LoaderSpec
 from pipelines.dali.options import DaliOptions
 from pipelines.normalize import MEAN_STD
 from pipelines.transforms import CROP_RATIO, CROP_TRIES, eval_short_side
 
 # Called once a batch; returns the outputs of the graph's external source, or raises StopIteration.
 Feed = Callable[[], list[Any]]
-
-# torchvision's RandAugment: two operations of one magnitude. Both kinds have 31 magnitudes.
-MAGNITUDES = 31
-RAND_MAGNITUDE = 9
-RAND_OPERATIONS = 2
-AUGMENTATION_NUMBERS = 3 * RAND_OPERATIONS  # operation, magnitude and sign of each
 
 
 def build(
@@ -70,7 +65,7 @@ def crop_graph(
         encoded, start=start, shape=shape, axes=[0, 1], **_decoder(options, spec.device)
     )
     if spec.auto_augment is not None:
-        crop = _augmented(crop, shape, numbers[0], spec.auto_augment)
+        crop = _augmented(crop, shape, numbers[0], spec)
     return crop, flips
 
 
@@ -175,21 +170,22 @@ def _crop_rectangle(encoded: Any, area: Any, ratio: Any, position: Any) -> tuple
     return fn.stack(top, left), fn.stack(crop_h, crop_w)
 
 
-def _augmented(image: Any, shape: Any, numbers: Any, kind: AutoAugment) -> Any:
-    """Apply DALI's TrivialAugmentWide or RandAugment with torchvision's ranges, border and filter.
+def _augmented(image: Any, shape: Any, numbers: Any, spec: LoaderSpec) -> Any:
+    """Do `auto_augment.augment` by DALI's operations, with torchvision's ranges, border and filter.
 
-    `numbers`: (AUGMENTATION_NUMBERS,) in [0, 1). DALI's `trivial_augment_wide` and `rand_augment` are not
-    called, because they draw from the pipeline's generators: by place in the batch, anew after --resume.
-    The reference draws torchvision's way: the same distribution, not the same operations for a sample.
+    DALI's `trivial_augment_wide` and `rand_augment` are not called, because they draw from the pipeline's
+    generators: by place in the batch, anew after --resume.
     """
-    if kind == "trivial":
-        operations, suite = 1, get_trivial_augment_wide_suite()
+    assert spec.auto_augment is not None
+    if spec.auto_augment == "trivial":
+        suite = get_trivial_augment_wide_suite()
     else:
-        operations = RAND_OPERATIONS
         suite = get_rand_augment_suite(use_shape=True, max_translate_rel=150 / 331)
-    for i in range(operations):
+    for i in range(OPERATIONS_OF[spec.auto_augment]):
         operation, magnitude, sign = (numbers[3 * i + k] for k in range(3))
-        bin_ = RAND_MAGNITUDE if kind == "rand" else _int(math.floor(magnitude * MAGNITUDES))
+        bin_ = _int(math.floor(magnitude * MAGNITUDES))
+        if spec.auto_augment == "rand":
+            bin_ = spec.ra_magnitude
         # DALI's suites use two operators that it has renamed, and warn about it despite any filters.
         with warnings.catch_warnings(record=True):
             image = select(

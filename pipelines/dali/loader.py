@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.auto_augment import LANES
 from pipelines.batch import Batch, Loaders, LoaderSpec
 from pipelines.dali.decoder import Decoder
 from pipelines.dali.graphs import (
-    AUGMENTATION_NUMBERS,
     build,
     crop_graph,
     eval_graph,
@@ -313,7 +313,7 @@ class _Feed:
         numbers = [params.area, params.ratio, params.position, params.flip.astype(np.int32)]
         if spec.auto_augment is not None:
             counters = spec.seed, self._epoch, indices
-            numbers.append(uniforms(*counters, AUGMENTATION_NUMBERS, AUGMENTATION_LANE))
+            numbers.append(uniforms(*counters, LANES, AUGMENTATION_LANE))
         return [images, *map(np.ascontiguousarray, numbers)]
 
     def _read(self, batches: Iterator[Indices]) -> Generator[tuple[Indices, list[Any]]]:

@@ -19,14 +19,8 @@ __all__ = ["ConvertOptions", "FfcvOptions", "convert_or_verify", "make_loaders"]
 def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
     """Return loaders over `spec.data`/train.beton and /val.beton.
 
-    Raises UsageError if FFCV or a file is missing or if augmentation is asked for, DataError if a file
-    is broken.
+    Raises UsageError if FFCV or a file is missing, DataError if a file is broken.
     """
-    if with_train and spec.auto_augment is not None:
-        raise UsageError(
-            f"--auto-augment {spec.auto_augment}: train_ffcv.py has no automatic augmentation; "
-            "use train_dali.py, or leave it out"
-        )
     try:
         from pipelines.ffcv.loader import open_loaders
     except ImportError as error:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 import pipelines.resize
 from pipelines import transforms
@@ -18,8 +19,10 @@ from pipelines.resize import Table, resize
 from pipelines.transforms import CropParams, Rectangle, View
 from pipelines.utils.compiled import compiler
 
-# `training_views` or `eval_views`.
+# `training_views`, `augmented_views` or `eval_views`.
 Views = Callable[..., None]
+# Returns the crop of sample i of a batch as it is to be seen.
+Augment = Callable[[Image.Image, int], Image.Image]
 
 FINE, FAULTY = 0, 1
 
@@ -55,10 +58,41 @@ def training_views(file: int, job: Job, first: int, last: int, crop_params: Crop
         status[i], pixels = decode(file, samples, i)
         if status[i] == FINE:
             box = _random_resized_crop(samples.height[i], samples.width[i], crop_params, i)
-            for k in range(len(job.outs)):
-                out = job.outs[k][i]
-                view = View(len(out), len(out), 0, 0)
-                resize(pixels, box, view, crop_params.flip[i, k], job.table, out)
+            _write(pixels, box, job, i, crop_params.flip)
+
+
+def augmented_views(
+    file: int, job: Job, first: int, last: int, crop_params: CropParams, augment: Augment
+) -> None:
+    """Write samples as `training_views` does, but their crops as `augment` changes them."""
+    for i in range(first, last):
+        job.status[i], crop = _decode_crop(file, job.samples, i, crop_params)
+        if job.status[i] == FINE:
+            pixels = np.asarray(augment(Image.fromarray(crop), i))
+            height, width, _ = pixels.shape
+            box = Rectangle(0, 0, height, width)
+            _write(pixels.reshape(height, 3 * width), box, job, i, crop_params.flip)
+
+
+@_compiled
+def _decode_crop(file: int, samples: Samples, i: int, crop_params: CropParams) -> Any:
+    """Return the status of sample `i` and, if it is FINE, its crop as (height, width, 3)."""
+    status, pixels = decode(file, samples, i)
+    if status != FINE:
+        return status, np.empty((0, 0, 3), np.uint8)
+    top, left, height, width = _random_resized_crop(
+        samples.height[i], samples.width[i], crop_params, i
+    )
+    band = pixels[top : top + height, 3 * left : 3 * (left + width)].copy()
+    return status, band.reshape(height, width, 3)
+
+
+@_compiled
+def _write(pixels: Bytes, box: Rectangle, job: Job, i: int, flip: NDArray[np.bool_]) -> None:
+    """Write the crop `box` of sample `i`, (height, 3 * width), at every size."""
+    for k in range(len(job.outs)):
+        out = job.outs[k][i]
+        resize(pixels, box, View(len(out), len(out), 0, 0), flip[i, k], job.table, out)
 
 
 @_compiled

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.auto_augment import LANES, augment
 from pipelines.batch import Batch, Loaders, LoaderSpec
 from pipelines.ffcv import decode as ffcv_decode
 from pipelines.ffcv.beton import (
@@ -46,12 +47,19 @@ from pipelines.host_batch import (
     pixel_table,
 )
 from pipelines.normalize import PixelNormalizer
-from pipelines.sampler import Indices, Schedule, ScheduledLoader, crop_params, make_schedule
+from pipelines.sampler import (
+    AUGMENTATION_LANE,
+    Indices,
+    Schedule,
+    ScheduledLoader,
+    crop_params,
+    make_schedule,
+    uniforms,
+)
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import count_text
 from pipelines.sources.splits import warn_of_single_class
 from pipelines.targets import Targets
-from pipelines.transforms import CropParams
 from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.utils.output import say
 from pipelines.utils.reading import cannot_read
@@ -149,11 +157,16 @@ class FfcvLoader(ScheduledLoader):
         buffer, blocks = self._buffers(count)
         status = np.empty(count, np.uint8)
         views: Views = ffcv_decode.eval_views
-        params: tuple[CropParams, ...] = ()
+        params: tuple[Any, ...] = ()
         if self.schedule.training:
             views = ffcv_decode.training_views
             counts = len(spec.sizes), spec.flip, len(spec.extra_sizes)
             params = (crop_params(spec.seed, epoch, indices, *counts),)
+        if self.schedule.training and spec.auto_augment is not None:
+            views = ffcv_decode.augmented_views
+            numbers = uniforms(spec.seed, epoch, indices, LANES, AUGMENTATION_LANE)
+            kind = spec.auto_augment, spec.ra_magnitude
+            params += (lambda crop, i: augment(crop, *kind, numbers[i]),)
         outs = tuple(as_array(block) for block in blocks)
         job = Job(self._beton.samples.take(rows), self._table, outs, status)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Container, Sequence
@@ -12,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from pipelines.utils.cli import exit_with_help, parse_options, with_config
+from pipelines.utils.errors import UsageError
 from rsnet.config.train_config import TOPICS, TrainConfig
 
 Options = TypeVar("Options")
@@ -22,7 +24,13 @@ SHORTHANDS = {
     "--no-norm-weight-decay": ("--decay", "weights"),
 }
 
-DECAY = ("--lr-decay", "--sched")
+# Values by other names: the original's, and torchvision's.
+DECAYS = {"cos": "cosine"}
+AUGMENTATIONS = {"ta_wide": "trivial", "ra": "rand", "randaugment": "rand"}
+VALUES = {
+    "--lr-decay": DECAYS, "--sched": DECAYS,
+    "--auto-augment": AUGMENTATIONS, "--aa": AUGMENTATIONS,
+}  # fmt: skip
 
 
 def parse(
@@ -61,11 +69,17 @@ def _plain(words: Sequence[str]) -> list[str]:
 
 
 def _as_of_today(before: str, word: str) -> str:
-    """Return a word of the command line, the original's name of a decay as ours."""
-    flag, equals, value = word.partition("=")
-    if flag in DECAY and equals and value == "cos":
-        return f"{flag}=cosine"
-    return "cosine" if before in DECAY and word == "cos" else word
+    """Return a word of the command line, a value by another name as ours."""
+    flag, equals, value = word.partition("=") if "=" in word else (before, "", word)
+    values = VALUES.get(flag.replace("_", "-"), {})
+    timms = re.match(r"rand-(?:.*-)?m(\d+)", value)
+    if timms and values is AUGMENTATIONS:
+        raise UsageError(
+            f"{flag} {value}: timm's RandAugment has other operations and ranges; torchvision's at this "
+            f"magnitude is --auto-augment rand --ra-magnitude {timms[1]}"
+        )
+    value = values.get(value, value)
+    return f"{flag}={value}" if equals else value
 
 
 def as_command(script: str, *options: Any, without: Container[str] = ()) -> str:

@@ -183,8 +183,14 @@ class AugmentationOptions(Generic[Unset]):
     flip: Literal["independent", "shared"] = "independent"
     """Each size draws its own flip, as in the original, or all share one."""
 
-    auto_augment: Annotated[AutoAugmentOption | Unset, arg(metavar="{none,trivial,rand}")] = UNSET
-    """TrivialAugment or RandAugment on the crop (not with FFCV). Unset: none."""
+    auto_augment: Annotated[
+        AutoAugmentOption | Unset, arg(aliases=("--aa",), metavar="{none,trivial,rand}")
+    ] = UNSET
+    """torchvision's TrivialAugmentWide (also ta_wide), or its RandAugment of two operations (also ra), on the
+    crop. Unset: none."""
+
+    ra_magnitude: Annotated[int | Unset, arg(metavar="INT")] = UNSET
+    """Magnitude of RandAugment, 0 to 30. Unset: 9."""
 
     mixup: Annotated[float | Unset, arg(aliases=("--mixup-alpha",), metavar="FLOAT")] = UNSET
     """Alpha of mixup, which mixes alike at all sizes. Unset: 0, off."""

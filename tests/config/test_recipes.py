@@ -107,11 +107,13 @@ def test_another_recipe_on_resume_is_that_recipe():
 
 
 def test_what_was_switched_on_can_be_switched_off_on_resume():
-    on = "--auto-augment rand --clip-grad 2 --mixup 0.2 --random-erase 0.1 --ra-reps 3"
+    on = "--auto-augment rand --ra-magnitude 7 --clip-grad 2 --mixup 0.2 --random-erase 0.1 --ra-reps 3"
     first = dataclasses.asdict(_resolve(on))
-    names = ("auto_augment", "clip_grad", "mixup", "random_erase", "ra_reps")
+    names = ("auto_augment", "clip_grad", "mixup", "random_erase", "ra_reps", "ra_magnitude")
     kept = dataclasses.asdict(_resolve("--resume auto", previous=first))
-    assert [kept[name] for name in names] == ["rand", 2, 0.2, 0.1, 3]
-    off = "--auto-augment none --clip-grad 0 --mixup 0 --random-erase 0 --ra-reps 1"
+    assert [kept[name] for name in names] == ["rand", 2, 0.2, 0.1, 3, 7]
+    off = (
+        "--auto-augment none --clip-grad 0 --mixup 0 --random-erase 0 --ra-reps 1 --ra-magnitude 9"
+    )
     again = dataclasses.asdict(_resolve(f"--resume auto {off}", previous=first))
-    assert [again[name] for name in names] == ["none", 0, 0, 0, 1]
+    assert [again[name] for name in names] == ["none", 0, 0, 0, 1, 9]

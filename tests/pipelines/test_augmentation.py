@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 from torchvision.transforms import v2
 
-from pipelines import ffcv, reference
+from pipelines import auto_augment, reference
 from pipelines.batch import Loader, LoaderSpec
 from pipelines.dali import DaliOptions, make_loaders
 from pipelines.dali import graphs as dali_graph
@@ -22,8 +22,9 @@ from pipelines.dali import loader as dali
 from pipelines.sampler import AUGMENTATION_LANE, crop_params, uniforms
 from pipelines.sources.folder import scan_train_val
 from pipelines.transforms import random_resized_crop
-from pipelines.utils.errors import UsageError
-from tests.conftest import write_photo
+from tests.conftest import beton_of, needs_ffcv, write_photo
+from tests.helpers import betons
+from tests.helpers.images import differences
 from tests.pipelines.dali.test_loader import devices, with_the_graph_of_a_gpu
 
 SIZES = (64, 32)
@@ -39,12 +40,22 @@ OPERATIONS = [
 # further off, but for Sharpness, which changes little.
 TOLERANCE = {"cpu": 2, "cuda": 6}
 
+IDENTITY = np.full(3, 13.5 / 14)
+
+
+def _numbers(operation: int, magnitude: int, negative: bool) -> np.ndarray:
+    """What has to be drawn for it."""
+    return (np.array([operation, magnitude, 1 - negative]) + 0.5) / (14, MAGNITUDES, 2)
+
+
+FFCV = pytest.param("ffcv", marks=needs_ffcv)
+FFCV_RAND = pytest.param("ffcv", "rand", marks=needs_ffcv)
 kinds = pytest.mark.parametrize("kind", ["trivial", "rand"])
 # How the numbers are drawn does not depend on the kind.
 random_cases = pytest.mark.parametrize(
-    ("backend", "kind"), [("reference", "rand"), ("dali", "trivial")]
+    ("backend", "kind"), [("reference", "rand"), ("dali", "trivial"), FFCV_RAND]
 )
-backends = pytest.mark.parametrize("backend", ["reference", "dali"])
+backends = pytest.mark.parametrize("backend", ["reference", "dali", FFCV])
 
 
 @pytest.fixture
@@ -54,6 +65,8 @@ def spec(photos: Path) -> LoaderSpec:
 
 
 def _loaders(backend: str, spec: LoaderSpec):
+    if backend == "ffcv":
+        return betons.make(replace(spec, data=beton_of(spec.data)))
     if backend == "dali":
         return make_loaders(DaliOptions(workers=1), spec)
     return reference.make_loaders(reference.ReferenceOptions(), spec)
@@ -67,7 +80,49 @@ def _by_sample(loader: Loader, epoch: int) -> dict[int, torch.Tensor]:
 
 
 @kinds
-def test_the_reference_gives_torchvisions_augmentation_of_the_crop(spec, kind):
+def test_operations_and_magnitudes_are_torchvisions(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (19, 27, 3), dtype=np.uint8)
+    crop = Image.fromarray(pixels)
+    for operation, name in enumerate(auto_augment.OPERATIONS):
+        for level in range(MAGNITUDES) if kind == "trivial" else (0, 9, 30):
+            for negative in (False, True):
+                numbers = _numbers(operation, level, negative)
+                ours = auto_augment.augment(crop, kind, level, np.array([*numbers, *IDENTITY]))
+                theirs = _Chosen(kind, name, level, negative, exact=True)(crop)
+                assert np.array_equal(ours, theirs), (name, level, negative)
+
+
+@kinds
+def test_operations_are_drawn_as_torchvision_draws_them(kind, monkeypatch):
+    drawn: list[tuple[str, float]] = []
+    theirs = TORCHVISION[kind]()
+    monkeypatch.setattr(
+        theirs,
+        "_apply_image_or_video_transform",
+        lambda image, name, magnitude, **_: drawn.append((name, magnitude)) or image,
+    )
+    crop, count = Image.new("RGB", (331, 331)), 4000
+    for _ in range(count):
+        theirs(crop)
+    expected, drawn[:] = drawn[:], []
+    for name in auto_augment.OPERATIONS:
+        monkeypatch.setitem(
+            auto_augment.OPERATIONS, name, lambda x, m, name=name: drawn.append((name, m)) or x
+        )
+    for numbers in uniforms(0, 0, np.arange(count), auto_augment.LANES, AUGMENTATION_LANE):
+        auto_augment.augment(crop, kind, RAND_MAGNITUDE, numbers)
+    assert len(drawn) == len(expected)
+    for name, (_, signed) in theirs._AUGMENTATION_SPACE.items():
+        one, two = ([m for n, m in draws if n == name] for draws in (drawn, expected))
+        # Five standard errors of the difference of two shares of 1/14.
+        assert abs(len(one) - len(two)) < 5 * (2 * len(drawn) * 13) ** 0.5 / 14
+        if signed:
+            assert abs(np.mean(one) - np.mean(two)) < 5 * np.std(two) * (2 / len(one)) ** 0.5
+            assert np.std(one) == pytest.approx(np.std(two), rel=0.15)
+
+
+@kinds
+def test_the_reference_augments_the_crop_by_the_samples_own_numbers(spec, kind):
     images = _by_sample(_loaders("reference", replace(spec, auto_augment=kind)).train, 1)
     assert len(images) == 20
     for index, image in images.items():
@@ -75,19 +130,22 @@ def test_the_reference_gives_torchvisions_augmentation_of_the_crop(spec, kind):
         params = crop_params(spec.seed, 1, alone, len(SIZES), "shared")
         with Image.open(scan_train_val(spec.data, True)[0].paths[index]) as whole:
             crop = F.crop(whole, *random_resized_crop(whole.height, whole.width, params, 0))
-        torch.manual_seed(int(uniforms(spec.seed, 1, alone, 1, AUGMENTATION_LANE).item() * 2**53))
-        view = F.resize(TORCHVISION[kind]()(crop), [64, 64])
+        numbers = uniforms(spec.seed, 1, alone, auto_augment.LANES, AUGMENTATION_LANE)
+        for operation, level, sign in numbers.reshape(-1, 3)[: 1 if kind == "trivial" else 2]:
+            level = int(level * MAGNITUDES) if kind == "trivial" else RAND_MAGNITUDE
+            name = OPERATIONS[int(operation * 14)]
+            crop = _Chosen(kind, name, level, sign < 0.5, exact=True)(crop)
+        view = F.resize(crop, [64, 64])
         expected = F.hflip(view) if params.flip[0, 0] else view
         assert torch.equal((255 * image).round(), F.pil_to_tensor(expected).float())
 
 
-def test_the_reference_leaves_pytorchs_generator_alone(spec):
-    states = []
-    for kind in (None, "trivial"):
-        torch.manual_seed(0)
-        _by_sample(_loaders("reference", replace(spec, auto_augment=kind)).train, 0)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+@needs_ffcv
+@kinds
+def test_ffcvs_pictures_are_the_references(spec, kind):
+    """The augmented crop is the same to the bit; what differs is the resize, without augmentation, too."""
+    spec = replace(spec, auto_augment=kind, flip="independent")
+    assert (differences(_loaders("ffcv", spec), spec, "train") < 0.5).all()
 
 
 def _equalized(channel: Image.Image) -> Image.Image:
@@ -99,20 +157,25 @@ def _equalized(channel: Image.Image) -> Image.Image:
 
 
 class _Chosen:
-    """torchvision's one operation, at a magnitude that is not drawn."""
+    """torchvision's one operation, at a magnitude that is not drawn; not exact: as DALI has it."""
 
-    def __init__(self, kind: str, name: str, magnitude: int, negative: bool) -> None:
+    def __init__(
+        self, kind: str, name: str, magnitude: int, negative: bool, *, exact: bool = False
+    ) -> None:
         self.transform, self.name, self.index = TORCHVISION[kind](), name, magnitude
+        self.exact = exact
         # torchvision counts a shear the other way round; its sign is a coin's either way.
         self.sign = -1 if negative != name.startswith("Shear") else 1
 
     def __call__(self, crop: Image.Image) -> Image.Image:
-        if self.name == "Equalize":  # DALI's is OpenCV's; PIL's is far from even on a small crop
+        if (
+            self.name == "Equalize" and not self.exact
+        ):  # DALI's is OpenCV's; PIL's is far from even on a small crop
             return Image.merge("RGB", [_equalized(channel) for channel in crop.split()])
         magnitudes, signed = self.transform._AUGMENTATION_SPACE[self.name]
         all_of_them = magnitudes(MAGNITUDES, crop.height, crop.width)
         value = 0.0 if all_of_them is None else float(all_of_them[self.index])
-        if self.name.startswith("Translate"):
+        if self.name.startswith("Translate") and not self.exact:
             value = round(value)  # torchvision cuts to whole pixels, DALI takes the nearest one
         return self.transform._apply_image_or_video_transform(
             crop,
@@ -131,13 +194,12 @@ def test_dalis_operations_are_torchvisions(spec, kind, device, monkeypatch):
     exact = _loaders("reference", spec).train
     for operation, name in enumerate(OPERATIONS):
         for negative, magnitude in ((False, 7), (True, 23)):
-            numbers = (np.array([operation, magnitude, 1 - negative]) + 0.5) / (14, MAGNITUDES, 2)
-            identity = np.full(3, 13.5 / 14)
-            pair = (identity, numbers) if kind == "rand" and negative else (numbers, identity)
+            numbers = _numbers(operation, magnitude, negative)
+            pair = (IDENTITY, numbers) if kind == "rand" and negative else (numbers, IDENTITY)
             fed = np.tile(np.concatenate(pair), (23, 1))
             monkeypatch.setattr(dali, "uniforms", lambda *_, fed=fed: fed)
             chosen = _Chosen(kind, name, RAND_MAGNITUDE if kind == "rand" else magnitude, negative)
-            monkeypatch.setitem(reference._AUGMENTATIONS, kind, lambda chosen=chosen: chosen)
+            monkeypatch.setattr(reference, "augment", lambda crop, *_, it=chosen: it(crop))
             a, b = _by_sample(fast, 0), _by_sample(exact, 0)
             errors = torch.stack([255 * (a[i].cpu() - b[i]).abs().mean() for i in b])
             assert errors.max() < TOLERANCE[device], (name, negative, errors)
@@ -152,41 +214,11 @@ def test_all_sizes_show_the_same_augmented_crop(spec, backend, kind):
         assert (again - small).abs().mean(dim=(1, 2, 3)).max() < 0.03
 
 
-@kinds
-@backends
-def test_validation_is_not_augmented(spec, backend, kind):
-    plain, other = (_loaders(backend, replace(spec, auto_augment=a)).val for a in (None, kind))
-    for a, b in zip(plain, other, strict=True):
-        assert torch.equal(a.images[0], b.images[0])
-
-
-@random_cases
-def test_a_samples_augmentation_does_not_depend_on_its_batch(spec, backend, kind):
-    spec = replace(spec, auto_augment=kind)
-    fours = _by_sample(_loaders(backend, spec).train, 3)
-    loader = _loaders(backend, replace(spec, batch_size=5)).train
-    _by_sample(loader, 0)
-    fives = _by_sample(loader, 3)
-    assert len(fours.keys() & fives.keys()) == 20
-    assert all(torch.equal(fours[i], fives[i]) for i in fives)
-
-
-@random_cases
-def test_a_loader_continues_with_the_same_augmentations(spec, backend, kind):
-    spec = replace(spec, auto_augment=kind)
-    train = _loaders(backend, spec).train
-    expected = list(train)
-    next(iter(train))
-    again = _loaders(backend, spec).train
-    again.load_state_dict(train.state_dict())
-    for a, b in zip(again, expected[1:], strict=True):
-        assert torch.equal(a.images[1], b.images[1])
-
-
 @pytest.mark.parametrize("other", [{"epoch": 1}, {"seed": 1}])
 @random_cases
 def test_epoch_and_seed_draw_another_augmentation(spec, backend, kind, other, monkeypatch):
-    module = {"dali": dali, "reference": reference}[backend]
+    names = {"dali": "pipelines.dali.loader", "ffcv": "pipelines.ffcv.loader"}
+    module = importlib.import_module(names.get(backend, "pipelines.reference"))
     # The same crops and flips throughout: what differs is the augmentation.
     monkeypatch.setattr(
         module, "crop_params", lambda _seed, _epoch, *rest: crop_params(0, 0, *rest)
@@ -236,23 +268,3 @@ def test_only_augmented_training_pays_for_dalis_conditionals(
         (training, True),
         (evaluation, False),
     ]
-
-
-@kinds
-def test_ffcv_refuses_before_it_looks_for_the_data(spec, kind):
-    spec = replace(spec, data=Path("nowhere"), auto_augment=kind)
-    with pytest.raises(UsageError) as caught:
-        ffcv.make_loaders(ffcv.FfcvOptions(), spec)
-    assert str(caught.value) == (
-        f"--auto-augment {kind}: train_ffcv.py has no automatic augmentation; "
-        "use train_dali.py, or leave it out"
-    )
-
-
-def test_ffcv_evaluates_a_model_that_was_trained_with_augmentation(spec, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pipelines.ffcv.loader", None)
-    spec = replace(spec, auto_augment="trivial")
-    with pytest.raises(
-        UsageError, match="FFCV cannot be imported"
-    ):  # which comes after the refusal
-        ffcv.make_loaders(ffcv.FfcvOptions(), spec, with_train=False)

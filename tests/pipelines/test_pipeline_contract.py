@@ -66,7 +66,7 @@ def make(request: pytest.FixtureRequest) -> Any:
 
 readers_only = pytest.mark.parametrize("make", READERS, indirect=True)
 # All that is drawn for a sample.
-AUGMENTED = {"random_erase": 0.5, "repeats": 2}
+AUGMENTED = {"auto_augment": "rand", "random_erase": 0.5, "repeats": 2}
 
 
 def epoch_of(loader, epoch=0):
