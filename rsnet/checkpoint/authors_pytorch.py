@@ -6,6 +6,7 @@ entry of --sizes, `alpha`; all with `module.` in front where DataParallel traine
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,7 +83,7 @@ def from_original(
     )
     if classifier is None or classifier.ndim != 2:
         raise DataError(f"there is no classifier of {arch} in this file; is --arch right?")
-    names = _names(arch, len(classifier), sizes)
+    names = _names(arch, len(classifier), tuple(sizes))
     shapes = {theirs: shape for theirs, (_, shape) in names.items()}
     if problems := describe_mismatch(shapes, state):
         raise DataError(f"the weights do not fit {arch}: {problems}")
@@ -160,12 +161,13 @@ def _order(sizes: Sequence[int]) -> list[int]:
     return [list(sizes).index(s) for s in sorted(sizes, reverse=True)]
 
 
+@functools.cache  # a quarter of a second
 def _names(
-    arch: str, num_classes: int, sizes: Sequence[int]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+    arch: str, num_classes: int, sizes: tuple[int, ...]
+) -> Mapping[str, tuple[str, tuple[int, ...]]]:
     """Return {the original's name: (ours, shape)} of everything in a network's state dict."""
     with torch.device("meta"):
-        model = create_model(ModelConfig(arch, num_classes, tuple(sizes)))
+        model = create_model(ModelConfig(arch, num_classes, sizes))
     theirs_of_ours = dict(enumerate(_order(sizes)))
     names = {}
     for ours, value in model.state_dict().items():

@@ -51,6 +51,7 @@ def _file(arch: str, parallel: bool = True) -> dict:
     }
 
 
+@cache
 def _checkpoint(arch: str, sizes: tuple[int, ...]) -> Checkpoint:
     """A checkpoint of ours, without the numbers."""
     with torch.device("meta"):
@@ -193,7 +194,9 @@ def test_batchnorms_belong_to_the_sizes_in_the_order_in_which_they_were_given():
         assert torch.equal(shuffled.model[key], value), key
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=pytest.mark.slow if "t1" in a else ()) for a in ARCHS]
+)
 def test_every_network_of_the_original_is_mapped_without_a_clash(arch):
     ours = _checkpoint(arch, (64, 32))
     state = to_original(ours)["state_dict"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -27,6 +29,12 @@ UPDATES = 6
 
 def _file(depth: int = 18, mode: str = "resnet", qw: int = 2, qa: int = 32, sizes=SIZES):
     """The original's graph, and what it saves."""
+    graph, variables = _drawn(depth, mode, qw, qa, sizes)
+    return graph, dict(variables)
+
+
+@functools.cache  # half a second
+def _drawn(depth: int, mode: str, qw: int, qa: int, sizes: tuple[int, int]):
     graph = Graph(depth, mode, qw, qa)
     return graph, saved(graph, sizes, debiased=UPDATES)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rsnet.config.model_config import ModelConfig
@@ -29,8 +30,15 @@ def numbers(name: str) -> Any:
 
 
 def wave(shape: tuple[int, ...], k: int) -> Tensor:
-    j = np.arange(math.prod(shape), dtype=np.float64)
-    return torch.from_numpy(np.sin(1 + 0.7 * j + 0.3 * np.sin(0.001 * j**2) + k)).reshape(shape)
+    count = math.prod(shape)
+    return torch.from_numpy(np.sin(_angles(1 << count.bit_length())[:count] + k)).reshape(shape)
+
+
+@cache
+def _angles(count: int) -> NDArray[np.float64]:
+    """At least as many as an array needs: half of a large network's numbers are these."""
+    j = np.arange(count, dtype=np.float64)
+    return 1 + 0.7 * j + 0.3 * np.sin(0.001 * j**2)
 
 
 def state_of(keys: dict[str, list[int]]) -> dict[str, Tensor]:

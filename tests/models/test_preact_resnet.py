@@ -154,7 +154,13 @@ def test_logits_are_those_of_a_plain_description(name, shortcut, width_mult):
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("resnet18", 8), ("resnet34", 16), ("resnet50", 16), ("resnet101", 33), ("resnet152", 50)],
+    [
+        ("resnet18", 8),
+        ("resnet34", 16),
+        ("resnet50", 16),
+        pytest.param("resnet101", 33, marks=pytest.mark.slow),
+        pytest.param("resnet152", 50, marks=pytest.mark.slow),
+    ],
 )
 def test_every_convolution_but_the_first_is_quantized_and_sees_a_quantized_input(name, blocks):
     with torch.device("meta"):

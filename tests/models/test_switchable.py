@@ -222,7 +222,8 @@ def test_exported_at_one_size_it_is_that_resolution(model):
 
 def test_a_state_that_lost_its_layers_versions_loads():
     """As a release's, or a selection of sizes; MNASNet asks for them."""
-    model = ResolutionSwitchable(torchvision.models.mnasnet0_5(num_classes=3), (64, 32))
+    model = ResolutionSwitchable(torchvision.models.MNASNet(0.1, num_classes=3), (64, 32))
     state = {name: value + 1 for name, value in model.state_dict().items()}
     model.load_state_dict(state)
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())

@@ -187,25 +187,26 @@ def test_all_ranks_count(monkeypatch):
     trainer = _trainer(model, norms_learn=False)
     trainer.forward_backward(_part(batch, halves[0]), last=True)
     trainer.update()
+    found = _bases(model)
     for name, value in _bases(whole).items():
-        torch.testing.assert_close(_bases(model)[name], value, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("what", ["norm", "blocks"])
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_recomputation_changes_no_bit_of_a_quantized_training(what, amp):
-    ends = []
-    for recomputed in (False, True):
+def test_recomputation_changes_no_bit_of_a_quantized_training(amp):
+    ends = {}
+    for what in ("nothing", "norm", "blocks"):
         model = _network()
-        if recomputed:
+        if what != "nothing":
             convert_to_checkpointed(model.network, what)
         trainer = _trainer(model, amp)
-        for seed in (1, 2, 3):
-            trainer.forward_backward(_batch(6, seed), last=True)
+        for seed in (1, 2):
+            trainer.forward_backward(_batch(4, seed), last=True)
             trainer.update()
-        ends.append(model.state_dict())
-    different = [name for name, v in ends[0].items() if not torch.equal(ends[1][name], v)]
-    assert different == []
+        ends[what] = model.state_dict()
+    expected = ends.pop("nothing")
+    for found in ends.values():
+        assert [name for name, v in expected.items() if not torch.equal(found[name], v)] == []
 
 
 def test_an_update_that_is_left_out_leaves_the_bases_as_they_were():
@@ -244,14 +245,14 @@ def test_training_lowers_the_loss_and_the_basis_of_a_weight_follows_it():
     model = _network()
     trainer = _trainer(model)
     losses = []
-    for _ in range(40):
+    for _ in range(20):
         losses.append(trainer.forward_backward(_batch(8), last=True)["total"].item())
         trainer.update()
     assert losses[-1] < 0.5 * losses[0]
     for q in _quantizers(model).values():
         assert q.basis.isfinite().all()
         if isinstance(q, WeightQuantizer):
-            assert q.rest < 0.9**79
+            assert q.rest < 0.9**39
 
 
 def test_a_solution_needs_no_more_than_the_codes_that_occur():

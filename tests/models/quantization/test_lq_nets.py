@@ -103,8 +103,14 @@ def test_every_value_gets_the_level_of_its_interval_in_every_memory_layout(bits,
         torch.testing.assert_close(y[channel], expected)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 5])
-@pytest.mark.parametrize("shape", [(7, 3), (64, 5, 40, 41), (3, 700_001)])
+@pytest.mark.parametrize(
+    ("bits", "shape"),
+    [
+        *((bits, (7, 3)) for bits in (1, 2, 4, 5)),
+        *((bits, (64, 5, 40, 41)) for bits in (1, 4)),
+        *((bits, (3, 2 * TASK + 1)) for bits in (2, 5)),  # rows in parts
+    ],
+)
 def test_compiled_levels_and_counts_are_those_of_plain_operators(monkeypatch, bits, shape):
     x = torch.randn(shape)
     for rows in (1, shape[0]):
@@ -246,7 +252,7 @@ def test_more_bits_come_closer():
     deviation = (2 / (8 * 9)) ** 0.5
     weights = torch.randn(8, 64, 3, 3, generator=torch.Generator().manual_seed(0)) * deviation
     errors = []
-    for bits in range(1, 9):
+    for bits in (1, 2, 3, 4, 8):
         quantizer = WeightQuantizer(bits, 8, 9)
         for _ in range(200):
             quantizer(weights)
@@ -256,7 +262,7 @@ def test_more_bits_come_closer():
     # The best that 2 to 16 levels can do to a normal distribution (Max 1960, table 1).
     for error, best in zip(errors, (0.3634, 0.1175, 0.03454, 0.009497), strict=False):
         assert 0.95 * best < error < 1.4 * best
-    assert errors[7] < 2e-3
+    assert errors[-1] < 2e-3
 
 
 def test_quantizers_stay_in_float32_inside_autocast():
