@@ -50,6 +50,28 @@ def distillation(
     return scale / len(ensemble) * torch.stack(sums).sum()
 
 
+def teacher_distillation(
+    logits: Sequence[Tensor] | Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return T^2 sum_j KL(softmax(t / T) || softmax(z_j / T)), each averaged over the batch.
+
+    A frozen network's logits t teach all sizes alike, as it sees what they see: the same crop and the same
+    mix (Beyer et al. 2022, "a good teacher is patient and consistent", section 3).
+
+    logits: z, S x (N, C). teacher: t, (N, C), detached. temperature: T, whose square keeps the gradients'
+    scale (Hinton et al. 2015, section 2). weights: as in `distillation`.
+    """
+    students = F.log_softmax(_stacked(logits) / temperature, dim=2)
+    target = F.log_softmax(teacher.detach().float() / temperature, dim=1).expand_as(students)
+    divergence = F.kl_div(students, target, reduction="none", log_target=True)
+    if weights is not None:
+        divergence = divergence * weights[:, None]
+    return temperature**2 / len(teacher) * divergence.sum()
+
+
 def loss_terms(
     logits: Sequence[Tensor],
     labels: Tensor,
@@ -59,12 +81,17 @@ def loss_terms(
     label_smoothing: float = 0.0,
     *,
     weights: Tensor | None = None,
+    teacher: Tensor | None = None,
+    teacher_weight: float = 1.0,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Return the named terms of the loss in float32, and "total", their sum.
 
     logits: S x (N, C), in the order of `sizes`, the largest first. alpha: (S,).
     labels: (N,) classes, or (N, C) shares of the classes. weights: (N,), the samples', or None.
     kd_type None leaves the distillation out; the ensemble's cross-entropy stays, for alpha's sake.
+    teacher: (N, C), logits of a network that is not trained, whose `teacher_distillation` is added, times
+    `teacher_weight`: one more teacher of each size, beside the labels, the ensemble and the larger sizes.
     """
     stacked = _stacked(logits)
     ensemble = ensemble_logits(stacked, alpha)
@@ -83,6 +110,10 @@ def loss_terms(
     if kd_type is not None:
         terms["kd"] = distillation(stacked, ensemble, kd_type, weights)
         total = total + terms["kd"]
+    if teacher is not None:
+        taught = teacher_distillation(stacked, teacher, temperature, weights)
+        terms["kd/teacher"] = teacher_weight * taught
+        total = total + terms["kd/teacher"]
     return terms | {"total": total}
 
 

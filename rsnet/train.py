@@ -56,6 +56,7 @@ from rsnet.training.fine_tune import freeze, read_switchable, start_from
 from rsnet.training.resume import Start, adopted, find_start
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted
+from rsnet.training.teacher import TeacherSource, extra_sizes, make_teacher, read_teacher
 from rsnet.training.trainer import require_trainable
 
 # A node may have its data and checkpoints elsewhere; rank 0 alone resumes, saves and logs.
@@ -121,6 +122,7 @@ def run(
     start = distributed.run_on_main(lambda: find_start(config, console.say))
     initial = initial or _read_initial(config, start, console.say)
     config = _normalized_as_pretrained(config, start, initial, console.say)
+    config, taught_by = read_teacher(config, start.options, console.say)
     resolve_here = _resolver(config, start, initial, device)
 
     def checked() -> tuple[ResolvedConfig, list[str]]:
@@ -135,7 +137,7 @@ def run(
     start = dataclasses.replace(start, adopted=_adopted(config, start, resolved, device))
     _set_up_torch(resolved)
     loaders = distributed.run_on_all(
-        lambda: make_loaders(options, _loader_spec(resolved, device), not resolved.evaluate)
+        lambda: make_loaders(options, _spec(resolved, device, taught_by), not resolved.evaluate)
     )
     try:
         require_same("data", lambda: data_facts(loaders))
@@ -145,6 +147,7 @@ def run(
             )
             model = _create_model(resolved, network, start, initial, console.say).to(device)
             model = model.to(memory_format=torch.channels_last)
+            teacher = make_teacher(taught_by, resolved, network, device, console.say)
             context = RunContext(
                 script=script,
                 config=resolved,
@@ -154,6 +157,7 @@ def run(
                 loaders=loaders,
                 device=device,
                 console=console,
+                teacher=teacher,
             )
             _load_weights(context, start, initial)
             freeze(model, resolved.freeze, network)
@@ -165,7 +169,7 @@ def run(
                 ProfileRun(context).run(
                     swept,
                     lambda **changes: resolve_here(dataclasses.replace(config, **changes)),
-                    lambda changed, its: make_loaders(its, _loader_spec(changed, device), True),
+                    lambda changed, its: make_loaders(its, _spec(changed, device, taught_by), True),
                 )
                 return {}
             return train(context, start)
@@ -232,7 +236,7 @@ def _resolver(
 ) -> Callable[[TrainConfig], ResolvedConfig]:
     """Return what resolves options on this machine, for a run that begins with `start`."""
     checkpoint = start.checkpoint
-    previous = checkpoint.config if checkpoint else start.config
+    previous = start.options
     if checkpoint and (decay := weight_decay(checkpoint)):
         previous = {"weight_decay": decay}
     return functools.partial(
@@ -322,7 +326,9 @@ def rank_seed(seed: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
 
 
-def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
+def _spec(
+    config: ResolvedConfig, device: torch.device, teacher: TeacherSource | None
+) -> LoaderSpec:
     return LoaderSpec(
         data=config.data,
         sizes=config.sizes,
@@ -341,6 +347,7 @@ def _loader_spec(config: ResolvedConfig, device: torch.device) -> LoaderSpec:
         splits=SplitOptions(config.val_data, config.val_fraction),
         class_weights=config.class_weights,
         balanced_sampling=config.balanced_sampling,
+        extra_sizes=extra_sizes(teacher, config.sizes),
     )
 
 

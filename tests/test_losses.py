@@ -56,6 +56,34 @@ def test_topdown_distillation_is_the_pairwise_sum():
     assert distillation(logits, ensemble, "ens_topdown").item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_teachers_term_is_the_formula_in_double_precision(weighted):
+    """w T^2 sum_j KL(softmax(t / T) || softmax(z_j / T)), beside all other terms; t is not trained."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [3 * torch.randn(4, 5, generator=generator).requires_grad_() for _ in range(3)]
+    teacher = (3 * torch.randn(4, 5, generator=generator)).requires_grad_()
+    weights = torch.tensor([0.5, 1.5, 0.0, 2.0]) if weighted else None
+    labels = torch.tensor([0, 1, 2, 4])
+    expected = 0.0
+    for z in logits:
+        for n in range(4):
+            t, s = ([math.exp(v / 3) for v in row[n].tolist()] for row in (teacher, z))
+            p, q = [v / sum(t) for v in t], [v / sum(s) for v in s]
+            share = 1.0 if weights is None else weights[n].item()
+            expected += share * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 4
+    arguments = logits, labels, torch.ones(3), (32, 24, 16), "ens_topdown", 0.1
+    plain = loss_terms(*arguments, weights=weights)
+    found = loss_terms(
+        *arguments, weights=weights, teacher=teacher, teacher_weight=0.7, temperature=3.0
+    )
+    assert list(found) == [*list(plain)[:-1], "kd/teacher", "total"]
+    assert found["kd/teacher"].item() == pytest.approx(0.7 * 9 * expected, rel=1e-5)
+    assert found["total"].item() == pytest.approx(plain["total"].item() + 6.3 * expected, rel=1e-6)
+    assert all(torch.equal(found[name], plain[name]) for name in plain if name != "total")
+    found["kd/teacher"].backward()
+    assert teacher.grad is None
+
+
 def test_only_alpha_learns_from_the_ensemble():
     logits = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
     alpha = torch.zeros(2, requires_grad=True)

@@ -105,6 +105,24 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
         ),
         ("--clip-grad", c.clip_grad, _not_negative, "must be 0 or a positive number"),
         ("--sizes-per-step", c.sizes_per_step, _positive, "at least 2 sizes are needed"),
+        (
+            "--teacher-weight",
+            c.teacher_weight,
+            _above_0(1000),
+            "must be a positive number, 1000 at most",
+        ),
+        (
+            "--teacher-temperature",
+            c.teacher_temperature,
+            _above_0(100),
+            "must be a positive number, 100 at most",
+        ),
+        (
+            "--teacher-size",
+            c.teacher_size,
+            _is_size,
+            "a size from 8 to 4096 pixels, or ensemble",
+        ),
         ("--label-smoothing", c.label_smoothing, _share, "must be at least 0 and less than 1"),
         (
             "--checkpoint-every",
@@ -183,6 +201,11 @@ def _of_a_beta(x: float) -> bool:
 
 def _is_interval(text: str) -> bool:
     return re.fullmatch(r"[0-9]{1,9}|[0-9]{1,9}(\.[0-9]{1,9})?m", text) is not None
+
+
+def _is_size(text: str) -> bool:
+    is_number = re.fullmatch(r"[1-9][0-9]{0,3}", text) is not None
+    return text == "ensemble" or (is_number and 8 <= int(text) <= MOST_PIXELS)
 
 
 def _is_reaction(words: tuple[str, ...]) -> bool:

@@ -27,13 +27,15 @@ OF_A_RECIPE = {
 }  # unless the recipe changes
 TAKEN_OVER = OF_A_RECIPE | {
     "auto_augment", "clip_grad", "cutmix", "epochs", "freeze", "mixup", "pretrained", "ra_magnitude",
-    "ra_reps", "random_erase", "recipe", "seed", "sizes_per_step", "weight_decay",
+    "ra_reps", "random_erase", "recipe", "seed", "sizes_per_step", "teacher", "teacher_size",
+    "teacher_temperature", "teacher_weight", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "mixup": 0.0, "cutmix": 0.0, "auto_augment": "none",
-    "ra_magnitude": 9, "random_erase": 0.0, "ra_reps": 1, "freeze": "none",
+    "ra_magnitude": 9, "random_erase": 0.0, "ra_reps": 1, "freeze": "none", "teacher": "none",
+    "teacher_weight": 1.0, "teacher_temperature": 1.0,
 }  # fmt: skip
 
 

@@ -214,13 +214,27 @@ class AugmentationOptions(Generic[Unset]):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions(Generic[Unset]):
-    """Distillation between the sizes."""
+    """Distillation between the sizes, and from a teacher."""
 
     kd: bool = True
     """Distil from the ensemble (and the larger sizes) to each size."""
 
     kd_type: Annotated[Literal["ens_topdown", "ens"], arg(aliases=("-t",))] = "ens_topdown"
     """ens_topdown: ensemble and larger sizes teach; ens: the ensemble alone."""
+
+    teacher: Annotated[str | Unset, arg(metavar="NAME|RUN|FILE|RELEASE|none")] = UNSET
+    """Frozen network that teaches every size, too: an RS-Net (run directory, checkpoint, release), or a
+    network with its library's weights, by torchvision's name or as timm/NAME. Unset: none."""
+
+    teacher_size: Annotated[str | None, arg(metavar="INT|ensemble")] = None
+    """Size in pixels at which the teacher sees the crop; ensemble: all sizes of an RS-Net, whose ensemble
+    teaches. Unset: its own, of an RS-Net the largest."""
+
+    teacher_weight: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Weight of the teacher's distillation in the loss. Unset: 1."""
+
+    teacher_temperature: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Temperature of the teacher's distillation, which is multiplied by its square. Unset: 1."""
 
     sizes_per_step: Annotated[int | Unset, arg(metavar="INT")] = UNSET
     """Sizes in a step: the largest and others, drawn at random. Unset: all, as in the paper."""

@@ -24,6 +24,11 @@ def are_wordnet_ids(classes: Sequence[str]) -> bool:
     return bool(classes) and all(re.fullmatch(r"n[0-9]{8}", name) for name in classes)
 
 
+def are_imagenets(classes: Sequence[str]) -> bool:
+    """Return whether the names are the ids of ImageNet's 1000 classes, in their order."""
+    return hashlib.sha256("\n".join(classes).encode()).hexdigest() == _IMAGENET_SHA256
+
+
 def imagenet_ids() -> Sequence[str] | None:
     """Return the WordNet ids of ImageNet's 1000 classes, in their order; None if timm is not installed."""
     try:
@@ -109,6 +114,6 @@ def _imagenet_names(classes: Sequence[str]) -> Mapping[str, str]:
     from torchvision.models import ResNet50_Weights
 
     ids: Sequence[str] | None = classes
-    if hashlib.sha256("\n".join(classes).encode()).hexdigest() != _IMAGENET_SHA256:
+    if not are_imagenets(classes):
         ids = imagenet_ids()
     return dict(zip(ids or (), ResNet50_Weights.DEFAULT.meta["categories"], strict=False))

@@ -11,6 +11,7 @@ from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.report import model_cost
 from rsnet.loggers.run_context import RunContext
 from rsnet.losses import ENSEMBLE
+from rsnet.models.teacher import Teacher
 
 PRECISION = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
 
@@ -29,6 +30,8 @@ def say_header(context: RunContext, steps_per_epoch: int | None = None) -> None:
         "data": _data(context),
         "device": f"{_device(context.device)}, {PRECISION[config.amp]}",
     }
+    if context.teacher is not None:
+        lines["teacher"] = _teacher(context.teacher, context)
     if steps_per_epoch is not None:
         lines["global batch"] = (
             f"{context.global_batch} = {config.batch_size} images x {distributed.world_size()} processes x "
@@ -48,6 +51,16 @@ def _network(context: RunContext) -> str:
     return (
         f"{context.config.arch}: {_short(shared + private)} parameters, {_short(private)} of them private to "
         f"sizes; GMACs {gmacs}"
+    )
+
+
+def _teacher(teacher: Teacher, context: RunContext) -> str:
+    trained = model_cost(context.model)[ENSEMBLE]
+    sizes = " ".join(map(str, teacher.sizes))
+    # A backward is twice a forward; it has none.
+    return (
+        f"at {sizes}: GMACs {teacher.gmacs:.3g}, {100 * teacher.gmacs / (3 * trained):.0f} % of a step's "
+        f"without it; weights {teacher.megabytes:.3g} MB"
     )
 
 

@@ -17,6 +17,7 @@ from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.models.teacher import Teacher
 
 # Options that the header of a run, or a line of its own, speaks of, and those that say what the command does.
 IN_HEADER = {
@@ -44,6 +45,7 @@ class RunContext:
     loaders: Loaders
     device: torch.device
     console: ConsoleLogger
+    teacher: Teacher | None = None
 
     @property
     def global_batch(self) -> int:

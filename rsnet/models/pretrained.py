@@ -19,6 +19,8 @@ from rsnet.config.model_config import NormalizeName
 from rsnet.models.safe_load import safe_load
 from rsnet.models.state_dict import describe_mismatch
 
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+
 # Where files keep their weights, the averaged ones first: timm's and torchvision's references.
 STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -41,14 +43,10 @@ def load_pretrained(
 
     Raises UsageError if there are no such weights, DataError, with names and shapes, if they do not fit.
     """
-    loaded = _read(Path(weights)) if is_path(weights) else _download(library, name, weights)
+    loaded = read_state(library, name, weights)
     own = network.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
-    state = OrderedDict(
-        (_name(k), v)
-        for k, v in loaded.items()
-        if isinstance(k, str) and isinstance(v, Tensor) and (k in expected or not _is_extra(k))
-    )
+    state = OrderedDict(cleaned(loaded, expected))
     # The layers' versions, without which MNASNet does not load; safetensors keep none.
     versions = getattr(loaded, "_metadata", None) or own._metadata  # type: ignore[attr-defined]
     state._metadata = {_name(k): v for k, v in versions.items()}  # type: ignore[attr-defined]
@@ -66,28 +64,55 @@ def load_pretrained(
     return note
 
 
+def read_state(
+    library: Literal["torchvision", "timm"], name: str, weights: str, option: str = "--pretrained"
+) -> Mapping[str, Any]:
+    """Return the state dict of such `weights`, as it is. option: names them in errors.
+
+    Raises UsageError if there is no such one, DataError if it cannot be had.
+    """
+    if is_path(weights):
+        return _read(Path(weights), option)
+    return _download(library, name, weights, option)
+
+
+def cleaned(loaded: Mapping[str, Any], expected: Collection[str]) -> dict[str, Tensor]:
+    """Return a state dict under the names of a network, `expected`, without what inference does not need."""
+    return {
+        _name(k): v
+        for k, v in loaded.items()
+        if isinstance(k, str) and isinstance(v, Tensor) and (k in expected or not _is_extra(k))
+    }
+
+
 def expected_normalize(
     library: Literal["torchvision", "timm"], name: str, weights: str
 ) -> NormalizeName | None:
     """Return how images are normalised for a library's weights, or for a file of its network; None if by a
     mean and standard deviation that have no name here.
     """
-    if library == "torchvision":
-        # These, with weights, turn ImageNet's normalisation into this one (transform_input).
-        return "inception" if name in ("googlenet", "inception_v3") else "imagenet"
-    import timm
-
-    tagged = name if weights == "default" or is_path(weights) else f"{name}.{weights}"
-    config = timm.models.get_pretrained_cfg(tagged, allow_unregistered=True)
-    if config is None:
-        return "imagenet"
-    there = [255 * value for value in (*config.mean, *config.std)]
+    there = [value for values in expected_mean_std(library, name, weights) for value in values]
     names: tuple[NormalizeName, ...] = get_args(NormalizeName)
     for known in names:
         here = (value for values in MEAN_STD[known] for value in values)
         if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(there, here, strict=True)):
             return known
     return None
+
+
+def expected_mean_std(library: Literal["torchvision", "timm"], name: str, weights: str) -> MeanStd:
+    """Return the mean and standard deviation of RGB in 0..255 of which `expected_normalize` is the name."""
+    if library == "torchvision":
+        # These, with weights, turn ImageNet's normalisation into this one (transform_input).
+        return MEAN_STD["inception" if name in ("googlenet", "inception_v3") else "imagenet"]
+    import timm
+
+    tagged = name if weights == "default" or is_path(weights) else f"{name}.{weights}"
+    config = timm.models.get_pretrained_cfg(tagged, allow_unregistered=True)
+    if config is None:
+        return MEAN_STD["imagenet"]
+    mean, std = (tuple(255 * value for value in values) for values in (config.mean, config.std))
+    return mean, std
 
 
 def _name(key: str) -> str:
@@ -126,23 +151,21 @@ def is_path(weights: str) -> bool:
     return "/" in weights or Path(weights).suffix in (".pth", ".pt", ".tar", ".safetensors")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, option: str) -> Mapping[str, Any]:
     if not path.is_file():
-        raise UsageError(f"--pretrained: there is no file {path}")
+        raise UsageError(f"{option}: there is no file {path}")
     try:
         is_safe = path.suffix == ".safetensors"
         content: Any = load_file(path) if is_safe else safe_load(path)
     except Exception as error:  # safetensors documents no common class
-        raise DataError(
-            f"--pretrained: {path} has no readable weights: {first_line(error)}"
-        ) from error
+        raise DataError(f"{option}: {path} has no readable weights: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise DataError(f"--pretrained: {path} holds no state dict")
+        raise DataError(f"{option}: {path} holds no state dict")
     inner = (content[key] for key in STATE_KEYS if isinstance(content.get(key), dict))
     return next(inner, content)
 
 
-def _download(library: str, name: str, weights: str) -> Mapping[str, Any]:
+def _download(library: str, name: str, weights: str, option: str) -> Mapping[str, Any]:
     try:
         if library == "timm":
             import timm
@@ -154,8 +177,8 @@ def _download(library: str, name: str, weights: str) -> Mapping[str, Any]:
             return dict(member.get_state_dict(check_hash=True))
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"--pretrained {weights}: cannot get {library}'s weights of {name} "
+            f"{option} {weights}: cannot get {library}'s weights of {name} "
             f"({first_line(error)}); or give a file"
         ) from error
     choices = " ".join(known) or "none"
-    raise UsageError(f"--pretrained {weights}: torchvision's {name} has {choices}; or give a file")
+    raise UsageError(f"{option} {weights}: torchvision's {name} has {choices}; or give a file")

@@ -34,6 +34,8 @@ def table(p: Profile) -> str:
         left=(0,),
     )
     memory = f", peak memory {p.peak_memory_gb:.1f} GB" if p.peak_memory_gb is not None else ""
+    if p.teacher_mb is not None:
+        memory += f"; the teacher's weights {p.teacher_mb:.0f} MB"
     efficiency = (
         f"{p.tflops:.2f} TFLOP/s, {100 * p.mfu:.0f} % of a large matrix product's {p.peak_tflops:.2f}; "
         f"idle {100 * p.idle:.0f} %{memory}"
@@ -84,7 +86,7 @@ def figures(p: Profile) -> dict[str, float]:
     single = {
         **{f"images_per_s/{name}": speed for name, speed in found["images_per_s"].items()},
         **{f"ms/{part}": ms for part, ms in p.end_to_end.parts.items()},
-        **{name: found[name] for name in ("tflops", "mfu", "idle", "peak_memory_gb")},
+        **{name: found[name] for name in ("tflops", "mfu", "idle", "peak_memory_gb", "teacher_mb")},
     }
     return {f"profile/{name}": value for name, value in single.items() if value is not None}
 

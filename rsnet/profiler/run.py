@@ -148,7 +148,9 @@ class ProfileRun:
         assert loaders.train is not None
         steps_per_epoch = max(1, len(loaders.train) // config.accumulate)
         classes, device = self.context.network.num_classes, self.context.device
-        trainer = make_trainer(config, model, classes, steps_per_epoch, device, self.say)
+        trainer = make_trainer(
+            config, model, classes, steps_per_epoch, device, self.say, teacher=self.context.teacher
+        )
         return trainer, loaders.train
 
     def _log_to_wandb(self, figures: dict[str, float], files: list[str]) -> None:

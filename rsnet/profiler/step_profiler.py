@@ -50,6 +50,7 @@ class Profile:
     peak_memory_gb: float | None  # of a GPU
     tflops: float  # achieved, computation alone
     peak_tflops: float  # of a large matrix product in the same precision
+    teacher_mb: float | None = None  # of the weights of a teacher, if there is one
 
     def images_per_s(self, times: Times) -> float:
         return 1000 * self.images / times.mean
@@ -126,7 +127,7 @@ def profile(
 ) -> Profile:
     """Measure `steps` steps of each kind. The trainer trains on: its weights are not worth keeping.
 
-    step_gmacs: forward GMACs of one image at all sizes. deadline: of `time.perf_counter`.
+    step_gmacs: forward GMACs of one image at all sizes, without a teacher. deadline: of `time.perf_counter`.
 
     Raises OutOfTimeError at the first batch after the deadline.
     """
@@ -147,10 +148,18 @@ def profile(
     compute = time_steps(trainer, model, in_time(_repeat(batches)), steps)
     peak = peak_memory_gb(device)
     together = time_steps(trainer, model, in_time(endless(loader)), steps)
-    # Backward is twice forward: gradients of inputs and of weights. A MAC is two FLOPs.
-    tflops = 6 * step_gmacs * images / compute.mean
+    # Backward is twice forward: gradients of inputs and of weights. A teacher has none. A MAC is two FLOPs.
+    teacher = trainer.teacher
+    gmacs = 3 * step_gmacs + (teacher.gmacs if teacher else 0.0)
     return Profile(
-        images, alone, compute, together, peak, tflops, measure_peak_tflops(device, trainer.amp)
+        images,
+        alone,
+        compute,
+        together,
+        peak,
+        2 * gmacs * images / compute.mean,
+        measure_peak_tflops(device, trainer.amp),
+        teacher.megabytes if teacher else None,
     )
 
 
@@ -172,14 +181,14 @@ def time_loader(
 def time_steps(
     trainer: Trainer, model: ResolutionSwitchable, source: Iterator[Batch], steps: int
 ) -> Times:
-    """Time whole updates, by their parts: data, forward at each size, losses, backward, optimizer."""
+    """Time whole updates by their parts: data, teacher, forward at each size, losses, backward, optimizer."""
     # A compiled objective has no inside, and hooks would cut its graph; a CUDA graph has the optimizer in it.
     is_compiled = any(m._compiled_call_impl is not None for m in trainer.objective.modules())
     is_graph = trainer.graphs is not None
     whole = "forward to optimizer" if is_graph else "forward and backward" if is_compiled else ""
     warm_up = WARMUP_STEPS + (cuda_graph.WARM_UP if is_graph else 0)
     watch = Stopwatch(trainer.device)
-    hooks = [] if whole else _hooks(trainer.objective, model, watch)
+    hooks = [] if whole else _hooks(trainer, model, watch)
     trainer.objective.train()
     try:
         for _ in range(warm_up + steps):
@@ -229,8 +238,8 @@ def _repeat(batches: Sequence[Batch]) -> Iterator[Batch]:
         yield from batches
 
 
-def _hooks(objective: nn.Module, model: ResolutionSwitchable, watch: Stopwatch) -> list[Any]:
-    """Set marks behind the forward of each size, and behind the losses."""
+def _hooks(trainer: Trainer, model: ResolutionSwitchable, watch: Stopwatch) -> list[Any]:
+    """Set marks behind the forwards of the teacher and of each size, and behind the losses."""
 
     def after_size(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
         watch.mark(f"forward {inputs[0].shape[-1]}")
@@ -238,7 +247,11 @@ def _hooks(objective: nn.Module, model: ResolutionSwitchable, watch: Stopwatch) 
     def after_losses(*_: Any) -> None:
         watch.mark("losses")
 
+    def after_teacher(*_: Any) -> None:
+        watch.mark("teacher")
+
     return [
+        *([trainer.teacher.register_forward_hook(after_teacher)] if trainer.teacher else []),
         model.register_forward_hook(after_size),
-        objective.register_forward_hook(after_losses),
+        trainer.objective.register_forward_hook(after_losses),
     ]

@@ -20,12 +20,21 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, model: ResolutionSwitchable, kd_type: KdType | None, label_smoothing: float = 0.0
+        self,
+        model: ResolutionSwitchable,
+        kd_type: KdType | None,
+        label_smoothing: float = 0.0,
+        *,
+        teacher_weight: float = 1.0,
+        temperature: float = 1.0,
     ) -> None:
+        """Set up losses; the arguments are those of `loss_terms`."""
         super().__init__()
         self.model = model
         self.kd_type = kd_type
         self.label_smoothing = label_smoothing
+        self.teacher_weight = teacher_weight
+        self.temperature = temperature
         self._is_compiled = False
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -42,10 +51,13 @@ class Objective(nn.Module):
         labels: Tensor,
         sizes: Sequence[int] | None = None,
         weights: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> dict[str, Tensor]:
         norms = self.model.norms_of(sizes or self.model.sizes) if self._is_compiled else []
         with count_batches_together(norms):
-            return cast(dict[str, Tensor], super().__call__(images, labels, sizes, weights))
+            return cast(
+                dict[str, Tensor], super().__call__(images, labels, sizes, weights, teacher)
+            )
 
     def forward(
         self,
@@ -53,11 +65,12 @@ class Objective(nn.Module):
         labels: Tensor,
         sizes: Sequence[int] | None = None,
         weights: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the terms of the loss, each (), and "total", of S x (N, 3, s, s) and labels (N,) or (N, C).
 
         images: the largest first. sizes: those that take part; None for all of the network's. weights: (N,),
-        the samples' in the loss; None: all 1.
+        the samples' in the loss; None: all 1. teacher: (N, C), the logits of a network that is not trained.
         """
         present = [i for i, s in enumerate(self.model.sizes) if sizes is None or s in sizes]
         sizes = [self.model.sizes[i] for i in present]
@@ -76,6 +89,9 @@ class Objective(nn.Module):
                 self.kd_type,
                 self.label_smoothing,
                 weights=weights,
+                teacher=teacher,
+                teacher_weight=self.teacher_weight,
+                temperature=self.temperature,
             )
 
 

@@ -66,6 +66,11 @@ class Start:
     adopted: Sequence[str] = ()
     """Options that the command leaves out and that run has, where they are not the usual ones."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the training that goes on: the checkpoint's, or of the run."""
+        return self.checkpoint.config if self.checkpoint else self.config
+
     def require_same(self, given: TrainConfig, config: ResolvedConfig, global_batch: int) -> None:
         """Raise UsageError if the run is continued without --resume, but has other options; or with it, but
         --pretrained names weights that it did not start from.

@@ -59,6 +59,7 @@ def train(context: RunContext, start: Start) -> Results:
         steps_per_epoch,
         context.device,
         context.console.say,
+        teacher=context.teacher,
     )
     run_dir = distributed.run_on_main(lambda: RunDir(config.output, start.continues, main))
     run_dir.active = main

@@ -17,6 +17,7 @@ from rsnet.distributed import process_group as distributed
 from rsnet.models.autocast import AMP_DTYPES, autocast
 from rsnet.models.quantization.lq_nets import BasisUpdater
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.models.teacher import Teacher
 from rsnet.training.cuda_graph import UpdateGraphs
 from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
@@ -35,6 +36,7 @@ class Trainer:
     mix: (batch, its number in the training) -> a batch of mixed samples.
     most_skipped: updates in a row that may be left out because a loss is not finite.
     bases: those of learned quantizers, which follow every update.
+    teacher: a frozen network that teaches every size; it sees each batch as it was mixed.
     cuda_graphs: whether updates are CUDA graphs; not with `sizes_at`, `bases` or DDP. say: is told if not.
     """
 
@@ -53,6 +55,7 @@ class Trainer:
         ema: ModelEma | None = None,
         most_skipped: int = 0,
         bases: BasisUpdater | None = None,
+        teacher: Teacher | None = None,
         cuda_graphs: bool = False,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -67,6 +70,7 @@ class Trainer:
         self.mix = mix
         self.ema = ema
         self.bases = bases
+        self.teacher = teacher
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.guard = FiniteGuard(device, most_skipped)
         self.means = LossMeter()  # since the last report
@@ -113,8 +117,9 @@ class Trainer:
             self._statistics.keep()
         with nullcontext() if last else self._no_all_reduce():
             with autocast(self.device, self.amp):
+                taught = None if self.teacher is None else self.teacher(batch.images)
                 terms: dict[str, Tensor] = self.objective(
-                    batch.images, batch.labels, self.sizes_at(self.step), batch.weights
+                    batch.images, batch.labels, self.sizes_at(self.step), batch.weights, taught
                 )
             left_out = self.guard.check(terms)
             loss = terms["total"] / self.accumulate
@@ -185,13 +190,26 @@ def make_trainer(
     steps_per_epoch: int,
     device: torch.device,
     say: Callable[[str], None] = lambda _: None,
+    *,
+    teacher: Teacher | None = None,
 ) -> Trainer:
-    """Return a trainer with all that `config` asks for; `model` lies on `device`. say: is told what fails."""
+    """Return a trainer with all that `config` asks for; `model` and `teacher` lie on `device`.
+
+    say: is told what fails.
+    """
     c = config
     has_all_sizes = c.sizes_per_step == len(c.sizes)
-    objective = Objective(model, c.kd_type if c.kd else None, c.label_smoothing)
+    objective = Objective(
+        model,
+        c.kd_type if c.kd else None,
+        c.label_smoothing,
+        teacher_weight=c.teacher_weight,
+        temperature=c.teacher_temperature,
+    )
     if c.compile:
         objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
+        if teacher is not None:
+            teacher.compile(dynamic=False)
     mix = None
     if c.mixup or c.cutmix:
         # Each rank's batch has draws of its own.
@@ -232,6 +250,7 @@ def make_trainer(
         ema=ModelEma(model, c.ema) if c.ema else None,
         most_skipped=c.most_skipped,
         bases=BasisUpdater(model, model.sizes) if c.is_quantized else None,
+        teacher=teacher,
         cuda_graphs=c.cuda_graphs,
         say=say,
     )

@@ -19,6 +19,7 @@ from rsnet.config.resolve import resolve
 from rsnet.loggers import wandb_service
 from rsnet.models.factory import create_model
 from rsnet.models.shapes import gmacs
+from rsnet.models.teacher import Teacher
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import WARMUP_STEPS, Profile, Times, profile, time_steps
 from rsnet.train import main
@@ -61,6 +62,33 @@ def test_the_parts_of_a_step_are_the_whole(clock):
     expected = {"data": 30, "forward 32": 50, "forward 24": 50, "optimizer": 20}
     for part, ms in times.parts.items():
         assert ms == pytest.approx(expected.get(part, 0), abs=0.1)
+
+
+def test_a_teacher_is_a_part_of_its_own_with_its_operations_and_memory(clock):
+    config, trainer, model, loader = _setup(clock, 0.01, 0.05)
+    alone = profile(trainer, model, loader, 1.0, 2)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
+    trainer.teacher = Teacher(network, (32,), SIZES)
+    trainer.teacher.register_forward_pre_hook(lambda *_: clock.pause(0.04))
+    found = profile(trainer, model, loader, 1.0, 2)
+    parts = list(found.compute.parts)
+    assert parts == [
+        "data",
+        "teacher",
+        "forward 32",
+        "forward 24",
+        "losses",
+        "backward",
+        "optimizer",
+    ]
+    assert found.compute.parts["teacher"] == pytest.approx(40, abs=0.1)
+    # Two of six parts of a trained network's operations; MACs are counted.
+    macs = 3 * 32 * 32 * 3
+    ratio = found.tflops * found.compute.mean / (alone.tflops * alone.compute.mean)
+    assert ratio == pytest.approx(1 + macs / 3e9, rel=1e-9)
+    assert found.teacher_mb == pytest.approx(4 * (macs + 3) / 2**20)
+    assert "the teacher's weights 0 MB" in profile_report.table(found)
+    assert config.teacher == "none"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from pipelines import dali, ffcv
 from rsnet.train import main
 from tests.conftest import beton_of, needs_ffcv
+from tests.helpers.runs import NETWORK, write_run
 
 pytestmark = needs_ffcv
 RUN = [
@@ -40,11 +41,16 @@ def _metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_run_is_the_one_that_dali_gives(train, photos):
-    """Same order, crops and labels; on a CPU the same pixels, else they differ by what the decoders do."""
-    assert train("train_dali.py", dali, dali.DaliOptions, "-d", photos, *RUN, "-c", "a")[0] == 0
+def test_the_run_is_the_one_that_dali_gives(train, photos, tmp_path):
+    """Same order, crops and labels; on a CPU the same pixels, else they differ by what the decoders do.
+
+    With a teacher, which sees them at sizes of its own.
+    """
+    taught = write_run(tmp_path / "teacher", NETWORK | {"stem": "small", "sizes": [40, 24, 20]})
+    run = [*RUN, "--teacher", taught, "--teacher-size", "ensemble"]
+    assert train("train_dali.py", dali, dali.DaliOptions, "-d", photos, *run, "-c", "a")[0] == 0
     beton = beton_of(photos)
-    code, _, _ = train("train_ffcv.py", ffcv, ffcv.FfcvOptions, "-d", beton, *RUN, "-c", "b")
+    code, _, _ = train("train_ffcv.py", ffcv, ffcv.FfcvOptions, "-d", beton, *run, "-c", "b")
     assert code == 0
     command = Path("b/command.txt").read_text()
     assert "python train_ffcv.py --data" in command
@@ -54,7 +60,8 @@ def test_the_run_is_the_one_that_dali_gives(train, photos):
         assert set(one) == set(two)
         if one.get("step") == 1 and "train/ce/32" in one:
             tolerance = 0.05 if torch.cuda.is_available() else 0
-            assert one["train/ce/32"] == pytest.approx(two["train/ce/32"], rel=0, abs=tolerance)
+            for name in ("train/ce/32", "train/kd/teacher"):
+                assert one[name] == pytest.approx(two[name], rel=0, abs=tolerance)
 
 
 def test_a_finished_run_is_continued(train, photos):
