@@ -76,6 +76,7 @@ class Loader(Protocol):
 class LoaderSpec:
     """The options that all pipelines share. `batch_size` is per process.
 
+    train_sizes: of training batches in place of `sizes`, as many; () for the same.
     extra_sizes: of training batches, after `sizes`: the same crop at other sizes, flipped as the largest is.
     """
 
@@ -96,6 +97,7 @@ class LoaderSpec:
     splits: SplitOptions = NO_OPTIONS
     class_weights: str | None = None
     balanced_sampling: bool = False
+    train_sizes: tuple[int, ...] = ()
     extra_sizes: tuple[int, ...] = ()
 
     @property
@@ -105,7 +107,9 @@ class LoaderSpec:
 
     def of_split(self, training: bool) -> LoaderSpec:
         """Return the options of the training or of the validation data."""
-        return self if training else replace(self, extra_sizes=())
+        if training:
+            return replace(self, sizes=self.train_sizes or self.sizes)
+        return replace(self, extra_sizes=())
 
 
 class Loaders(NamedTuple):

@@ -49,6 +49,7 @@ from rsnet.models.factory import (
     pretrained_normalize,
     synchronize_batchnorm,
 )
+from rsnet.models.shapes import check_sizes
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
@@ -291,6 +292,9 @@ def _create_model(
 ) -> ResolutionSwitchable:
     is_ordinary = start.checkpoint is None and initial is None
     model = create_model(network, config.pretrained if is_ordinary else None, config.fixed_qa, say)
+    if config.train_size_scale != 1 and not config.evaluate:
+        option = f"--train-size-scale {config.train_size_scale}"
+        check_sizes(model, config.arch, config.train_sizes, option)
     if config.sync_bn:
         synchronize_batchnorm(model, config.arch)
     if config.recompute != "off":
@@ -341,6 +345,7 @@ def _spec(
         ra_magnitude=config.ra_magnitude,
         random_erase=config.random_erase,
         repeats=config.ra_reps,
+        train_sizes=config.train_sizes,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -370,7 +375,7 @@ def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        sizes = " ".join(map(str, config.sizes))
+        sizes = " ".join(map(str, config.train_sizes))
         raise RunError(
             f"out of GPU memory, {peak_memory_gb(device) or 0.0:.1f} GB were in use; "
             f"--batch-size {config.batch_size} at sizes {sizes}, amp {config.amp}. Halve --batch-size and "

@@ -66,6 +66,12 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
         ("--mixup", c.mixup, _of_a_beta, "must be from 0 to 100"),
         ("--cutmix", c.cutmix, _of_a_beta, "must be from 0 to 100"),
         ("--ra-magnitude", c.ra_magnitude, lambda n: 0 <= n <= 30, "must be from 0 to 30"),
+        (
+            "--train-size-scale",
+            c.train_size_scale,
+            lambda x: 0.25 <= x <= 1,
+            "must be from 0.25 to 1",
+        ),
         ("--random-erase", c.random_erase, _from_0(1), "must be a share from 0 to 1"),
         ("--ra-reps", c.ra_reps, _within(1, 100), "at least 1, and 100 at most"),
         ("--epochs", c.epochs, _within(1, MANY), "at least 1 epoch is needed, and 1000000 at most"),

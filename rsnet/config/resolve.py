@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ OF_A_RECIPE = {
 TAKEN_OVER = OF_A_RECIPE | {
     "auto_augment", "clip_grad", "cutmix", "epochs", "freeze", "mixup", "pretrained", "ra_magnitude",
     "ra_reps", "random_erase", "recipe", "seed", "sizes_per_step", "teacher", "teacher_size",
-    "teacher_temperature", "teacher_weight", "weight_decay",
+    "teacher_temperature", "teacher_weight", "train_size_scale", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "mixup": 0.0, "cutmix": 0.0, "auto_augment": "none",
-    "ra_magnitude": 9, "random_erase": 0.0, "ra_reps": 1, "freeze": "none", "teacher": "none",
-    "teacher_weight": 1.0, "teacher_temperature": 1.0,
+    "ra_magnitude": 9, "random_erase": 0.0, "ra_reps": 1, "train_size_scale": 1.0, "freeze": "none",
+    "teacher": "none", "teacher_weight": 1.0, "teacher_temperature": 1.0,
 }  # fmt: skip
 
 
@@ -51,6 +52,16 @@ class ResolvedConfig(TrainOptions[Never]):
         """Return the description of this run's network. `num_classes` may exceed the known `classes`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return ModelConfig.from_dict(values | {"classes": classes, "num_classes": num_classes})
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """Sizes of the training images, in the order of `sizes`, whose BatchNorm they go through."""
+        if self.train_size_scale == 1:
+            return self.sizes
+        scaled = (size * self.train_size_scale for size in self.sizes)
+        # Composer's multiple in progressive resizing; a half is rounded down, so that 16 * 0.875 becomes 12.
+        nearest = (max(4 * math.ceil(size / 4 - 0.5), 4) for size in scaled)
+        return tuple(map(min, nearest, self.sizes))
 
     @property
     def is_quantized(self) -> bool:

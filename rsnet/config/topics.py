@@ -206,6 +206,10 @@ class AugmentationOptions(Generic[Unset]):
     """Crops of an image in a step, over all processes (repeated augmentation); an epoch then has fewer images
     and stays as long. Unset: 1."""
 
+    train_size_scale: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Train on images of --sizes times this (FixRes), to the nearest multiple of 4; evaluate at --sizes.
+    Unset: 1."""
+
     label_smoothing: Annotated[float | Unset, arg(aliases=("--smoothing",), metavar="FLOAT")] = (
         UNSET
     )

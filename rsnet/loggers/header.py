@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -32,6 +33,10 @@ def say_header(context: RunContext, steps_per_epoch: int | None = None) -> None:
     }
     if context.teacher is not None:
         lines["teacher"] = _teacher(context.teacher, context)
+    if config.train_sizes != config.sizes and not config.evaluate:
+        lines["sizes"] = (
+            f"{_pixels(config.train_sizes)} in training, {_pixels(config.sizes)} in evaluation"
+        )
     if steps_per_epoch is not None:
         lines["global batch"] = (
             f"{context.global_batch} = {config.batch_size} images x {distributed.world_size()} processes x "
@@ -62,6 +67,10 @@ def _teacher(teacher: Teacher, context: RunContext) -> str:
         f"at {sizes}: GMACs {teacher.gmacs:.3g}, {100 * teacher.gmacs / (3 * trained):.0f} % of a step's "
         f"without it; weights {teacher.megabytes:.3g} MB"
     )
+
+
+def _pixels(sizes: Sequence[int]) -> str:
+    return " ".join(map(str, sizes))
 
 
 def _short(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,29 +25,39 @@ def gmacs(model: nn.Module, size: int) -> float:
     on_meta = _shape_only(model)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        on_meta(torch.empty(1, 3, size, size, device="meta"))
+        _forward(on_meta, size)
     return float(counter.get_total_flops()) / 2e9  # PyTorch counts additions, too
 
 
-def check_sizes(model: ResolutionSwitchable, arch: str) -> None:
-    """Raise UsageError if the network cannot run at one of its sizes, or shrinks it to next to nothing."""
+def check_sizes(
+    model: ResolutionSwitchable,
+    arch: str,
+    sizes: Sequence[int] | None = None,
+    option: str = "--sizes",
+) -> None:
+    """Raise UsageError if the network cannot run at one of these sizes, by default its own, or shrinks it to
+    next to nothing.
+
+    option: what the sizes come from.
+    """
+    sizes = sizes or model.sizes
     on_meta = _shape_only(model)
-    failures = {size: error for size in model.sizes if (error := _failure(on_meta, size))}
-    works = [size for size in model.sizes if size not in failures]
+    failures = {size: error for size in sizes if (error := _failure(on_meta, size))}
+    works = [size for size in sizes if size not in failures]
     fixed = _fixed_size(model.network)
     for size, error in failures.items():
         alone = f"; it takes {fixed} alone" if fixed else ""
         if not alone and works:
             alone = f"; of these sizes, it works at {' '.join(map(str, works))}"
         raise UsageError(
-            f"--sizes: {arch} does not work at {size} ({first_line(error)}){alone}"
+            f"{option}: {arch} does not work at {size} ({first_line(error)}){alone}"
         ) from error
     # Under half the stride, the last two stages have one pixel: their 3x3 filters act as 1x1 filters.
     stride = _total_stride(on_meta)
-    smallest = model.sizes[-1]
+    smallest = min(sizes)
     if smallest < stride // 2:
         raise UsageError(
-            f"--sizes: {smallest} is too small for {arch}, which shrinks its input {stride} times; "
+            f"{option}: {smallest} is too small for {arch}, which shrinks its input {stride} times; "
             f"use {stride // 2} or more"
         )
 
@@ -55,10 +66,16 @@ def _failure(on_meta: ResolutionSwitchable, size: int) -> Exception | None:
     """Return what a forward at `size` raises, if anything; libraries raise what they like."""
     try:
         with torch.no_grad():
-            on_meta(torch.empty(1, 3, size, size, device="meta"), on_meta.sizes[0])
+            _forward(on_meta, size)
     except Exception as error:
         return error
     return None
+
+
+def _forward(on_meta: nn.Module, size: int) -> None:
+    """Compute the shapes of an image of any size, with whatever BatchNorm."""
+    own = on_meta.sizes[:1] if isinstance(on_meta, ResolutionSwitchable) else ()
+    on_meta(torch.empty(1, 3, size, size, device="meta"), *own)
 
 
 def _fixed_size(network: nn.Module) -> int | None:

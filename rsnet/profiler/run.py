@@ -43,7 +43,7 @@ class ProfileRun:
     def __init__(self, context: RunContext) -> None:
         self.context, self.config, self.say = context, context.config, context.console.say
         self.folder = self.config.output / "profile"
-        self.cost = sum(gmacs(context.model, size) for size in context.model.sizes)
+        self.cost = sum(gmacs(context.model, size) for size in self.config.train_sizes)
 
     def run(
         self,

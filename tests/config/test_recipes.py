@@ -37,6 +37,7 @@ def test_the_papers_recipe_is_plain_sgd():
     )  # fmt: skip
     assert (c.warmup, c.label_smoothing, c.decay, c.ema) == (0, 0.0, "all", 0.0)
     assert (c.mixup, c.cutmix, c.auto_augment, c.random_erase, c.ra_reps) == (0, 0, "none", 0, 1)
+    assert c.train_sizes == c.sizes
     assert (c.blurpool, c.sizes_per_step) == (False, 5)
 
 
@@ -106,14 +107,35 @@ def test_another_recipe_on_resume_is_that_recipe():
     assert (again.epochs, again.weight_decay) == (30, 0.3)
 
 
-def test_what_was_switched_on_can_be_switched_off_on_resume():
-    on = "--auto-augment rand --ra-magnitude 7 --clip-grad 2 --mixup 0.2 --random-erase 0.1 --ra-reps 3"
-    first = dataclasses.asdict(_resolve(on))
-    names = ("auto_augment", "clip_grad", "mixup", "random_erase", "ra_reps", "ra_magnitude")
-    kept = dataclasses.asdict(_resolve("--resume auto", previous=first))
-    assert [kept[name] for name in names] == ["rand", 2, 0.2, 0.1, 3, 7]
-    off = (
-        "--auto-augment none --clip-grad 0 --mixup 0 --random-erase 0 --ra-reps 1 --ra-magnitude 9"
-    )
-    again = dataclasses.asdict(_resolve(f"--resume auto {off}", previous=first))
-    assert [again[name] for name in names] == ["none", 0, 0, 0, 1, 9]
+@pytest.mark.parametrize(
+    ("sizes", "scale", "train_sizes"),
+    [
+        ("224 192 160 128 96", "0.875", (196, 168, 140, 112, 84)),
+        ("224 160", "0.7857", (176, 124)),  # torchvision's 176 for 224
+        ("32 24 16", "0.875", (28, 20, 12)),
+        ("10 7 5", "0.9", (8, 7, 4)),  # never larger
+        ("16 6", "0.25", (4, 4)),  # what the smallest resize makes
+        ("30 17", "1", (30, 17)),
+    ],
+)
+def test_training_sizes_are_the_nearest_multiples_of_four(sizes, scale, train_sizes):
+    assert _resolve(f"--sizes {sizes} --train-size-scale {scale}").train_sizes == train_sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "off"),
+    [
+        ("auto_augment", "rand", "none"),
+        ("clip_grad", 2.0, 0.0),
+        ("mixup", 0.2, 0.0),
+        ("ra_magnitude", 7, 9),
+        ("ra_reps", 3, 1),
+        ("random_erase", 0.1, 0.0),
+        ("train_size_scale", 0.5, 1.0),
+    ],
+)
+def test_what_was_switched_on_stays_so_on_resume_and_can_be_switched_off(name, on, off):
+    flag = "--" + name.replace("_", "-")
+    first = dataclasses.asdict(_resolve(f"{flag} {on}"))
+    assert getattr(_resolve("--resume auto", previous=first), name) == on
+    assert getattr(_resolve(f"--resume auto {flag} {off}", previous=first), name) == off

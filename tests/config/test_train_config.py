@@ -67,6 +67,7 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
             "--aa rand-m7-mstd0.5-inc1",
             "is --auto-augment rand --ra-magnitude 7",
         ),
+        ("--train-size-scale 1.1", "--train-size-scale 1.1: must be from 0.25 to 1"),
         ("--ra-reps 0", "--ra-reps 0: at least 1"),
         ("--aug-repeats 101", "--ra-reps 101: at least 1, and 100 at most"),
         ("--random-erase 1.1", "--random-erase 1.1: must be a share from 0 to 1"),

@@ -8,7 +8,7 @@ from torch import nn
 from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.models import factory
-from rsnet.models.shapes import check_sizes
+from rsnet.models.shapes import check_sizes, gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 
 
@@ -31,6 +31,20 @@ def test_whatever_a_forward_raises_is_one_line_that_names_the_sizes_that_work():
         check_sizes(ResolutionSwitchable(_Windowed(), (56, 40, 28)), "parallel_x")
     message = "--sizes: parallel_x does not work at 40 (no window for 40); of these sizes, it works at 56 28"
     assert str(error.value) == message
+
+
+def test_the_sizes_of_training_images_are_asked_for_too():
+    model = ResolutionSwitchable(_Windowed(), (56, 28))
+    with pytest.raises(
+        UsageError, match=r"^--train-size-scale 0.9: parallel_x does not work at 52 "
+    ):
+        check_sizes(model, "parallel_x", (52, 28), "--train-size-scale 0.9")
+
+
+def test_an_image_costs_what_it_costs_a_network_of_its_size():
+    smaller = ModelConfig("parallel_resnet10", 3, (48, 24), width_mult=0.125)
+    models = [factory.create_model(c) for c in (smaller, smaller.with_sizes((64, 32)))]
+    assert gmacs(models[0], 48) == gmacs(models[1], 48) < gmacs(models[1], 64)
 
 
 def test_a_network_is_asked_once_whether_it_takes_its_sizes(monkeypatch):

@@ -66,7 +66,9 @@ def make(request: pytest.FixtureRequest) -> Any:
 
 readers_only = pytest.mark.parametrize("make", READERS, indirect=True)
 # All that is drawn for a sample.
-AUGMENTED = {"auto_augment": "rand", "random_erase": 0.5, "repeats": 2}
+AUGMENTED = {
+    "auto_augment": "rand", "random_erase": 0.5, "repeats": 2, "train_sizes": (56, 40, 28),
+}  # fmt: skip
 
 
 def epoch_of(loader, epoch=0):
@@ -83,6 +85,17 @@ def test_images_are_channels_last_of_every_size(make, spec):
             assert x.is_contiguous(memory_format=torch.channels_last)
         assert batch.labels.dtype == torch.int64
         assert batch.labels.shape == (4,)
+
+
+def test_training_images_may_be_smaller(make, spec):
+    sizes = (56, 40, 28)
+    train, val, _ = make(replace(spec, train_sizes=sizes))
+    for one, other in zip(
+        epoch_of(train), epoch_of(make(replace(spec, sizes=sizes)).train), strict=True
+    ):
+        assert [x.shape[-1] for x in one.images] == list(sizes)
+        assert all(torch.equal(x, y) for x, y in zip(one.images, other.images, strict=True))
+    assert [x.shape[-1] for x in epoch_of(val)[0].images] == list(SIZES)
 
 
 def test_images_come_in_the_compute_dtype(make, spec):
