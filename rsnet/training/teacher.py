@@ -88,7 +88,8 @@ def read_teacher(
         return given, None
     if argument == NONE:
         for name in ("size", "weight", "temperature"):
-            if getattr(given, f"teacher_{name}") is not None:
+            # A recorded command says none, and has values for these, too.
+            if given.teacher is None and getattr(given, f"teacher_{name}") is not None:
                 raise UsageError(f"--teacher-{name}: there is no teacher; give one by --teacher")
         return given, None
     is_same = argument.partition(PIN)[0] == before.partition(PIN)[0]

@@ -17,7 +17,9 @@ from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.evaluation.evaluate import evaluate
+from rsnet.models import resnet
 from rsnet.models.factory import create_model
+from rsnet.models.teacher import Teacher
 from rsnet.profiler.step_profiler import time_steps
 from rsnet.training.trainer import make_trainer
 
@@ -25,14 +27,15 @@ SIZES = (32, 24, 16)
 LINE = "--arch parallel_resnet10 --width-mult 0.25 --stem small --sizes 32 24 16 -b 4 --amp off"
 
 
-def _trainer(*more: str, dtype=torch.float32):
+def _trainer(*more: str, dtype=torch.float32, teacher=None):
     config, _ = parse(DaliOptions, ["--data", "d", *LINE.split(), *more])
     config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
     torch.manual_seed(0)
     bits = {"mode": config.mode, "qw": config.qw, "qa": config.qa}
     model = create_model(ModelConfig(config.arch, 10, SIZES, width_mult=0.25, stem="small", **bits))
     model = model.to(dtype, memory_format=torch.channels_last)
-    return make_trainer(config, model, 10, 100, torch.device("cpu")), model
+    trainer = make_trainer(config, model, 10, 100, torch.device("cpu"), teacher=teacher)
+    return trainer, model
 
 
 def _batches(dtype=torch.float32):
@@ -74,7 +77,10 @@ def test_a_compiled_training_is_the_eager_one(kind, updates, dtype):
 
 @pytest.mark.parametrize("kind", [[], pytest.param(QUANTIZED, marks=pytest.mark.slow)])
 def test_a_compiled_step_is_one_graph(batches, monkeypatch, kind):
-    """Whatever compiles it: nothing in a step breaks the graph, and no later step compiles anew."""
+    """Whatever compiles it: nothing in a step breaks the graph, and no later step compiles anew.
+
+    The teacher's forward is another.
+    """
     graphs = []
 
     def backend(module, _inputs):
@@ -83,14 +89,17 @@ def test_a_compiled_step_is_one_graph(batches, monkeypatch, kind):
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend=backend, **more))
-    trainer, model = _trainer("--compile", *kind)
+    teacher = Teacher(resnet.scaled_resnet("resnet10", 10, 0.125).eval(), (24,), SIZES)
+    trainer, model = _trainer("--compile", *kind, teacher=teacher)
     times = time_steps(trainer, model, iter([b for b in batches.train for _ in range(2)]), 3)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     assert list(times.parts) == ["data", "forward and backward", "optimizer"]
     evaluate(model, batches.val, torch.device("cpu"))
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     # Counted outside, all at once: in the graph, each counter would be an operation of its own.
-    assert not [node for node in graphs[0].graph.nodes if "num_batches_tracked" in node.name]
+    assert not [
+        node for g in graphs for node in g.graph.nodes if "num_batches_tracked" in node.name
+    ]
     counters = [v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")]
     assert {int(counter) for counter in counters} == {trainer.step}
 

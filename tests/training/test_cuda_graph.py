@@ -20,6 +20,7 @@ from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.models.teacher import Teacher
 from rsnet.profiler.step_profiler import time_steps
 from rsnet.training import resume
 from rsnet.training.cuda_graph import WARM_UP
@@ -52,7 +53,9 @@ def _model(seed=0):
     return ResolutionSwitchable(network, SIZES).to(memory_format=torch.channels_last)
 
 
-def _trainer(model, ema=0.0, mixup=0.0, **more):
+def _trainer(model, ema=0.0, mixup=0.0, taught=False, **more):
+    if taught:
+        more["teacher"] = Teacher(_model(1).eval(), (12,), SIZES)
     schedule = _Rounded(0.3, "cosine", steps=2 * UPDATES, steps_per_epoch=UPDATES, warmup_steps=2)
     mix = Mixup(mixup, mixup, 5, 0) if mixup else None
     return Trainer(
@@ -116,6 +119,7 @@ VARIANTS = {
         1,
     ),
     "mixed samples, accumulated": ({"accumulate": 3, "mixup": 0.4, "most_skipped": 2}, 3),
+    "a teacher, accumulated": ({"accumulate": 2, "taught": True}, 2),
     "float16, accumulated": ({"amp": torch.float16, "accumulate": 2, "clip_grad": 0.5}, 2),
 }
 

@@ -241,6 +241,14 @@ def test_what_cannot_teach_is_one_line(wide, monkeypatch, teacher, size, error, 
     assert "\n" not in str(raised.value)
 
 
+def test_a_recorded_command_that_says_none_has_no_teacher():
+    given = _config(teacher="none", teacher_weight=1.0, teacher_temperature=1.0)
+    assert read_teacher(given, {}, print) == (given, None)
+    assert read_teacher(given, {"teacher": "timm/none"}, print) == (given, None)
+    evaluation = _config(teacher="timm/none", evaluate=True, resume="auto")
+    assert read_teacher(evaluation, {}, print) == (evaluation, None)
+
+
 def test_weights_that_are_not_finite_do_not_teach(wide, tmp_path):
     found = io.load(wide / "checkpoints" / "best.pt")
     weights = dict(found.model)
