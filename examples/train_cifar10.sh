@@ -27,7 +27,7 @@ options=("${@:3}")
 # would leave one pixel of an image of 32. The sizes are in pixels; 32 is the size of the files.
 rsnet train --data "$data" --output "$output/run" \
     --arch parallel_resnet10 --width-mult 0.25 --stem small --sizes 32 28 24 20 16 \
-    --recipe modern --epochs 2 --batch-size 128 --lr 0.1 --workers 1 "${options[@]}"
+    --recipe short --epochs 2 --batch-size 128 --lr 0.1 --workers 1 "${options[@]}"
 
 # The best weights with all that is needed to use them: config.json, model.safetensors, a model card.
 rsnet release "$output/run" --output "$output/release"

@@ -257,7 +257,7 @@ RUN_PAGES = (
 def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     """On a small folder with small sizes, narrow, without torchrun.
 
-    Other recipes are run by tests/scripts/test_modern_recipe.py, quantized networks by
+    Other recipes are run by tests/scripts/test_short_recipe.py, quantized networks by
     tests/scripts/test_quantized_training.py, with smaller networks.
     """
     monkeypatch.chdir(tmp_path)

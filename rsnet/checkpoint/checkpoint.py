@@ -24,6 +24,7 @@ from pipelines.utils.schema import (
 )
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.model_rules import require_network
+from rsnet.config.recipes import by_new_names
 
 FORMAT = 1
 
@@ -162,6 +163,7 @@ class Checkpoint:
             network = ModelConfig.from_dict(content["network"])
             require_network(network.to_dict(), "network.")
             require_fields(values, rules)
+            values["config"] = by_new_names(values.get("config", {}))
             return cls(**values | {"network": network})
         except (LookupError, TypeError, AttributeError) as error:
             raise DataError(f"it does not describe a network with its weights ({error})") from error

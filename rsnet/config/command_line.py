@@ -7,13 +7,15 @@ import functools
 import re
 import shlex
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from pipelines.utils.cli import exit_with_help, parse_options, with_config
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
+from rsnet.config.recipes import FORMER_NAMES
 from rsnet.config.train_config import TOPICS, TrainConfig
 
 Options = TypeVar("Options")
@@ -27,7 +29,8 @@ SHORTHANDS = {
 # Values by other names: the original's, and torchvision's.
 DECAYS = {"cos": "cosine"}
 AUGMENTATIONS = {"ta_wide": "trivial", "ra": "rand", "randaugment": "rand"}
-VALUES = {
+VALUES: dict[str, Mapping[str, str]] = {
+    "--recipe": FORMER_NAMES,
     "--lr-decay": DECAYS, "--sched": DECAYS,
     "--auto-augment": AUGMENTATIONS, "--aa": AUGMENTATIONS,
 }  # fmt: skip
@@ -42,9 +45,14 @@ def parse(
     """
     own: Any = options_type
     sources = [TrainConfig, own]
-    words = _plain(sys.argv[1:] if argv is None else argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    words = _plain(typed)
     exit_with_help(words, program, sources)
     completed = _plain(with_config(words, sources))
+    for word in typed:
+        name = word.removeprefix("--recipe=")
+        if name in FORMER_NAMES:
+            say(f"note: --recipe {name} is now --recipe {FORMER_NAMES[name]}", sys.stderr)
     parsed: Any = parse_options(_together(own), sources, completed, program)
     values: dict[str, Any] = {}
     for topic in TOPICS:

@@ -19,24 +19,28 @@ from rsnet.config.train_config import TrainConfig, TrainOptions
 
 # Options that a resumed run takes from its earlier part, unless they are given again.
 OF_A_RECIPE = {
+    "auto_augment",
+    "cutmix",
     "decay",
     "ema",
     "label_smoothing",
     "lr_decay",
+    "mixup",
+    "ra_reps",
+    "random_erase",
     "sgd",
+    "train_size_scale",
     "warmup",
-}  # unless the recipe changes
+}  # unless the recipe changes; fmt: skip
 TAKEN_OVER = OF_A_RECIPE | {
-    "auto_augment", "clip_grad", "cutmix", "epochs", "freeze", "mixup", "pretrained", "ra_magnitude",
-    "ra_reps", "random_erase", "recipe", "seed", "sizes_per_step", "teacher", "teacher_size",
-    "teacher_temperature", "teacher_weight", "train_size_scale", "weight_decay",
+    "clip_grad", "epochs", "freeze", "pretrained", "ra_magnitude", "recipe", "seed", "sizes_per_step",
+    "teacher", "teacher_size", "teacher_temperature", "teacher_weight", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
-    "seed": 0, "clip_grad": 0.0, "mixup": 0.0, "cutmix": 0.0, "auto_augment": "none",
-    "ra_magnitude": 9, "random_erase": 0.0, "ra_reps": 1, "train_size_scale": 1.0, "freeze": "none",
-    "teacher": "none", "teacher_weight": 1.0, "teacher_temperature": 1.0,
+    "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "teacher": "none",
+    "teacher_weight": 1.0, "teacher_temperature": 1.0,
 }  # fmt: skip
 
 
@@ -183,7 +187,7 @@ def resolve(
 def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
     """Return the value that each option has where none is given, for the network and batches of `config`.
 
-    Learning rate and averaging follow the images of an update, the modern recipe's parts the epochs.
+    Learning rate and averaging follow the images of an update, short's and strong's parts the epochs.
     """
     global_batch, quantized = config.global_batch(world_size), config.is_quantized
     own, fitted = (

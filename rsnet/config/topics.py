@@ -116,13 +116,13 @@ class OptimizerOptions(Generic[Unset]):
     """Optimizer."""
 
     lr: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
-    """Learning rate. Unset: the paper's 0.1 (MobileNets 0.05) times global batch / 256."""
+    """Learning rate. Unset: the recipe's 0.1 (strong 0.125, MobileNets 0.05) times global batch / 256."""
 
     momentum: float = 0.9
     """SGD's momentum."""
 
     weight_decay: Annotated[float | Unset, arg(aliases=("--wd",), metavar="FLOAT")] = UNSET
-    """Weight decay. Unset: the paper's 1e-4 (MobileNets 4e-5, quantized 5e-5)."""
+    """Weight decay. Unset: the recipe's (1e-4, MobileNets 4e-5, quantized 5e-5; strong 2e-5)."""
 
     sgd: Annotated[
         Literal["plain", "nesterov"] | Unset, arg(aliases=("--opt",), metavar="{plain,nesterov}")
@@ -131,7 +131,7 @@ class OptimizerOptions(Generic[Unset]):
 
     decay: Annotated[Literal["all", "weights"] | Unset, arg(metavar="{all,weights}")] = UNSET
     """Parameters with weight decay; weights: none on norm layers, biases and alpha. --norm-weight-decay is
-    the same as all, --no-norm-weight-decay as weights. Unset: the recipe's (paper all, modern and quantized
+    the same as all, --no-norm-weight-decay as weights. Unset: the recipe's (paper all, others and quantized
     weights)."""
 
     accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
@@ -143,25 +143,26 @@ class OptimizerOptions(Generic[Unset]):
 
     ema: Annotated[float | Unset, arg(aliases=("--model-ema-decay",), metavar="FLOAT")] = UNSET
     """Decay per update of averaged weights, which are then what is evaluated; 0: no averaging. Unset: the
-    recipe's (paper 0, modern by epochs and batch size)."""
+    recipe's (paper 0, others by epochs and batch size)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(Generic[Unset]):
     """Recipe, epochs and learning rate schedule."""
 
-    recipe: Annotated[RecipeName | Unset, arg(metavar="{paper,modern}")] = UNSET
-    """Defaults of options that are not given: the paper's, or those common today. Unset: paper."""
+    recipe: Annotated[RecipeName | Unset, arg(metavar="{paper,short,strong}")] = UNSET
+    """Defaults of options that are not given: the paper's, for few epochs, or for many and much augmented.
+    Unset: paper."""
 
     epochs: Annotated[int | Unset, arg(metavar="INT")] = UNSET
-    """Epochs of training. Unset: the paper's 120, or 150 for MobileNets."""
+    """Epochs of training. Unset: the recipe's (paper and short 120, MobileNets 150; strong 600)."""
 
     lr_decay: Annotated[
         Literal["cosine", "step", "linear", "schedule"] | Unset,
         arg(aliases=("--sched",), metavar="{cosine,step,linear,schedule}"),
     ] = UNSET
     """cosine, also cos, and linear fall to zero by iteration; step and schedule by --gamma at epochs. Unset:
-    the recipe's (cosine; quantized: schedule; modern: linear up to 87 epochs)."""
+    the recipe's (cosine; quantized: schedule; short: linear up to 87 epochs)."""
 
     step: int = 30
     """Epochs between decays of --lr-decay step."""
@@ -173,7 +174,7 @@ class ScheduleOptions(Generic[Unset]):
     """Factor of a decay of step and schedule."""
 
     warmup: Annotated[int | Unset, arg(aliases=("--warmup-epochs",), metavar="INT")] = UNSET
-    """Epochs of linear warm-up. Unset: the recipe's (paper 0, modern up to 5)."""
+    """Epochs of linear warm-up. Unset: the recipe's (paper 0, short up to 5, strong 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,33 +188,33 @@ class AugmentationOptions(Generic[Unset]):
         AutoAugmentOption | Unset, arg(aliases=("--aa",), metavar="{none,trivial,rand}")
     ] = UNSET
     """torchvision's TrivialAugmentWide (also ta_wide), or its RandAugment of two operations (also ra), on the
-    crop. Unset: none."""
+    crop. Unset: none; strong trivial."""
 
     ra_magnitude: Annotated[int | Unset, arg(metavar="INT")] = UNSET
     """Magnitude of RandAugment, 0 to 30. Unset: 9."""
 
     mixup: Annotated[float | Unset, arg(aliases=("--mixup-alpha",), metavar="FLOAT")] = UNSET
-    """Alpha of mixup, which mixes alike at all sizes. Unset: 0, off."""
+    """Alpha of mixup, which mixes alike at all sizes. Unset: 0, off; strong 0.2."""
 
     cutmix: Annotated[float | Unset, arg(aliases=("--cutmix-alpha",), metavar="FLOAT")] = UNSET
-    """Alpha of CutMix, which pastes the same box at all sizes. Unset: 0, off."""
+    """Alpha of CutMix, which pastes the same box at all sizes. Unset: 0, off; strong 1."""
 
     random_erase: Annotated[float | Unset, arg(aliases=("--reprob",), metavar="FLOAT")] = UNSET
     """Share of the images of which one box is erased, set to the mean, the same part of the picture at all
-    sizes. Unset: 0."""
+    sizes. Unset: 0; strong 0.1."""
 
     ra_reps: Annotated[int | Unset, arg(aliases=("--aug-repeats",), metavar="INT")] = UNSET
     """Crops of an image in a step, over all processes (repeated augmentation); an epoch then has fewer images
-    and stays as long. Unset: 1."""
+    and stays as long. Unset: 1; strong 4."""
 
     train_size_scale: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
     """Train on images of --sizes times this (FixRes), to the nearest multiple of 4; evaluate at --sizes.
-    Unset: 1."""
+    Unset: 1; strong 176/224."""
 
     label_smoothing: Annotated[float | Unset, arg(aliases=("--smoothing",), metavar="FLOAT")] = (
         UNSET
     )
-    """Share of a label that is spread over all classes. Unset: the recipe's (paper 0, modern 0.1)."""
+    """Share of a label that is spread over all classes. Unset: the recipe's (paper 0, others 0.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)

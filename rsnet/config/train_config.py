@@ -12,6 +12,7 @@ from typing import Any, Generic, get_type_hints
 from pipelines.utils.errors import DataError
 from rsnet.config.model_config import canonical_arch
 from rsnet.config.option_rules import require_valid
+from rsnet.config.recipes import FORMER_NAMES
 from rsnet.config.topics import (
     AugmentationOptions,
     CheckpointOptions,
@@ -52,6 +53,8 @@ class TrainOptions(
     def __post_init__(self) -> None:
         if self.arch is not None:
             object.__setattr__(self, "arch", canonical_arch(str(self.arch)))
+        if (new := FORMER_NAMES.get(str(self.recipe))) is not None:
+            object.__setattr__(self, "recipe", new)
         require_valid(self)
 
     @property

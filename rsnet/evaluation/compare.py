@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pipelines.utils.errors import UsageError
 from pipelines.utils.schema import parsing, read_json
 from rsnet.config.costs import require_gmacs
+from rsnet.config.recipes import by_new_names
 from rsnet.evaluation.plot_labels import label_points
 from rsnet.losses import ENSEMBLE
 
@@ -75,7 +76,7 @@ def read_run(path: Path) -> RunSummary:
             private=parameters["private"],
             images=images,
             seconds=seconds,
-            options=config,
+            options=by_new_names(config),
         )
 
 

@@ -20,6 +20,7 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import FULL
+from rsnet.config.recipes import by_new_names
 from rsnet.config.resolve import ResolvedConfig, output_directory
 from rsnet.config.topics import DEFAULT_ARCH
 from rsnet.config.train_config import TrainConfig, require_options, to_plain_dict
@@ -178,6 +179,7 @@ def _noted(path: Path) -> dict[str, Any]:
         noted = read_json(path, "the checkpoint's are taken")
         if not isinstance(noted, dict) or "imported" in noted:
             return {}
+        noted = by_new_names(noted)
         require_options(noted, str(path))
     except DataError:  # also if there is none
         return {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
+from pathlib import Path
 
 import pytest
 
 from pipelines.dali import DaliOptions
 from rsnet.config.command_line import parse
-from rsnet.config.recipes import PAPER, Recipe, get_recipe
+from rsnet.config.recipes import PAPER, Recipe, by_new_names, get_recipe
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 
@@ -52,16 +53,16 @@ def test_what_is_quantized_has_the_recipe_of_the_authors_quantized_code(bits):
     ("epochs", "warmup", "lr_decay"),
     [(3, 0, "cosine"), (16, 2, "linear"), (30, 2, "linear"), (88, 5, "cosine"), (120, 5, "cosine")],
 )
-def test_the_modern_recipe_fits_the_epochs(epochs, warmup, lr_decay):
-    c = _resolve(f"--recipe modern --epochs {epochs}")
+def test_the_short_recipe_fits_the_epochs(epochs, warmup, lr_decay):
+    c = _resolve(f"--recipe short --epochs {epochs}")
     assert (c.epochs, c.warmup, c.lr_decay) == (epochs, warmup, lr_decay)
     assert (c.label_smoothing, c.decay, c.lr) == (0.1, "weights", PAPER.lr)
 
 
-def test_the_modern_average_reaches_back_over_the_same_share_of_any_training():
+def test_the_short_average_reaches_back_over_the_same_share_of_any_training():
     """Its memory, 1 / (1 - decay) updates of 1,281,167 / batch an epoch, is 2 epochs of 120 or 2 / 120."""
     for epochs, batch in ((120, 256), (30, 256), (120, 2048), (16, 1024)):
-        decay = get_recipe("modern", "parallel_resnet50", epochs, batch).ema
+        decay = get_recipe("short", "parallel_resnet50", epochs, batch).ema
         share = 1 / (1 - decay) / (epochs * 1281167 / batch)
         assert share == pytest.approx(1.67e-2, rel=0.02)
 
@@ -75,7 +76,7 @@ def test_the_modern_average_reaches_back_over_the_same_share_of_any_training():
 )  # fmt: skip
 def test_each_option_wins_over_the_recipe_and_changes_nothing_else(option):
     name, value = option.removeprefix("--").replace("-", "_").split()
-    changed, plain = (_resolve(f"--recipe modern --epochs 40 {o}") for o in (option, ""))
+    changed, plain = (_resolve(f"--recipe short --epochs 40 {o}") for o in (option, ""))
     differing = {
         f.name
         for f in dataclasses.fields(plain)
@@ -85,9 +86,26 @@ def test_each_option_wins_over_the_recipe_and_changes_nothing_else(option):
     assert str(getattr(changed, name)) == value
 
 
+def test_the_strong_recipe_is_torchvisions_new_one_on_the_papers_optimizer():
+    c = _resolve("--recipe strong --batch-size 1024")
+    assert (c.epochs, c.lr, c.warmup, c.lr_decay, c.sgd) == (600, 0.5, 5, "cosine", "plain")
+    assert (c.weight_decay, c.decay, c.label_smoothing) == (2e-5, "weights", 0.1)
+    assert (c.mixup, c.cutmix, c.auto_augment) == (0.2, 1.0, "trivial")
+    assert (c.random_erase, c.ra_reps, c.train_sizes[0]) == (0.1, 4, 176)
+    # 2 epochs of 120, as a share of the training.
+    assert 1 / (1 - c.ema) == pytest.approx(600 * 1281167 / 1024 / 60, rel=0.03)
+
+
+def test_modern_is_a_former_name_of_the_short_recipe(capsys):
+    config, _ = parse(DaliOptions, shlex.split("--data /d --recipe modern"))
+    assert config.recipe == TrainConfig(data=Path("/d"), recipe="modern").recipe == "short"
+    assert capsys.readouterr().err == "note: --recipe modern is now --recipe short\n"
+    assert by_new_names({"recipe": "modern", "lr": 1}) == {"recipe": "short", "lr": 1}
+
+
 def test_a_continued_run_keeps_its_recipe():
     first = dataclasses.asdict(
-        _resolve("--recipe modern --epochs 16 --mixup 0.2 --sizes-per-step 2")
+        _resolve("--recipe short --epochs 16 --mixup 0.2 --sizes-per-step 2")
     )
     again = _resolve("--resume auto", previous=first)
     for name in ("recipe", "epochs", "warmup", "ema", "mixup", "sizes_per_step", "decay"):
@@ -100,7 +118,7 @@ def test_a_run_with_all_sizes_a_step_bounds_no_other_sizes():
 
 
 def test_another_recipe_on_resume_is_that_recipe():
-    first = dataclasses.asdict(_resolve("--recipe modern --epochs 30 --weight-decay 0.3"))
+    first = dataclasses.asdict(_resolve("--recipe short --epochs 30 --weight-decay 0.3"))
     again = _resolve("--resume auto --recipe paper", previous=first)
     assert (again.ema, again.label_smoothing, again.warmup) == (0.0, 0.0, 0)
     assert (again.decay, again.lr_decay) == ("all", "cosine")

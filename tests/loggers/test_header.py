@@ -40,8 +40,8 @@ def _context(*words: str) -> RunContext:
     [
         ("", ""),
         ("--arch parallel_mobilenetv2 --batch-size 64 --accumulate 2 --output o --amp off", ""),
-        ("--recipe modern", "--recipe modern"),
-        ("--recipe modern --epochs 16", "--recipe modern --epochs 16"),
+        ("--recipe short", "--recipe short"),
+        ("--recipe short --epochs 16", "--recipe short --epochs 16"),
         ("--epochs 120 --lr 0.1 --decay all --warmup 0 --sizes 96 128 160 192 224", ""),
         ("--lr 0.2 --no-kd --batch-size 64", "--lr 0.2 --no-kd"),
         ("--qw 2 --sizes 64 32 --warmup 3", "--sizes 64 32 --qw 2 --warmup 3"),

@@ -13,7 +13,7 @@ from rsnet.checkpoint import io as checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.train import main
-from tests.scripts.test_modern_recipe import _stops_before
+from tests.scripts.test_short_recipe import _stops_before
 
 RUN = ["--arch", "parallel_resnet10", "--width-mult", "0.125", "--stem", "small", "--workers", "1"]
 RUN += ["--sizes", "32", "24", "16", "--batch-size", "8", "--wandb", "disabled", "--amp", "off"]

@@ -1,4 +1,4 @@
-"""train_dali.py with what the modern recipe and its neighbours add, as a user calls it."""
+"""train_dali.py with what the short recipe and its neighbours add, as a user calls it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rsnet.train import main
 RUN = ["--arch", "parallel_resnet10", "--width-mult", "0.125", "--stem", "small", "--workers", "1"]
 RUN += ["--sizes", "32", "24", "16", "--batch-size", "8", "--wandb", "disabled", "--amp", "off"]
 MODERN = [
-    "--recipe", "modern", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1", "--auto-augment", "trivial",
+    "--recipe", "short", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1", "--auto-augment", "trivial",
     "--sizes-per-step", "2", "--blurpool", "--random-erase", "0.5", "--ra-reps", "2",
 ]  # fmt: skip
 
@@ -33,13 +33,13 @@ def train(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_modern_run_resumes_to_the_same_weights_and_evaluates_its_average(
+def test_a_short_run_resumes_to_the_same_weights_and_evaluates_its_average(
     train, photos, tmp_path, monkeypatch
 ):
     code, _, err = train("--data", photos, *RUN, *MODERN, "--epochs", 2, "-c", tmp_path / "whole")
     assert code == 0, err
     command = (tmp_path / "whole" / "command.txt").read_text()
-    for flag in ("--recipe modern", "--decay weights", "--ema 0.5", "--label-smoothing 0.1"):
+    for flag in ("--recipe short", "--decay weights", "--ema 0.5", "--label-smoothing 0.1"):
         assert flag in command
     whole = checkpoint.load(tmp_path / "whole" / "checkpoints" / "last.pt")
 
