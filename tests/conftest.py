@@ -23,7 +23,7 @@ from pipelines.ffcv import ConvertOptions, convert_or_verify
 from pipelines.utils.cli import EXTRAS, command
 from rsnet.profiler import step_profiler as profile
 from rsnet.profiler import sweep as profile_sweep
-from tests.helpers import betons, faults
+from tests.helpers import betons, faults, plots
 from tests.helpers.clock import Clock
 from tests.helpers.wandb_server import WandbServer
 
@@ -75,26 +75,14 @@ def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
-def _save_a_pixel(_figure: object, path: Path, **_options: object) -> None:
-    Image.new("RGB", (1, 1)).save(path, "PNG")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _undrawn_plots() -> Iterator[dict[str, Any]]:
-    """Save one pixel for each plot: to draw takes more time than the rest of a small training.
-
-    Commands in processes of their own draw theirs. Yields the methods that draw, by their names.
-    """
+    """Draw no plots, see tests.helpers.plots; yields the methods that would, by their names."""
     if importlib.util.find_spec("matplotlib") is None:
         yield {}
         return
-    from matplotlib.figure import Figure
-
-    drawing = {"savefig": Figure.savefig, "draw_without_rendering": Figure.draw_without_rendering}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", _save_a_pixel)
-        patch.setattr(Figure, "draw_without_rendering", lambda _: None)
-        yield drawing
+        yield plots.leave_undrawn(patch.setattr)
 
 
 @pytest.fixture

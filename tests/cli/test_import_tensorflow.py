@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +29,16 @@ def _write(path: Path, variables) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tensorpack") / "model.npz"
+    return _write(path, saved(Graph(18, "resnet", qw=2, qa=32), SIZES))
+
+
 @pytest.fixture
-def npz(tmp_path) -> Path:
-    return _write(tmp_path / "model.npz", saved(Graph(18, "resnet", qw=2, qa=32), SIZES))
+def npz(written, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copy(written, tmp_path / "model.npz")
 
 
 def test_an_imported_run_is_evaluated(npz, photos, tmp_path, monkeypatch, capsys):

@@ -43,7 +43,9 @@ def torchrun(ranks: int, words: Sequence[str], *more: str) -> list[str]:
 
 def start(words: Sequence[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """In a session of its own, so that all its processes can be killed. `more`: of the environment."""
-    return processes.start(words, {"PYTHONUNBUFFERED": "1"} | dict(more or {}))
+    return processes.start(
+        words, {"PYTHONUNBUFFERED": "1", "UNDRAWN_PLOTS": "1"} | dict(more or {})
+    )
 
 
 def finish(words: Sequence[str], code: int | None = 0) -> tuple[str, str]:

@@ -56,10 +56,10 @@ QUANTIZED = ["--mode", "preact", "--qw", "2", "--qa", "2"]
 # value comes that close to a threshold.
 @pytest.mark.slow  # minutes of compilation
 @pytest.mark.parametrize(
-    ("kind", "updates", "dtype"), [([], 4, torch.float32), (QUANTIZED, 1, torch.float64)]
+    ("kind", "updates", "dtype"), [([], 3, torch.float32), (QUANTIZED, 1, torch.float64)]
 )
 def test_a_compiled_training_is_the_eager_one(kind, updates, dtype):
-    """A graph with all sizes, K = 2 of them, and the evaluation, which is not compiled."""
+    """A graph of K = 2 sizes, the same in all of the updates, and the evaluation, which is not compiled."""
     ends, batches = [], _batches(dtype)
     for more in (["--compile"], []):
         trainer, model = _trainer("--sizes-per-step", "2", *kind, *more, dtype=dtype)
@@ -102,6 +102,30 @@ def test_a_compiled_step_is_one_graph(batches, monkeypatch, kind):
     ]
     counters = [v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")]
     assert {int(counter) for counter in counters} == {trainer.step}
+
+
+@pytest.mark.slow
+def test_other_sizes_of_a_step_are_another_graph_with_the_eager_losses(batches, monkeypatch):
+    """At seed 0, the fourth update is the first with 32 and 24 in place of 32 and 16."""
+    graphs = []
+
+    def backend(module, _inputs):
+        graphs.append(module)
+        return module.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend=backend, **more))
+    losses, counts = {}, []
+    for more in ("--compile", "--no-compile"):
+        trainer, _ = _trainer("--sizes-per-step", "2", more)
+        trainer.objective.train()
+        losses[more] = []
+        for batch in islice(batches.train, 4):
+            losses[more].append(trainer.forward_backward(batch, last=True)["total"].item())
+            trainer.update()
+            counts.append(len(graphs))
+    assert counts == [1, 1, 1, 2, 2, 2, 2, 2]
+    assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=1e-5)
 
 
 def test_without_a_compiler_there_is_one_line(photos, tmp_path, monkeypatch, capsys):
