@@ -101,7 +101,7 @@ _TORCHRUN = (
     "ddp strategy"
 )
 BY_LAUNCHER = (
-    "torchrun starts one process a GPU, as `torchrun --nproc_per_node 8 train_dali.py`; "
+    "torchrun starts one process a GPU, as `torchrun --nproc-per-node 8 -m rsnet train`; "
     "CUDA_VISIBLE_DEVICES chooses them"
 )
 

@@ -249,6 +249,17 @@ def test_two_machines_train_one_run_also_when_one_is_lost(photos, pair, tmp_path
 
 
 @pytest.mark.slow
+def test_torchrun_starts_the_command_as_the_script(photos, pair, tmp_path):
+    """As README.md has it. Ranks are fresh interpreters."""
+    run = tmp_path / "run"
+    _, _, *options = command(photos, run, "-b", "2")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out, _ = finish([sys.executable, *launcher, "-m", "rsnet", "train", *options])
+    assert "4 = 2 images x 2 processes x 1 accumulated" in out
+    assert_same_end(run, pair)
+
+
+@pytest.mark.slow
 def test_processes_without_torchrun_find_each_other(photos, pair, tmp_path):
     """As under Slurm, which sets what the script makes of it, and signals the processes themselves."""
     run = tmp_path / "run"
