@@ -20,6 +20,6 @@ oldest() { # NAME: its requirement
 "$UV" pip install --quiet --python "$PYTHON" --constraints .venv-oldest/constraints.txt \
     --editable ".[$(echo $EXTRAS | tr ' ' ',')]" --group dev "$(oldest torch)" "$(oldest torchvision)"
 # torch 2.11 warns of itself when it imports its compiler and when it saves an exported program.
-exec env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --dist loadfile \
+exec env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --dist worksteal \
     -W 'ignore:`torch.jit.script_method` is deprecated:DeprecationWarning' \
     -W 'ignore:The given buffer is not writable:UserWarning' "$@"

@@ -269,7 +269,8 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     small += ["--profile-steps", "1", "--profile-limit", "1"]
     blocks = [block for wanted in RUN_PAGES for page, block in _blocks("sh") if page == wanted]
     ran = 0
-    for number, line in enumerate(line for block in blocks for line in block.splitlines()):
+    lines = dict.fromkeys(line for block in blocks for line in block.splitlines())  # each once
+    for number, line in enumerate(lines):
         if "/imagenet" not in line and " import " not in line:
             continue
         if line.startswith(("torchrun", "sbatch")) or "--recipe" in line or "--real" in line:
