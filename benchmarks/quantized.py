@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ def make_step(arch: str, kind: str, o: Options, device: torch.device) -> Callabl
     """A call is an update on noise, with what this trainer does by default on the device."""
     mode, qw, qa, _ = KINDS[kind]
     config = TrainConfig(
-        data=Path(), arch=arch, sizes=o.sizes, batch_size=o.batch_size, mode=mode, qw=qw, qa=qa
+        data=".", arch=arch, sizes=o.sizes, batch_size=o.batch_size, mode=mode, qw=qw, qa=qa
     )
     resolved = resolve(
         config,

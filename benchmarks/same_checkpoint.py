@@ -46,7 +46,7 @@ def main(o: Options) -> None:
     top1: dict[str, dict[str, float]] = {}
     for name, (options, make_loaders, data) in backends.items():
         config = TrainConfig(
-            data=data, evaluate=True, resume=str(o.checkpoint), batch_size=o.batch_size
+            data=str(data), evaluate=True, resume=str(o.checkpoint), batch_size=o.batch_size
         )
         for size, scores in run(name, config, options, make_loaders).items():
             top1.setdefault(str(size), {})[name] = round(scores["top1"], 2)

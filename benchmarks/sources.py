@@ -70,7 +70,7 @@ def prepare(options: Options) -> dict[str, Path]:
     ]
     csv.write_csv(Table.from_pylist(rows), table)
     output = options.folder / "shards"
-    write_shards(ShardsOptions(options.data, output, shard_size="100MB"))
+    write_shards(ShardsOptions(str(options.data), output, shard_size="100MB"))
     return {"folder": options.data, "table": table, "shards": output}
 
 

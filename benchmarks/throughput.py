@@ -261,7 +261,7 @@ def make_model(arch: str, o: Options) -> ResolutionSwitchable:
 
 def _config(arch: str, o: Options, amp: Amp) -> ResolvedConfig:
     config = TrainConfig(
-        data=o.data or Path(), arch=arch, sizes=o.sizes, batch_size=o.batch_size, lr=LR, momentum=MOMENTUM,
+        data=str(o.data or "."), arch=arch, sizes=o.sizes, batch_size=o.batch_size, lr=LR, momentum=MOMENTUM,
         weight_decay=DECAY, amp=None if amp == "auto" else amp, epochs=100,
     )  # fmt: skip
     kind = "cuda" if device_in_use().type == "cuda" else "cpu"

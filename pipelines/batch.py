@@ -80,7 +80,7 @@ class LoaderSpec:
     extra_sizes: of training batches, after `sizes`: the same crop at other sizes, flipped as the largest is.
     """
 
-    data: Path
+    data: str | Path
     sizes: tuple[int, ...]
     batch_size: int
     device: torch.device

@@ -132,20 +132,25 @@ def whole(photos, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture
-def s3(monkeypatch):
-    """An S3 server on localhost (tests.helpers.s3_server), which this process and its children find."""
-    from s3fs import S3FileSystem
-
+@pytest.fixture(scope="session")
+def _s3_server():
     from tests.helpers.s3_server import S3Server
 
     server = S3Server()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()  # those of another server
     yield server
     server.stop()
+
+
+@pytest.fixture
+def s3(_s3_server, monkeypatch):
+    """An S3 server on localhost (tests.helpers.s3_server), which this process and its children find."""
+    from s3fs import S3FileSystem
+
+    _s3_server.reset()
+    for name, value in _s3_server.environment.items():
+        monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()
+    return _s3_server
 
 
 needs_ffcv = pytest.mark.skipif(

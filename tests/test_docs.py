@@ -43,7 +43,7 @@ SCRIPTS = {
     "train_ffcv.py": (ffcv.FfcvOptions, ffcv.make_loaders),
 }
 # Programs that are not ours: what follows is not looked at, unless it is one of our scripts.
-OTHERS = ("pip install ", "source .venv/bin/activate", "git clone ", "conda ", "hf auth ")
+OTHERS = ("pip install ", "source .venv/bin/activate", "git clone ", "conda ", "hf auth ", "aws ")
 README_BYTES = 8192
 
 

@@ -85,7 +85,7 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
             _note_formats(source)
         return source
 
-    train, val = open_splits(spec.data, spec.splits, with_train, prepare)
+    train, val = open_splits(spec.data, spec.splits, with_train, prepare, options)
     if speaks and spec.splits.val_fraction is not None:
         announce(train, val)
     return Loaders(
@@ -194,6 +194,7 @@ class DaliLoader(ScheduledLoader):
             self._resizer.close()
         self._pipeline, self._resizer, self._started = None, None, False
         self._feed.stop()
+        self._source.stop()
 
     def _drain(self) -> None:
         """Discard the batches that an earlier, abandoned iteration had asked for."""
@@ -323,7 +324,7 @@ class _Feed:
                 rows = self._schedule.rows(indices).tolist()
                 yield indices, path_batch([self._source.locate(i) for i in rows])
             return
-        yield from ordered_map(self._encoded, batches, self._threads)
+        yield from ordered_map(self._encoded, batches, self._threads, self._source.stop)
 
     def _encoded(self, indices: Indices) -> tuple[Indices, list[Any]]:
         rows = self._schedule.rows(indices).tolist()

@@ -14,13 +14,14 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
+from pipelines.sources.options import CacheOptions
 from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
 
 
 @dataclass(frozen=True)
-class DaliOptions:
+class DaliOptions(CacheOptions):
     """Reading with DALI."""
 
     workers: Annotated[int, arg(aliases=("-j",))] = field(default_factory=default_workers)
@@ -43,6 +44,7 @@ class DaliOptions:
     """File that `rsnet verify --report` wrote. Unset: verified.json in --data."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_workers(self.workers)
         if not 0 <= self.decoder_hw_load <= 1:
             raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
@@ -53,14 +55,14 @@ class DaliOptions:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(CacheOptions):
     """Decode every image of DIR/train and DIR/val with DALI, and list those that it cannot decode.
 
     The result is kept in a report, which --skip-bad of a training reads; as long as the folder does not
     change, nothing is decoded again. Exit code: 0 if no bad image is left, 1 if there is one.
     """
 
-    data: Positional[Annotated[Path, arg(metavar="DIR")]]
+    data: Positional[Annotated[str, arg(metavar="DIR")]]
     """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of the two."""
 
     workers: Annotated[int, arg(aliases=("-j",))] = field(
@@ -78,5 +80,6 @@ class VerifyOptions:
     """Larger images are bad: a file of kilobytes can claim gigabytes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_workers(self.workers)
         require_megapixels(self.max_megapixels)

@@ -44,7 +44,7 @@ def verify(options: VerifyOptions) -> int:
     Raises UsageError for a mistake in the options, DataError if all images of a class are bad, RunError if
     an image or a folder cannot be read: then nothing is recorded.
     """
-    sources = open_each(options.data)
+    sources = open_each(options.data, options)
     for source in sources:
         _check_target(source, options.move_to)
     announce(*sources)
@@ -188,7 +188,7 @@ def _reasons(
     every = range(len(source))
     source.expect(np.arange(len(source)))
     batches = (every[i : i + BATCH] for i in range(0, len(every), BATCH))
-    for found in ordered_map(check, batches, options.workers):
+    for found in ordered_map(check, batches, options.workers, source.stop):
         yield from found
 
 

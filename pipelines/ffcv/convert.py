@@ -39,6 +39,7 @@ from pipelines.ffcv.sidecar import (
 )
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.sampler import Indices
+from pipelines.sources.location import location
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_split, open_splits
@@ -55,16 +56,18 @@ MAX_SIDE = 65500  # libjpeg's limit; FFCV's table has 16 bits for it
 LOCK = ".lock"  # in the output folder while a conversion writes into it
 
 
-def convert(options: ConvertOptions, data: Path, output: Path) -> None:
+def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     """Write `output`/SPLIT.beton for each of the splits, unless the same file is there already.
 
     Raises UsageError for a malformed folder, a lack of space or another file in the way, DataError for
     a broken image without --skip-bad or a file that cannot be written.
     """
     splits = _scan_splits(options, data)  # before anything is created
-    for name in ("train", "val"):
-        if output.resolve().is_relative_to((data / name).resolve()):
-            raise UsageError(f"--output: {output} lies among the images of {data / name}")
+    place = location(data)
+    roots = [place / "train", place / "val"] if isinstance(place, Path) else []
+    for root in roots:
+        if output.resolve().is_relative_to(root.resolve()):
+            raise UsageError(f"--output: {output} lies among the images of {root}")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,16 +132,16 @@ def _locked(output: Path) -> Iterator[None]:
         yield
 
 
-def _scan_splits(options: ConvertOptions, data: Path) -> list[_Split]:
+def _scan_splits(options: ConvertOptions, data: str | Path) -> list[_Split]:
     """Return the splits' images. Raises UsageError if one is malformed or the classes differ."""
     wanted = options.splits
     if set(wanted) == {"train", "val"} or options.placed != NO_OPTIONS:
-        train, val = open_splits(data, options.placed)
+        train, val = open_splits(data, options.placed, cache=options)
         assert train is not None
         sources: dict[str, Source] = {"train": train, "val": val}
     else:
         with error_context("--data"):
-            sources = {split: open_split(data, split) for split in wanted}
+            sources = {split: open_split(data, split, options) for split in wanted}
     announce(*(sources[split] for split in wanted))
     splits = []
     for source in (sources[split] for split in wanted):
@@ -327,5 +330,8 @@ def _encode(
     source = split.source
     source.expect(indices)
     return ordered_map(
-        lambda i: encoder(source.locate(i), partial(source.read, i), i), indices.tolist(), workers
+        lambda i: encoder(source.locate(i), partial(source.read, i), i),
+        indices.tolist(),
+        workers,
+        source.stop,
     )

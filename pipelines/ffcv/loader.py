@@ -56,11 +56,12 @@ from pipelines.sampler import (
     make_schedule,
     uniforms,
 )
+from pipelines.sources.location import local_path
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import count_text
 from pipelines.sources.splits import warn_of_single_class
 from pipelines.targets import Targets
-from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError, error_context
 from pipelines.utils.output import say
 from pipelines.utils.reading import cannot_read
 from pipelines.utils.text import distinct, first_names
@@ -72,24 +73,24 @@ GROUP = 128
 
 def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Loaders:
     """Return the loaders of `ffcv.make_loaders`. Raises what it does."""
-    if not spec.data.is_dir():
-        raise UsageError(f"--data: there is no folder {spec.data}")
+    with error_context("--data"):
+        data = local_path(spec.data, ".beton files")
+    if not data.is_dir():
+        raise UsageError(f"--data: there is no folder {data}")
     if spec.splits != NO_OPTIONS:
         raise UsageError(
             "--val-data and --val-fraction: give them to rsnet convert; .beton files are split already"
         )
     check_sizes(spec)
-    paths = [
-        spec.data / f"{split}.beton" for split in (("train", "val") if with_train else ("val",))
-    ]
+    paths = [data / f"{split}.beton" for split in (("train", "val") if with_train else ("val",))]
     betons = [open_beton(path) for path in paths]
     sidecars = [_checked_sidecar(options, spec, beton) for beton in betons]
-    classes = _common_classes(spec.data, betons, sidecars)
+    classes = _common_classes(data, betons, sidecars)
     if spec.rank == 0:
         for beton in betons:
             say(f"{beton.path}: {count_text(len(beton), len(classes))}")
         if len(classes) == 1:
-            warn_of_single_class(spec.data, classes[0])
+            warn_of_single_class(data, classes[0])
     loaders = [
         FfcvLoader(options, spec, beton, classes, training=beton.path.stem == "train")
         for beton in betons

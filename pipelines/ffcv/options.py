@@ -14,7 +14,7 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
-from pipelines.sources.options import SplitOptions
+from pipelines.sources.options import CacheOptions, SplitOptions
 from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
@@ -67,13 +67,13 @@ WriteMode = Literal["jpg", "raw", "proportion"]
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(CacheOptions):
     """Write train.beton and val.beton, each with a sidecar, or check one that is there."""
 
-    data: Annotated[Path | None, arg(aliases=("-d",), metavar="DIR")] = None
+    data: Annotated[str | None, arg(aliases=("-d",), metavar="DIR")] = None
     """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths, or tar shards."""
 
-    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    val_data: Annotated[str | None, arg(metavar="DIR")] = None
     """Validation images of their own, in place of those in --data."""
 
     val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
@@ -123,6 +123,7 @@ class ConvertOptions:
         return SplitOptions(self.val_data, self.val_fraction)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         SplitOptions(self.val_data, self.val_fraction)  # checks them
         require_workers(self.workers)
         require_megapixels(self.max_megapixels)

@@ -57,7 +57,7 @@ class ImageFolder(Source):
     @property
     def report(self) -> Path:
         """verified.json in the folder that has train and val."""
-        return self.data / REPORT
+        return self.root.parent / REPORT
 
     def stamps(self) -> dict[str, Stamp]:
         """Return sizes and times; takes 5 s for a million images. Raises RunError."""

@@ -46,6 +46,7 @@ THREADS = 16  # that look whether files are there: a file server answers many at
 class Manifest(Source):
     """The images of one split of a table, in the order of their paths."""
 
+    data: Path
     paths: list[str]
     """Relative to the table's folder."""
 

@@ -7,55 +7,31 @@ once, from the tar headers and labels, and kept beside the shards. Images are re
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
-import re
 import sys
-import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.image_io import SUFFIXES
-from pipelines.sources.source import (
-    REPORT,
-    Source,
-    Stamp,
-    count_text,
-    file_stamp,
-    indices_of,
-    ordered_classes,
-)
+from pipelines.sources import tar_index
+from pipelines.sources.location import expanded, has_splits, of_split
+from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
+from pipelines.sources.tar_index import Index
 from pipelines.utils.atomic_io import atomic_write
-from pipelines.utils.errors import DataError, UsageError, first_line, os_error_line
+from pipelines.utils.errors import DataError, UsageError, os_error_line
 from pipelines.utils.output import say
 from pipelines.utils.reading import reading
-from pipelines.utils.schema import TEXT, list_of, parsing, read_json, require
+from pipelines.utils.schema import TEXT, list_of, parsing, require
 from pipelines.utils.text import first_names
 
 PATTERN = "{train,val}-*.tar"  # of a folder
 CLASSES = "classes.json"  # beside the shards: the names of the classes, in the order of the labels
-LABELS = ("cls", "json")
-INDEX = ".{}.index.parquet"  # beside the shards; by the shards' names
-VERSION = b"1"  # of the index
-BLOCK = 512  # bytes, tar's unit; zeros end a file
-
-
-class Sample(NamedTuple):
-    """Where an image lies."""
-
-    name: str
-    shard: int
-    offset: int
-    length: int
-    label: str
 
 
 @dataclass(frozen=True)
@@ -130,11 +106,6 @@ class TarShards(Source):
         return self._take(kept, split, keys=self.keys.take(rows), **columns)
 
 
-def is_pattern(data: Path) -> bool:
-    """Return whether a path is meant for shards."""
-    return data.suffix == ".tar" or bool(re.search(r"[*?{]", str(data)))
-
-
 def has_shards(folder: Path) -> bool:
     """Return whether a folder stands for its shards: it has some, and no folder train."""
     return not (folder / "train").is_dir() and any(
@@ -143,18 +114,21 @@ def has_shards(folder: Path) -> bool:
 
 
 def paths_of(data: Path, split: str) -> list[str]:
-    """Return the shards of a split, sorted; a pattern without braces has no splits, but the same for both."""
-    pattern = str(data / PATTERN if data.is_dir() else data)
-    braces = re.search(r"\{([^{},]*),([^{},]*)\}", pattern)
-    if braces is None:
-        return sorted(glob.glob(pattern))
-    name = braces[1] if split == "train" else braces[2]
-    return sorted(glob.glob(pattern[: braces.start()] + name + pattern[braces.end() :]))
+    """Return the shards of a split, sorted; a pattern without braces has no splits, but the same for both.
+
+    Raises UsageError if some of a range are missing.
+    """
+    pattern = of_split(str(data / PATTERN if data.is_dir() else data), split)
+    found = {one: sorted(glob.glob(one)) for one in expanded(pattern)}
+    missing = [one for one, paths in found.items() if not paths]
+    if 0 < len(missing) < len(found):
+        raise UsageError(f"{pattern} names shards that are not there: {first_names(missing)}")
+    return [path for paths in found.values() for path in paths]
 
 
 def has_split(data: Path, split: str) -> bool:
     """Return whether there are shards of that split, and others are not."""
-    return (data.is_dir() or "{" in str(data)) and bool(paths_of(data, split))
+    return (data.is_dir() or has_splits(str(data))) and bool(paths_of(data, split))
 
 
 def open_shards(data: Path, split: str) -> TarShards:
@@ -168,173 +142,69 @@ def open_shards(data: Path, split: str) -> TarShards:
         raise UsageError(f"no shards of {split} match {data}; expected names such as {PATTERN}")
     folder, names = Path(shards[0]).parent, [Path(path).name for path in shards]
     states = [(name, *_state(path)) for name, path in zip(names, shards, strict=True)]
-    fingerprint = hashlib.sha256(repr(states).encode()).hexdigest()
-    index = folder / INDEX.format(hashlib.sha256("\n".join(names).encode()).hexdigest()[:12])
-    found = _read_index(index, fingerprint)
-    if found is None:
-        found = _scan(shards)
-        _write_index(index, found, fingerprint)
-    table, labels = found
-    classes = _class_names(folder, labels)
-    column = {name: np.asarray(table[name]) for name in ("label", "shard", "offset", "length")}
-    return TarShards(
-        classes=classes or labels,
-        labels=np.array([int(label) for label in labels])[column["label"]]
-        if classes
-        else column["label"],
-        split=split,
-        data=data,
-        shards=shards,
-        keys=table["name"].combine_chunks(),
-        shard=column["shard"],
-        offset=column["offset"],
-        length=column["length"],
-    )
+    fingerprint = tar_index.fingerprint_of(states)
+    path = folder / tar_index.file_name(names)
+    index = tar_index.decoded(_index_file(path))
+    if index is None or index.fingerprint != fingerprint:
+        index = tar_index.scan(shards, lambda i: nullcontext(shards[i]), fingerprint)
+        write_index(path, index)
+    classes = class_names(str(folder / CLASSES), _content(folder / CLASSES), index.labels)
+    return TarShards(data=data, split=split, shards=shards, **columns(index, classes))
 
 
-# A table of the samples, and the distinct labels, as text, of which its column has the places.
-_Index = tuple[Any, list[str]]
+def columns(index: Index, classes: list[str] | None) -> dict[str, Any]:
+    """Return the fields of `TarShards` that an index gives. classes: the names of the labels, if any."""
+    column = {
+        name: np.asarray(index.table[name]) for name in ("label", "shard", "offset", "length")
+    }
+    labels = column.pop("label")
+    return {
+        "classes": classes or index.labels,
+        "labels": np.array([int(label) for label in index.labels])[labels] if classes else labels,
+        "keys": index.table["name"].combine_chunks(),
+        **column,
+    }
 
 
-def _scan(shards: list[str]) -> _Index:
-    """Read the headers and labels of all shards."""
-    import pyarrow as pa
-
-    samples: list[Sample] = []
-    for i, path in enumerate(shards):
-        samples += samples_of(path, i)
-    labels = ordered_classes(sample.label for sample in samples)
-    place = {label: i for i, label in enumerate(labels)}
-    if len({sample.name for sample in samples}) < len(samples):  # each shard counts anew
-        samples = [s._replace(name=f"{Path(shards[s.shard]).name}/{s.name}") for s in samples]
-    samples.sort(key=lambda sample: (place[sample.label], sample.name))
-    return (
-        pa.table(
-            {
-                "name": pa.array([sample.name for sample in samples]),
-                "shard": np.array([sample.shard for sample in samples], np.int64),
-                "offset": np.array([sample.offset for sample in samples], np.int64),
-                "length": np.array([sample.length for sample in samples], np.int64),
-                "label": indices_of([sample.label for sample in samples], labels),
-            }
-        ),
-        labels,
-    )
-
-
-def samples_of(path: str, shard: int) -> list[Sample]:
-    """Return the samples of a shard. Raises UsageError, DataError, RunError."""
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, str] = {}
-    others: Counter[str] = Counter()
-    for member, data in _members(path):
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key = folder + slash + stem
-        if f".{extension.lower()}" in SUFFIXES:
-            if key in images:
-                raise UsageError(
-                    f"{path}: {key} has two images, {images[key].name} and {member.name}"
-                )
-            images[key] = member
-        elif extension in LABELS and key not in labels:
-            if (label := _label(extension, data())) is not None:
-                labels[key] = label
-        else:
-            others[extension] += 1
-    if not images:
-        kinds = first_names([f"{kind} {count}" for kind, count in others.most_common()])
-        raise UsageError(f"{path} has no images (it has {kinds})")
-    for key, member in images.items():
-        if key not in labels:
-            raise UsageError(
-                f"{path}: {member.name} has no label; expected {key}.cls, or {key}.json with a label"
-            )
-    return [
-        Sample(member.name, shard, member.offset_data, member.size, labels[key])
-        for key, member in images.items()
-    ]
-
-
-def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
-    """Yield each file of a tar, and what reads it. Raises DataError if the tar is damaged or cut off."""
-    try:
-        with (
-            reading(path),
-            Path(path).open("rb") as file,
-            tarfile.open(fileobj=file, mode="r:") as tar,
-        ):
-            for member in tar:
-                start, size = member.offset_data, member.size
-                if start + size > os.fstat(file.fileno()).st_size:
-                    raise DataError(f"{path} is cut off within {member.name}")
-                if member.isreg():
-                    yield member, partial(os.pread, file.fileno(), size, start)
-                tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
-            if os.pread(file.fileno(), BLOCK, tar.offset) not in (bytes(BLOCK), b""):
-                raise DataError(f"{path} is damaged at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is no tar file, or damaged: {first_line(error)}") from None
-
-
-def _label(extension: str, data: bytes) -> str | None:
-    """Return the label of a .cls or .json file, None if there is none in it."""
-    text = data.decode(errors="replace").strip()
-    if extension == "cls":
-        return text or None
-    try:
-        label = json.loads(text).get("label")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return str(label) if isinstance(label, int | str) else None
-
-
-def _class_names(folder: Path, labels: list[str]) -> list[str] | None:
+def class_names(place: str, data: bytes | None, labels: list[str]) -> list[str] | None:
     """Return the names that classes.json beside the shards gives to the labels, None without that file.
 
     Raises DataError if it is damaged, or has no name for a label.
     """
-    path = folder / CLASSES
-    if not path.exists():
+    if data is None:
         return None
-    remedy = "remove it to have the classes named by their labels"
-    with parsing(path, remedy):
-        names = read_json(path, remedy)
+    with parsing(place, "remove it to have the classes named by their labels"):
+        names = json.loads(data)
         require("it", list_of("a list of names", TEXT), names)
     unknown = [label for label in labels if not label.isdecimal() or int(label) >= len(names)]
     if unknown:
-        raise DataError(f"{path} has {len(names)} names, but labels are {first_names(unknown)}")
+        raise DataError(f"{place} has {len(names)} names, but labels are {first_names(unknown)}")
     return list(names)
 
 
-def _read_index(path: Path, fingerprint: str) -> _Index | None:
-    """Return the index, None if there is none of these shards in this state."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def write_index(path: Path, index: Index) -> None:
+    """Keep the index beside the shards, where that is possible."""
     try:
-        table = pq.read_table(path)
-        notes = table.schema.metadata or {}
-        if notes.get(b"fingerprint") != fingerprint.encode() or notes.get(b"version") != VERSION:
-            return None
-        return table, json.loads(notes[b"labels"])
-    except (OSError, pa.ArrowException, KeyError, ValueError):
+        atomic_write(path, tar_index.encoded(index))
+    except OSError as error:
+        say(f"note: the index is made anew each time: {os_error_line(error)}", sys.stderr)
+
+
+def _index_file(path: Path) -> bytes | None:
+    """Return an index's bytes, None if it cannot be read: then it is made anew."""
+    try:
+        return path.read_bytes()
+    except OSError:
         return None
 
 
-def _write_index(path: Path, index: _Index, fingerprint: str) -> None:
-    """Keep the index beside the shards, where that is possible."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table, labels = index
-    notes = {"fingerprint": fingerprint, "labels": json.dumps(labels), "version": VERSION}
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(notes), sink)
+def _content(path: Path) -> bytes | None:
+    """Return a file's bytes, None if there is none. Raises RunError."""
     try:
-        atomic_write(path, sink.getvalue().to_pybytes())
-    except OSError as error:
-        say(f"note: the index is made anew each time: {os_error_line(error)}", sys.stderr)
+        with reading(path):
+            return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _state(path: str) -> tuple[int, int]:

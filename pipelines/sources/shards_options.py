@@ -8,20 +8,17 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from pipelines.sources.options import SplitOptions
-from pipelines.utils.errors import UsageError
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+from pipelines.sources.options import CacheOptions, SplitOptions, size_in_bytes
 
 
 @dataclass(frozen=True)
-class ShardsOptions:
+class ShardsOptions(CacheOptions):
     """Write tar shards in webdataset's format, to train from or to publish.
 
     Images keep their bytes. A command that was interrupted goes on with the first shard that is missing.
     """
 
-    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    data: Annotated[str, arg(aliases=("-d",), metavar="DIR")]
     """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths, or other shards."""
 
     output: Annotated[Path, arg(aliases=("-o",), metavar="DIR")]
@@ -30,7 +27,7 @@ class ShardsOptions:
     shard_size: Annotated[str, arg(metavar="SIZE")] = "1GB"
     """Bytes of a shard, at most: a number with K, M, G or T."""
 
-    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    val_data: Annotated[str | None, arg(metavar="DIR")] = None
     """Validation images of their own, in place of those in --data."""
 
     val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
@@ -39,15 +36,7 @@ class ShardsOptions:
     @property
     def shard_bytes(self) -> int:
         """`shard_size` as a number."""
-        text = self.shard_size.upper().removesuffix("B")
-        number, unit = (text[:-1], text[-1]) if text.endswith(tuple("KMGT")) else (text, "")
-        try:
-            size = float(number) * UNITS[unit]
-        except ValueError:
-            size = float("nan")
-        if not 10**4 <= size < 10**13:
-            raise UsageError(f"--shard-size {self.shard_size}: such as 500MB, from 10KB to 10TB")
-        return int(size)
+        return size_in_bytes("--shard-size", self.shard_size, "500MB")
 
     @property
     def placed(self) -> SplitOptions:
@@ -55,6 +44,7 @@ class ShardsOptions:
         return SplitOptions(self.val_data, self.val_fraction)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.shard_bytes, self.placed  # checks them
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.sources.location import Location
 from pipelines.utils.errors import DataError, first_line
 from pipelines.utils.reading import file_state
 from pipelines.utils.text import first_names
@@ -33,7 +34,7 @@ class Source(ABC):
     train or val. classes: their names, in the order of the labels. labels: (N,) int64. weights: (N,) or None.
     """
 
-    data: Path
+    data: Location
     split: str
     classes: list[str]
     labels: NDArray[np.int64]
@@ -68,6 +69,9 @@ class Source(ABC):
 
         Raises UsageError if they cannot be prepared.
         """
+
+    def stop(self) -> None:  # noqa: B027
+        """End what `expect` began: until it is called again, reads may end with an error."""
 
     @abstractmethod
     def locate(self, index: int) -> str:
@@ -130,6 +134,7 @@ class Source(ABC):
         reason_of: returns what is wrong with an image's bytes, which lie at a place, if anything. error: what
         the decoder said of all of them. Raises RunError if one cannot be read.
         """
+        self.expect(np.asarray(indices, np.int64))
         for index in indices:
             place = self.locate(index)
             try:

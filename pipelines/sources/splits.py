@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 
 from pipelines.image_io import list_folder
-from pipelines.sources import manifest, shards
+from pipelines.sources import manifest, remote_shards, shards
 from pipelines.sources.folder import ImageFolder, scan_folder, scan_train_val
-from pipelines.sources.options import NO_OPTIONS, SplitOptions
+from pipelines.sources.location import Location, Url, is_pattern, location
+from pipelines.sources.options import DEFAULT_CACHE, NO_OPTIONS, CacheOptions, SplitOptions
 from pipelines.sources.source import Source, ordered_classes
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.output import say
@@ -24,61 +25,75 @@ Kind = Literal["folder", "manifest", "shards"]
 
 
 def open_splits(
-    data: Path,
+    data: str | Path,
     options: SplitOptions = NO_OPTIONS,
     with_train: bool = True,
     prepare: Callable[[Source], Source] = lambda source: source,
+    cache: CacheOptions = DEFAULT_CACHE,
 ) -> tuple[Source | None, Source]:
     """Return the training images, None without `with_train`, and the validation images.
 
-    prepare: is called with each split as it was found, and may leave images out.
+    prepare: is called with each split as it was found, and may leave images out. cache: for shards
+    in object storage.
 
     Raises UsageError if one of them is missing or malformed, or their classes differ.
     """
+    with error_context("--data"):
+        data = location(data)
     if options.val_fraction is None:
-        train, val = _open_both(data, options.val_data, with_train)
+        with error_context("--val-data"):
+            val_data = None if options.val_data is None else location(options.val_data)
+        train, val = _open_both(data, val_data, with_train, cache)
         return train and prepare(train), prepare(val)
     with error_context("--data"):
-        whole = open_split(data, "train")
+        whole = open_split(data, "train", cache)
         if _has_val(data):
             raise UsageError(f"{data} has validation images of its own: leave out --val-fraction")
     train, val = split_by_name(prepare(whole), options.val_fraction)
     return train if with_train else None, val
 
 
-def _open_both(data: Path, val_data: Path | None, with_train: bool) -> tuple[Source | None, Source]:
+def _open_both(
+    data: Location, val_data: Location | None, with_train: bool, cache: CacheOptions
+) -> tuple[Source | None, Source]:
     with error_context("--data"):
         kind = kind_of(data)
-    if val_data is None and kind == "folder":
+    if val_data is None and kind == "folder" and isinstance(data, Path):
         return scan_train_val(data, with_train)
     if val_data is None and not _has_val(data):
         raise UsageError(
             f"--data: {data} has no validation images: add --val-data or --val-fraction"
         )
     with error_context("--data" if val_data in (None, data) else "--val-data"):
-        val = open_split(val_data or data, "val")
+        val = open_split(val_data or data, "val", cache)
     # A table has the classes of all its rows.
     if not with_train and (val_data is not None or kind == "manifest"):
         return None, val
     with error_context("--data"):
-        train = open_split(data, "train")
+        train = open_split(data, "train", cache)
         train, val = _with_common_classes(train, val)
     return train if with_train else None, val
 
 
-def open_each(data: Path) -> list[Source]:
+def open_each(data: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> list[Source]:
     """Return the splits that `data` has, of train and val. Raises UsageError if there is none."""
-    if kind_of(data) != "folder":
-        return [open_split(data, "train"), *([open_split(data, "val")] if _has_val(data) else [])]
+    data = location(data)
+    if isinstance(data, Url) or kind_of(data) != "folder":
+        return [
+            open_split(data, "train", cache),
+            *([open_split(data, "val", cache)] if _has_val(data) else []),
+        ]
     found: list[Source] = [scan_folder(data / s) for s in ("train", "val") if (data / s).is_dir()]
     if not found:
         raise UsageError(f"{data} has neither a folder train nor a folder val")
     return found
 
 
-def kind_of(data: Path) -> Kind:
-    """Return what kind of source a path is. Raises UsageError if it is none."""
-    if shards.is_pattern(data):
+def kind_of(data: Location) -> Kind:
+    """Return what kind of source a path or URL is. Raises UsageError if it is none."""
+    if isinstance(data, Url):
+        return "shards"
+    if is_pattern(str(data)):
         return "shards"
     if data.is_dir():
         return "shards" if shards.has_shards(data) else "folder"
@@ -133,8 +148,11 @@ def warn_of_single_class(place: str | Path, name: str, below: Sequence[str] = ()
     say(text, sys.stderr)
 
 
-def open_split(data: Path, split: str) -> Source:
+def open_split(data: str | Path, split: str, cache: CacheOptions = DEFAULT_CACHE) -> Source:
     """Return one split; of a folder or table that has no splits, all of it."""
+    data = location(data)
+    if isinstance(data, Url):
+        return remote_shards.open_remote(data, split, cache)
     kind = kind_of(data)
     if kind == "manifest":
         return manifest.read(data, split)
@@ -147,7 +165,9 @@ def open_split(data: Path, split: str) -> Source:
     return scan_folder(data)
 
 
-def _has_val(data: Path) -> bool:
+def _has_val(data: Location) -> bool:
+    if isinstance(data, Url):
+        return remote_shards.has_remote_split(data, "val")
     kind = kind_of(data)
     if kind == "manifest":
         return manifest.has_split(data, "val")

@@ -19,9 +19,10 @@ import numpy as np
 
 from pipelines.image_formats import open_image
 from pipelines.image_io import SUFFIXES
-from pipelines.sources.shards import CLASSES, samples_of
+from pipelines.sources.shards import CLASSES
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_splits
+from pipelines.sources.tar_index import samples_of
 from pipelines.utils.atomic_io import (
     atomic_write,
     atomic_write_json,
@@ -50,7 +51,7 @@ def write_shards(options: ShardsOptions) -> int:
     that is missing or a shard that cannot be written.
     """
     output = options.output
-    train, val = open_splits(options.data, options.placed)
+    train, val = open_splits(options.data, options.placed, cache=options)
     assert train is not None
     announce(train, val)
     try:

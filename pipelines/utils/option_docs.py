@@ -50,7 +50,7 @@ class OptionDoc:
 
 
 def topics(options: type[Any]) -> Iterator[tuple[str, list[OptionDoc]]]:
-    """Yield (title, options) of each topic: the fields of one base class, which its docstring names."""
+    """Yield (title, options) of each topic: the class's own fields, and each base's, by its docstring."""
     by_owner: dict[type[Any], list[OptionDoc]] = {}
     hints = typing.get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
@@ -58,7 +58,7 @@ def topics(options: type[Any]) -> Iterator[tuple[str, list[OptionDoc]]]:
             c for c in reversed(options.__mro__) if field.name in vars(c).get("__annotations__", {})
         )
         by_owner.setdefault(owner, []).append(_option(owner, field, hints[field.name]))
-    for owner, found in by_owner.items():
+    for owner, found in sorted(by_owner.items(), key=lambda item: item[0] is not options):
         title = (inspect.getdoc(owner) or owner.__name__).splitlines()[0].rstrip(".")
         yield ("Options" if owner is options else title), found
 

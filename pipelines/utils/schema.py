@@ -97,7 +97,7 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 @contextmanager
-def parsing(path: Path, remedy: str) -> Iterator[None]:
+def parsing(path: Path | str, remedy: str) -> Iterator[None]:
     """Turn whatever a damaged file makes of the block that reads it into one DataError.
 
     remedy: what to do, after a semicolon. Errors of this project pass as they are.

@@ -14,12 +14,16 @@ AHEAD = 4  # items per thread: enough to keep all busy, few enough to bound the 
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    abandon: Callable[[], None] = lambda: None,
 ) -> Generator[Result]:
     """Yield `function(item)` for each of the items, in their order. Raises what `function` raises.
 
     Threads suffice, because decoding, encoding and reading release the GIL; unlike processes they
-    cannot be killed one by one. Leaving the iteration early cancels what has not started.
+    cannot be killed one by one. Leaving the iteration early cancels what has not started, and calls
+    `abandon`, by which what has started, which is waited for, may end sooner.
     """
     pool = ThreadPoolExecutor(threads)
     started: deque[Future[Result]] = deque()
@@ -30,5 +34,8 @@ def ordered_map(
                 yield started.popleft().result()
         while started:
             yield started.popleft().result()
+    except BaseException:
+        abandon()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

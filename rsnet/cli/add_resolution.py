@@ -39,7 +39,7 @@ class Options:
     size: int
     """The new resolution, in pixels."""
 
-    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    data: Annotated[str, arg(aliases=("-d",), metavar="DIR")]
     """Folder with train/ and val/, or with train.beton and val.beton."""
 
     how: Annotated[Literal["interpolate", "estimate", "distil"], arg(aliases=("--method",))] = (

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from pipelines.sources.options import CacheOptions
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from rsnet.cli.classifier import SOURCE, say_source
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(CacheOptions):
     """Evaluate a network at all of its sizes, and their ensemble, in one pass over labelled images.
 
     Top-1, top-5 and loss are those of `rsnet train --evaluate`, also by torchrun on several processes. The
@@ -48,7 +49,7 @@ class Options:
     source: Positional[Annotated[str, arg(metavar=SOURCE)]]
     """Run directory, checkpoint, release, or file of the original code."""
 
-    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    data: Annotated[str, arg(aliases=("-d",), metavar="DIR")]
     """Folder with val/CLASS/IMAGE, CLASS/IMAGE or val.beton; a table of paths, or tar shards."""
 
     val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
@@ -111,6 +112,7 @@ class Options:
     """W&B run name. Unset: WANDB_NAME, else the output folder's name."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.wandb != "disabled" and self.output is None:
             raise UsageError("--wandb: give --output, too, the folder that W&B logs in")
         if self.logits and self.predictions is None:
@@ -180,7 +182,12 @@ def _evaluate(options: Options, device: torch.device) -> DetailedEvaluation | No
     with ExitStack() as stack:
         loaders = distributed.run_on_all(
             lambda: make_loaders(
-                spec, False, options.pipeline, options.workers, skip_bad=options.skip_bad
+                spec,
+                False,
+                options.pipeline,
+                options.workers,
+                skip_bad=options.skip_bad,
+                cache=options,
             )
         )
         stack.enter_context(closing(loaders))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelines.sources.location import location
+from pipelines.sources.options import DEFAULT_CACHE, CacheOptions
 from pipelines.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,14 +15,15 @@ if TYPE_CHECKING:
 Pipeline = Literal["dali", "ffcv"]
 
 
-def chosen_pipeline(data: Path, pipeline: Pipeline | None) -> Pipeline:
+def chosen_pipeline(data: str | Path, pipeline: Pipeline | None) -> Pipeline:
     """Return the pipeline that reads `data`, unless one is asked for: FFCV .beton files, DALI all else."""
     return pipeline or ("ffcv" if has_beton(data) else "dali")
 
 
-def has_beton(data: Path) -> bool:
-    """Return whether a folder has .beton files."""
-    return any(data.glob("*.beton"))
+def has_beton(data: str | Path) -> bool:
+    """Return whether it is a folder of this machine with .beton files."""
+    place = location(data)
+    return isinstance(place, Path) and any(place.glob("*.beton"))
 
 
 def make_loaders(
@@ -30,10 +33,12 @@ def make_loaders(
     workers: int | None = None,
     *,
     skip_bad: bool = False,
+    cache: CacheOptions = DEFAULT_CACHE,
 ) -> Loaders:
     """Open .beton files by FFCV if `spec.data` has them, else an image folder by DALI, or as `pipeline` says.
 
     workers: threads; None for the pipeline's own number. skip_bad: leave out what `rsnet verify` found.
+    cache: for shards in object storage.
 
     Raises what the pipelines' own `make_loaders` do.
     """
@@ -48,4 +53,5 @@ def make_loaders(
         return ffcv.make_loaders(ffcv.FfcvOptions(**options), spec, with_train)
     from pipelines import dali
 
-    return dali.make_loaders(dali.DaliOptions(**options, skip_bad=skip_bad), spec, with_train)
+    options |= {"cache": cache.cache, "cache_size": cache.cache_size, "skip_bad": skip_bad}
+    return dali.make_loaders(dali.DaliOptions(**options), spec, with_train)

@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     config = {} if path is None else read_config(path)
     data = _last_value(given, "--data", "-d") or config.get("data")
     pipeline = _last_value(given, "--pipeline")
-    if pipeline is None and data is not None and has_beton(Path(data).expanduser()):
+    if pipeline is None and data is not None and has_beton(Path(str(data)).expanduser()):
         pipeline = "ffcv"
     pipeline = pipeline or config.get("pipeline")
     options: Any = FfcvTrainOptions if pipeline == "ffcv" else DaliTrainOptions

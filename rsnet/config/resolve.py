@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Never
 
+from pipelines.sources.location import Location, Url, location
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import read_json
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
@@ -89,13 +90,15 @@ def output_directory(config: TrainConfig, arch: str) -> Path:
         return config.output
     name = arch.replace("/", "_")
     older = Path("runs", name)  # version 0.1.0's, where it holds a run of this data
-    if _data_of(older / "config.json") == str(config.data):
+    if _data_of(older / "config.json") == str(location(config.data)):
         return older
-    return Path("runs", "-".join(filter(None, (name, _data_name(config.data)))))
+    return Path("runs", "-".join(filter(None, (name, _data_name(location(config.data))))))
 
 
-def _data_name(data: Path) -> str:
+def _data_name(data: Location) -> str:
     """Return what --data is called: a folder's name, a table's without suffix, the folder of shards."""
+    if isinstance(data, Url):
+        return data.name
     if data.is_dir() or not data.suffix:
         return data.resolve().name
     return data.resolve().parent.name if data.suffix == ".tar" else data.stem

@@ -81,11 +81,12 @@ class ModelOptions(Generic[Unset]):
 class DataOptions(Generic[Unset]):
     """Data and batch size."""
 
-    data: Annotated[Path, arg(aliases=("-d",), metavar="DIR")]
+    data: Annotated[str, arg(aliases=("-d",), metavar="DIR")]
     """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, table of paths (.csv, .jsonl, .parquet), or tar
-    shards ('shards/{train,val}-*.tar'); for FFCV a folder with train.beton and val.beton."""
+    shards ('shards/{train,val}-*.tar'), also in object storage (s3://...); for FFCV a folder with train.beton
+    and val.beton."""
 
-    val_data: Annotated[Path | None, arg(metavar="DIR")] = None
+    val_data: Annotated[str | None, arg(metavar="DIR")] = None
     """Validation images of their own, in place of those in --data."""
 
     val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.sources.folder import ImageFolder, scan_folder
+from pipelines.sources.location import local_path
 from pipelines.utils.errors import DataError, UsageError, error_context
 from pipelines.utils.thread_map import ordered_map
 from rsnet.evaluation.metrics import calibration_error
@@ -60,9 +61,9 @@ def find_labelled_images(data: str | Path, network: Mapping[str, Any]) -> ImageF
     Raises UsageError if there are none, or the class folders are not the network's classes.
     """
     names: list[str] = network["classes"]
-    data = Path(data)
-    nested = data / "val"
     with error_context("--data"):
+        data = local_path(data, "these images")
+        nested = data / "val"
         folder = scan_folder(nested if nested.is_dir() and "val" not in names else data)
     if not names and len(folder.classes) == network["num_classes"]:
         return folder  # in the order of the folders' names, as it was trained

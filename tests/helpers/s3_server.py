@@ -54,8 +54,6 @@ class S3Server:
         self.requests: list[tuple[str, str]] = []
         self.url = f"http://127.0.0.1:{self._server.port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        reset = urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")
-        urllib.request.urlopen(reset, timeout=30).close()  # what moto keeps belongs to the process
         self.client = boto3.client(
             "s3",
             endpoint_url=self.url,
@@ -64,7 +62,14 @@ class S3Server:
             aws_secret_access_key="testing",
             config=Config(retries={"max_attempts": 1}),
         )
+
+    def reset(self) -> None:
+        """Begin anew, with an empty bucket."""
+        self.faults.clear()
+        reset = urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")
+        urllib.request.urlopen(reset, timeout=30).close()  # what moto keeps belongs to the process
         self.client.create_bucket(Bucket=BUCKET)
+        self.requests.clear()
 
     @property
     def environment(self) -> dict[str, str]:

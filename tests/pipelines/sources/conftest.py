@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pyarrow import csv
 
 from pipelines.sources.shards_options import ShardsOptions, write_shards
+from tests.helpers.s3_server import S3Server
 
 
 def rows_of(folder: Path, below: Path) -> list[dict[str, str]]:
@@ -51,6 +53,26 @@ def source_of(kind: str, folder: Path) -> Path:
     return write_table(folder.with_suffix(f".{kind}"), rows_of(folder, folder.parent))
 
 
-@pytest.fixture(params=["csv", "jsonl", "parquet", "shards"])
-def data(request, photos) -> Path:
-    return source_of(request.param, photos)
+def upload(server: S3Server, folder: Path, below: str = "shards") -> str:
+    """The files of a folder as objects; returns their URL. Also what `rsnet shards` notes, but no lock."""
+    for path in folder.iterdir():
+        server.put(f"{below}/{path.name}", path.read_bytes())
+    return f"s3://bucket/{below}"
+
+
+@pytest.fixture
+def as_kind(request, tmp_path, monkeypatch) -> Callable[[str, Path], str | Path]:
+    """`source_of`, and for the kind s3 the shards in a bucket of a server on localhost."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make(kind: str, folder: Path) -> str | Path:
+        if kind != "s3":
+            return source_of(kind, folder)
+        return upload(request.getfixturevalue("s3"), source_of("shards", folder))
+
+    return make
+
+
+@pytest.fixture(params=["csv", "jsonl", "parquet", "shards", "s3"])
+def data(request, photos, as_kind) -> str | Path:
+    return as_kind(request.param, photos)

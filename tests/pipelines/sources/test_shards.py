@@ -14,7 +14,7 @@ import webdataset
 from webdataset import tariterators
 
 from pipelines.__main__ import main
-from pipelines.sources import shards
+from pipelines.sources import shards, tar_index
 from pipelines.sources import write_shards as writing
 from pipelines.sources.folder import scan_folder
 from pipelines.sources.options import SplitOptions
@@ -82,7 +82,7 @@ def test_shards_are_mixed_and_always_the_same(photos, tmp_path):
         main(["shards", "-d", str(photos), "-o", str(tmp_path / "s"), "--shard-size", "0.1MB"]) == 0
     )
     first = sorted((tmp_path / "s").glob("train-*.tar"))[0]
-    assert len({sample.label for sample in shards.samples_of(str(first), 0)}) == 3
+    assert len({sample.label for sample in tar_index.samples_of(str(first), 0)}) == 3
     for path in (tmp_path / "s").glob("*.tar"):
         assert path.read_bytes() == (source_of("shards", photos) / path.name).read_bytes()
         assert path.stat().st_size <= 10**5 + 10240  # tar's last block
@@ -123,7 +123,7 @@ def test_shards_of_other_images_or_size_are_not_mixed(photos, tmp_path, capsys):
     assert "has shards already; name an empty folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["1", "1XB", "", "nan", "-1GB", "100TB"])
+@pytest.mark.parametrize("size", ["1", "1XB", "", "nan", "-1GB", "2000TB"])
 def test_a_size_that_is_none_is_refused(tmp_path, size):
     with pytest.raises(UsageError, match=r"--shard-size .*: such as 500MB"):
         ShardsOptions(tmp_path, tmp_path, shard_size=size)
@@ -141,8 +141,8 @@ def test_the_index_is_made_once_and_anew_when_a_shard_changes(photos, tmp_path, 
         path.unlink()
     names = open_splits(data)[0].names
     scans = []
-    scan = shards._scan
-    monkeypatch.setattr(shards, "_scan", lambda paths: scans.append(paths) or scan(paths))
+    scan = tar_index.scan
+    monkeypatch.setattr(tar_index, "scan", lambda *given: scans.append(given) or scan(*given))
     assert open_splits(data)[0].names == names
     assert not scans
     os.utime(data / "train-000000.tar")

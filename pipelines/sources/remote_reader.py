@@ -1,0 +1,257 @@
+"""Reads samples of remote shards: from the cache, to which threads copy whole shards ahead of their use.
+
+In an order that has few shards open at once, a sample waits for its shard, as the others of it follow. Where
+samples of all shards are mixed over an epoch, the first ones would wait for all of them: they wait for
+`PATIENCE` seconds together, in which a small set is there, and are then read by a request of their own until
+their shard has come. A process that knows nothing of the order fetches a shard when it first reads of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.sources.remote import Remote, RemoteObject, Stopped
+from pipelines.sources.shard_cache import Outcome, ShardCache
+from pipelines.utils.errors import UsageError
+from pipelines.utils.progress import format_bytes
+from pipelines.utils.reading import reading
+
+FETCHERS = 4  # shards at once: while one is checked or waited for, others come
+PATIENCE = 10.0  # seconds that samples of a mixed order wait for whole shards
+POLL = 0.1  # seconds between looks at what other processes do
+PIN_EVERY = 1.0  # seconds between notes of what is no longer needed
+
+
+class ShardReader:
+    """The shards of one split. items: the objects, by the number of the shard."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        items: Sequence[RemoteObject],
+        cache: ShardCache,
+        check: Callable[[int, Path], None] = lambda *_: None,
+    ) -> None:
+        """check: raises if a shard's file, by its number, is not what its index is of."""
+        self.items, self.cache = items, cache
+        self._remote, self._check = remote, check
+        self._ahead: _Ahead | None = None
+        self._given_up = threading.Event()
+
+    def expect(self, shards: NDArray[np.int64]) -> None:
+        """Fetch ahead what reads of these shards, one each, need in this order. Raises UsageError."""
+        self.stop()
+        self._given_up = threading.Event()
+        sizes = np.array([item.size for item in self.items], np.int64)
+        needed = _most_at_once(shards, sizes)
+        if needed > self.cache.limit:
+            raise UsageError(
+                f"--cache-size {format_bytes(self.cache.limit)}: shards of {format_bytes(needed)} are read "
+                f"from at once; give --cache-size {needed / 1e9:.3g}GB or more"
+            )
+        is_mixed = needed > sizes[np.unique(shards)].sum() / 2
+        self._ahead = _Ahead(self, shards, PATIENCE if is_mixed else None)
+
+    def stop(self) -> None:
+        """Fetch nothing ahead any longer; reads that wait, and all until the next `expect`, raise Stopped."""
+        self._given_up.set()
+        ahead, self._ahead = self._here(), None
+        if ahead is not None:
+            ahead.stop()
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Return bytes of a shard. Raises RunError, UsageError, DataError; Stopped."""
+        ahead, item = self._here(), self.items[shard]
+        path = self.cache.path_of(item)
+        try:
+            while True:
+                with contextlib.suppress(FileNotFoundError), reading(path):
+                    return _bytes_of(path, offset, length)
+                is_coming = ahead.wait(shard) if ahead else self.fetch(shard) is not Outcome.FULL
+                if not is_coming and item.by_range:
+                    stop = min(offset + length, item.size)
+                    return self._remote.read(item, offset, stop, self._given_up)
+        finally:
+            if ahead is not None:
+                ahead.note_read(shard)
+
+    def _here(self) -> _Ahead | None:
+        """Return what fetches ahead, None in a fork of its process, which has no threads."""
+        ahead = self._ahead
+        return ahead if ahead is not None and ahead.process == os.getpid() else None
+
+    def fetch(self, shard: int) -> Outcome:
+        """Bring a shard into the cache; wait a moment if another process is doing that."""
+        item = self.items[shard]
+        outcome = self.cache.fetch(
+            item,
+            lambda file: self._remote.copy(item, file, self._given_up),
+            lambda path: self._check(shard, path),
+        )
+        if outcome is not Outcome.THERE and self._given_up.wait(POLL):
+            raise Stopped
+        return outcome
+
+    @contextmanager
+    def held(self, shard: int) -> Iterator[str]:
+        """Give the path of a shard's file, which `expect` has named, in a block."""
+        ahead = self._here()
+        assert ahead is not None
+        ahead.wait(shard, whole=True)
+        yield str(self.cache.path_of(self.items[shard]))
+        ahead.note_read(shard)
+
+
+class _Ahead:
+    """Threads that fetch shards in the order of their first use, as far as the cache has room."""
+
+    def __init__(
+        self, reader: ShardReader, shards: NDArray[np.int64], patience: float | None
+    ) -> None:
+        self.process = os.getpid()
+        self._reader, self._patience = reader, patience
+        self._left = np.bincount(shards, minlength=len(reader.items))
+        _, first = np.unique(shards, return_index=True)
+        self._order: list[int] = shards[np.sort(first)].tolist()
+        self._started = time.monotonic()
+        self._changed = threading.Condition()
+        self._next = 0  # place in the order of the first shard that has not been admitted
+        self._admitted: set[int] = set()  # and still needed
+        self._wanted: list[int] = []  # admitted, and neither there nor being fetched
+        self._used = 0  # bytes of the admitted
+        self._full: set[int] = set()
+        self._error: Exception | None = None
+        self._is_stopped = False
+        self._pinned: set[int] = set()
+        self._pinned_at = 0.0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"shards-{i}", daemon=True)
+            for i in range(min(FETCHERS, len(self._order)))
+        ]
+        with self._changed:
+            self._admit()
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._reader.cache.pin([])
+
+    def wait(self, shard: int, *, whole: bool = False) -> bool:
+        """Wait for a shard; return whether it may be there, False if it is better read by range.
+
+        whole: it is never to be read by range.
+
+        Raises what fetching it raised.
+        """
+        reader = self._reader
+        with self._changed:
+            while not reader.cache.has(reader.items[shard]):
+                if self._error is not None:
+                    raise self._error
+                if self._is_stopped:
+                    raise Stopped
+                if shard not in self._admitted and self._left[shard] <= 0:  # nobody expected it
+                    self._left[shard] += 1
+                    self._take(shard, first=True)
+                may_read = reader.items[shard].by_range and not whole
+                if may_read and (shard in self._full or self._is_over()):
+                    return False
+                self._changed.wait(POLL)
+        return True
+
+    def _is_over(self) -> bool:
+        """Return whether samples have waited long enough for whole shards."""
+        return self._patience is not None and time.monotonic() > self._started + self._patience
+
+    def note_read(self, shard: int) -> None:
+        """Note that one read of a shard is done."""
+        with self._changed:
+            self._left[shard] -= 1
+            if self._left[shard] <= 0 and shard in self._admitted:
+                self._admitted.remove(shard)
+                self._used -= self._reader.items[shard].size
+                self._changed.notify()
+
+    def _take(self, shard: int, first: bool = False) -> None:
+        self._admitted.add(shard)
+        self._used += self._reader.items[shard].size
+        self._wanted.insert(0 if first else len(self._wanted), shard)
+        self._changed.notify()
+
+    def _admit(self) -> None:
+        """Take as many more shards as there is room for, and let no process remove them."""
+        before = self._next
+        while self._next < len(self._order):
+            shard = self._order[self._next]
+            if self._used + self._reader.items[shard].size > self._reader.cache.limit:
+                break
+            self._next += 1
+            if self._left[shard] > 0 and shard not in self._admitted:
+                self._take(shard)
+        now = time.monotonic()
+        is_due = before != self._next or now > self._pinned_at + PIN_EVERY
+        if is_due and self._pinned != self._admitted:
+            self._reader.cache.pin(self._reader.items[shard] for shard in self._admitted)
+            self._pinned, self._pinned_at = set(self._admitted), now
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._admit()
+                while not self._wanted and not self._is_stopped:
+                    self._changed.wait(PIN_EVERY)
+                    self._admit()
+                if self._is_stopped or self._error is not None:
+                    return
+                shard = self._wanted.pop(0)
+            try:
+                outcome = self._reader.fetch(shard)
+            except Stopped:
+                return
+            except Exception as error:  # of the readers, which wait for it
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._full.discard(shard)
+                if outcome is Outcome.FULL:
+                    self._full.add(shard)
+                if outcome is not Outcome.THERE and shard in self._admitted:
+                    self._wanted.insert(min(FETCHERS, len(self._wanted)), shard)
+                self._changed.notify_all()
+
+
+def _bytes_of(path: Path, offset: int, length: int) -> bytes:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, length, offset)
+    finally:
+        os.close(file)
+
+
+def _most_at_once(shards: NDArray[np.int64], sizes: NDArray[np.int64]) -> int:
+    """Return the most bytes of shards that reads have begun with and not yet finished, at any time."""
+    if not len(shards):
+        return 0
+    used, first = np.unique(shards, return_index=True)
+    last = len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]
+    change = np.zeros(len(shards) + 1, np.int64)
+    np.add.at(change, first, sizes[used])
+    np.add.at(change, last + 1, -sizes[used])
+    return int(np.cumsum(change).max())

@@ -1,0 +1,176 @@
+"""Tar shards in object storage: whole shards are copied to a local cache ahead of their use."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.sources import tar_index
+from pipelines.sources.location import Url, expanded, has_splits, is_pattern, of_split
+from pipelines.sources.options import CacheOptions
+from pipelines.sources.remote import Remote, RemoteObject
+from pipelines.sources.remote_reader import ShardReader
+from pipelines.sources.shard_cache import ShardCache
+from pipelines.sources.shards import CLASSES, PATTERN, TarShards, class_names, columns, write_index
+from pipelines.sources.source import REPORT, Stamp
+from pipelines.sources.storage import remote_of
+from pipelines.sources.tar_index import Index
+from pipelines.utils.atomic_io import sha256_file
+from pipelines.utils.errors import DataError, RunError, UsageError, first_line
+from pipelines.utils.output import say
+from pipelines.utils.progress import format_bytes
+from pipelines.utils.text import first_names
+
+
+@dataclass(frozen=True)
+class RemoteShards(TarShards):
+    """The images of one split. shards: URLs."""
+
+    reader: ShardReader
+
+    @property
+    def place(self) -> str:
+        """The folder, and the split."""
+        return f"{self._url} ({self.split})"
+
+    @property
+    def report(self) -> Path:
+        """In the cache: nothing is written beside the shards."""
+        name = hashlib.sha256(str(self.data).encode()).hexdigest()[:12]
+        return self.reader.cache.folder / f"{name}.{REPORT}"
+
+    @property
+    def _url(self) -> str:
+        return self.shards[0].rpartition("/")[0]
+
+    def stamps(self) -> dict[str, Stamp]:
+        """Return each image's length, and a number that its shard's tag gives."""
+        tags = [
+            int.from_bytes(hashlib.sha256(item.tag.encode()).digest()[:7], "big")
+            for item in self.reader.items
+        ]
+        rows = zip(self.names, self.length.tolist(), self.shard.tolist(), strict=True)
+        return {name: (length, tags[shard]) for name, length, shard in rows}
+
+    def expect(self, rows: NDArray[np.int64]) -> None:
+        """Fetch the shards of these samples, in this order, as far ahead as the cache is large.
+
+        Raises UsageError if the cache cannot hold what is open at once.
+        """
+        self.reader.expect(self.shard[rows])
+
+    def stop(self) -> None:
+        """Fetch no more."""
+        self.reader.stop()
+
+    def read(self, index: int) -> bytes:
+        """Return an image's bytes. Raises DataError if it is cut off, RunError if it cannot be read."""
+        shard, offset, length = (int(x[index]) for x in (self.shard, self.offset, self.length))
+        data = self.reader.read(shard, offset, length)
+        if len(data) < length:
+            raise DataError("the shard ends within it")
+        if not data:
+            raise DataError("the file is empty")
+        return data
+
+    @property
+    def counted(self) -> str:
+        """What was found, and where it is kept, as text."""
+        cache = self.reader.cache
+        return f"{super().counted}; cache {cache.folder}, up to {format_bytes(cache.limit)}"
+
+
+def has_remote_split(data: Url, split: str) -> bool:
+    """Return whether there are shards of that split, and others are not. Raises UsageError, RunError."""
+    pattern = _pattern(data)
+    return has_splits(pattern) and bool(_listed(remote_of(data), pattern, split))
+
+
+def open_remote(data: Url, split: str, options: CacheOptions) -> RemoteShards:
+    """Return the images of a split. The index is made if there is none of these shards.
+
+    Raises UsageError if there are no shards, or they cannot be reached; as `open_shards` beside that.
+    """
+    remote, pattern = remote_of(data), _pattern(data)
+    items = _listed(remote, pattern, split)
+    if not items:
+        raise UsageError(
+            f"no shards of {split} match {pattern}; folders of images, tables and .beton files are read from "
+            "this machine alone: rsnet shards writes shards of them"
+        )
+    urls = [item.url for item in items]
+    folder = urls[0].rpartition("/")[0]
+    cache = ShardCache(options.folder, options.size)
+    found: list[Index] = []
+    reader = ShardReader(remote, items, cache, lambda i, path: _check(items[i], i, path, found[:1]))
+    index = _index(remote, items, reader, f"{folder}/{tar_index.file_name(_names(items))}")
+    found.append(index)
+    classes = f"{folder}/{CLASSES}"
+    names = class_names(classes, remote.content(classes), index.labels)
+    return RemoteShards(data=data, split=split, shards=urls, reader=reader, **columns(index, names))
+
+
+def _pattern(data: Url) -> str:
+    return data if is_pattern(data) else f"{data}/{PATTERN}"
+
+
+def _names(items: list[RemoteObject]) -> list[str]:
+    return [item.name for item in items]
+
+
+def _listed(remote: Remote, pattern: str, split: str) -> list[RemoteObject]:
+    patterns = expanded(of_split(pattern, split))
+    found = remote.find(patterns)
+    missing = [one for one, items in zip(patterns, found, strict=True) if not items]
+    if 0 < len(missing) < len(patterns):
+        raise UsageError(f"{pattern} names shards that are not there: {first_names(missing)}")
+    return [item for items in found for item in items]
+
+
+def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: str) -> Index:
+    """Return the index: that in the cache, or beside the shards, or one that is made now and kept there.
+
+    The shards are fetched whole for it, as the training needs them anyhow: headers alone would take a request
+    for each image.
+    """
+    fingerprint = tar_index.fingerprint_of([(i.name, i.size, i.tag) for i in items])
+    sizes = [(item.name, item.size) for item in items]
+    kept = reader.cache.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.index.parquet"
+    for in_cache in (True, False):
+        data = (kept.read_bytes() if kept.exists() else None) if in_cache else remote.content(url)
+        found = tar_index.decoded(data)
+        # One that `rsnet shards` wrote knows the shards by their content, which is checked as they come.
+        if found and (
+            found.fingerprint == fingerprint
+            or [(note.name, note.size) for note in found.shards if note.sha256] == sizes
+        ):
+            return found
+    say(
+        f"{url.rpartition('/')[0]}: {len(items)} shards are fetched to make their index", sys.stderr
+    )
+    urls = [item.url for item in items]
+    reader.expect(np.arange(len(items)))
+    index = tar_index.scan(urls, reader.held, fingerprint)
+    reader.stop()
+    write_index(kept, index)
+    if remote.writes:
+        try:
+            remote.put(url, tar_index.encoded(index))
+        except (OSError, RunError, UsageError) as error:
+            say(f"note: the index is kept in {kept.parent} alone: {first_line(error)}", sys.stderr)
+    return index
+
+
+def _check(item: RemoteObject, number: int, path: Path, found: list[Index]) -> None:
+    """Raise DataError if a shard's file is not what the index is of, if that can be told."""
+    notes = found[0].shards if found else []
+    if notes and sha256_file(path) != notes[number].sha256:
+        raise DataError(
+            f"{item.url} has another content than its index says; upload the shards and their index anew, or "
+            "remove the index, a hidden file beside them"
+        )

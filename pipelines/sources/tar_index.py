@@ -1,0 +1,209 @@
+"""The index of tar shards: where each image lies, found by reading tar headers and labels alone.
+
+It is a Parquet file beside the shards, with notes of the shards that it is of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.image_io import SUFFIXES
+from pipelines.sources.source import indices_of, ordered_classes
+from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.reading import reading
+from pipelines.utils.text import first_names
+
+LABELS = ("cls", "json")
+NAME = ".{}.index.parquet"  # beside the shards; by the shards' names
+VERSION = b"1"
+BLOCK = 512  # bytes, tar's unit; zeros end a file
+
+
+class Sample(NamedTuple):
+    """Where an image lies."""
+
+    name: str
+    shard: int
+    offset: int
+    length: int
+    label: str
+
+
+class ShardNote(NamedTuple):
+    """What a shard was like when its index was made. sha256: None if it was not computed."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+class Index(NamedTuple):
+    """The samples of a split, sorted by label and name.
+
+    table: columns name, shard, offset, length, label, the place in `labels`: the distinct labels, as text.
+    fingerprint: of the shards' states, as their file system knows them. shards: may be empty.
+    """
+
+    table: Any
+    labels: list[str]
+    fingerprint: str
+    shards: list[ShardNote]
+
+
+def fingerprint_of(states: Sequence[tuple[Any, ...]]) -> str:
+    """Return the SHA-256 of the shards' names, sizes and times, or what else tells a change."""
+    return hashlib.sha256(repr(states).encode()).hexdigest()
+
+
+def file_name(shards: Sequence[str]) -> str:
+    """Return the name of the index of shards of these names."""
+    return NAME.format(hashlib.sha256("\n".join(shards).encode()).hexdigest()[:12])
+
+
+def scan(
+    shards: Sequence[str],
+    held: Callable[[int], AbstractContextManager[str]],
+    fingerprint: str,
+) -> Index:
+    """Read the headers and labels of all shards.
+
+    shards: paths or URLs, for messages. held: gives the path of a shard's file, in a block.
+
+    Raises UsageError if samples lack images or labels, DataError if a shard is damaged, RunError if it cannot
+    be read.
+    """
+    import pyarrow as pa
+
+    samples: list[Sample] = []
+    for i, place in enumerate(shards):
+        with held(i) as path:
+            samples += samples_of(path, i, place)
+    labels = ordered_classes(sample.label for sample in samples)
+    place_of = {label: i for i, label in enumerate(labels)}
+    if len({sample.name for sample in samples}) < len(samples):  # each shard counts anew
+        samples = [s._replace(name=f"{Path(shards[s.shard]).name}/{s.name}") for s in samples]
+    samples.sort(key=lambda sample: (place_of[sample.label], sample.name))
+    table = pa.table(
+        {
+            "name": pa.array([sample.name for sample in samples]),
+            "shard": np.array([sample.shard for sample in samples], np.int64),
+            "offset": np.array([sample.offset for sample in samples], np.int64),
+            "length": np.array([sample.length for sample in samples], np.int64),
+            "label": indices_of([sample.label for sample in samples], labels),
+        }
+    )
+    return Index(table, labels, fingerprint, [])
+
+
+def samples_of(path: str, shard: int, place: str | None = None) -> list[Sample]:
+    """Return the samples of a shard; `place` is what messages call it. Raises as `scan`."""
+    place = place or path
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, str] = {}
+    others: Counter[str] = Counter()
+    for member, data in _members(path, place):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key = folder + slash + stem
+        if f".{extension.lower()}" in SUFFIXES:
+            if key in images:
+                raise UsageError(
+                    f"{place}: {key} has two images, {images[key].name} and {member.name}"
+                )
+            images[key] = member
+        elif extension in LABELS and key not in labels:
+            if (label := _label(extension, data())) is not None:
+                labels[key] = label
+        else:
+            others[extension] += 1
+    if not images:
+        kinds = first_names([f"{kind} {count}" for kind, count in others.most_common()])
+        raise UsageError(f"{place} has no images (it has {kinds})")
+    for key, member in images.items():
+        if key not in labels:
+            raise UsageError(
+                f"{place}: {member.name} has no label; expected {key}.cls, or {key}.json with a label"
+            )
+    return [
+        Sample(member.name, shard, member.offset_data, member.size, labels[key])
+        for key, member in images.items()
+    ]
+
+
+def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """Yield each file of a tar, and what reads it. Raises DataError if the tar is damaged or cut off."""
+    try:
+        with (
+            reading(place),
+            Path(path).open("rb") as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
+            for member in tar:
+                start, size = member.offset_data, member.size
+                if start + size > os.fstat(file.fileno()).st_size:
+                    raise DataError(f"{place} is cut off within {member.name}")
+                if member.isreg():
+                    yield member, partial(os.pread, file.fileno(), size, start)
+                tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
+            if os.pread(file.fileno(), BLOCK, tar.offset) not in (bytes(BLOCK), b""):
+                raise DataError(f"{place} is damaged at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise DataError(f"{place} is no tar file, or damaged: {first_line(error)}") from None
+
+
+def _label(extension: str, data: bytes) -> str | None:
+    """Return the label of a .cls or .json file, None if there is none in it."""
+    text = data.decode(errors="replace").strip()
+    if extension == "cls":
+        return text or None
+    try:
+        label = json.loads(text).get("label")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return str(label) if isinstance(label, int | str) else None
+
+
+def decoded(data: bytes | None) -> Index | None:
+    """Return the index in a file's bytes, None if there is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if data is None:
+        return None
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        notes = table.schema.metadata or {}
+        if notes.get(b"version") != VERSION:
+            return None
+        shards = [ShardNote(*note) for note in json.loads(notes.get(b"shards", b"[]"))]
+        return Index(table, json.loads(notes[b"labels"]), notes[b"fingerprint"].decode(), shards)
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+        return None
+
+
+def encoded(index: Index) -> bytes:
+    """Return the bytes of an index's file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    notes = {
+        "fingerprint": index.fingerprint,
+        "labels": json.dumps(index.labels),
+        "shards": json.dumps(index.shards),
+        "version": VERSION,
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(index.table.replace_schema_metadata(notes), sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
