@@ -9,6 +9,7 @@ their shard has come. A process that knows nothing of the order fetches a shard 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -56,7 +57,7 @@ class ShardReader:
         if needed > self.cache.limit:
             raise UsageError(
                 f"--cache-size {format_bytes(self.cache.limit)}: shards of {format_bytes(needed)} are read "
-                f"from at once; give --cache-size {needed / 1e9:.3g}GB or more"
+                f"from at once; give --cache-size {_as_option(needed)} or more"
             )
         is_mixed = needed > sizes[np.unique(shards)].sum() / 2
         self._ahead = _Ahead(self, shards, PATIENCE if is_mixed else None)
@@ -235,6 +236,11 @@ class _Ahead:
                 if outcome is not Outcome.THERE and shard in self._admitted:
                     self._wanted.insert(min(FETCHERS, len(self._wanted)), shard)
                 self._changed.notify_all()
+
+
+def _as_option(size: int) -> str:
+    """Return a number of bytes, or some more, as an option's value."""
+    return f"{math.ceil(size / 1e9)}GB" if size > 1e9 else f"{math.ceil(size / 1e6)}MB"
 
 
 def _bytes_of(path: Path, offset: int, length: int) -> bytes:

@@ -147,7 +147,7 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
         # One that `rsnet shards` wrote knows the shards by their content, which is checked as they come.
         if found and (
             found.fingerprint == fingerprint
-            or [(note.name, note.size) for note in found.shards if note.sha256] == sizes
+            or [(note.name, note.size) for note in found.shards] == sizes
         ):
             return found
     say(

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from pipelines.sources import tar_index
 from pipelines.sources.location import expanded, has_splits, of_split
 from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
-from pipelines.sources.tar_index import Index
-from pipelines.utils.atomic_io import atomic_write
+from pipelines.sources.tar_index import Index, ShardNote
+from pipelines.utils.atomic_io import atomic_write, sha256_file
 from pipelines.utils.errors import DataError, UsageError, os_error_line
 from pipelines.utils.output import say
 from pipelines.utils.reading import reading
@@ -131,8 +131,10 @@ def has_split(data: Path, split: str) -> bool:
     return (data.is_dir() or has_splits(str(data))) and bool(paths_of(data, split))
 
 
-def open_shards(data: Path, split: str) -> TarShards:
+def open_shards(data: Path, split: str, *, with_sha256: bool = False) -> TarShards:
     """Return the images of a split. The index is made if there is none of these shards.
+
+    with_sha256: it has the shards' SHA-256, by which copies of them are known elsewhere.
 
     Raises UsageError if there are no shards, or their samples lack images or labels; DataError if a shard is
     damaged; RunError if one cannot be read.
@@ -145,8 +147,13 @@ def open_shards(data: Path, split: str) -> TarShards:
     fingerprint = tar_index.fingerprint_of(states)
     path = folder / tar_index.file_name(names)
     index = tar_index.decoded(_index_file(path))
-    if index is None or index.fingerprint != fingerprint:
+    is_known = index is not None and index.fingerprint == fingerprint
+    if index is None or not is_known:
         index = tar_index.scan(shards, lambda i: nullcontext(shards[i]), fingerprint)
+    if with_sha256 and not index.shards:
+        notes = [ShardNote(n, size, sha256_file(folder / n)) for n, size, _ in states]
+        index, is_known = index._replace(shards=notes), False
+    if not is_known:
         write_index(path, index)
     classes = class_names(str(folder / CLASSES), _content(folder / CLASSES), index.labels)
     return TarShards(data=data, split=split, shards=shards, **columns(index, classes))

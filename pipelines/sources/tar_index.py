@@ -41,11 +41,11 @@ class Sample(NamedTuple):
 
 
 class ShardNote(NamedTuple):
-    """What a shard was like when its index was made. sha256: None if it was not computed."""
+    """What a shard was like when its index was made."""
 
     name: str
     size: int
-    sha256: str | None
+    sha256: str
 
 
 class Index(NamedTuple):

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipelines.image_formats import open_image
 from pipelines.image_io import SUFFIXES
-from pipelines.sources.shards import CLASSES
+from pipelines.sources.shards import CLASSES, open_shards
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_splits
 from pipelines.sources.tar_index import samples_of
@@ -77,6 +77,7 @@ def _write_all(output: Path, sources: list[Source], shard_bytes: int) -> None:
         atomic_write(output / CLASSES, (json.dumps(sources[0].classes) + "\n").encode())
         for source in sources:
             _write_split(output, source, plans[source.split])
+            open_shards(output, source.split, with_sha256=True)  # makes the index
     except OSError as error:
         place = error.filename or output
         raise DataError(

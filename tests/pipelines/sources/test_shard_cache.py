@@ -1,0 +1,196 @@
+"""The cache of shards: whole or not there, bounded, shared by processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from pipelines.sources import shard_cache
+from pipelines.sources.remote import RemoteObject
+from pipelines.sources.remote_reader import ShardReader, _most_at_once
+from pipelines.sources.shard_cache import Outcome, ShardCache
+from pipelines.utils.errors import DataError, UsageError
+from tests.helpers import processes
+
+SIZE = 1000
+
+
+def item(number: int, tag: str = "a") -> RemoteObject:
+    return RemoteObject(f"s3://bucket/{number}.tar", SIZE, tag)
+
+
+def fill(number: int):
+    return lambda file: os.pwrite(file, bytes([number]) * SIZE, 0)
+
+
+def fetch(cache: ShardCache, number: int) -> Outcome:
+    return cache.fetch(item(number), fill(number))
+
+
+@pytest.fixture
+def cache(tmp_path) -> ShardCache:
+    return ShardCache(tmp_path, 3 * SIZE)
+
+
+def numbers(cache: ShardCache) -> list[int]:
+    return [n for n in range(10) if cache.has(item(n))]
+
+
+class Recorded:
+    """A storage whose objects are their number; `copied` has the numbers in order."""
+
+    def __init__(self) -> None:
+        self.copied: list[int] = []
+        self.read_by_range: list[int] = []
+
+    def copy(self, wanted: RemoteObject, file: int, _given_up: threading.Event) -> None:
+        number = int(wanted.name.removesuffix(".tar"))
+        self.copied.append(number)
+        fill(number)(file)
+
+    def read(
+        self, wanted: RemoteObject, start: int, stop: int, _given_up: threading.Event
+    ) -> bytes:
+        number = int(wanted.name.removesuffix(".tar"))
+        self.read_by_range.append(number)
+        return bytes([number]) * (stop - start)
+
+
+def reader_of(cache: ShardCache, count: int) -> tuple[ShardReader, Recorded]:
+    storage = Recorded()
+    return ShardReader(storage, [item(n) for n in range(count)], cache), storage  # type: ignore[arg-type]
+
+
+def test_what_is_no_longer_needed_makes_room_the_oldest_first(cache):
+    for number in range(3):
+        assert fetch(cache, number) is Outcome.THERE
+        os.utime(cache.path_of(item(number)), (number, number))
+    assert fetch(cache, 3) is Outcome.THERE
+    assert numbers(cache) == [1, 2, 3]
+
+
+def test_what_any_process_pins_stays(cache, tmp_path):
+    other = ShardCache(tmp_path, 3 * SIZE)
+    other.pin([item(0), item(1)])
+    cache.pin([item(2)])
+    for number in range(3):
+        fetch(cache, number)
+    assert fetch(cache, 3) is Outcome.FULL
+    other.pin([item(1)])
+    assert fetch(cache, 3) is Outcome.THERE
+    assert numbers(cache) == [1, 2, 3]
+
+
+def test_an_object_of_another_tag_is_another_shard(cache):
+    fetch(cache, 0)
+    assert not cache.has(item(0, "b"))
+
+
+def test_a_copy_that_fails_leaves_nothing(cache):
+    def fail(file: int) -> None:
+        os.pwrite(file, b"x" * (SIZE - 1), 0)
+        raise DataError("cut off")
+
+    with pytest.raises(DataError, match="cut off"):
+        cache.fetch(item(0), fail)
+    assert not [*(cache.folder / "shards").iterdir()]
+    assert fetch(cache, 0) is Outcome.THERE
+
+
+def test_a_killed_process_leaves_no_shard_no_lock_and_no_pin(cache, tmp_path):
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
+        "from tests.pipelines.sources.test_shard_cache import *;"
+        "c = ShardCache(Path(sys.argv[1]), 3 * SIZE); c.pin([item(n) for n in range(3)]);"
+        "c.fetch(item(0), lambda f: (print('begun', flush=True), signal.pause()))"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path), str(processes.ROOT)]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "begun\n"
+    assert fetch(cache, 0) is Outcome.BUSY
+    assert not cache.has(item(0))
+    for number in (1, 2):
+        fetch(cache, number)
+    assert fetch(cache, 3) is Outcome.FULL
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert fetch(cache, 3) is Outcome.THERE  # in the place of what the process had begun
+    assert numbers(cache) == [1, 2, 3]
+    assert fetch(cache, 0) is Outcome.THERE
+
+
+def test_a_full_disk_is_told_in_one_line(cache, monkeypatch):
+    monkeypatch.setattr(shard_cache, "free_space", lambda _: SIZE)
+    with pytest.raises(
+        DataError, match=r"--cache: cannot write .*: No space left.*free some space"
+    ):
+        fetch(cache, 0)
+    monkeypatch.undo()
+
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(DataError, match="No space left"):
+        cache.fetch(item(0), full)
+
+
+def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--cache: \S+file cannot be used"):
+        ShardCache(tmp_path / "file", SIZE)
+
+
+def test_shards_are_fetched_in_the_order_of_their_use_and_no_more_than_fit(cache):
+    reader, storage = reader_of(cache, 8)
+    order = np.repeat([5, 0, 7, 1, 2, 6], 4)
+    reader.expect(order)
+    for shard in order.tolist():
+        assert reader.read(shard, 10, 5) == bytes([shard]) * 5
+        assert sum(path.stat().st_size for path in (cache.folder / "shards").iterdir()) <= 3 * SIZE
+    reader.stop()
+    assert sorted(storage.copied) == [0, 1, 2, 5, 6, 7]
+    assert not storage.read_by_range
+
+
+def test_processes_of_a_machine_fetch_each_shard_once(tmp_path):
+    pairs = [reader_of(ShardCache(tmp_path, 8 * SIZE), 8) for _ in range(3)]
+    order = np.repeat(np.arange(8), 6)
+
+    def work(reader: ShardReader) -> None:
+        reader.expect(order)
+        for shard in order.tolist():
+            assert reader.read(shard, 0, 1) == bytes([shard])
+
+    threads = [threading.Thread(target=work, args=[reader]) for reader, _ in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for reader, _ in pairs:
+        reader.stop()
+    copied = [number for _, storage in pairs for number in storage.copied]
+    assert sorted(copied) == list(range(8))
+
+
+def test_a_cache_smaller_than_what_is_open_at_once_is_an_error_with_the_number(cache):
+    reader, _ = reader_of(cache, 5)
+    with pytest.raises(
+        UsageError, match=r"--cache-size 3 kB: shards of 5 kB .* give --cache-size 1MB"
+    ):
+        reader.expect(np.arange(20) % 5)
+
+
+def test_the_most_at_once_is_that_of_reads_between_first_and_last():
+    sizes = np.array([1, 10, 100])
+    assert _most_at_once(np.array([0, 0, 1, 1, 2]), sizes) == 100
+    assert _most_at_once(np.array([0, 1, 0, 2]), sizes) == 100
+    assert _most_at_once(np.array([0, 1, 2, 0, 1]), sizes) == 111
+    assert _most_at_once(np.array([], np.int64), sizes) == 0
