@@ -192,10 +192,10 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     cost = report.model_cost(context.model)
     console.say_table(report.table(results, cost))
     if writes and distributed.is_main():
-        run_dir = RunDir(config.output, continues=True, active=True)
-        keep_library_output(config.output / "libraries.log")
+        run_dir = RunDir(config.folder, continues=True, active=True)
+        keep_library_output(config.folder / "libraries.log")
         run_dir.write_json("evaluation.json", {"gmacs": cost, **results})
-        report.plot(config.output / "evaluation.png", config.arch, results, cost)
+        report.plot(config.folder / "evaluation.png", config.arch, results, cost)
     return results
 
 

@@ -24,6 +24,7 @@ from pipelines.utils.memory import is_lack_of_memory, memory_line, require_memor
 from pipelines.utils.option_docs import OptionDoc, flags, help_page, topics
 from pipelines.utils.output import guard_output, lost_output, say
 from pipelines.utils.synonyms import advice
+from pipelines.utils.urls import url_of
 
 Options = TypeVar("Options")
 
@@ -181,6 +182,11 @@ def parse_options(
         raise UsageError(_message(complaint.getvalue())) from None
     if unknown:
         raise UsageError(f"{unknown[0]}: there is no such option; --help lists all options")
+    output = getattr(options, "output", None)
+    if isinstance(output, Path) and (url := url_of(output)):
+        raise UsageError(
+            f"--output {url}: this command writes on this machine alone: give a folder"
+        )
     return options  # type: ignore[no-any-return]
 
 

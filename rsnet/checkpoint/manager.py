@@ -37,11 +37,22 @@ class CheckpointManager:
         io.save(pending, checkpoint)
         if is_best:
             _copy(pending, self.best)
-        for age in range(self.keep - 1, 0, -1):
-            if self._aged(age - 1).exists():
-                _copy(self._aged(age - 1), self._aged(age))
-        _copy(pending, self.last)
+        self.take_in(pending)
+
+    def take_in(self, pending: Path, is_best: bool = False) -> None:
+        """Make a file in the folder last.pt, the older ones one older, or make it best.pt instead."""
+        if is_best:
+            _copy(pending, self.best)
+        else:
+            for age in range(self.keep - 1, 0, -1):
+                if self._aged(age - 1).exists():
+                    _copy(self._aged(age - 1), self._aged(age))
+            _copy(pending, self.last)
         io.remove(pending)
+
+    def lasts(self) -> list[Path]:
+        """Return the last checkpoints that are there, newest first."""
+        return [p for age in range(MOST_KEPT) if (p := self._aged(age)).exists()]
 
     def newest(
         self, say: Callable[[str], None], moves: bool = True
@@ -53,7 +64,7 @@ class CheckpointManager:
         Raises DataError if all are damaged, or only the best is left.
         """
         damaged: list[Path] = []
-        for path in (p for age in range(MOST_KEPT) if (p := self._aged(age)).exists()):
+        for path in self.lasts():
             try:
                 checkpoint = io.load(path)
             except DataError as error:
@@ -87,12 +98,17 @@ class CheckpointManager:
 def _copy(source: Path, target: Path) -> None:
     """Give `target` the content of `source`, at once; on most file systems without copying a byte."""
     temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
+    link_or_copy(source, temporary)
     io.note_hashes(target, [io.sha256(p) for p in (source, target) if p.exists()])
     temporary.replace(target)
     fsync_directory(target.parent)
     io.note_hashes(target, [io.sha256(target)])  # so that sha256sum --check agrees
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give `target` the content that `source` has now, under another name. Raises OSError."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Never
 from pipelines.sources.location import Location, Url, location
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import read_json
+from pipelines.utils.urls import name_of, url_of
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
@@ -69,6 +70,11 @@ class ResolvedConfig(TrainOptions[Never]):
         return tuple(map(min, nearest, self.sizes))
 
     @property
+    def folder(self) -> Path:
+        """The run directory on this machine."""
+        return _folder(self.output)
+
+    @property
     def is_quantized(self) -> bool:
         """Whether weights or activations are quantized."""
         return self.qw != FULL or self.qa != FULL
@@ -85,14 +91,20 @@ class ResolvedConfig(TrainOptions[Never]):
 
 
 def output_directory(config: TrainConfig, arch: str) -> Path:
-    """Return the run directory: --output, or one per arch and data."""
+    """Return the run directory on this machine: that of --output, or one per arch and data."""
     if config.output is not None:
-        return config.output
+        return _folder(config.output)
     name = arch.replace("/", "_")
     older = Path("runs", name)  # version 0.1.0's, where it holds a run of this data
     if _data_of(older / "config.json") == str(location(config.data)):
         return older
     return Path("runs", "-".join(filter(None, (name, _data_name(location(config.data))))))
+
+
+def _folder(output: str) -> Path:
+    """Return the run directory of an --output; of one in object storage, the folder of that name in runs."""
+    url = url_of(output)
+    return Path("runs", name_of(url)) if url else Path(output)
 
 
 def _data_name(data: Location) -> str:
@@ -161,7 +173,7 @@ def resolve(
         "lr": recipe.lr * global_batch / 256,
         "sizes_per_step": len(sizes),
         "amp": "bf16" if has_bf16 else "off",
-        "output": output_directory(config, arch),
+        "output": str(output_directory(config, arch)),
         "num_classes": known.get("num_classes"),
         "wandb_project": wandb_project(),
         "wandb_name": os.environ.get("WANDB_NAME") or None,

@@ -7,7 +7,6 @@ An option of type `... | Unset` may be left unset on the command line: in `Train
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from tyro.conf import arg
@@ -293,8 +292,9 @@ class DistributedOptions:
 class CheckpointOptions(Generic[Unset]):
     """Run directory, checkpoints and error handling."""
 
-    output: Annotated[Path | Unset, arg(aliases=("-c", "--checkpoint"), metavar="DIR")] = UNSET
-    """Run directory. Unset: runs/ARCH-DATA, by the name of the data's folder."""
+    output: Annotated[str | Unset, arg(aliases=("-c", "--checkpoint"), metavar="DIR|URL")] = UNSET
+    """Run directory. Unset: runs/ARCH-DATA, by the name of the data's folder. s3://BUCKET/.../NAME or gs://:
+    runs/NAME, which is uploaded there behind the training."""
 
     resume: Annotated[str | None, arg(metavar="auto|PATH")] = None
     """Continue from a checkpoint; auto: the last one of --output, if there is one. Unset: auto, if --output
@@ -316,7 +316,8 @@ class CheckpointOptions(Generic[Unset]):
     """Last checkpoints to keep; the best one is kept in addition."""
 
     on_save_error: Literal["stop", "continue"] = "stop"
-    """If a checkpoint cannot be written: stop, or continue without; the one before it stays in any case."""
+    """If a checkpoint cannot be written, or three in a row not be uploaded: stop, or continue without; the
+    one before it stays in any case."""
 
     on_nonfinite: Annotated[tuple[str, ...], arg(metavar="stop|skip INT")] = ("stop",)
     """If a loss is NaN or infinite: stop, or skip up to so many updates in a row."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, get_type_hints
 
 from pipelines.utils.errors import DataError
+from pipelines.utils.urls import url_of
 from rsnet.config.model_config import canonical_arch
 from rsnet.config.option_rules import require_valid
 from rsnet.config.recipes import FORMER_NAMES
@@ -55,7 +56,14 @@ class TrainOptions(
             object.__setattr__(self, "arch", canonical_arch(str(self.arch)))
         if (new := FORMER_NAMES.get(str(self.recipe))) is not None:
             object.__setattr__(self, "recipe", new)
+        if self.output is not None:
+            object.__setattr__(self, "output", url_of(self.output) or str(self.output))
         require_valid(self)
+
+    @property
+    def url(self) -> str | None:
+        """Where the run is uploaded to, if --output names object storage."""
+        return url_of(self.output)
 
     @property
     def is_profile(self) -> bool:

@@ -42,7 +42,8 @@ def say_header(context: RunContext, steps_per_epoch: int | None = None) -> None:
             f"{context.global_batch} = {config.batch_size} images x {distributed.world_size()} processes x "
             f"{config.accumulate} accumulated; {steps_per_epoch} steps an epoch"
         )
-        lines["run"] = str(config.output)
+        uploaded = f", uploaded to {config.url}" if config.url else ""
+        lines["run"] = f"{config.folder}{uploaded}"
     for name, value in lines.items():
         context.console.say(f"{name:12}  {value}")
     if steps_per_epoch is not None:

@@ -18,6 +18,7 @@ import torch
 from pipelines.utils.atomic_io import atomic_write, atomic_write_json, fsync
 from pipelines.utils.errors import RunError, UsageError
 from pipelines.utils.locks import exclusive_lock
+from pipelines.utils.urls import url_of
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
 
@@ -137,8 +138,10 @@ class RunDir:
 def run_directory(path: Path) -> Path:
     """Return the run directory that an argument names: it, its folder of checkpoints, or one of those.
 
-    Raises UsageError for a release, or a file that lies in no run.
+    Raises UsageError for a release, a file that lies in no run, or a run in object storage.
     """
+    if url := url_of(path):
+        raise UsageError(f"{url}: this command reads runs of this machine alone: download it first")
     if (path / "model.safetensors").is_file() and not (path / "metrics.jsonl").exists():
         raise UsageError(f"{path} is a release, without the metrics of its training; give its run")
     if path.is_file():

@@ -61,7 +61,7 @@ class RunLogger:
         self.tensorboard = TensorBoardLogger(
             run_dir.path, self.config.tensorboard and distributed.is_main(), self.console.say
         )
-        self.wandb = start_wandb(context, self.config.output, run_id=wandb_id)
+        self.wandb = start_wandb(context, self.config.folder, run_id=wandb_id)
 
     def _write_header(self, context: RunContext) -> None:
         """Write down and say what runs where."""
@@ -142,16 +142,16 @@ class RunLogger:
         if not distributed.is_main():
             return
         self.console.say_table(report.table(results, cost))
-        plot = self.config.output / "accuracy_gmacs.png"
+        plot = self.config.folder / "accuracy_gmacs.png"
         report.plot(plot, self.config.arch, results, cost)
-        curves, metrics = self.config.output / "curves.png", self.run_dir.path / "metrics.jsonl"
+        curves, metrics = self.config.folder / "curves.png", self.run_dir.path / "metrics.jsonl"
         plot_curves(curves, self.config.arch, read_metrics(metrics))
         self.run_dir.write_json(
             "results.json",
             {"gmacs": cost, "parameters": {"shared": shared, "private": private}, **results},
         )
         self.wandb.log_results(report.COLUMNS, report.rows(results, cost), plot)
-        self.console.say(f"run directory {self.config.output}, plots {plot.name} and {curves.name}")
+        self.console.say(f"run directory {self.config.folder}, plots {plot.name} and {curves.name}")
 
 
 def losses_in_words(p: TrainingProgress) -> str:

@@ -42,7 +42,7 @@ class ProfileRun:
 
     def __init__(self, context: RunContext) -> None:
         self.context, self.config, self.say = context, context.config, context.console.say
-        self.folder = self.config.output / "profile"
+        self.folder = self.config.folder / "profile"
         self.cost = sum(gmacs(context.model, size) for size in self.config.train_sizes)
 
     def run(
@@ -158,7 +158,7 @@ class ProfileRun:
         log = start_wandb(
             self.context,
             self.folder,
-            name=f"{self.config.wandb_name or self.config.output.name} profile",
+            name=f"{self.config.wandb_name or self.config.folder.name} profile",
             remedy=f"all of it is in {self.folder}",
         )
         paths = [self.folder / name for name in files]

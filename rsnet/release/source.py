@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.urls import url_of
 from rsnet.checkpoint import io, tf_checkpoint
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
@@ -17,7 +18,7 @@ from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import FULL, ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.release import package
+from rsnet.release import bucket, hub, package
 
 Kind = Literal["run", "checkpoint", "release", "original", "export"]
 
@@ -34,7 +35,7 @@ class Source:
     """
 
     kind: Kind
-    path: Path
+    path: str | Path
     file: Path
     checkpoint: Checkpoint
     release: package.Release | None = None
@@ -93,14 +94,18 @@ def open_source(
 ) -> Source:
     """Read what the argument of a command names; nothing in it is executed.
 
-    argument: a run directory, a checkpoint, a release, also one on the hub (`rsnet.release.hub`),
-    or a file of the authors' code: PyTorch's, or what
+    argument: a run directory or a checkpoint, also in object storage (`rsnet.release.bucket`), a release,
+    also one on the hub (`rsnet.release.hub`), or a file of the authors' code: PyTorch's, or what
     `tf_checkpoint.read` takes. newest: of a run, take the last checkpoint before the best one.
     arch, sizes: what an original's file may not say of its network, see `rsnet.checkpoint.authors_pytorch`.
 
     Raises UsageError if there is no such thing, DataError if it is damaged.
     """
     path = Path(argument)
+    if (url := url_of(argument)) and not hub.is_address(argument):
+        file = bucket.download(url, newest)
+        kind: Kind = "checkpoint" if url.endswith(".pt") else "run"
+        return Source(kind, url, file, io.load(file))
     if folder := release_folder(package.local_folder(argument)):
         content = package.read(folder)
         network = ModelConfig.from_dict(content.config["network"])

@@ -15,9 +15,11 @@ from torch import Tensor
 from pipelines.batch import Loader
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.schema import read_json
+from pipelines.utils.urls import url_of
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
+from rsnet.checkpoint.remote import RemoteRun, fetch_newest
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import FULL
 from rsnet.config.recipes import by_new_names
@@ -134,6 +136,8 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
         return Start()
     if config.resume not in (None, "auto"):
         return _of_named(config, config.resume, say)
+    if config.url is not None:
+        _fetch(config.url, output, config.keep, say)
     noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
     if config.resume is None and not noted and not store.last.exists():
         return Start()
@@ -150,6 +154,18 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     if newest is None:
         return Start(continues=True, config=noted, must_be_same=is_own)
     return Start(*newest, continues=True, config=noted, must_be_same=is_own)
+
+
+def _fetch(url: str, output: Path, keep: int, say: Callable[[str], None]) -> None:
+    """Bring what is newer in object storage to the run directory `output`."""
+    local = _noted(output / "config.json").get("output")
+    if url_of(local) not in (None, url):
+        raise UsageError(
+            f"--output: {output} holds a run that is uploaded to {local}; give {url} another last name, or "
+            "run in another folder"
+        )
+    with error_context("--output"):
+        fetch_newest(RemoteRun(url), output, keep, say)
 
 
 def _of_named(config: TrainConfig, resume: str, say: Callable[[str], None]) -> Start:

@@ -14,6 +14,7 @@ from pipelines.utils.library_output import keep_library_output
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import BEST_BY, Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
+from rsnet.checkpoint.uploader import Uploader
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
@@ -36,6 +37,7 @@ from rsnet.training.resume import (
 )
 from rsnet.training.signals import StopRequest, TrainingInterrupted
 from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
+from rsnet.training.upload import start_upload, upload, waited_for
 
 SAVE = 1  # what ranks vote for, and, to stop, STOP and the signal's number
 STOP = 1000
@@ -61,16 +63,18 @@ def train(context: RunContext, start: Start) -> Results:
         context.console.say,
         teacher=context.teacher,
     )
-    run_dir = distributed.run_on_main(lambda: RunDir(config.output, start.continues, main))
+    run_dir = distributed.run_on_main(lambda: RunDir(config.folder, start.continues, main))
     run_dir.active = main
     if start.adopted:
         context.console.say(f"from the run in {config.output}: {', '.join(start.adopted)}")
     with ExitStack() as stack:
         distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
         context.console.log = run_dir.note
-        keep_library_output(config.output / "libraries.log")
+        keep_library_output(config.folder / "libraries.log")
+        uploader = start_upload(context, start.continues)
+        stack.enter_context(waited_for(uploader, context))
         try:
-            return TrainingRun(context, trainer, run_dir, start).run()
+            return TrainingRun(context, trainer, run_dir, start, uploader).run()
         except TrainingInterrupted as stop:
             context.console.log(f"stopped by {stop}")
             raise
@@ -87,14 +91,20 @@ class TrainingRun:
     """
 
     def __init__(
-        self, context: RunContext, trainer: Trainer, run_dir: RunDir, start: Start
+        self,
+        context: RunContext,
+        trainer: Trainer,
+        run_dir: RunDir,
+        start: Start,
+        uploader: Uploader | None,
     ) -> None:
         assert context.loaders.train is not None
         self.context, self.trainer, self.run_dir = context, trainer, run_dir
         self.config, self.model, self.console = context.config, context.model, context.console
         self.train_loader = context.loaders.train
         self.steps_per_epoch = len(self.train_loader) // trainer.accumulate
-        self.manager = CheckpointManager(self.config.output / "checkpoints", self.config.keep)
+        self.manager = CheckpointManager(self.config.folder / "checkpoints", self.config.keep)
+        self.uploader = uploader
         self.stop = StopRequest()
         self.vote = distributed.StepVote()
         self.watchdog = Watchdog(self.config.timeout, run_dir.note)
@@ -115,6 +125,8 @@ class TrainingRun:
             self._restore_best()
             run_dir.rewind(self.epoch + self.done / self.steps_per_epoch, self.epoch)
         self.logger = RunLogger(context, run_dir, self.steps_per_epoch, wandb_id)
+        if start.continues and uploader and self.manager.last.exists():
+            uploader.add(self.epoch, self.done)  # it may be newer than what is there
 
     def run(self) -> Results:
         """Train to the end, or to the step where a signal stops it. The logger is closed afterwards."""
@@ -186,7 +198,7 @@ class TrainingRun:
         raise_if_not_finite(self.trainer)
         if agreed > STOP:
             self.vote.count()  # what was cast with it
-        self._save()
+        self._save(stops=agreed > STOP)
         if agreed > STOP:
             raise TrainingInterrupted(agreed - STOP, self._place())
 
@@ -225,8 +237,8 @@ class TrainingRun:
     def _place(self) -> str:
         return f"update {self.done}/{self.steps_per_epoch} of epoch {self.epoch + 1}"
 
-    def _save(self, new_best: list[float] | None = None) -> None:
-        """Save a checkpoint; new_best: its score, if it is the best so far."""
+    def _save(self, new_best: list[float] | None = None, stops: bool = False) -> None:
+        """Save a checkpoint; new_best: its score, if it is the best so far. stops: whether it is the last."""
         checkpoint = Checkpoint(
             network=self.context.network,
             config=to_plain_dict(self.config),
@@ -265,6 +277,10 @@ class TrainingRun:
         if problem:
             older = "the checkpoint before it stays" if has_older else "there is no checkpoint yet"
             self.console.say(f"{problem}; {older}, the training goes on")
+        elif stops and self.uploader:
+            self.uploader.add(self.epoch, self.done)  # all that can go wrong is said at the end
+        elif not stops:
+            upload(self.uploader, self.context, self.epoch, self.done)
 
     def _restore_best(self) -> None:
         """Take the score to beat from best.pt itself, whichever checkpoint the run resumes from."""

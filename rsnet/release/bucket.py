@@ -1,0 +1,64 @@
+"""Runs and checkpoints in object storage, of which the argument of a command names one by its URL."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from pipelines.utils.atomic_io import atomic_write, sha256_file
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.checkpoint.remote import FOLDER, RemoteRun
+
+
+def download(url: str, newest: bool) -> Path:
+    """Return the local copy of a run's best checkpoint, or of the one that a URL names, in a run directory.
+
+    newest: take the last checkpoint before the best one. What is in the cache and whole is not fetched again.
+
+    Raises UsageError if there is none, DataError if all are damaged, RunError if the storage does not answer.
+    """
+    base, _, file = url.rpartition(f"/{FOLDER}/")
+    remote = RemoteRun(base or url)
+    names = [f"{FOLDER}/{file}"] if base else _wanted(remote, newest)
+    names = [name for name in names if remote.hash_of(name)]
+    if not names:
+        raise UsageError(f"{url} is no run with checkpoints, nor one of them")
+    folder = _cache() / hashlib.sha256(remote.url.encode()).hexdigest()[:16] / remote.name
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    found = _first_whole(remote, names, folder)
+    for other in (folder / FOLDER).glob("*.pt"):
+        if other != found:  # of former calls: the cache does not grow
+            other.unlink(missing_ok=True)
+    for name in remote.small_files():
+        if (data := remote.store.read(name)) is not None:
+            atomic_write(folder / name, data)
+    return found
+
+
+def _first_whole(remote: RemoteRun, names: list[str], folder: Path) -> Path:
+    for i, name in enumerate(names):
+        path = folder / name
+        if path.is_file() and sha256_file(path) == remote.hash_of(name):
+            return path
+        try:
+            partial = path.with_name(f"{os.getpid()}.part")
+            remote.fetch(name, partial)
+            return partial.replace(path)
+        except DataError:
+            if i == len(names) - 1:
+                raise
+    raise AssertionError
+
+
+def _wanted(remote: RemoteRun, newest: bool) -> list[str]:
+    """Return the names of a run's checkpoints, in the order in which they are asked for."""
+    last = [stored.name for stored in remote.checkpoints()]
+    best = remote.best()
+    if best is None:
+        return last
+    return [*last, best] if newest else [best]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsnet" / "runs"

@@ -1,0 +1,276 @@
+"""Runs in object storage: against a real server of S3 on localhost, with faults in between."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipelines.utils import object_store
+from pipelines.utils.errors import DataError, RunError, UsageError
+from rsnet.checkpoint.manager import CheckpointManager
+from rsnet.checkpoint.remote import RemoteRun, fetch_newest
+from rsnet.checkpoint.uploader import Uploader, _TakenOver
+from tests.helpers.s3_server import Fault
+
+URL = "s3://bucket/runs/a"
+
+
+@pytest.fixture(autouse=True)
+def no_delay(monkeypatch):
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.001)
+
+
+class Run:
+    """A run directory, whose checkpoints are any bytes, and what was said."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep, self.said = folder, keep, []
+        self.manager = CheckpointManager(folder / "checkpoints", keep)
+        self.manager.folder.mkdir(parents=True, exist_ok=True)
+        self.uploader = Uploader(RemoteRun(URL), folder, keep, self.said.append)
+
+    def save(self, data: bytes, is_best: bool = False) -> None:
+        for best in [True, False] if is_best else [False]:
+            pending = self.manager.folder / "next.pt"
+            pending.write_bytes(data)
+            self.manager.take_in(pending, best)
+
+    def upload(self, *contents: bytes, best: bytes = b"") -> None:
+        """Save and upload one after the other, to the end."""
+        self.uploader.start()
+        for epoch, data in enumerate(contents):
+            self.save(data, data == best)
+            self.uploader.add(epoch, 0)
+            self.wait()
+        assert self.uploader.close(20) == ""
+
+    def wait(self) -> None:
+        while self.uploader._next_place or self.uploader._place:
+            threading.Event().wait(0.002)
+
+    def fetch(self) -> None:
+        fetch_newest(RemoteRun(URL), self.folder, self.keep, self.said.append)
+
+    def content(self, name: str = "last.pt") -> bytes:
+        return (self.manager.folder / name).read_bytes()
+
+
+def checkpoints(s3) -> list[str]:
+    names = s3.keys()
+    return [k.removeprefix("runs/a/checkpoints/") for k in names if k.endswith(".pt")]
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_the_last_ones_the_best_and_the_small_files_are_uploaded_and_fetched(s3, tmp_path):
+    run = Run(tmp_path / "a")
+    (run.folder / "metrics.jsonl").write_text("{}\n")
+    (run.folder / "lock").touch()
+    run.upload(b"one", b"two", b"three", b"four", best=b"one")
+    assert checkpoints(s3) == [
+        f"000001-epoch-0-update-0-{sha(b'one')}.pt",  # the best
+        f"000003-epoch-2-update-0-{sha(b'three')}.pt",
+        f"000004-epoch-3-update-0-{sha(b'four')}.pt",
+    ]
+    small = set(s3.keys()) - {f"runs/a/checkpoints/{name}" for name in checkpoints(s3)}
+    assert small == {"runs/a/checkpoints/best.json", "runs/a/metrics.jsonl"}
+    assert not list(run.manager.folder.glob("upload*"))
+
+    other = Run(tmp_path / "b")
+    other.fetch()
+    assert (other.content(), other.content("best.pt")) == (b"four", b"one")
+    assert (other.folder / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_best_one_that_is_none_of_the_last_is_stored_beside_them(s3, tmp_path):
+    run = Run(tmp_path / "a")
+    pending = run.manager.folder / "next.pt"
+    pending.write_bytes(b"imported")
+    run.manager.take_in(pending, is_best=True)
+    run.upload(b"one")
+    assert f"best-{sha(b'imported')}.pt" in checkpoints(s3)
+    other = Run(tmp_path / "b")
+    other.fetch()
+    assert other.content("best.pt") == b"imported"
+
+
+def test_a_damaged_one_is_passed_over_with_a_note(s3, tmp_path):
+    Run(tmp_path / "a").upload(b"older", b"newer")
+    newest = f"runs/a/checkpoints/{checkpoints(s3)[-1]}"
+    for i, damaged in enumerate([b"", b"ne", b"newer and"]):
+        s3.put(newest, damaged)
+        other = Run(tmp_path / str(i))
+        other.fetch()
+        assert other.content() == b"older"
+        assert f"s3://bucket/{newest} is damaged" in other.said[0]
+
+
+def test_if_none_is_whole_a_new_run_does_not_begin_in_its_place(s3, tmp_path):
+    Run(tmp_path / "a").upload(b"one")
+    s3.put(f"runs/a/checkpoints/{checkpoints(s3)[0]}", b"other")
+    with pytest.raises(DataError, match="no checkpoint that is whole; give another --output"):
+        Run(tmp_path / "b").fetch()
+
+
+def test_a_damaged_newest_one_never_pushes_out_whole_ones(s3, tmp_path):
+    Run(tmp_path / "a").upload(b"one", b"two")
+    s3.put(f"runs/a/checkpoints/{checkpoints(s3)[-1]}", b"other")
+    run = Run(tmp_path / "b")
+    run.fetch()
+    run.upload(b"three")
+    assert sha(b"one") in checkpoints(s3)[0]
+    again = Run(tmp_path / "b")
+    again.upload(b"four", b"five")
+    assert [name[-67:-3] for name in checkpoints(s3)] == [sha(b"four"), sha(b"five")]
+
+
+def test_what_is_here_and_newer_stays(s3, tmp_path):
+    here, elsewhere = Run(tmp_path / "a"), Run(tmp_path / "b")
+    here.upload(b"one")
+    here.save(b"two")
+    here.fetch()
+    assert (here.content(), here.content("last-1.pt")) == (b"two", b"one")
+    elsewhere.fetch()
+    elsewhere.upload(b"three")
+    Run(tmp_path / "c").upload(b"four")  # goes on from three
+    old = Run(tmp_path / "d")
+    old.save(b"three")
+    (old.folder / "log.txt").write_text("of here")
+    s3.put("runs/a/log.txt", b"of there")
+    old.fetch()
+    assert (old.content(), old.content("last-1.pt")) == (b"four", b"three")
+    assert (old.folder / "log.txt").read_text() == "of there"
+    assert (old.folder / "log.txt.local").read_text() == "of here"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"method": "PUT", "status": 503, "times": 3},
+        {"method": "GET", "status": 503, "times": 4},
+        {"method": "GET", "key": ".pt", "cut": 2},
+    ],
+    ids=str,
+)
+def test_faults_in_between_lose_nothing(s3, tmp_path, fault):
+    s3.faults.append(Fault(**fault))
+    run = Run(tmp_path / "a")
+    run.upload(b"one", b"two", best=b"two")
+    Run(tmp_path / "b").fetch()
+    assert (tmp_path / "b/checkpoints/last.pt").read_bytes() == b"two"
+    assert run.said == []
+    assert len(checkpoints(s3)) == 2
+
+
+def test_what_fails_is_said_in_a_line_and_sent_with_the_next_one(s3, tmp_path):
+    run = Run(tmp_path / "a")
+    run.uploader.start()
+    fault = Fault(method="PUT", key=".pt", status=503, times=10**9)
+    s3.faults.append(fault)
+    problems = []
+    for epoch in range(3):
+        run.save(b"%d" % epoch)
+        problems.append(run.uploader.add(epoch, 0))
+        while len(run.said) <= epoch:
+            threading.Event().wait(0.002)
+    assert all(
+        line.startswith(f"cannot upload to {URL}: {URL}/checkpoints/000001-epoch")
+        and line.endswith("it is tried again with the next checkpoint")
+        and "\n" not in line
+        for line in run.said
+    )
+    run.save(b"3")
+    assert [*map(bool, problems), bool(run.uploader.add(3, 0))] == [False, False, False, True]
+    fault.times = 0
+    assert run.uploader.close(20) == ""
+    assert sha(b"3") in checkpoints(s3)[-1]
+
+
+def test_a_server_that_is_gone_ends_in_one_line(s3, tmp_path):
+    run = Run(tmp_path / "a")
+    run.uploader.start()
+    s3.stop()
+    run.save(b"one")
+    run.uploader.add(0, 0)
+    assert run.uploader.close(20).startswith(f"cannot upload to {URL}: ")
+    with pytest.raises(RunError):
+        run.fetch()
+    assert run.content() == b"one"
+
+
+def test_the_end_is_waited_for_so_long_and_no_longer(s3, tmp_path):
+    run = Run(tmp_path / "a")
+    run.uploader.start()
+    s3.faults.append(Fault(method="PUT", key=".pt", delay=1))
+    run.save(b"one")
+    run.uploader.add(0, 0)
+    assert "takes more than 0 s" in run.uploader.close(0.1)
+    run.uploader._thread.join()
+
+
+def test_of_two_runs_with_one_url_the_first_stops_uploading(s3, tmp_path):
+    first, second = Run(tmp_path / "a"), Run(tmp_path / "b")
+    first.uploader.start()
+    first.save(b"one")
+    first.uploader.add(0, 0)
+    first.wait()
+    second.uploader.start()
+    assert "has not ended here; if it is not lost, it stops uploading now" in second.said[0]
+    first.save(b"two")
+    first.uploader.add(1, 0)
+    assert "has taken it over" in first.uploader.close(20)
+    assert "has taken it over" in first.uploader.add(2, 0)  # and ends, unless it is told not to
+    second.save(b"three")
+    second.uploader.add(1, 0)
+    assert second.uploader.close(20) == ""
+    assert [sha(b"one"), sha(b"three")] == [name[-67:-3] for name in checkpoints(s3)]
+    assert "runs/a/owner.json" not in set(s3.keys())
+
+
+def test_what_was_not_stored_as_it_was_sent_is_not_taken_for_stored(s3, tmp_path, monkeypatch):
+    run = Run(tmp_path / "a")
+    store = run.uploader.remote.store
+    (tmp_path / "file").write_bytes(b"right")
+    put = store._fs.put_file
+    wrong = tmp_path / "wrong"
+    wrong.write_bytes(b"wrong")
+    monkeypatch.setattr(store._fs, "put_file", lambda _, name, **kw: put(str(wrong), name, **kw))
+    with pytest.raises(RunError, match="what is stored is not what was sent"):
+        store.put("x", tmp_path / "file")
+    assert s3.keys() == []
+
+
+def test_a_file_of_several_parts_is_verified_by_its_checksum(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(object_store, "PART", 5 << 20)
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(11 << 20))
+    store = object_store.ObjectStore(URL)
+    store.put("x", file)
+    assert store._fs.info("bucket/runs/a/x")["ETag"].strip('"').endswith("-3")
+    assert [m for m, path in s3.requests if path.startswith("/bucket/runs/a/x")].count("GET") == 0
+    assert s3.get("runs/a/x") == file.read_bytes()
+
+
+def test_no_bucket_and_no_access_are_said_at_once(s3):
+    with pytest.raises(UsageError, match=r"s3://nowhere/a.*no such bucket"):
+        object_store.ObjectStore("s3://nowhere/a").write("x", b"")
+    s3.faults.append(Fault(method="PUT", status=403))
+    with pytest.raises(UsageError, match="access is denied"):
+        object_store.ObjectStore(URL).write("x", b"")
+
+
+def test_damaged_notes_of_the_owner_and_of_the_best_are_none(s3, tmp_path):
+    run = Run(tmp_path / "a")
+    for damaged in [b"", b"[]", b"{", b"\xff", b'{"name": "../../x"}', b'{"name": 1}']:
+        s3.put("runs/a/owner.json", damaged)
+        s3.put("runs/a/checkpoints/best.json", damaged)
+        with contextlib.suppress(_TakenOver):
+            run.uploader._require_own()
+        assert run.uploader.remote.best() is None

@@ -1,0 +1,67 @@
+"""Commands that take a run take one in object storage, too, or say that they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.utils.cli import parse_options
+from pipelines.utils.errors import DataError, UsageError
+from rsnet.checkpoint import io
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.remote import RemoteRun, Stored
+from rsnet.cli import report
+from rsnet.config.model_config import ModelConfig
+from rsnet.loggers.run_dir import run_directory
+from rsnet.models.factory import create_model
+from rsnet.release.source import open_source
+
+URL = "s3://bucket/runs/a"
+CONFIG = ModelConfig("parallel_resnet18", 3, (32,), width_mult=0.0625, stem="small")
+
+
+@pytest.fixture
+def run(s3, tmp_path, monkeypatch) -> RemoteRun:
+    """Checkpoints after epochs 1 and 2, of which the first is the best."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote, model = RemoteRun(URL), create_model(CONFIG)
+    for epoch in (1, 2):
+        file = tmp_path / "last.pt"
+        io.save(file, Checkpoint(CONFIG, model.state_dict(), epoch=epoch))
+        name = Stored(epoch, epoch, 0, io.sha256(file)).name
+        remote.store.put(name, file)
+        if epoch == 1:
+            remote.note_best(name)
+    s3.put("runs/a/metrics.jsonl", b"{}\n")
+    return remote
+
+
+def test_a_run_its_newest_and_a_checkpoint_are_opened_and_read_once(s3, run, tmp_path):
+    best, last = open_source(URL), open_source(Path(URL), newest=True)
+    assert (best.checkpoint.epoch, last.checkpoint.epoch) == (1, 2)
+    assert best.lines()[0].startswith(f"run {URL}: parallel_resnet18")
+    assert (last.run_dir / "metrics.jsonl").read_text() == "{}\n"
+    assert last.run_dir.name == "a"
+    name = run.checkpoints()[0].name
+    before = len(s3.requests)
+    assert open_source(f"{URL}/{name}").checkpoint.epoch == 2
+    assert not [path for _, path in s3.requests[before:] if path.endswith(".pt")]
+    assert len(list((tmp_path / "cache").rglob("*.pt"))) == 1
+
+    last.file.write_bytes(b"damaged")  # in the cache
+    assert open_source(URL, newest=True).checkpoint.epoch == 2
+    s3.put(f"runs/a/{name}", b"damaged")
+    last.file.unlink()
+    assert open_source(URL, newest=True).checkpoint.epoch == 1
+    with pytest.raises(DataError, match="is damaged: its SHA-256 is not that of its name"):
+        open_source(f"{URL}/{name}")
+    with pytest.raises(UsageError, match="s3://bucket/x is no run with checkpoints"):
+        open_source("s3://bucket/x")
+
+
+def test_what_does_not_take_a_url_says_so():
+    with pytest.raises(UsageError, match="s3://b/x: this command reads runs of this machine alone"):
+        run_directory(Path("s3://b/x"))
+    with pytest.raises(UsageError, match="--output gs://b/x: this command writes on this machine"):
+        parse_options(report.Options, [report.Options], ["a", "--output", "gs://b/x"])
