@@ -14,7 +14,8 @@ from pipelines.image_formats import (
     require_megapixels,
     require_strict_of_skip_bad,
 )
-from pipelines.sources.options import CacheOptions, SplitOptions
+from pipelines.sources.cache_options import CacheOptions
+from pipelines.sources.options import SplitOptions
 from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError

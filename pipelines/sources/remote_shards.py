@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sources import tar_index
+from pipelines.sources.cache_options import CacheOptions
 from pipelines.sources.location import Url, expanded, has_splits, is_pattern, of_split
-from pipelines.sources.options import CacheOptions
 from pipelines.sources.remote import Remote, RemoteObject
 from pipelines.sources.remote_reader import ShardReader
 from pipelines.sources.shard_cache import ShardCache

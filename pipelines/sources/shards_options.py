@@ -8,7 +8,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from pipelines.sources.options import CacheOptions, SplitOptions, size_in_bytes
+from pipelines.sources.cache_options import CacheOptions, size_in_bytes
+from pipelines.sources.options import SplitOptions
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from pipelines.sources.options import CacheOptions
+from pipelines.sources.cache_options import CacheOptions
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from rsnet.cli.classifier import SOURCE, say_source

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelines.sources.cache_options import DEFAULT_CACHE, CacheOptions
 from pipelines.sources.location import location
-from pipelines.sources.options import DEFAULT_CACHE, CacheOptions
 from pipelines.utils.errors import UsageError
 
 if TYPE_CHECKING:

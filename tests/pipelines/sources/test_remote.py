@@ -13,7 +13,8 @@ import pytest
 
 from pipelines.__main__ import main
 from pipelines.sources import remote, remote_reader
-from pipelines.sources.options import CacheOptions, SplitOptions
+from pipelines.sources.cache_options import CacheOptions
+from pipelines.sources.options import SplitOptions
 from pipelines.sources.splits import open_split, open_splits
 from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.helpers.s3_server import Fault
