@@ -96,7 +96,7 @@ def read_teacher(
     size = given.teacher_size or (previous.get("teacher_size") if is_same else None)
     found, pinned = distributed.run_on_main(lambda: _open(argument, size))
     size = ENSEMBLE if len(found.sizes) > 1 else str(found.sizes[0])
-    say(f"--teacher: {found.words}, at {size}, weights {pinned.partition(PIN)[2]}")
+    say(f"--teacher: {found.words}, at {size}, SHA-256 {pinned.partition(PIN)[2]}")
     if given.teacher is not None:
         given = dataclasses.replace(given, teacher=pinned, teacher_size=size)
     return given, found
