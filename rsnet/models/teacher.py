@@ -44,7 +44,6 @@ class Teacher(nn.Module):
             if len(self.sizes) > 1:
                 alpha = network.alpha.detach().clone()
         self.networks = nn.ModuleList(networks)
-        self._can_be_cast = not isinstance(network, ResolutionSwitchable) or is_foldable(network)
         self.register_buffer("alpha", alpha)
         for name in ("scale", "bias", "outputs"):
             self.register_buffer(name, None)
@@ -63,7 +62,7 @@ class Teacher(nn.Module):
 
     def cast(self, dtype: torch.dtype | None) -> None:
         """Cast once the weights that autocast would cast in each step; None leaves them in float32."""
-        if dtype is not None and self._can_be_cast:
+        if dtype is not None:
             for network in self.networks:
                 store_weights_in(dtype, network)
 
