@@ -15,7 +15,7 @@ from pipelines.utils.errors import DataError, RunError, UsageError
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.remote import RemoteRun, fetch_newest
 from rsnet.checkpoint.uploader import Uploader, _TakenOver
-from tests.helpers.s3_server import Fault
+from tests.helpers.s3_server import Fault, S3Server
 
 URL = "s3://bucket/runs/a"
 
@@ -193,10 +193,12 @@ def test_what_fails_is_said_in_a_line_and_sent_with_the_next_one(s3, tmp_path):
     assert sha(b"3") in checkpoints(s3)[-1]
 
 
-def test_a_server_that_is_gone_ends_in_one_line(s3, tmp_path):
+def test_a_server_that_is_gone_ends_in_one_line(s3, monkeypatch, tmp_path):
+    lost = S3Server()  # another address of the same buckets
+    monkeypatch.setenv("AWS_ENDPOINT_URL", lost.url)
     run = Run(tmp_path / "a")
     run.uploader.start()
-    s3.stop()
+    lost.stop()
     run.save(b"one")
     run.uploader.add(0, 0)
     assert run.uploader.close(20).startswith(f"cannot upload to {URL}: ")
