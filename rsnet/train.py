@@ -352,7 +352,7 @@ def _spec(
         splits=SplitOptions(config.val_data, config.val_fraction),
         class_weights=config.class_weights,
         balanced_sampling=config.balanced_sampling,
-        extra_sizes=extra_sizes(teacher, config.sizes),
+        extra_sizes=extra_sizes(teacher, config.train_sizes),
     )
 
 

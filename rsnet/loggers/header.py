@@ -12,6 +12,7 @@ from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.report import model_cost
 from rsnet.loggers.run_context import RunContext
 from rsnet.losses import ENSEMBLE
+from rsnet.models.shapes import gmacs
 from rsnet.models.teacher import Teacher
 
 PRECISION = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
@@ -61,7 +62,7 @@ def _network(context: RunContext) -> str:
 
 
 def _teacher(teacher: Teacher, context: RunContext) -> str:
-    trained = model_cost(context.model)[ENSEMBLE]
+    trained = sum(gmacs(context.model, size) for size in context.config.train_sizes)
     sizes = " ".join(map(str, teacher.sizes))
     # A backward is twice a forward; it has none.
     return (

@@ -36,7 +36,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.sizes = tuple(sizes)
         self.gmacs = sum(gmacs(network, size) for size in sizes)
-        self._places = [list(images).index(size) for size in sizes]
+        self.places = [list(images).index(size) for size in sizes]
         networks, alpha = [network] * len(self.sizes), None
         if isinstance(network, ResolutionSwitchable):
             if is_foldable(network):
@@ -73,7 +73,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """Return (N, C) logits, C the classes that are trained, of a batch's images, (N, 3, s, s) each."""
-        seen = (self._normalized(images[place]) for place in self._places)
+        seen = (self._normalized(images[place]) for place in self.places)
         logits = [network(x) for network, x in zip(self.networks, seen, strict=True)]
         found: Tensor = logits[0] if self.alpha is None else ensemble_logits(logits, self.alpha)
         return found if self.outputs is None else found.index_select(1, self.outputs)

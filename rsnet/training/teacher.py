@@ -133,7 +133,7 @@ def _make(
     outputs, note = outputs_for(source, network.classes, network.num_classes, name)
     if note:
         say(note)
-    images = config.sizes + extra_sizes(source, config.sizes)
+    images = config.train_sizes + extra_sizes(source, config.train_sizes)
     built = source.build()
     try:
         teacher = Teacher(built, source.sizes, images)

@@ -18,17 +18,19 @@ from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
+from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.losses import loss_terms
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
 from rsnet.release.from_run import release_run
+from rsnet.train import _spec
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective
 from rsnet.training.optim import LrSchedule, make_sgd
 from rsnet.training.resume import training_state
-from rsnet.training.teacher import TeacherSource, outputs_for, read_teacher
+from rsnet.training.teacher import TeacherSource, make_teacher, outputs_for, read_teacher
 from rsnet.training.trainer import Trainer
 from tests.helpers import faults
 from tests.helpers.runs import NETWORK, write_run
@@ -156,6 +158,20 @@ def test_weights_that_changed_since_are_not_the_runs_teacher(wide, tmp_path):
     moved = pinned.replace(str(wide), str(other))
     with pytest.raises(UsageError, match=r"--teacher .*/other: its weights are not those"):
         _read(moved)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.875])
+@pytest.mark.parametrize("size", ["10", "12", "ensemble"])
+def test_the_loader_makes_the_pictures_where_the_teacher_looks_for_them(wide, size, scale):
+    """Also where its size is one of those that are trained, but on smaller images."""
+    given, source = _read(wide, teacher_size=size, sizes=(16, 12, 8), train_size_scale=scale)
+    config = resolve(given, world_size=1, device_type="cpu", has_bf16=False)
+    made = _spec(config, CPU, source).of_split(training=True).all_sizes
+    network = ModelConfig("parallel_resnet10", 3, (16, 12, 8), classes=("0", "1", "2"))
+    teacher = make_teacher(source, config, network, CPU, print)
+    assert tuple(made[place] for place in teacher.places) == source.sizes
+    assert made[:3] == config.train_sizes
+    assert len(set(made[3:]) | set(source.sizes)) == len(source.sizes)
 
 
 @pytest.mark.parametrize(
