@@ -86,12 +86,12 @@ MUTATIONS = (
     ),
     Mutation(
         "crops are the same in every epoch",
-        "pipelines/dali/loader.py", "spec.seed, self._epoch, indices, len", "spec.seed, 0, indices, len",
+        "pipelines/dali/loader.py", "spec.seed, self._epoch, indices, *", "spec.seed, 0, indices, *",
         "tests/pipelines/dali/test_loader.py",
     ),
     Mutation(
         "the order of the samples does not depend on the seed",
-        "pipelines/sampler.py", "default_rng((self.seed, epoch))", "default_rng((0, epoch))",
+        "pipelines/sampler.py", "default_rng((self.seed, epoch)).perm", "default_rng((0, epoch)).perm",
         "tests/pipelines/test_sampler.py -k order",
     ),
     Mutation(
