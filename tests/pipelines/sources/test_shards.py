@@ -110,7 +110,9 @@ def test_an_interrupted_command_goes_on_with_the_shard_that_is_missing(
     whole = source_of("shards", photos)
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in (tmp_path / "s").iterdir()} == names
-    assert all((tmp_path / "s" / n).read_bytes() == (whole / n).read_bytes() for n in names)
+    assert all(
+        (tmp_path / "s" / n).read_bytes() == (whole / n).read_bytes() for n in names if n[0] != "."
+    )
 
 
 def test_shards_of_other_images_or_size_are_not_mixed(photos, tmp_path, capsys):
