@@ -47,12 +47,12 @@ def convert_to(folder: Path, output: Path, **options) -> Path:
     return output
 
 
-def damage_sample(beton: Path, index: int) -> None:
-    """Overwrite the middle of one sample of val.beton."""
+def damage_sample(beton: Path, index: int, split: str = "val") -> None:
+    """Overwrite the middle of one sample of a split's file."""
     from pipelines.ffcv.beton import open_beton
 
-    samples = open_beton(beton / "val.beton").samples
-    with (beton / "val.beton").open("r+b") as file:
+    samples = open_beton(beton / f"{split}.beton").samples
+    with (beton / f"{split}.beton").open("r+b") as file:
         file.seek(int(samples.pointer[index]) + 100)
         file.write(bytes(int(samples.size[index]) - 100))
 

@@ -19,6 +19,7 @@ RUN += ["--sizes", "32", "24", "16", "--batch-size", "8", "--wandb", "disabled",
 MODERN = [
     "--recipe", "short", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1", "--auto-augment", "trivial",
     "--sizes-per-step", "2", "--blurpool", "--random-erase", "0.5", "--ra-reps", "2",
+    "--train-size-scale", "0.875",
 ]  # fmt: skip
 
 

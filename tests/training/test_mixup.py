@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.data.mixup import mixup_target
+from timm.loss import SoftTargetCrossEntropy
 
 from pipelines.batch import Batch
+from rsnet.losses import loss_terms
 from rsnet.training.mixup import Mixup
 
 SIZES = (40, 20, 10)
@@ -38,6 +41,18 @@ def test_mixup_has_one_share_and_one_partner_at_all_sizes():
         torch.testing.assert_close(
             mixed.labels, share * one_hot + (1 - share) * one_hot[[5, 0, 1, 2, 3, 4]]
         )
+
+
+def test_smoothed_mixed_labels_have_timms_loss():
+    labels, logits = torch.tensor([2, 0]), torch.randn(2, CLASSES)
+    images = (torch.zeros(2, 3, 4, 4),)
+    for index in range(4):
+        mixed = Mixup(0.2, 1.0, CLASSES, seed=1)(Batch(images, labels), index)
+        share = mixed.labels[0, 2].item()
+        # Of two samples, timm's partner, from the other end of the batch, is the neighbour.
+        theirs = SoftTargetCrossEntropy()(logits, mixup_target(labels, CLASSES, share, 0.1))
+        terms = loss_terms([logits], mixed.labels, torch.ones(1), [4], None, 0.1)
+        torch.testing.assert_close(terms["ce/4"], theirs)
 
 
 def test_weights_mix_as_labels_do():

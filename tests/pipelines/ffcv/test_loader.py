@@ -93,6 +93,14 @@ def test_a_sample_that_does_not_decode_is_named(beton, index):
         list(loaders_of(beton).val)
 
 
+@pytest.mark.parametrize("kind", [None, "trivial"])
+def test_a_training_sample_that_does_not_decode_is_named(beton, kind):
+    damage_sample(beton, 4, "train")
+    train = make(spec_of(beton, auto_augment=kind, batch_size=23)).train
+    with pytest.raises(DataError, match=r"train.beton: sample 4 \(class \w+\) is broken"):
+        next(iter(train))
+
+
 @pytest.mark.parametrize("side", ["height", "width"])
 @pytest.mark.parametrize("by", [-8, 3, 100])
 def test_a_jpeg_of_another_size_than_the_table_says_is_broken(beton, side, by):
