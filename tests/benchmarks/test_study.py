@@ -2,59 +2,102 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import sys
+from collections import Counter
 
 import pytest
 
-from benchmarks import study
+from benchmarks.study import __main__ as study
+from benchmarks.study import report, rows
+from benchmarks.study.subset import write_tables
 from pipelines.dali import DaliOptions
+from pipelines.sources.manifest import read
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.command_line import parse
+from rsnet.evaluation.compare import RunSummary
 
 
 @pytest.fixture
 def options(photos, tmp_path):
-    return study.Options(photos, tmp_path / "study", sizes=(32, 24, 16), seeds=2)
+    return study.Options(photos, tmp_path / "study", seeds=2, few_seeds=1, per_class=6, lr=0.1)
+
+
+def _jobs(o):
+    return [rows.teacher_job(o, 0.1), *rows.jobs_of(o, 0.1), *rows.lr_jobs(o).values()]
 
 
 @pytest.mark.slow
 def test_every_run_is_a_command_of_train_dali(options):
-    configs = {job.path: parse(DaliOptions, job.options)[0] for job in study.jobs_of(options)}
-    kinds = {(c.kd, c.kd_type, c.norm, c.sizes, c.sizes_per_step, c.seed) for c in configs.values()}
-    assert len(kinds) == len(configs) == 2 * (3 + 4 + 2)  # networks of one size; kinds; K = 2, 3
-    assert {c.seed for c in configs.values()} == {0, 1}
-    assert sum(c.norm == "shared" for c in configs.values()) == 2
-    assert {path: c.output for path, c in configs.items()} == {path: path for path in configs}
+    jobs = _jobs(options)
+    configs = [parse(DaliOptions, ["--data", "x", *job.options])[0] for job in jobs]
+    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 4) + 6 + 4
+    first = {
+        job.row: (c.sizes, c.kd, c.kd_type, c.norm) for job, c in zip(jobs, configs, strict=True)
+    }
+    five, far = options.sizes, options.far_sizes
+    assert first[rows.SHARED] == (five, False, "ens_topdown", "shared")
+    assert first[rows.PRIVATE] == (five, False, "ens_topdown", None)
+    assert first[rows.ENS] == (five, True, "ens", None)
+    assert first[rows.TOPDOWN] == (five, True, "ens_topdown", None)
+    assert first[rows.FAR_SHARED] == (far, False, "ens_topdown", "shared")
+    assert {
+        c.sizes for c, job in zip(configs, jobs, strict=True) if job.row == rows.INDIVIDUAL
+    } == {(size,) for size in five}
 
 
 def test_whole_seeds_come_first(options):
-    seeds = [int(job.options[job.options.index("--seed") + 1]) for job in study.jobs_of(options)]
+    seeds = [int(job.name[-1]) for job in rows.jobs_of(options, 0.1)]
     assert seeds == sorted(seeds)
 
 
-def test_a_run_with_other_options_is_not_taken_for_one_of_the_study(options, photos):
-    job = next(study.jobs_of(options))
-    study.claim(job)
-    elsewhere = dataclasses.replace(options, data=photos.parent, workers=7)
-    study.claim(next(study.jobs_of(elsewhere)))  # where it runs does not matter
-    longer = dataclasses.replace(options, epochs=9)
-    with pytest.raises(
-        UsageError, match=r"networks_32/seed0 holds a run with .*--epochs 3 .*--epochs 9"
-    ):
-        study.claim(next(study.jobs_of(longer)))
+def test_the_images_are_chosen_by_their_names_and_the_learning_rate_on_others(options, tmp_path):
+    tables = write_tables(options.data, tmp_path, 6)
+    chosen, choice = (
+        [(r["path"], r["split"]) for r in csv.DictReader(t.read_text().splitlines())]
+        for t in tables
+    )
+    assert Counter(split for _, split in chosen) == {"train": 18, "val": 17}
+    learn, held_out = ({p for p, split in choice if split == s} for s in ("train", "val"))
+    assert len(held_out) == 3  # a tenth of six, rounded, of each class
+    assert learn | held_out == {p for p, split in chosen if split == "train"}
+    assert Counter(read(tables[0], "train").labels.tolist()) == {
+        0: 6,
+        1: 6,
+        2: 6,
+    }  # reads the files
+    with pytest.raises(UsageError, match="--per-class 7: cat has 6 training images"):
+        write_tables(options.data, tmp_path, 7)
 
 
-def test_more_sizes_a_step_than_there_are_is_a_mistake(options):
-    with pytest.raises(UsageError, match="--sizes-per-step 4: from 2 to the number of --sizes, 3"):
-        study.run(dataclasses.replace(options, sizes_per_step=(2, 4)))
-    assert not options.output.exists()
+def _summary(seed: int, top1: dict[str, float], tmp_path) -> RunSummary:
+    ones = dict.fromkeys(top1, 1.0)
+    return RunSummary(tmp_path, seed, top1, ones, 1, 1, 1.0, 1.0, {})
 
 
-@pytest.mark.slow
-def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
-    """train_dali.py is played by a few lines that write a run's files, and fail once."""
+def test_differences_are_of_the_same_seed_with_a_t_interval(tmp_path):
+    """2, 3, 4 have the mean 3 and the standard error 1 / sqrt(3); t of two degrees is 4.303: ± 2.48."""
+    groups = {
+        rows.SHARED: [
+            _summary(s, {"32": 50.0 + 10 * s, "ensemble": 0}, tmp_path) for s in range(3)
+        ],
+        rows.PRIVATE: [
+            _summary(s, {"32": 52.0 + 11 * s, "ensemble": 9}, tmp_path) for s in (2, 0, 1, 7)
+        ],
+    }
+    lines = [line.split("|")[1:-1] for line in report.differences(groups).splitlines()]
+    assert [cell.strip() for cell in lines[2]] == [
+        "private BatchNorm - shared BatchNorm",
+        "+3.00 ± 2.48",
+        "+3.00 ± 2.48",
+    ]
+
+
+@pytest.fixture
+def played(options, monkeypatch):
+    """train_dali.py, played by a few lines that write a run's files; returns the list of its calls."""
     calls = options.output.parent / "calls"
     script = options.output.parent / "root" / "train_dali.py"
     script.parent.mkdir()
@@ -62,12 +105,15 @@ def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
         f"import json, pathlib, sys\n"
         f"words = sys.argv\n"
         f"run = pathlib.Path(words[words.index('--output') + 1])\n"
-        f"open({str(calls)!r}, 'a').write(str(run) + '\\n')\n"
+        f"open({str(calls)!r}, 'a').write(run.name + '\\n')\n"
         f"tried = pathlib.Path({str(calls)!r} + '.tried')\n"
         f"if 'shared' in str(run) and not tried.exists():\n"
         f"    tried.touch()\n"
         f"    sys.exit('the disk is full')\n"
-        f"one = {{'top1': 50.0, 'top5': 90.0, 'loss': 1.0}}\n"
+        f"if '--teacher' in words:\n"
+        f"    assert (pathlib.Path(words[words.index('--teacher') + 1]) / 'results.json').exists()\n"
+        f"top1 = 60.0 - abs(0.1 - float(words[words.index('--lr') + 1]))\n"
+        f"one = {{'top1': top1, 'top5': 90.0, 'loss': 1.0}}\n"
         f"results = {{'gmacs': {{'32': 1.0, 'ensemble': 1.0}}}}\n"
         f"results['parameters'] = {{'shared': 9, 'private': 1}}\n"
         f"(run / 'results.json').write_text(json.dumps({{**results, '32': one, 'ensemble': one}}))\n"
@@ -78,19 +124,45 @@ def test_a_study_goes_on_where_it_was_stopped(options, monkeypatch, capsys):
     )
     monkeypatch.setattr(study, "ROOT", script.parent)
     monkeypatch.setattr(sys, "argv", ["study", "--data", "x"])
-    with pytest.raises(DataError, match=r"shared_BN/seed0/run\.log: the disk is full"):
+    return calls
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_was_stopped_and_elsewhere(options, played, capsys):
+    options = dataclasses.replace(options, lr=None, seeds=1)
+    with pytest.raises(DataError, match=r"shared_BatchNorm_seed0/run\.log: the disk is full"):
         study.run(options)
-    first = calls.read_text().splitlines()
     assert study.run(options) == 0
-    everything = calls.read_text().splitlines()
+    calls = Counter(played.read_text().splitlines())
+    assert set(calls) == {job.name for job in rows.jobs_of(options, 0.1)} | {
+        "teacher_seed0", *(f"lr_{lr:g}_seed{rows.LR_SEED}" for lr in options.lrs)
+    }  # fmt: skip
     # Only what failed was run twice.
-    again = [run for run in set(everything) if everything.count(run) > 1]
-    assert len(everything) == len(list(study.jobs_of(options))) + len(again)
-    assert all("shared" in run for run in again)
-    assert len(first) < len(everything)
+    assert {name for name, count in calls.items() if count > 1} == {"shared_BatchNorm_seed0"}
     table = (options.output / "study.md").read_text()
-    assert "individual networks" in table
-    assert "50.00 ± 0.00" in table
+    assert "Learning rate 0.1, by top-1 % of an individual network (0.02: 59.92" in table
+    assert "| private + ens_topdown " in table
     assert (options.output / "study.png").exists()
-    assert "study: 40/40" in capsys.readouterr().out
-    assert json.loads((options.output / "K_=_2" / "seed1" / "config.json").read_text())["seed"] == 1
+    # On another machine, with the small files alone: the teacher is needed for one run that is missing.
+    results = options.output.parent / "results"
+    results.mkdir()
+    for file in options.output.glob("*.json"):
+        if "teacher" not in file.name:
+            (results / file.name).write_bytes(file.read_bytes())
+    played.unlink()
+    elsewhere = dataclasses.replace(options, output=options.output.parent / "new", results=results)
+    assert study.run(elsewhere) == 0
+    assert played.read_text().split() == ["teacher_seed0", "the_same_with_a_teacher_seed0"]
+    assert "study: " in capsys.readouterr().out
+
+
+def test_a_run_with_other_options_is_not_taken_for_one_of_the_study(options):
+    job = next(rows.jobs_of(options, 0.1))
+    options.output.mkdir()
+    run = dataclasses.asdict(_summary(0, {"32": 1.0}, options.output)) | {"path": None}
+    text = json.dumps({"options": "--epochs 9", "run": run})
+    (options.output / f"{job.name}.json").write_text(text)
+    with pytest.raises(
+        UsageError, match=r"is of a run with --epochs 9; this study has .*--epochs 60"
+    ):
+        study.run(options)

@@ -193,7 +193,8 @@ def test_what_fails_is_said_in_a_line_and_sent_with_the_next_one(s3, tmp_path):
     assert sha(b"3") in checkpoints(s3)[-1]
 
 
-def test_a_server_that_is_gone_ends_in_one_line(s3, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("s3")
+def test_a_server_that_is_gone_ends_in_one_line(monkeypatch, tmp_path):
     lost = S3Server()  # another address of the same buckets
     monkeypatch.setenv("AWS_ENDPOINT_URL", lost.url)
     run = Run(tmp_path / "a")

@@ -1,0 +1,192 @@
+"""What private BatchNorm, distillation and the rest do: the paper's comparison, under one budget.
+
+    python -m benchmarks.study --data cifar10 --output study --per-class 500 --stem small --width-mult 0.25 \
+        --teacher-width 0.5 --jobs 2
+
+Chooses the learning rate of an individual network, on a tenth of the training images; then trains, for every
+seed, the rows of `rows`. Every run is one command of train_dali.py in a directory of its own (run.log), and
+leaves a small file in --results. The same command again goes on where it was stopped, on another machine,
+too, if it has these files. Writes study.md and study.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.report import differences
+from benchmarks.study.rows import Job, Options, jobs_of, lr_jobs, teacher_job
+from benchmarks.study.subset import write_tables
+from pipelines.utils.atomic_io import atomic_write
+from pipelines.utils.cli import command
+from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.schema import parsing, read_json
+from rsnet.evaluation.compare import RunSummary, plot, read_run, tables
+from rsnet.inference.latency import device_name
+from rsnet.loggers.console import ConsoleLogger
+
+ROOT = Path(__file__).parents[2]
+
+
+class Study:
+    """The runs of a study: which are finished, and how one is run."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.output = options.output.resolve()
+        self.results = (options.results or options.output).resolve()
+        self.threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+        self.console = ConsoleLogger(active=True)
+
+    def summary(self, job: Job) -> RunSummary | None:
+        """Return a finished run, None if there is none.
+
+        Raises UsageError if the file is of a run with other options, DataError if it is damaged.
+        """
+        path = self.results / f"{job.name}.json"
+        if not path.is_file():
+            return None
+        with parsing(path, "remove it to have it run again"):
+            found: dict[str, Any] = read_json(path, "remove it to have it run again")
+            if found["options"] != shlex.join(job.options):
+                raise UsageError(
+                    f"--results: {path} is of a run with {found['options']}; this study has "
+                    f"{shlex.join(job.options)}. Give another folder"
+                )
+            return RunSummary(**found["run"] | {"path": path})
+
+    def run(self, jobs: Sequence[Job], title: str) -> None:
+        """Run those that are not finished. Raises DataError with the last line of a run that failed."""
+        jobs = [job for job in jobs if self.summary(job) is None]
+        self.console.start(title, sum(job.work for job in jobs), images=0)
+        done = 0
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            running = {pool.submit(self._train, job): job for job in jobs}
+            try:
+                for future in as_completed(running):
+                    future.result()
+                    done += running[future].work
+                    self.console.update(done, running[future].name, prints=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
+                self.console.stop()
+
+    def teach(self, jobs: Sequence[Job], teacher: Job) -> None:
+        """Train the teacher, if a run that is not finished needs it and it is not there."""
+        needed = any(job.teacher and self.summary(job) is None for job in jobs)
+        if needed and not (self.output / teacher.name / "results.json").is_file():
+            (self.results / f"{teacher.name}.json").unlink(missing_ok=True)  # of another machine
+            self.run([teacher], "teacher")
+
+    def write(self, jobs: Sequence[Job], choice: str) -> str:
+        """Write the table and the plot of the runs that are finished; return the table."""
+        groups: dict[str, list[RunSummary]] = {}
+        for job in jobs:
+            found = self.summary(job)
+            if found is not None:
+                groups.setdefault(job.row, []).append(found)
+        typed = shlex.join(["python", "-m", "benchmarks.study", *sys.argv[1:]])
+        text = f"    {typed}\n\n{choice}\n"
+        if not groups:
+            return text
+        text += f"\n{tables(groups)}\n\n{differences(groups)}\n"
+        (self.results / "study.md").write_text(text, "utf-8")
+        plot(self.results / "study.png", groups)
+        return text
+
+    def _train(self, job: Job) -> None:
+        o, path = self.options, self.output / job.name
+        path.mkdir(parents=True, exist_ok=True)
+        words = [
+            "--data",
+            str(self.output / job.table),
+            "--output",
+            str(path),
+            "--wandb",
+            "disabled",
+        ]
+        words += ["--workers", str(o.workers), "--resume", "auto", *job.options]
+        if job.teacher:
+            words += ["--teacher", str(self.output / job.teacher)]
+        with (path / "run.log").open("a") as log:
+            done = subprocess.run(
+                [sys.executable, "train_dali.py", *words],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            last = (path / "run.log").read_text().strip().splitlines()[-1:]
+            raise DataError(f"{path / 'run.log'}: {''.join(last)}")
+        found = dataclasses.asdict(read_run(path))
+        del found["path"], found["options"]  # of this machine
+        kept = {"options": shlex.join(job.options), "run": found | {"options": {}}} | _where()
+        atomic_write(self.results / f"{job.name}.json", json.dumps(kept, indent=1).encode() + b"\n")
+
+
+def choose_lr(study: Study) -> tuple[float, str]:
+    """Return the learning rate, and how it was chosen as text. Trains the networks that it takes."""
+    if study.options.lr is not None:
+        return study.options.lr, f"Learning rate {study.options.lr:g}, as given."
+    jobs = lr_jobs(study.options)
+    study.run(list(jobs.values()), "learning rate")
+    top1 = {}
+    for lr, job in jobs.items():
+        found = study.summary(job)
+        assert found is not None
+        top1[lr] = found.top1[found.sizes[0]]
+    best = max(top1, key=lambda lr: top1[lr])
+    shown = ", ".join(f"{lr:g}: {value:.2f}" for lr, value in top1.items())
+    return best, f"Learning rate {best:g}, by top-1 % of an individual network ({shown})."
+
+
+def _where() -> dict[str, str]:
+    """Return when and on what a run was made."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "commit": commit,
+        "machine": device_name(torch.device("cpu")),
+        "torch": torch.__version__,
+    }
+
+
+def run(o: Options) -> int:
+    if min(o.seeds, o.few_seeds, o.jobs) < 1:
+        raise UsageError("--seeds, --few-seeds and --jobs: at least 1")
+    study = Study(o)
+    study.output.mkdir(parents=True, exist_ok=True)
+    study.results.mkdir(parents=True, exist_ok=True)
+    write_tables(o.data.resolve(), study.output, o.per_class)
+    lr, choice = choose_lr(study)
+    jobs, teacher = list(jobs_of(o, lr)), teacher_job(o, lr)
+    for job in [teacher, *jobs]:
+        study.summary(job)  # what is of another study is found before hours of work
+    study.teach(jobs, teacher)
+    try:
+        study.run(jobs, "study")
+    finally:
+        text = study.write(jobs, choice)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("benchmarks.study", Options, run))

@@ -1,0 +1,174 @@
+"""The rows of the study's table, and the training runs that each is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+LR_SEED = 1000  # of the runs that choose the learning rate: none of the study's
+
+INDIVIDUAL = "individual networks"
+SHARED = "shared BatchNorm"
+PRIVATE = "private BatchNorm"
+ENS = "private + ens"
+TOPDOWN = "private + ens_topdown"
+FEW = "ens_topdown, three sizes"
+TEACHER = "the same with a teacher"
+STRONG = "the same, recipe strong"
+K = "the same, two sizes a step"
+FAR_SHARED = "shared, sizes far apart"
+FAR_PRIVATE = "private, sizes far apart"
+
+# What is compared with what: of the same sizes.
+PAIRS = (
+    (PRIVATE, SHARED),
+    (PRIVATE, INDIVIDUAL),
+    (ENS, PRIVATE),
+    (TOPDOWN, PRIVATE),
+    (TOPDOWN, INDIVIDUAL),
+    (TEACHER, FEW),
+    (STRONG, FEW),
+    (K, FEW),
+    (FAR_PRIVATE, FAR_SHARED),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare what RS-Nets add, on any image folder."""
+
+    data: Path
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+
+    output: Path
+    """Folder of all runs."""
+
+    results: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the finished runs' small files, the table and the plot. Unset: --output. A run that has its
+    file here is not run again, on whatever machine it was."""
+
+    per_class: Annotated[int | None, arg(metavar="INT")] = None
+    """Training images of each class. Unset: all."""
+
+    arch: str = "parallel_resnet10"
+    """Network."""
+
+    stem: str = "imagenet"
+    """First layer: imagenet or small."""
+
+    width_mult: float = 1.0
+    """Width of its layers."""
+
+    teacher_width: float = 2.0
+    """Width of the teacher's layers."""
+
+    sizes: tuple[int, ...] = (32, 28, 24, 20, 16)
+    """Input sizes."""
+
+    few_sizes: tuple[int, ...] = (32, 24, 16)
+    """Those of the rows with a teacher, the strong recipe, two sizes a step."""
+
+    far_sizes: tuple[int, ...] = (40, 24, 12)
+    """Those of the rows with sizes far apart."""
+
+    epochs: int = 60
+    """Epochs of every run."""
+
+    batch_size: int = 64
+    """Images a step."""
+
+    lr: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Learning rate of all runs. Unset: that of --lrs with which an individual network is best."""
+
+    lrs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    """Learning rates to choose from."""
+
+    seeds: int = 3
+    """Runs of each of the first five rows."""
+
+    few_seeds: int = 2
+    """Runs of each of the others."""
+
+    amp: str = "off"
+    """Precision of all runs, the same on every machine: off, bf16 or fp16."""
+
+    jobs: int = 1
+    """Runs at a time."""
+
+    workers: int = 1
+    """DALI's threads of each."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run. row: of the table. name: of its directory and file. options: without those that say
+    where it runs. table: of its images. work: pixels of an image, to estimate the time left."""
+
+    row: str
+    name: str
+    options: list[str]
+    table: str = "study.csv"
+    work: int = 0
+    teacher: str | None = field(default=None, compare=False)
+    """Name of the run that teaches it."""
+
+
+def jobs_of(o: Options, lr: float) -> Iterator[Job]:
+    """Yield the runs of the table, seed by seed, so that a study that is cut short has whole seeds."""
+    for seed in range(max(o.seeds, o.few_seeds)):
+        if seed < o.seeds:
+            for size in o.sizes:
+                yield _job(o, INDIVIDUAL, (size,), seed, lr, ["--no-kd"])
+            yield _job(o, SHARED, o.sizes, seed, lr, ["--no-kd", "--norm", "shared"])
+            yield _job(o, PRIVATE, o.sizes, seed, lr, ["--no-kd"])
+            yield _job(o, ENS, o.sizes, seed, lr, ["--kd-type", "ens"])
+            yield _job(o, TOPDOWN, o.sizes, seed, lr, [])
+        if seed < o.few_seeds:
+            teacher = teacher_job(o, lr).name
+            yield _job(o, FEW, o.few_sizes, seed, lr, [])
+            yield _job(o, TEACHER, o.few_sizes, seed, lr, [], teacher=teacher)
+            yield _job(o, STRONG, o.few_sizes, seed, lr, ["--recipe", "strong"])
+            yield _job(o, K, o.few_sizes, seed, lr, ["--sizes-per-step", "2"])
+            yield _job(o, FAR_SHARED, o.far_sizes, seed, lr, ["--no-kd", "--norm", "shared"])
+            yield _job(o, FAR_PRIVATE, o.far_sizes, seed, lr, ["--no-kd"])
+
+
+def teacher_job(o: Options, lr: float) -> Job:
+    """Return the run of the teacher: a wider network of the largest size alone."""
+    return _job(o, "teacher", (max(o.few_sizes),), 0, lr, ["--no-kd"], width=o.teacher_width)
+
+
+def lr_jobs(o: Options) -> dict[float, Job]:
+    """Return the runs that choose the learning rate, by it: networks of the largest size alone."""
+    size = max(o.sizes)
+    return {
+        lr: _job(o, f"lr {lr:g}", (size,), LR_SEED, lr, ["--no-kd"], table="lr.csv") for lr in o.lrs
+    }
+
+
+def _job(
+    o: Options,
+    row: str,
+    sizes: tuple[int, ...],
+    seed: int,
+    lr: float,
+    options: list[str],
+    *,
+    teacher: str | None = None,
+    width: float | None = None,
+    table: str = "study.csv",
+) -> Job:
+    fixed = {
+        "arch": o.arch, "stem": o.stem, "width-mult": width or o.width_mult, "epochs": o.epochs,
+        "batch-size": o.batch_size, "amp": o.amp, "lr": lr, "seed": seed,
+        "val-interval": o.epochs,
+    }  # fmt: skip
+    words = [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
+    words += ["--sizes", *map(str, sizes), *options]
+    size = f"_{sizes[0]}" if row == INDIVIDUAL else ""
+    name = f"{row.replace(' ', '_').replace(',', '')}{size}_seed{seed}"
+    return Job(row, name, words, table, sum(s * s for s in sizes), teacher)
