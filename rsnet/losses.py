@@ -1,4 +1,7 @@
-"""The losses of RS-Nets (Wang et al. 2020, sections 3.2 and 3.3): pure functions of logits and labels."""
+"""The losses of RS-Nets (Wang et al. 2020, sections 3.2 and 3.3): pure functions of logits and labels.
+
+With softmax and cross-entropy as in the paper, or with a sigmoid and binary cross-entropy of every class.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 ENSEMBLE = "ensemble"
 
 KdType = Literal["ens_topdown", "ens"]
+LossName = Literal["ce", "bce"]
 
 
 def ensemble_logits(logits: Sequence[Tensor] | Tensor, alpha: Tensor) -> Tensor:
@@ -28,6 +32,7 @@ def distillation(
     ensemble: Tensor,
     kd_type: KdType,
     weights: Tensor | None = None,
+    loss: LossName = "ce",
 ) -> Tensor:
     """Return the sum of KL(teacher || student) over teacher-student pairs, each averaged over the batch.
 
@@ -35,16 +40,28 @@ def distillation(
     weights: (N,), the samples' in the average, of mean 1 over the training set; None: all 1.
     "ens": the ensemble teaches every size. "ens_topdown": every larger size teaches, too, and the sum
     over the S (S + 1) / 2 pairs is scaled by 2 / (S + 1), back to S terms.
+
+    loss "bce": the pair's divergence is that of C yes-or-no distributions, p = sigmoid(t) and sigmoid(z):
+        1/C sum_c p (log p - log sigmoid(z)) + (1 - p) (log(1 - p) - log(1 - sigmoid(z)))
+    With log sigmoid(x) = x - softplus(x) and log(1 - sigmoid(x)) = -softplus(x) it becomes
+        1/C sum_c softplus(z) - softplus(t) + p (t - z),  of gradient (sigmoid(z) - sigmoid(t)) / C.
+    As KL to softmax's cross-entropy, it is the binary cross-entropy with the teacher's probabilities as the
+    targets, less what that is at best: 1/C, the mean over the classes, weighs it against the labels' alike.
     """
-    students = F.log_softmax(_stacked(logits), dim=2)
-    ensemble_teacher = F.log_softmax(ensemble.detach().float(), dim=1)
+    students, ensemble_teacher = _stacked(logits), ensemble.detach().float()
+    if loss == "ce":
+        students = F.log_softmax(students, dim=2)
+        ensemble_teacher = F.log_softmax(ensemble_teacher, dim=1)
     teachers = torch.cat([ensemble_teacher[None], students.detach()])
-    probabilities = teachers.exp()
+    probabilities = teachers.exp() if loss == "ce" else teachers.sigmoid()
     sums = []
     for j, student in enumerate(students.unbind()):
         # All of a student's teachers at once: a pair by itself would be eleven small GPU kernels.
         of_student = slice(0, j + 1) if kd_type == "ens_topdown" else slice(0, 1)
         divergence = probabilities[of_student] * (teachers[of_student] - student)
+        if loss == "bce":
+            surplus = F.softplus(student) - F.softplus(teachers[of_student])
+            divergence = (divergence + surplus) / student.shape[1]
         sums.append((divergence if weights is None else divergence * weights[:, None]).sum())
     scale = 2 / (len(sums) + 1) if kd_type == "ens_topdown" else 1.0
     return scale / len(ensemble) * torch.stack(sums).sum()
@@ -72,6 +89,29 @@ def teacher_distillation(
     return temperature**2 / len(teacher) * divergence.sum()
 
 
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, target_thresh: float = 0.0
+) -> Tensor:
+    """Return the losses, (S, N), of a sigmoid for every class, their mean, of (S, N, C) logits.
+
+    As timm's BinaryCrossEntropy (Wightman et al. 2021, "ResNet strikes back", section 2.2), but that the
+    shares of mixed labels are smoothed, too, as timm's mixup does it.
+
+    labels: (N,) classes, or (N, C) shares of the classes. target_thresh: targets above it become 1, the
+    others 0, so that all classes of a mixed image are there; 0 leaves them as they are.
+    """
+    classes = logits.shape[-1]
+    if labels.ndim == 1:
+        target = torch.zeros_like(logits[0]).scatter_(1, labels[:, None], 1.0)
+    else:
+        target = labels.to(logits.dtype)
+    target = target * (1 - label_smoothing) + label_smoothing / classes
+    if target_thresh:
+        target = target.gt(target_thresh).to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
+    return losses.mean(dim=2)
+
+
 def loss_terms(
     logits: Sequence[Tensor],
     labels: Tensor,
@@ -80,6 +120,8 @@ def loss_terms(
     kd_type: KdType | None,
     label_smoothing: float = 0.0,
     *,
+    loss: LossName = "ce",
+    target_thresh: float = 0.0,
     weights: Tensor | None = None,
     teacher: Tensor | None = None,
     teacher_weight: float = 1.0,
@@ -90,25 +132,28 @@ def loss_terms(
     logits: S x (N, C), in the order of `sizes`, the largest first. alpha: (S,).
     labels: (N,) classes, or (N, C) shares of the classes. weights: (N,), the samples', or None.
     kd_type None leaves the distillation out; the ensemble's cross-entropy stays, for alpha's sake.
+    loss "bce": `binary_cross_entropy`, which has target_thresh; its terms are bce/SIZE, not ce/SIZE.
     teacher: (N, C), logits of a network that is not trained, whose `teacher_distillation` is added, times
     `teacher_weight`: one more teacher of each size, beside the labels, the ensemble and the larger sizes.
     """
     stacked = _stacked(logits)
     ensemble = ensemble_logits(stacked, alpha)
     outputs = torch.cat([stacked, ensemble[None]])
-    losses = F.cross_entropy(
-        outputs.flatten(0, 1),
-        labels.expand(len(outputs), *labels.shape).flatten(0, 1),
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
-    losses = losses.view(len(outputs), -1)
+    if loss == "bce":
+        losses = binary_cross_entropy(outputs, labels, label_smoothing, target_thresh)
+    else:
+        losses = F.cross_entropy(
+            outputs.flatten(0, 1),
+            labels.expand(len(outputs), *labels.shape).flatten(0, 1),
+            reduction="none",
+            label_smoothing=label_smoothing,
+        ).view(len(outputs), -1)
     means = (losses if weights is None else losses * weights).mean(dim=1)
-    names = [*(f"ce/{size}" for size in sizes), "ce/ensemble"]
+    names = [f"{loss}/{output}" for output in (*sizes, ENSEMBLE)]
     terms = dict(zip(names, means.unbind(), strict=True))
     total = means.sum()
     if kd_type is not None:
-        terms["kd"] = distillation(stacked, ensemble, kd_type, weights)
+        terms["kd"] = distillation(stacked, ensemble, kd_type, weights, loss)
         total = total + terms["kd"]
     if teacher is not None:
         taught = teacher_distillation(stacked, teacher, temperature, weights)

@@ -127,3 +127,73 @@ def test_weights_of_samples_weigh_every_term():
         ones = loss_terms(logits, labels, alpha, (3, 2, 1), kd_type, weights=torch.ones(6))
         plain = loss_terms(logits, labels, alpha, (3, 2, 1), kd_type)
         assert all(torch.equal(ones[name], plain[name]) for name in plain)
+
+
+def _written_out(logits, shares, alpha, kd_type, smoothing, thresh, weights):
+    """The sigmoid losses in float64, with probabilities and their logarithms."""
+    n, classes = shares.shape
+    targets = shares * (1 - smoothing) + smoothing / classes
+    if thresh:
+        targets = (targets > thresh).double()
+
+    def cross(p, z):
+        q = 1 / (1 + (-z).exp())
+        rows = -(p * q.log() + (1 - p) * (1 - q).log()).mean(1)
+        return (rows * weights).sum() / n
+
+    ensemble = sum(a * z.detach() for a, z in zip(alpha.softmax(0), logits, strict=True))
+    total = sum(cross(targets, z) for z in [*logits, ensemble])
+    for j, student in enumerate(logits):
+        larger = logits[:j] if kd_type == "ens_topdown" else []
+        for teacher in [ensemble, *larger] if kd_type else []:
+            p = 1 / (1 + (-teacher.detach()).exp())
+            scale = 2 / (len(logits) + 1) if kd_type == "ens_topdown" else 1
+            total = total + scale * (cross(p, student) - cross(p, teacher.detach()))
+    return total
+
+
+@pytest.mark.parametrize("kd_type", ["ens_topdown", "ens", None])
+@pytest.mark.parametrize(("smoothing", "thresh"), [(0.1, 0.0), (0.0, 0.2)])
+def test_binary_losses_and_their_gradients_are_the_sigmoids_written_out(kd_type, smoothing, thresh):
+    generator = torch.Generator().manual_seed(0)
+    logits = [(3 * torch.randn(6, 7, generator=generator)).requires_grad_() for _ in range(3)]
+    alpha = torch.randn(3, generator=generator).requires_grad_()
+    shares = torch.rand(6, 7, generator=generator).softmax(1)
+    weights = torch.rand(6, generator=generator)
+    found = loss_terms(
+        logits, shares, alpha, (3, 2, 1), kd_type, smoothing,
+        loss="bce", target_thresh=thresh, weights=weights,
+    )  # fmt: skip
+    exact = [x.detach().double().requires_grad_() for x in [*logits, alpha]]
+    expected = _written_out(
+        exact[:3], shares.double(), exact[3], kd_type, smoothing, thresh, weights.double()
+    )
+    assert found["total"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert list(found)[:4] == ["bce/3", "bce/2", "bce/1", "bce/ensemble"]
+    gradients = torch.autograd.grad(found["total"], [*logits, alpha])
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("smoothing", "thresh"), [(0.1, 0.0), (0.0, 0.0), (0.0, 0.2)])
+def test_binary_cross_entropy_is_timms(mixed, smoothing, thresh):
+    mixup_target = pytest.importorskip("timm.data.mixup").mixup_target
+    criterion = pytest.importorskip("timm.loss").BinaryCrossEntropy(smoothing, thresh or None)
+    logits, labels = torch.randn(4, 6), torch.tensor([5, 0, 1, 1])
+    ours = theirs = labels
+    if mixed:  # as timm's mixup makes them, which smooths by itself
+        theirs = mixup_target(labels, 6, 0.7, smoothing)
+        ours = mixup_target(labels, 6, 0.7, 0.0)
+    options = {"label_smoothing": smoothing, "loss": "bce", "target_thresh": thresh}
+    terms = loss_terms([logits], ours, torch.ones(1), (32,), None, **options)
+    torch.testing.assert_close(terms["bce/32"], criterion(logits, theirs))
+
+
+def test_a_sigmoid_that_equals_its_teachers_has_no_divergence_however_large_it_is():
+    large = torch.tensor([[80.0, -80, 0], [-300, 300, 1e4]])
+    student = large.clone().requires_grad_()
+    loss = distillation([student], large, "ens", loss="bce")
+    loss.backward()
+    assert loss.item() == 0
+    assert not student.grad.any()

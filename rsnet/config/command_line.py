@@ -22,6 +22,7 @@ Options = TypeVar("Options")
 
 # Flags that stand for an option with a value.
 SHORTHANDS = {
+    "--bce-loss": ("--loss", "bce"),
     "--norm-weight-decay": ("--decay", "all"),
     "--no-norm-weight-decay": ("--decay", "weights"),
 }

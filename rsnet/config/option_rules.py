@@ -130,6 +130,7 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             "a size from 8 to 4096 pixels, or ensemble",
         ),
         ("--label-smoothing", c.label_smoothing, _share, "must be at least 0 and less than 1"),
+        ("--bce-target-thresh", c.bce_target_thresh, _share, "must be at least 0 and less than 1"),
         (
             "--checkpoint-every",
             c.checkpoint_every,

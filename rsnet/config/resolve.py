@@ -35,14 +35,15 @@ OF_A_RECIPE = {
     "warmup",
 }  # unless the recipe changes; fmt: skip
 TAKEN_OVER = OF_A_RECIPE | {
-    "clip_grad", "epochs", "freeze", "pretrained", "ra_magnitude", "recipe", "seed", "sizes_per_step",
-    "teacher", "teacher_size", "teacher_temperature", "teacher_weight", "weight_decay",
+    "bce_target_thresh", "clip_grad", "epochs", "freeze", "loss", "pretrained", "ra_magnitude", "recipe",
+    "seed", "sizes_per_step", "teacher", "teacher_size", "teacher_temperature", "teacher_weight",
+    "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
-    "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "teacher": "none",
-    "teacher_weight": 1.0, "teacher_temperature": 1.0,
+    "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "loss": "ce",
+    "bce_target_thresh": 0.0, "teacher": "none", "teacher_weight": 1.0, "teacher_temperature": 1.0,
 }  # fmt: skip
 
 
@@ -192,6 +193,7 @@ def resolve(
     resolved = ResolvedConfig(**(given | unset | fixed))
     _check_quantization(resolved)
     _check_cuda_graphs(resolved)
+    _check_loss(resolved)
     if resolved.freeze != "none" and resolved.pretrained is None and trained is None:
         raise UsageError(
             f"--freeze {resolved.freeze}: there is nothing to keep without --pretrained"
@@ -278,6 +280,17 @@ def _check_cuda_graphs(c: ResolvedConfig) -> None:
         )
     if c.cuda_graphs and c.is_quantized:
         raise UsageError("--cuda-graphs: not with the quantizers of --qw and --qa; leave it out")
+
+
+def _check_loss(c: ResolvedConfig) -> None:
+    if c.bce_target_thresh and c.loss != "bce":
+        raise UsageError(
+            f"--bce-target-thresh {c.bce_target_thresh}: is of --loss bce; give 0, or that loss"
+        )
+    if c.loss == "bce" and c.teacher != "none":
+        raise UsageError(
+            "--loss bce and --teacher: choose one; a teacher's logits are of a softmax, not of sigmoids"
+        )
 
 
 def _spread(

@@ -216,6 +216,14 @@ class AugmentationOptions(Generic[Unset]):
     )
     """Share of a label that is spread over all classes. Unset: the recipe's (paper 0, others 0.1)."""
 
+    loss: Annotated[Literal["ce", "bce"] | Unset, arg(metavar="{ce,bce}")] = UNSET
+    """ce: cross-entropy; bce, also --bce-loss: timm's binary cross-entropy, the mean over the classes, with
+    distillation by sigmoid; its gradients are smaller, --lr is to fit. Unset: ce."""
+
+    bce_target_thresh: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Share of a mixed or smoothed label above which --loss bce takes it for 1, else for 0. Unset: 0, the
+    shares themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions(Generic[Unset]):

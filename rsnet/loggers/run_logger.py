@@ -22,6 +22,9 @@ from rsnet.loggers.run_dir import RunDir, environment
 from rsnet.loggers.tensorboard_logger import TensorBoardLogger
 from rsnet.loggers.wandb_logger import WandbLogger
 
+# What a loss is called, by its name in `rsnet.losses.loss_terms`.
+KINDS = {"ce": "cross-entropy", "bce": "binary cross-entropy"}
+
 
 @dataclass(frozen=True)
 class TrainingProgress:
@@ -155,15 +158,17 @@ class RunLogger:
 
 
 def losses_in_words(p: TrainingProgress) -> str:
-    """Return the cross-entropy at the largest and the smallest size, and the learning rate.
+    """Return the (binary) cross-entropy at the largest and the smallest size, and the learning rate.
 
     The sum of all losses, which is minimised, has no value that anybody could place.
     """
-    sizes = [int(name[3:]) for name in p.terms if name.startswith("ce/") and name[3:].isdigit()]
-    ends = dict.fromkeys((max(sizes), min(sizes)))  # one, of one size
-    values = ", ".join(f"{p.terms[f'ce/{size}']:.3f} at {size}" for size in ends)
+    named = [(*name.partition("/")[::2], value) for name, value in p.terms.items()]
+    kind = next(KINDS[loss] for loss, _, _ in named if loss in KINDS)
+    of_sizes = {int(size): v for loss, size, v in named if loss in KINDS and size.isdigit()}
+    ends = dict.fromkeys((max(of_sizes), min(of_sizes)))  # one, of one size
+    values = ", ".join(f"{of_sizes[size]:.3f} at {size}" for size in ends)
     skipped = f"{p.skipped} updates skipped" if p.skipped else ""
-    return ", ".join(filter(None, [f"cross-entropy {values}", f"lr {p.lr:.4g}", skipped]))
+    return ", ".join(filter(None, [f"{kind} {values}", f"lr {p.lr:.4g}", skipped]))
 
 
 def start_wandb(

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rsnet.losses import KdType, loss_terms
+from rsnet.losses import KdType, LossName, loss_terms
 from rsnet.models.switchable import ResolutionSwitchable, count_batches_together
 
 
@@ -25,6 +25,8 @@ class Objective(nn.Module):
         kd_type: KdType | None,
         label_smoothing: float = 0.0,
         *,
+        loss: LossName = "ce",
+        target_thresh: float = 0.0,
         teacher_weight: float = 1.0,
         temperature: float = 1.0,
     ) -> None:
@@ -33,6 +35,8 @@ class Objective(nn.Module):
         self.model = model
         self.kd_type = kd_type
         self.label_smoothing = label_smoothing
+        self.loss: LossName = loss
+        self.target_thresh = target_thresh
         self.teacher_weight = teacher_weight
         self.temperature = temperature
         self._is_compiled = False
@@ -88,6 +92,8 @@ class Objective(nn.Module):
                 sizes,
                 self.kd_type,
                 self.label_smoothing,
+                loss=self.loss,
+                target_thresh=self.target_thresh,
                 weights=weights,
                 teacher=teacher,
                 teacher_weight=self.teacher_weight,

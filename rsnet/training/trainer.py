@@ -203,6 +203,8 @@ def make_trainer(
         model,
         c.kd_type if c.kd else None,
         c.label_smoothing,
+        loss=c.loss,
+        target_thresh=c.bce_target_thresh,
         teacher_weight=c.teacher_weight,
         temperature=c.teacher_temperature,
     )

@@ -145,6 +145,7 @@ def test_training_sizes_are_the_nearest_multiples_of_four(sizes, scale, train_si
     [
         ("auto_augment", "rand", "none"),
         ("clip_grad", 2.0, 0.0),
+        ("loss", "bce", "ce"),
         ("mixup", 0.2, 0.0),
         ("ra_magnitude", 7, 9),
         ("ra_reps", 3, 1),

@@ -52,6 +52,7 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--accumulate 0", "--accumulate 0"),
         ("--label-smoothing 1", "--label-smoothing 1.0"),
         ("--clip-grad inf", "--clip-grad inf"),
+        ("--bce-target-thresh 1", "--bce-target-thresh 1.0: must be at least 0 and less than 1"),
         ("--seed -1", "--seed -1"),
         ("--seed 9999999999999999999", "--seed 9999999999999999999"),
         ("--batch 3", "--batch: there is no such option; did you mean --batch-size?"),
@@ -152,6 +153,7 @@ def test_the_originals_short_names_work():
         ("--norm-weight-decay", "decay", "all"),
         ("--no-norm-weight-decay", "decay", "weights"),
         ("--decay weights", "decay", "weights"),
+        ("--bce-loss", "loss", "bce"),
     ],
 )
 def test_the_names_of_timm_and_torchvision_work(words, name, value):
@@ -289,6 +291,18 @@ def test_other_processes_share_the_images_of_an_update_as_before(
     assert (again.batch_size, again.accumulate) == (batch_size, accumulate)
     assert again.seed == 5
     assert (again.lr == 0.3) == (world_size != 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--bce-target-thresh 0.2", "--bce-target-thresh 0.2: is of --loss bce; give 0, or that"),
+        ("--loss bce --teacher x.pt", "--loss bce and --teacher: choose one; a teacher's logits"),
+    ],
+)
+def test_what_another_loss_does_not_have_is_refused(words, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        _resolve(words)
 
 
 @pytest.mark.parametrize(

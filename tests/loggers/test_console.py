@@ -97,8 +97,13 @@ def test_a_console_that_is_lost_is_said_in_the_runs_own_log(tmp_path, monkeypatc
             3,
             "cross-entropy 0.500 at 32, lr 0.05, 3 updates skipped",
         ),
+        (
+            {"bce/32": 0.5, "bce/16": 0.6, "bce/ensemble": 0.5, "kd": 0.1, "total": 1.7},
+            0,
+            "binary cross-entropy 0.500 at 32, 0.600 at 16, lr 0.05",
+        ),
     ],
-    ids=["several sizes", "one size"],
+    ids=["several sizes", "one size", "binary"],
 )
 def test_losses_are_the_cross_entropies_of_the_largest_and_the_smallest_size(terms, skipped, words):
     p = TrainingProgress(
