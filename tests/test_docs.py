@@ -271,7 +271,7 @@ def test_the_imagenet_commands_run(photos, tmp_path, monkeypatch, capsys):
     ran = 0
     lines = dict.fromkeys(line for block in blocks for line in block.splitlines())  # each once
     for number, line in enumerate(lines):
-        if "/imagenet" not in line and " import " not in line:
+        if ("/imagenet" not in line and " import " not in line) or "s3://" in line:
             continue
         if line.startswith(("torchrun", "sbatch")) or "--recipe" in line or "--real" in line:
             continue
