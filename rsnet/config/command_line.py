@@ -30,8 +30,10 @@ SHORTHANDS = {
 # Values by other names: the original's, and torchvision's.
 DECAYS = {"cos": "cosine"}
 AUGMENTATIONS = {"ta_wide": "trivial", "ra": "rand", "randaugment": "rand"}
+OPTIMIZERS = {"momentum": "plain", "sgd_nesterov": "nesterov"}  # timm's, torchvision's
 VALUES: dict[str, Mapping[str, str]] = {
     "--recipe": FORMER_NAMES,
+    "--sgd": OPTIMIZERS, "--opt": OPTIMIZERS,
     "--lr-decay": DECAYS, "--sched": DECAYS,
     "--auto-augment": AUGMENTATIONS, "--aa": AUGMENTATIONS,
 }  # fmt: skip
@@ -86,6 +88,11 @@ def _as_of_today(before: str, word: str) -> str:
         raise UsageError(
             f"{flag} {value}: timm's RandAugment has other operations and ranges; torchvision's at this "
             f"magnitude is --auto-augment rand --ra-magnitude {timms[1]}"
+        )
+    if value == "sgd" and values is OPTIMIZERS:
+        raise UsageError(
+            f"{flag} sgd: it has plain momentum in torchvision, and Nesterov's in timm; give plain or "
+            "nesterov"
         )
     value = values.get(value, value)
     return f"{flag}={value}" if equals else value

@@ -15,6 +15,7 @@ from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import read_json
 from pipelines.utils.urls import name_of, url_of
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
+from rsnet.config.optimizers import is_of_other_optimizer, rate_and_decay
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
 from rsnet.config.train_config import TrainConfig, TrainOptions
@@ -157,13 +158,15 @@ def resolve(
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
     global_batch = batch_size * world_size * accumulate
-    if previous and given["lr"] is None and global_batch == previous_global_batch:
+    is_same = previous and not is_of_other_optimizer(given["sgd"], previous)
+    if previous and is_same and given["lr"] is None and global_batch == previous_global_batch:
         given["lr"] = previous.get("lr")  # it belongs to the images of an update
     recipe_name: RecipeName = given["recipe"] or "paper"
     bits = [given[name] or known.get(name, FULL) for name in ("qw", "qa")]
     recipe = get_recipe(
         recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < FULL
     )
+    own = rate_and_decay(given["sgd"] or recipe.sgd, recipe)
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
     _check_sizes_per_step(given["sizes_per_step"] or len(sizes), len(sizes))
     defaults = {
@@ -171,7 +174,8 @@ def resolve(
         **{name: known.get(name, value) for name, value in MODEL_DEFAULTS.items()},
         **DEFAULTS,
         "recipe": recipe_name,
-        "lr": recipe.lr * global_batch / 256,
+        "lr": own["lr"] * global_batch / 256,
+        "weight_decay": own["weight_decay"],
         "sizes_per_step": len(sizes),
         "amp": "bf16" if has_bf16 else "off",
         "output": str(output_directory(config, arch)),
@@ -211,6 +215,7 @@ def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
         get_recipe(config.recipe, config.arch, epochs, global_batch, quantized=quantized)
         for epochs in (None, config.epochs)
     )
+    optimizers = rate_and_decay(config.sgd, fitted)
     fields = {f.name: f.default for f in dataclasses.fields(config)}
     return (
         fields
@@ -220,7 +225,8 @@ def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
         | {
             "recipe": "paper",
             "epochs": own.epochs,
-            "lr": fitted.lr * global_batch / 256,
+            "lr": optimizers["lr"] * global_batch / 256,
+            "weight_decay": optimizers["weight_decay"],
             "sizes": DEFAULT_SIZES,
             "sizes_per_step": len(config.sizes),
             "wandb_project": wandb_project(),
@@ -240,6 +246,8 @@ def _given(
         taken = TAKEN_OVER
         if config.recipe not in (None, previous.get("recipe")):
             taken = taken - OF_A_RECIPE
+        if is_of_other_optimizer(config.sgd, previous):
+            taken = taken - {"weight_decay"}
         if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
             taken = taken - {"sizes_per_step"}  # all, also of other --sizes
         given |= {k: previous.get(k) for k in taken if given[k] is None}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from tyro.conf import arg
 
 from rsnet.config.model_config import Mode, NormalizeName
+from rsnet.config.optimizers import OptName
 from rsnet.config.recipes import RecipeName
 
 AutoAugmentOption = Literal["none", "trivial", "rand"]
@@ -116,18 +117,21 @@ class OptimizerOptions(Generic[Unset]):
     """Optimizer."""
 
     lr: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
-    """Learning rate. Unset: the recipe's 0.1 (strong 0.125, MobileNets 0.05) times global batch / 256."""
+    """Learning rate. Unset: the recipe's 0.1 (strong 0.125, MobileNets 0.05; see --opt) times global
+    batch / 256."""
 
     momentum: float = 0.9
-    """SGD's momentum."""
+    """Momentum of SGD and Muon; beta1 of AdamW and LAMB."""
 
     weight_decay: Annotated[float | Unset, arg(aliases=("--wd",), metavar="FLOAT")] = UNSET
-    """Weight decay. Unset: the recipe's (1e-4, MobileNets 4e-5, quantized 5e-5; strong 2e-5)."""
+    """Weight decay. Unset: the recipe's (1e-4, MobileNets 4e-5, quantized 5e-5; strong 2e-5; see --opt)."""
 
     sgd: Annotated[
-        Literal["plain", "nesterov"] | Unset, arg(aliases=("--opt",), metavar="{plain,nesterov}")
+        OptName | Unset, arg(aliases=("--opt",), metavar="{plain,nesterov,adamw,lamb,muon}")
     ] = UNSET
-    """Kind of momentum. Unset: plain; nesterov for quantized networks."""
+    """Optimizer: SGD with plain or Nesterov's momentum; or, with a learning rate per 256 images and a weight
+    decay of their own, AdamW (2.5e-4, 0.05), and timm's LAMB (6.25e-4, 0.02) and Muon (2.5e-4, 0.05). Unset:
+    plain; nesterov for quantized networks."""
 
     decay: Annotated[Literal["all", "weights"] | Unset, arg(metavar="{all,weights}")] = UNSET
     """Parameters with weight decay; weights: none on norm layers, biases and alpha. --norm-weight-decay is

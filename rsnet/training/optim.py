@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from rsnet.config.optimizers import OptName
 from rsnet.models.switchable import ResolutionSwitchable
 
 LrDecay = Literal["cosine", "step", "linear", "schedule"]
@@ -54,6 +55,50 @@ class LrSchedule:
         return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))
 
 
+def make_optimizer(
+    model: nn.Module,
+    opt: OptName,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    norm_decay: bool = True,
+) -> torch.optim.Optimizer:
+    """Return an optimizer of every parameter, whose updates `found_inf` skips on the device.
+
+    opt: plain and nesterov as `make_sgd`; adamw: torch's, with `momentum` as its beta1; lamb and muon: see
+    `rsnet.training.timm_optimizers`.
+
+    Raises ModuleNotFoundError without timm, UsageError for one that is too old.
+    """
+    if opt in ("plain", "nesterov"):
+        return make_sgd(model, lr, momentum, weight_decay, norm_decay, nesterov=opt == "nesterov")
+    groups = param_groups(model, weight_decay, norm_decay)
+    # By a CUDA graph; steps are then counted on the GPU.
+    capturable = next(model.parameters()).device.type == "cuda"
+    if opt == "adamw":
+        betas = (momentum, 0.999)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True, capturable=capturable)
+    from rsnet.training import timm_optimizers
+
+    if opt == "lamb":
+        return timm_optimizers.make_lamb(groups, lr, momentum)
+    return timm_optimizers.make_muon(groups, lr, momentum, capturable)
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float, norm_decay: bool = True
+) -> list[dict[str, Any]]:
+    """Return filters, and all that has one dimension: norm layers, biases and alpha, which are without weight
+    decay if `norm_decay` is False (He et al. 2019, section 3.1).
+    """
+    filters = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": filters, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": weight_decay if norm_decay else 0.0},
+    ]
+
+
 def make_sgd(
     model: nn.Module,
     lr: float,
@@ -64,18 +109,15 @@ def make_sgd(
 ) -> torch.optim.SGD:
     """Return SGD on every parameter, all with weight decay: BatchNorm and alpha, too, as the original has it.
 
-    norm_decay=False leaves norm layers, biases and alpha without (He et al. 2019, section 3.1): all that
-    has one dimension. nesterov: Nesterov's momentum, if there is any. One fused kernel per dtype, which
-    can skip an update on the device (`found_inf`).
+    norm_decay: see `param_groups`. nesterov: Nesterov's momentum, if there is any. One fused kernel per
+    dtype, which can skip an update on the device (`found_inf`).
     """
-    filters = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": filters, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": weight_decay if norm_decay else 0.0},
-    ]
     sgd = torch.optim.SGD(
-        groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True
+        param_groups(model, weight_decay, norm_decay),
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov and momentum > 0,
+        fused=True,
     )
     if momentum > 0:
         # Else a first update that is skipped, as float16's often is, leaves them uninitialised.
@@ -84,17 +126,46 @@ def make_sgd(
     return sgd
 
 
-def load_momentum(sgd: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
-    """Take over the momentum of a saved state dict of an optimizer from `make_sgd`; the rate and the decay
-    stay. Return False, and do nothing, if it is not of the same parameters.
+# What an optimizer keeps of a parameter, see `load_momentum`.
+ADAMS = {"step", "exp_avg", "exp_avg_sq"}
+STATE: dict[str, list[set[str]]] = {
+    "AdamW": [ADAMS],
+    "DeviceLamb": [ADAMS - {"step"}],
+    "Muon": [{"use_muon", "momentum_buffer"}, {"use_muon", *ADAMS}],
+}
+
+
+def load_momentum(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
+    """Take over the momentum and other state of a saved state dict of the same optimizer; rate and decay
+    stay. Return False, and do nothing, if it is of another, or not of the same parameters.
     """
-    parameters = [p for group in sgd.param_groups for p in group["params"]]
-    lengths = [len(group["params"]) for group in sgd.param_groups]
-    if [len(group["params"]) for group in saved["param_groups"]] != lengths:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if [n for group in saved["param_groups"] for n in group["params"]] != [*range(len(parameters))]:
         return False
-    if not sgd.state and not saved["state"]:
+    if isinstance(optimizer, torch.optim.SGD):
+        return _load_sgd(optimizer, parameters, saved["state"])
+    known = STATE[type(optimizer).__name__]
+    for i, state in saved["state"].items():  # a parameter without gradients has none
+        shapes = {tuple(v.shape) for name, v in state.items() if name not in ("step", "use_muon")}
+        if set(state) not in known or shapes != {tuple(parameters[i].shape)}:
+            return False
+    counts = [group["step"] for group in saved["param_groups"] if "step" in group]
+    if any("step" in group and not counts for group in optimizer.param_groups):
+        return False
+    own = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    for group in optimizer.param_groups:
+        if "step" in group:  # LAMB's, the same in all groups
+            group["step"].copy_(counts[0])
+    return True
+
+
+def _load_sgd(
+    sgd: torch.optim.SGD, parameters: Sequence[Tensor], saved: Mapping[int, Mapping[str, Any]]
+) -> bool:
+    if not sgd.state and not saved:
         return True  # --momentum 0
-    buffers = [saved["state"].get(i, {}).get("momentum_buffer") for i in range(len(parameters))]
+    buffers = [saved.get(i, {}).get("momentum_buffer") for i in range(len(parameters))]
     if any(b is None or b.shape != p.shape for b, p in zip(buffers, parameters, strict=True)):
         return False
     for parameter, buffer in zip(parameters, buffers, strict=True):

@@ -23,7 +23,7 @@ from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
 from rsnet.training.nonfinite import BatchNormBackup, FiniteGuard
 from rsnet.training.objective import Objective, SizeSampler
-from rsnet.training.optim import LrSchedule, ModelEma, make_sgd
+from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer
 
 
 class Trainer:
@@ -101,7 +101,7 @@ class Trainer:
         return self.graphs.run(compute, batch, (first, last), rate, self.step)
 
     def update(self) -> None:
-        """Do one optimizer step, which fused SGD skips on the device if `found_inf` is 1."""
+        """Do one optimizer step, which is skipped on the device if `found_inf` is 1."""
         lr = self.schedule.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -225,13 +225,13 @@ def make_trainer(
             static=c.accumulate == 1 and has_all_sizes,
             compress=c.grad_compress == "bf16",
         ),
-        make_sgd(
+        make_optimizer(
             model,
+            c.sgd,
             c.lr,
             c.momentum,
             c.weight_decay,
             norm_decay=c.decay == "all",
-            nesterov=c.sgd == "nesterov",
         ),
         LrSchedule(
             lr=c.lr,

@@ -158,3 +158,32 @@ def test_what_was_switched_on_stays_so_on_resume_and_can_be_switched_off(name, o
     first = dataclasses.asdict(_resolve(f"{flag} {on}"))
     assert getattr(_resolve("--resume auto", previous=first), name) == on
     assert getattr(_resolve(f"--resume auto {flag} {off}", previous=first), name) == off
+
+
+def test_another_optimizer_has_a_rate_and_decay_of_its_own():
+    """AdamW's are DeiT's (1e-3 for 1024 images an update), LAMB's those of A2 (5e-3 for 2048)."""
+    c = _resolve("--opt lamb --batch-size 2048")
+    assert (c.lr, c.weight_decay) == (5e-3, 0.02)
+    c = _resolve("--opt adamw --batch-size 1024")
+    assert (c.sgd, c.lr, c.weight_decay, c.momentum) == ("adamw", 1e-3, 0.05, 0.9)
+    c = _resolve("--opt adamw --lr 3 --wd 2")
+    assert (c.lr, c.weight_decay) == (3, 2)
+
+
+def test_the_rate_and_decay_of_a_run_go_on_with_its_optimizer_alone():
+    previous = {"recipe": "paper", "sgd": "plain", "lr": 0.7, "weight_decay": 0.3, "epochs": 9}
+    previous |= {"batch_size": 256, "accumulate": 1}
+
+    def ours(line: str, **more: str):
+        config, _ = _parse(line)
+        c = resolve(
+            config, world_size=1, device_type="cuda", has_bf16=True,
+            previous=previous | more, previous_global_batch=256,
+        )  # fmt: skip
+        return c.sgd, c.lr, c.weight_decay
+
+    assert ours("") == ("plain", 0.7, 0.3)
+    assert ours("--opt nesterov") == ("nesterov", 0.7, 0.3)
+    assert ours("--opt adamw") == ("adamw", 2.5e-4, 0.05)
+    assert ours("", sgd="adamw") == ("adamw", 0.7, 0.3)
+    assert ours("--opt plain", sgd="adamw") == ("plain", 0.1, 1e-4)

@@ -68,6 +68,10 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
             "--aa rand-m7-mstd0.5-inc1",
             "is --auto-augment rand --ra-magnitude 7",
         ),
+        (
+            "--opt sgd",
+            "plain momentum in torchvision, and Nesterov's in timm; give plain or nesterov",
+        ),
         ("--train-size-scale 1.1", "--train-size-scale 1.1: must be from 0.25 to 1"),
         ("--ra-reps 0", "--ra-reps 0: at least 1"),
         ("--aug-repeats 101", "--ra-reps 101: at least 1, and 100 at most"),
@@ -131,6 +135,8 @@ def test_the_originals_short_names_work():
     ("words", "name", "value"),
     [
         ("--opt nesterov", "sgd", "nesterov"),
+        ("--opt momentum", "sgd", "plain"),
+        ("--sgd=sgd_nesterov", "sgd", "nesterov"),
         ("--sched linear", "lr_decay", "linear"),
         ("--lr-decay cos", "lr_decay", "cosine"),
         ("--sched=cos", "lr_decay", "cosine"),

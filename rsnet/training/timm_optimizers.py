@@ -1,0 +1,118 @@
+"""LAMB and Muon of timm, so that an update can be skipped on the device. timm takes seconds to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import timm.optim.lamb
+import torch
+from torch import Tensor
+
+from pipelines.utils.errors import UsageError
+
+# As timm 1.0.31 has it: with `lamb` as a function, and a Muon that can be captured.
+if not hasattr(timm.optim.lamb, "lamb"):
+    raise UsageError(f"--opt: timm {timm.__version__} is too old for it: pip install -U timm")
+
+
+class DeviceLamb(timm.optim.lamb.Lamb):
+    """timm's LAMB, which counts its updates on the device: timm's own reads that number on the host."""
+
+    def __init__(self, groups: list[dict[str, Any]], **more: Any) -> None:
+        super().__init__(groups, **more)
+        device = next(_parameters(self)).device
+        for group in self.param_groups:
+            group["step"] = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Do an update. It clips the gradients' norm to 1 beforehand, as timm's does by default."""
+        norm = self._get_clip_grad_norm()  # type: ignore[no-untyped-call]
+        for group in self.param_groups:
+            group["step"] += 1
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p] = {
+                        name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")
+                    }
+            beta1, beta2 = group["betas"]
+            timm.optim.lamb.lamb(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                norm,
+                beta1=beta1,
+                beta2=beta2,
+                beta3=1 - beta1,
+                bias_correction1=(1 - beta1 ** group["step"]).float(),
+                bias_correction2=(1 - beta2 ** group["step"]).float(),
+                max_lr=None,
+                **{name: group[name] for name in ("lr", "eps", "weight_decay", "foreach")},
+                **{
+                    name: group[name]
+                    for name in ("decoupled_decay", "trust_clip", "always_adapt", "caution")
+                },
+            )
+
+
+def make_lamb(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:
+    """Return LAMB with `momentum` as its beta1."""
+    return _skip_on_device(DeviceLamb(groups, lr=lr, betas=(momentum, 0.999)))
+
+
+def make_muon(
+    groups: list[dict[str, Any]], lr: float, momentum: float, capturable: bool
+) -> torch.optim.Optimizer:
+    """Return Muon, which flattens filters, with AdamW of the same rate for what is no matrix of fit shape."""
+    from timm.optim.muon import Muon  # a timm that is too old has none
+
+    muon = Muon(groups, lr=lr, momentum=momentum, fallback_lr_scale=1.0, capturable=capturable)
+    return _skip_on_device(muon)
+
+
+def _skip_on_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let `found_inf` skip updates, and `grad_scale` unscale gradients, as torch's fused optimizers do.
+
+    By a copy of weights and state, which is put back: it takes as much memory as they do.
+    """
+    kept: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def keep(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            torch._foreach_mul_(gradients, scale.reciprocal())
+        if hasattr(optimizer, "found_inf"):
+            kept.update((id(t), t.clone()) for t in _tensors(optimizer))
+
+    @torch.no_grad()
+    def put_back(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if not kept:
+            return
+        bad = optimizer.found_inf > 0  # type: ignore[attr-defined]
+        for t in _tensors(optimizer):
+            # State that the update has made began with zeros.
+            t.copy_(torch.where(bad, kept.get(id(t), 0), t))
+        kept.clear()
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(put_back)
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield all that an update changes."""
+    yield from _parameters(optimizer)
+    for holder in (*optimizer.state.values(), *optimizer.param_groups):
+        yield from (value for value in holder.values() if isinstance(value, Tensor))
