@@ -19,7 +19,7 @@ RUN apt-get update \
 COPY LICENSE README.md pyproject.toml /opt/rsnet/
 COPY pipelines /opt/rsnet/pipelines
 COPY rsnet /opt/rsnet/rsnet
-RUN pip install --no-cache-dir "/opt/rsnet[hub,onnx,serve,timm,train]"
+RUN pip install --no-cache-dir "/opt/rsnet[gs,hub,onnx,s3,serve,timm,train]"
 # It is compiled, which may fail without taking the rest along.
 RUN pip install --no-cache-dir "/opt/rsnet[ffcv]" || echo "going on without FFCV"
 
