@@ -76,6 +76,7 @@ class _Distillation(nn.Module):
         _labels: Tensor,
         _sizes: None = None,
         _weights: None = None,
+        _teacher: None = None,
     ) -> dict[str, Tensor]:
         by_size = dict(zip(self.model.sizes, images, strict=True))
         trained = [s for s in self.model.sizes if s != self.size]

@@ -58,7 +58,7 @@ def test_help_of_training_is_by_topic_and_says_defaults_in_words(capsys):
     topics = re.findall(r"^([A-Z].*[^.\n])$", text, re.M)
     assert topics[:3] == ["Data and batch size", "Network", "Optimizer"]
     assert "Reading with DALI" in topics
-    assert "Default: the paper's 0.1 (MobileNets 0.05) times global batch / 256." in _joined(text)
+    assert "Default: the recipe's 0.1 (strong 0.125, MobileNets 0.05; see --opt)" in _joined(text)
     assert "--amp {bf16,fp16,off}" in text
     assert "Reading .beton files" in _help(capsys, "train", "--pipeline", "ffcv")
 
