@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import processes
 from tests.helpers.faults import (  # fmt: skip
     UPDATES,
     assert_same_end,
@@ -27,6 +30,7 @@ from tests.helpers.faults import (  # fmt: skip
     torchrun,
     wait_for,
 )
+from tests.pipelines.sources.conftest import source_of, upload
 
 pytestmark = pytest.mark.faults
 
@@ -257,6 +261,50 @@ def test_torchrun_starts_the_command_as_the_script(photos, pair, tmp_path):
     out, _ = finish([sys.executable, *launcher, "-m", "rsnet", "train", *options])
     assert "4 = 2 images x 2 processes x 1 accumulated" in out
     assert_same_end(run, pair)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_with_its_disk_is_replaced_and_the_bucket_has_the_run(
+    s3, photos, pair, tmp_path
+):
+    """Two torchruns with folders and caches of their own, data and run in a bucket; one is lost."""
+    data = upload(s3, source_of("shards", photos))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--max-restarts", "3"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+
+    def machine(name: str) -> subprocess.Popen[str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        words = command(data, "s3://bucket/runs/run", "-b", "2", "--cache", folder / "cache")
+        alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see examples/clusters/torchrun.sh
+        return processes.start([words[0], *launcher, *words[1:]], alone, cwd=folder)
+
+    def has_rendezvous() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("localhost", port)) == 0
+
+    first = machine("a")
+    wait_for(has_rendezvous, first)
+    second = machine("b")
+    wait_for(lambda: sum(key.endswith(".pt") for key in list(s3.keys())) >= 2, first)
+    (lost,) = _ranks(second)
+    kill(second)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(lost, signal.SIGKILL)  # in a session of its own
+    second.communicate()
+    shutil.rmtree(tmp_path / "b")
+    third = machine("c")
+    for process in (first, third):
+        end(process)
+    with_run = [tmp_path / name / "runs/run" for name in ("a", "c")]
+    (ended,) = (run for run in with_run if (run / "results.json").exists())
+    assert_same_end(ended, pair)
+    newest = sorted(key for key in list(s3.keys()) if "-epoch-" in key)[-1]
+    assert s3.get(newest) == (ended / "checkpoints/last.pt").read_bytes()
 
 
 @pytest.mark.slow
