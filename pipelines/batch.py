@@ -76,6 +76,7 @@ class Loader(Protocol):
 class LoaderSpec:
     """The options that all pipelines share. `batch_size` is per process.
 
+    node_of_rank: numbers from 0 on, by rank; () for a single node.
     train_sizes: of training batches in place of `sizes`, as many; () for the same.
     extra_sizes: of training batches, after `sizes`: the same crop at other sizes, flipped as the largest is.
     """
@@ -94,6 +95,7 @@ class LoaderSpec:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    node_of_rank: tuple[int, ...] = ()
     splits: SplitOptions = NO_OPTIONS
     class_weights: str | None = None
     balanced_sampling: bool = False

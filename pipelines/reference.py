@@ -22,7 +22,6 @@ from pipelines.sampler import (
     AUGMENTATION_LANE,
     ScheduledLoader,
     crop_params,
-    make_schedule,
     uniforms,
 )
 from pipelines.sources.source import Source
@@ -30,6 +29,7 @@ from pipelines.sources.splits import open_splits
 from pipelines.targets import Targets
 from pipelines.transforms import random_resized_crop
 from pipelines.utils.errors import DataError, RunError
+from pipelines.windows import source_schedule
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class ReferenceOptions:
 
     workers: int = 0
     """Processes that read and decode; 0 decodes in the training process."""
+
+    window: int | None = None
+    """Tar shards that are mixed; None for all samples."""
 
 
 def make_loaders(options: ReferenceOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
@@ -58,9 +61,8 @@ class ReferenceLoader(ScheduledLoader):
     def __init__(
         self, options: ReferenceOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
-        super().__init__(
-            spec.of_split(training), make_schedule(spec, len(source), training, source.labels)
-        )
+        schedule = source_schedule(spec, source, training, options.window)
+        super().__init__(spec.of_split(training), schedule)
         self._options, self._source = options, source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
 

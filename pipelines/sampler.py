@@ -101,6 +101,11 @@ class Schedule:
         return self.batch_size * self.world_size
 
     @property
+    def ranks(self) -> list[int]:
+        """The ranks that take their batches from one order, of `order`: all of them."""
+        return list(range(self.world_size))
+
+    @property
     def share(self) -> range:
         """The evaluation samples of this rank."""
         first, last = (self.samples * r // self.world_size for r in (self.rank, self.rank + 1))
@@ -113,7 +118,7 @@ class Schedule:
         return -(-len(self.share) // self.batch_size)
 
     def order(self, epoch: int) -> Indices:
-        """Return the training samples of an epoch in the order in which the steps of all ranks take them."""
+        """Return the training samples of an epoch in the order in which the steps of `ranks` take them."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.samples)
 
     def rows_ahead(self, epoch: int, first_step: int) -> Indices:
@@ -128,7 +133,8 @@ class Schedule:
             return
         if self.training:
             order = self.order(epoch)
-            offset, stride = self.rank * self.batch_size, self.global_batch
+            ranks = self.ranks
+            offset, stride = ranks.index(self.rank) * self.batch_size, len(ranks) * self.batch_size
         else:
             order = np.arange(self.share.start, self.share.stop)
             offset, stride = 0, self.batch_size
@@ -137,11 +143,14 @@ class Schedule:
             yield order[start : start + self.batch_size]
 
     def _repeated(self, epoch: int, first_step: int) -> Iterator[Indices]:
-        images = self.order(epoch)[: -(-self.samples // self.repeats)]
+        images = self.order(epoch)
+        images = images[: -(-len(images) // self.repeats)]
         order = (images[:, None] + self.samples * np.arange(self.repeats)).ravel()
+        ranks = self.ranks
+        stride = len(ranks) * self.batch_size
         for step in range(first_step, self.steps):
-            of_all = order[step * self.global_batch :][: self.global_batch]
-            own = of_all[self.rank :: self.world_size]
+            of_all = order[step * stride :][:stride]
+            own = of_all[ranks.index(self.rank) :: len(ranks)]
             # Mixup and CutMix mix neighbours: not an image with itself, where one rank has it again.
             yield own[np.argsort(own // self.samples, kind="stable")]
 

@@ -349,6 +349,7 @@ def _spec(
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        node_of_rank=distributed.node_of_rank(),
         splits=SplitOptions(config.val_data, config.val_fraction),
         class_weights=config.class_weights,
         balanced_sampling=config.balanced_sampling,

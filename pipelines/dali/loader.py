@@ -50,7 +50,6 @@ from pipelines.sampler import (
     Schedule,
     ScheduledLoader,
     crop_params,
-    make_schedule,
     uniforms,
 )
 from pipelines.sources.source import Source, dali_error_line
@@ -61,6 +60,7 @@ from pipelines.utils.errors import DataError, RunError
 from pipelines.utils.output import say
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import skip_bad
+from pipelines.windows import source_schedule
 
 # Suffixes of formats of which `image_formats` refuses some.
 DIFFERING = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")
@@ -116,7 +116,7 @@ class DaliLoader(ScheduledLoader):
         self, options: DaliOptions, spec: LoaderSpec, source: Source, training: bool
     ) -> None:
         spec = spec.of_split(training)
-        super().__init__(spec, make_schedule(spec, len(source), training, source.labels))
+        super().__init__(spec, source_schedule(spec, source, training, options.window))
         self._source = source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
         self._feed = _Feed(spec, source, self.schedule, options.workers)

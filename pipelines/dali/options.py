@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -18,6 +18,9 @@ from pipelines.sources.cache_options import CacheOptions
 from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
+
+Order = Literal["random", "shards"]
+WINDOW = 16  # shards
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class DaliOptions(CacheOptions):
 
     prefetch: int = 2
     """Batches prepared ahead."""
+
+    order: Order = "random"
+    """random: all samples are shuffled. shards: tar shards are shuffled, and then the samples of each
+    --order-window of them, so that few are read from at once; each node reads a share of the shards."""
+
+    order_window: Annotated[int | None, arg(metavar="SHARDS")] = None
+    """Shards that are mixed. Unset: 16 with --order shards."""
 
     skip_bad: bool = False
     """Leave out the images that `rsnet verify` found to be broken."""
@@ -50,8 +60,17 @@ class DaliOptions(CacheOptions):
             raise UsageError(f"--decoder-hw-load {self.decoder_hw_load}: a share from 0 to 1")
         require_prefetch(self.prefetch)
         require_strict_of_skip_bad(self.strict, self.skip_bad)
+        if self.order_window is not None and not 1 <= self.order_window <= 1_000_000:
+            raise UsageError(f"--order-window {self.order_window}: 1 to 1000000 shards")
+        if self.order_window is not None and self.order != "shards":
+            raise UsageError("--order-window: add --order shards, which it is of")
         if self.skip_bad_report and not self.skip_bad:
             raise UsageError("--skip-bad-report: add --skip-bad to leave out what it lists")
+
+    @property
+    def window(self) -> int | None:
+        """Shards that are mixed; None for all samples."""
+        return (self.order_window or WINDOW) if self.order == "shards" else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ from pipelines.utils.errors import DataError, RunError, UsageError, error_contex
 from pipelines.utils.output import say
 from pipelines.utils.reading import cannot_read
 from pipelines.utils.text import distinct, first_names
+from pipelines.windows import Windows, quasi_random
 
 READ_AHEAD = 8  # batches, in quasi-random order
 # 1 GiB of FFCV's pages of 8 MiB: about 10,000 ImageNet photos are mixed, from 128 places of the file.
@@ -219,24 +219,6 @@ class FfcvLoader(ScheduledLoader):
         return broken_sample(self._beton, index, self._classes[self._beton.labels[index]], reason)
 
 
-@dataclass(frozen=True)
-class PageSchedule(Schedule):
-    """The quasi-random order: all samples of a page of the file come soon after each other.
-
-    It depends on (seed, epoch) alone; all ranks share it, so that a machine reads a page once.
-    """
-
-    pages: NDArray[np.int64]  # (samples,) the page of each sample
-
-    order_name = "quasi-random"
-
-    def order(self, epoch: int) -> Indices:
-        rng = np.random.default_rng((self.seed, epoch))
-        _, page = np.unique(self.pages, return_inverse=True)
-        group = rng.permutation(page.max() + 1) // GROUP
-        return np.lexsort((rng.random(self.samples), group[page]))
-
-
 def _checked_sidecar(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Sidecar | None:
     """Return the file's sidecar; without one, decode every sample first, unless --trust is given.
 
@@ -291,9 +273,7 @@ def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bo
     schedule = make_schedule(spec, len(beton), training, beton.labels)
     if not training or options.order == "random":
         return schedule
-    if spec.balanced_sampling:
-        raise UsageError("--balanced-sampling: with --order random alone")
-    return PageSchedule(**vars(schedule), pages=beton.pages)
+    return quasi_random(schedule, spec, Windows(beton.pages, GROUP))
 
 
 class _Workers:

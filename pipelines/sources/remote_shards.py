@@ -27,7 +27,7 @@ from pipelines.utils.progress import format_bytes
 from pipelines.utils.text import first_names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RemoteShards(TarShards):
     """The images of one split. shards: URLs."""
 

@@ -34,7 +34,7 @@ PATTERN = "{train,val}-*.tar"  # of a folder
 CLASSES = "classes.json"  # beside the shards: the names of the classes, in the order of the labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TarShards(Source):
     """The images of one split, sorted by class and name, as in a folder.
 

@@ -32,6 +32,7 @@ class Source(ABC):
 
     data: what `rsnet verify` takes: the folder that has the splits, a table, or a pattern of shards. split:
     train or val. classes: their names, in the order of the labels. labels: (N,) int64. weights: (N,) or None.
+    shard: (N,) numbers of the shards that the samples are in, or None.
     """
 
     data: Location
@@ -39,6 +40,7 @@ class Source(ABC):
     classes: list[str]
     labels: NDArray[np.int64]
     weights: NDArray[np.float64] | None = None
+    shard: NDArray[np.int64] | None = None
 
     has_files: ClassVar[bool] = False
     """Whether each sample is a file of its own, whose path `locate` returns."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +24,7 @@ MOST = 1 << 20  # processes
 
 # For what the hosts have to agree on, beside the devices: gloo, whatever the gradients go through.
 _control: Any = None
+_nodes: tuple[int, ...] = (0,)  # of each rank
 
 
 def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
@@ -45,7 +47,7 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if os.environ.get("WORLD_SIZE") and not dist.is_initialized():
-        global _control
+        global _control, _nodes
         # The watchdog, which can name who is late, comes first.
         timeout = timedelta(seconds=2 * timeout_s)
         try:
@@ -57,6 +59,7 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
                 timeout=timeout,
             )
             _control = dist.new_group(backend="gloo", timeout=timeout)
+            _nodes = _numbered(all_gather_object(_node_name()))
         except (UsageError, RunError):
             raise
         except (RuntimeError, ValueError) as error:  # those of the store are RuntimeErrors, too
@@ -77,16 +80,27 @@ def _place() -> tuple[int, int]:
     return integer_variable("RANK", range(world)), world
 
 
+def _node_name() -> str:
+    """Return what a node's processes alone have: torchrun's number of it, or Slurm's, or its host's name."""
+    return os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or socket.gethostname()
+
+
+def _numbered(names: Sequence[str]) -> tuple[int, ...]:
+    """Return a number for each name, from 0, in the order in which they first come."""
+    places = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return tuple(places[name] for name in names)
+
+
 def shutdown() -> None:
     """Leave the process group, once nothing is trained with it any more, and end its threads.
 
     A thread of gloo lets go of its last tensor behind our back. If Python is ending by then, it aborts the
     process: seen in 2 of 60 runs on two busy cores, torch 2.15. Only the destructor waits for the threads.
     """
-    global _control
+    global _control, _nodes
     if dist.is_initialized():
         dist.destroy_process_group()
-        _control = None
+        _control, _nodes = None, (0,)
         gc.collect()  # DDP, which is part of a cycle, has the group too
 
 
@@ -96,6 +110,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def node_of_rank() -> tuple[int, ...]:
+    """Return the number of the node of each rank, from 0."""
+    return _nodes
 
 
 def is_distributed() -> bool:

@@ -84,6 +84,9 @@ def _data(context: RunContext) -> str:
     counts = f"{_images(val)} to validate on, {len(classes)} classes"
     if train is not None:
         counts = f"{_images(train)} images to train on, {counts}"
+        order = train.state_dict()["order"]
+        if order != "random":
+            counts += f"; order {order}"
     return f"{context.config.data}: {counts}"
 
 

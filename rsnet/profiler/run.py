@@ -82,6 +82,7 @@ class ProfileRun:
             keep_library_output(self.folder / "libraries.log")
             figures = {
                 **profile_report.as_json(found),
+                "order": loader.state_dict()["order"],
                 "environment": environment(device, distributed.world_size()),
             }
             atomic_write_json(self.folder / "profile.json", figures)

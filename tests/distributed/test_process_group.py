@@ -103,6 +103,36 @@ def free_port() -> str:
 
 
 @pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"GROUP_RANK": "3", "SLURM_NODEID": "5"}, "3"),
+        ({"SLURM_NODEID": "5"}, "5"),
+        ({}, "a host"),
+    ],
+)
+def test_a_node_is_torchruns_or_slurms_or_a_host(start, free_port, monkeypatch, variables, name):
+    """The ranks of a node need not follow each other: Slurm can deal them out."""
+    names: list[str] = []
+
+    def gather(own: str) -> list[str]:
+        names.append(own)
+        return [own, "another", own, "a third"]
+
+    for variable in ("GROUP_RANK", "SLURM_NODEID"):
+        monkeypatch.delenv(variable, False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(socket, "gethostname", lambda: "a host")
+    monkeypatch.setattr(process_group, "all_gather_object", gather)
+    assert process_group.node_of_rank() == (0,)
+    start(MASTER_PORT=free_port)
+    assert names == [name]
+    assert process_group.node_of_rank() == (0, 1, 0, 2)
+    process_group.shutdown()
+    assert process_group.node_of_rank() == (0,)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"RANK": None}, "RANK is not set, as it has to be where WORLD_SIZE is"),

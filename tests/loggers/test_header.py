@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pipelines import synthetic
 from pipelines.synthetic import SyntheticOptions
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
+from rsnet.loggers import header
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.header import warn_of_schedule
 from rsnet.loggers.run_context import RunContext
@@ -72,6 +75,17 @@ def test_options_are_shown_where_they_are_not_the_recipes(words, shown, monkeypa
 def test_a_learning_rate_that_is_hardly_meant_is_said(words, note, capsys):
     warn_of_schedule(_context(*words.split()))
     assert capsys.readouterr().out == note
+
+
+def test_an_order_that_is_not_the_usual_one_is_shown():
+    def data(order: str) -> str:
+        loader = mock.Mock(state_dict=lambda: {"samples": 23, "order": order})
+        config = SimpleNamespace(data="shards")
+        return header._data(SimpleNamespace(config=config, loaders=(loader, loader, ["ant"])))
+
+    plain = "shards: 23 images to train on, 23 to validate on, 1 classes"
+    assert data("random") == plain
+    assert data("shards, 2 of 3 at a time (ab)") == f"{plain}; order shards, 2 of 3 at a time (ab)"
 
 
 def test_a_training_begins_with_what_differs_and_what_is_trained_where_on_what(tmp_path, capsys):

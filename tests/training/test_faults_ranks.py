@@ -328,3 +328,34 @@ def test_processes_without_torchrun_find_each_other(photos, pair, tmp_path):
     for process in launch():
         end(process)
     assert_same_end(run, pair)
+
+
+@pytest.mark.slow
+def test_two_nodes_in_order_of_shards_go_on_where_they_were_killed(photos, tmp_path):
+    """Each a process, numbered as torchrun does. A single node has another order, and is refused."""
+    data = source_of("shards", photos)
+    order = ["--order", "shards", "--order-window", "1", "--epochs", "2"]
+
+    def launch(run: Path) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        ranks = ({**place, "RANK": r, "GROUP_RANK": r} for r in ("0", "1"))
+        return [start(command(data, run, "-b", "2", *order), environ) for environ in ranks]
+
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    for process in launch(runs[0]):
+        out, _ = end(process)
+        assert not out or "; order shards, 1 of 3 at a time on 2 nodes (" in out
+    processes = launch(runs[1])
+    wait_for(reached(runs[1], 7), processes[0])
+    for process in processes:
+        kill(process)
+        process.communicate()
+    _, err = finish(command(data, runs[1], "-b", "4", *order), 2)
+    assert "order shards, 1 of 3 at a time on 2 nodes (" in err
+    assert "add --allow-change data" in err
+    for process in launch(runs[1]):
+        end(process)
+    assert_same_end(runs[1], runs[0])

@@ -21,6 +21,7 @@ import torch
 from pipelines.demo import ODD_KINDS, render
 from pipelines.ffcv import FfcvOptions
 from pipelines.utils.errors import DataError, UsageError
+from pipelines.windows import Windows, WindowSchedule
 from tests.conftest import beton_of, needs_ffcv, write_folder, write_photo
 from tests.helpers.betons import (
     convert_to,
@@ -329,16 +330,12 @@ PAGES = np.repeat(np.arange(7, 37), 10)  # 30 pages of 10 samples; the first pag
 
 
 @pytest.fixture
-def page_order(monkeypatch):
+def page_order():
     """The quasi-random order of `PAGES` in groups of four pages, by epoch and seed."""
-    from pipelines.ffcv import loader as ffcv_loader
-
-    monkeypatch.setattr(ffcv_loader, "GROUP", 4)
 
     def order(epoch: int = 0, seed: int = 0) -> np.ndarray:
-        return ffcv_loader.PageSchedule(300, 10, 0, 1, seed, training=True, pages=PAGES).order(
-            epoch
-        )
+        windows = Windows(PAGES, 4)
+        return WindowSchedule(300, 10, 0, 1, seed, training=True, windows=windows).order(epoch)
 
     return order
 

@@ -212,3 +212,68 @@ def test_loaders_tell_a_source_which_samples_they_read_next_in_their_order(photo
         assert len(read) == (5 - 2) * 4
         read.clear()
         expected.clear()
+
+
+def in_windows(data, window=2, cache=None, **more):
+    """The training loader of an order by shards; the photos' are three."""
+    options = dali.DaliOptions(workers=1, order="shards", order_window=window, cache=cache)
+    return dali.make_loaders(options, replace(spec_of(data), **more)).train
+
+
+@pytest.mark.parametrize("kind", ["shards", "s3"])
+def test_an_order_by_shards_has_the_folders_images_and_goes_on_where_it_was_left(
+    photos, kind, as_kind
+):
+    data = as_kind(kind, photos)
+    one, again = in_windows(data), in_windows(data)
+    other = reference.make_loaders(reference.ReferenceOptions(window=2), spec_of(data)).train
+    folders = loaders_of(photos).train
+    for loader in (one, other, folders):
+        loader.set_epoch(3)
+    assert one.state_dict() == other.state_dict() | {"pipeline": "DALI"}
+    whole = list(one)
+    assert [b.labels.tolist() for b in whole] == [b.labels.tolist() for b in other]
+    images, expected = (
+        {x.numpy().tobytes() for batch in batches for x in batch.images[0]}
+        for batches in (whole, folders)
+    )
+    assert len(images) == 20
+    assert len(images & expected) >= 17  # each leaves out three of 23
+    again.load_state_dict(one.state_dict() | {"position": 8})
+    assert all(equal(a, b) for a, b in zip(again, whole[2:], strict=True))
+    for loader in (in_windows(data, window=1), loaders_of(photos).train):
+        with pytest.raises(UsageError, match="--resume: the checkpoint's data has order shards, 2"):
+            loader.load_state_dict(one.state_dict())
+    for loader in (one, again):
+        loader.close()
+
+
+def test_a_node_fetches_its_shards_alone_whatever_its_processes(photos, as_kind, s3, tmp_path):
+    data = as_kind("s3", photos)
+
+    def fetched(name: str, batch_size: int, nodes: tuple[int, ...], node: int) -> list[str]:
+        loaders = [
+            in_windows(
+                data, 1, tmp_path / name, batch_size=batch_size, rank=rank,
+                world_size=len(nodes), node_of_rank=nodes,
+            )
+            for rank in range(len(nodes))
+            if nodes[rank] == node
+        ]  # fmt: skip
+        s3.requests.clear()
+        for _ in zip(*loaders, strict=True):
+            pass
+        for loader in loaders:
+            loader.close()
+        return sorted(path for method, path in s3.requests if method == "GET" and ".tar" in path)
+
+    alone = [fetched(f"alone{node}", 4, (0, 1), node) for node in (0, 1)]
+    pairs = [fetched(f"pair{node}", 2, (0, 0, 1, 1), node) for node in (0, 1)]
+    assert alone == pairs
+    assert [len(found) for found in alone] == [1, 2]  # of what each takes, none is on the border
+    assert len({*alone[0], *alone[1]}) == 3
+
+
+def test_only_shards_are_ordered_by_shards(photos):
+    with pytest.raises(UsageError, match=r"--order shards: .*train is no tar shards"):
+        in_windows(photos)
