@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -97,7 +96,8 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
 
 def _note_formats(source: Source) -> None:
     """Say that DALI, which the files go to unseen, may take some for other pictures than PIL does."""
-    suffixes = Counter(Path(name).suffix.lower() for name in source.names)
+    # Path.suffix would take 3 s of a million names.
+    suffixes = Counter(f".{name.rpartition('.')[2].lower()}" for name in source.each_name())
     kinds = [f"{suffix} {count}" for suffix, count in suffixes.items() if suffix in DIFFERING]
     if kinds:
         say(

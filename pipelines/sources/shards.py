@@ -10,7 +10,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from pipelines.utils.schema import TEXT, list_of, parsing, require
 from pipelines.utils.text import first_names
 
 PATTERN = "{train,val}-*.tar"  # of a folder
+NAMES = 10_000  # at a time
 CLASSES = "classes.json"  # beside the shards: the names of the classes, in the order of the labels
 
 
@@ -58,6 +59,11 @@ class TarShards(Source):
     def names(self) -> list[str]:
         """The names of the images in their shards."""
         return list(self.keys.to_pylist())
+
+    def each_name(self) -> Iterator[str]:
+        """Yield the names, some at a time: as Python's strings all would take ten times the memory."""
+        for first in range(0, len(self), NAMES):
+            yield from self.keys.slice(first, NAMES).to_pylist()
 
     @property
     def counted(self) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -54,6 +54,10 @@ class Source(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """The samples' names, each once."""
+
+    def each_name(self) -> Iterator[str]:
+        """Yield the samples' names, without a list of all where the source keeps none."""
+        yield from self.names
 
     @property
     @abstractmethod
@@ -116,7 +120,11 @@ class Source(ABC):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the samples' names, in their order."""
-        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()
+        digest, separator = hashlib.sha256(), b""
+        for name in self.each_name():
+            digest.update(separator + os.fsencode(name))
+            separator = b"\n"
+        return digest.hexdigest()
 
     def read_or_explain(self, index: int) -> bytes:
         """Return an image's bytes; raises as `read`, with the image's place."""

@@ -7,13 +7,17 @@ import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset
 from webdataset import tariterators
 
+from pipelines import dali
 from pipelines.__main__ import main
+from pipelines.batch import LoaderSpec
 from pipelines.sources import shards, tar_index
 from pipelines.sources import write_shards as writing
 from pipelines.sources.folder import scan_folder
@@ -216,3 +220,14 @@ def test_the_pattern_of_the_hubs_imagenet_is_understood(tmp_path, photo):
         write_tar(tmp_path / "s" / name, [("a.jpg", photo), ("a.cls", b"0")])
     train, val = open_splits(tmp_path / "s" / "imagenet1k-{train,validation}-*.tar")
     assert (len(train), len(val)) == (1, 1)
+
+
+def test_a_training_makes_no_list_of_all_names(photos, monkeypatch):
+    """They would be most of the memory that an index of many samples takes in each process."""
+    spec = LoaderSpec(source_of("shards", photos), (32,), 4, torch.device("cpu"))
+    expected = dali.make_loaders(dali.DaliOptions(), replace(spec, data=photos)).train.state_dict()
+    monkeypatch.setattr(shards, "NAMES", 10)  # of 23
+    monkeypatch.setattr(shards.TarShards, "names", property(lambda _: pytest.fail("all names")))
+    for order in ("random", "shards"):
+        found = dali.make_loaders(dali.DaliOptions(order=order), spec).train.state_dict()
+        assert found["data"] == expected["data"]
