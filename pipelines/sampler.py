@@ -121,10 +121,9 @@ class Schedule:
         """Return the training samples of an epoch in the order in which the steps of `ranks` take them."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.samples)
 
-    def rows_ahead(self, epoch: int, first_step: int) -> Indices:
-        """Return the samples of the source that the steps from `first_step` on take, in their order."""
-        batches = [np.empty(0, np.int64), *self.batches(epoch, first_step)]
-        return self.rows(np.concatenate(batches))
+    def rows_of(self, batches: Sequence[Indices]) -> Indices:
+        """Return the samples of the source that these steps take, in their order."""
+        return self.rows(np.concatenate([np.empty(0, np.int64), *batches]))
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Indices]:
         """Yield the sample indices of each step from `first_step` on."""

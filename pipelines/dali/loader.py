@@ -148,8 +148,9 @@ class DaliLoader(ScheduledLoader):
                 self._graph(), self._feed, self._options, self._spec, self._source.has_files
             )
         self._drain()
-        self._source.expect(self.schedule.rows_ahead(epoch, first_step))
-        self._feed.start(self.schedule.batches(epoch, first_step), epoch)
+        batches = list(self.schedule.batches(epoch, first_step))
+        self._source.expect(self.schedule.rows_of(batches))
+        self._feed.start(iter(batches), epoch)
         for step in range(first_step, self.schedule.steps):
             try:
                 if step == first_step:
