@@ -1,4 +1,4 @@
-"""Options of `rsnet shards`. Importing them needs no torch."""
+"""The command `rsnet shards`. Importing its options needs no torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,15 @@ class ShardsOptions(CacheOptions):
 
 
 def write_shards(options: ShardsOptions) -> int:
-    """Call `write_shards.write_shards`, which imports torchvision."""
-    from pipelines.sources.write_shards import write_shards as write
+    """Write the shards of both splits; return 0.
 
-    return write(options)
+    Raises UsageError for malformed data or what `write_shards.write_shards` does, and DataError likewise.
+    """
+    from pipelines.sources import write_shards as writer  # imports torchvision
+    from pipelines.sources.splits import announce, open_splits
+
+    train, val = open_splits(options.data, options.placed, cache=options)
+    assert train is not None
+    announce(train, val)
+    writer.write_shards(train, val, options.output, options.shard_bytes)
+    return 0

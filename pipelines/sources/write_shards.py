@@ -13,7 +13,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from pipelines.image_formats import open_image
 from pipelines.image_io import SUFFIXES
 from pipelines.sources.shards import CLASSES, open_shards
 from pipelines.sources.source import Source
-from pipelines.sources.splits import announce, open_splits
 from pipelines.sources.tar_index import samples_of
 from pipelines.utils.atomic_io import (
     atomic_write,
@@ -36,32 +35,24 @@ from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.schema import read_json
 
-if TYPE_CHECKING:
-    from pipelines.sources.shards_options import ShardsOptions
-
 NOTES = "shards.json"  # in the folder: what was written, to go on after an interruption
 SEED = 0  # of the order in the shards
 OVERHEAD = 2560  # bytes of tar per sample: two headers, the label's block, the padding of the image
 
 
-def write_shards(options: ShardsOptions) -> int:
-    """Write the shards of both splits; return 0.
+def write_shards(train: Source, val: Source, output: Path, shard_bytes: int) -> None:
+    """Write the shards of both splits into the folder `output`, each of `shard_bytes` at most.
 
-    Raises UsageError for malformed data, a lack of space or other files in the way, DataError for an image
-    that is missing or a shard that cannot be written.
+    Raises UsageError for a lack of space or other files in the way, DataError for an image that is missing
+    or a shard that cannot be written.
     """
-    output = options.output
-    train, val = open_splits(options.data, options.placed, cache=options)
-    assert train is not None
-    announce(train, val)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     taken = f"--output: another command is writing into {output}"
     with exclusive_lock(output / ".lock", taken, remove=True):
-        _write_all(output, [train, val], options.shard_bytes)
-    return 0
+        _write_all(output, [train, val], shard_bytes)
 
 
 def _write_all(output: Path, sources: list[Source], shard_bytes: int) -> None:

@@ -22,7 +22,7 @@ from pipelines.sources import shards, tar_index
 from pipelines.sources import write_shards as writing
 from pipelines.sources.folder import scan_folder
 from pipelines.sources.options import SplitOptions
-from pipelines.sources.shards_options import ShardsOptions
+from pipelines.sources.shards_options import ShardsOptions, write_shards
 from pipelines.sources.splits import open_splits
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import write_photo
@@ -106,10 +106,10 @@ def test_an_interrupted_command_goes_on_with_the_shard_that_is_missing(
 
     monkeypatch.setattr(writing, "_write_shard", breaking)
     with pytest.raises(KeyboardInterrupt):
-        writing.write_shards(options)
+        write_shards(options)
     before = {path: path.stat().st_mtime_ns for path in done}
     monkeypatch.setattr(writing, "_write_shard", write)
-    assert writing.write_shards(options) == 0
+    assert write_shards(options) == 0
     assert {path: path.stat().st_mtime_ns for path in done} == before
     whole = source_of("shards", photos)
     names = {path.name for path in whole.iterdir()}
