@@ -5,6 +5,7 @@ On a GPU the normalised images of every size come out, on the CPU decoded bytes,
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.auto_aug.core import select, signed_bin
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
+from nvidia.dali.pipeline import do_not_convert
 
 from pipelines.auto_augment import MAGNITUDES, OPERATIONS_OF
 from pipelines.batch import LoaderSpec
@@ -25,6 +27,16 @@ from pipelines.transforms import CROP_RATIO, CROP_TRIES, eval_short_side
 
 # Called once a batch; returns the outputs of the graph's external source, or raises StopIteration.
 Feed = Callable[[], list[Any]]
+
+# DALI's operations as they are: none has an `if` over a part of a batch, and to rewrite the source of them
+# all, as of what else a graph with conditionals calls, took five seconds of each start.
+_SUITES = {
+    kind: [do_not_convert(functools.partial(operation)) for operation in suite]
+    for kind, suite in {
+        "trivial": get_trivial_augment_wide_suite(),
+        "rand": get_rand_augment_suite(use_shape=True, max_translate_rel=150 / 331),
+    }.items()
+}
 
 
 def build(
@@ -177,10 +189,7 @@ def _augmented(image: Any, shape: Any, numbers: Any, spec: LoaderSpec) -> Any:
     generators: by place in the batch, anew after --resume.
     """
     assert spec.auto_augment is not None
-    if spec.auto_augment == "trivial":
-        suite = get_trivial_augment_wide_suite()
-    else:
-        suite = get_rand_augment_suite(use_shape=True, max_translate_rel=150 / 331)
+    suite = _SUITES[spec.auto_augment]
     for i in range(OPERATIONS_OF[spec.auto_augment]):
         operation, magnitude, sign = (numbers[3 * i + k] for k in range(3))
         bin_ = _int(math.floor(magnitude * MAGNITUDES))
