@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,11 +68,23 @@ def table_of(path: Path) -> np.memmap:
     return np.memmap(path, row_type(FIELDS), "r+", offset=start, shape=17)
 
 
-def samples_of(path: Path) -> list[tuple[int, np.ndarray, int]]:
-    """(mode, stored bytes, label) of each sample, by FFCV's own reader."""
+def import_ffcv() -> None:
+    """Import FFCV. numba would compile a typed dictionary, which Python alone reads, for six seconds."""
+    with mock.patch("numba.typed.Dict", dict):
+        importlib.import_module("ffcv")
+
+
+def reader_of(path: Path) -> Any:
+    """FFCV's own reader."""
+    import_ffcv()
     from ffcv.reader import Reader
 
-    reader = Reader(str(path))
+    return Reader(str(path))
+
+
+def samples_of(path: Path) -> list[tuple[int, np.ndarray, int]]:
+    """(mode, stored bytes, label) of each sample, by FFCV's own reader."""
+    reader = reader_of(path)
     sizes = dict(zip(reader.alloc_table["ptr"], reader.alloc_table["size"], strict=True))
     data = np.fromfile(path, np.uint8)
     image, label = (reader.metadata[n] for n in reader.metadata.dtype.names)
@@ -81,10 +96,7 @@ def samples_of(path: Path) -> list[tuple[int, np.ndarray, int]]:
 
 def pixels_of(path: Path) -> list[np.ndarray]:
     """Each sample decoded, by FFCV's own reader and PIL."""
-
-    from ffcv.reader import Reader
-
-    metadata = Reader(str(path)).metadata
+    metadata = reader_of(path).metadata
     shapes = [(int(r["height"]), int(r["width"]), 3) for r in metadata[metadata.dtype.names[0]]]
     return [
         data.reshape(shape)

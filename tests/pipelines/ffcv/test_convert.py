@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.demo import CLASSES
 from pipelines.sources.folder import scan_folder
 from tests.conftest import needs_ffcv, write_folder, write_photo
-from tests.helpers.betons import pixels_of, samples_of, sidecar_of
+from tests.helpers.betons import pixels_of, reader_of, samples_of, sidecar_of
 
 pytestmark = needs_ffcv
 
@@ -109,10 +109,8 @@ def test_a_sample_larger_than_a_page_is_read_by_ffcv(tmp_path, convert):
     write_photo(tmp_path / "a" / "val" / "x" / "2.JPEG", 90, 80, seed=2)
     arguments = ["--splits", "val", "--write-mode", "raw"]
     assert convert("--data", tmp_path / "a", "--output", tmp_path / "b", *arguments)[0] == 0
-    from ffcv.reader import Reader
-
     path = tmp_path / "b" / "val.beton"
-    reader = Reader(str(path))
+    reader = reader_of(path)
     assert reader.page_size == 1 << 24
     for start, size in zip(reader.alloc_table["ptr"], reader.alloc_table["size"], strict=True):
         assert start // reader.page_size == (start + size - np.uint64(1)) // reader.page_size
@@ -161,9 +159,7 @@ def test_verify_finds_the_broken_samples(demo, tmp_path, convert):
     code, out, _ = convert("--verify", path)
     assert code == 0
     assert "20 of 20 samples are sound; SHA-256 as written" in out
-    from ffcv.reader import Reader
-
-    starts = Reader(str(path)).alloc_table["ptr"]  # in the order of the samples
+    starts = reader_of(path).alloc_table["ptr"]  # in the order of the samples
     with path.open("r+b") as file:
         for index in (3, 11):
             file.seek(int(starts[index]) + 200)

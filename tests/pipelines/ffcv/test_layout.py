@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.ffcv import layout
 from tests.conftest import needs_ffcv
+from tests.helpers.betons import import_ffcv
 
 # In a fresh interpreter; importing FFCV would also set PyTorch's threads to one.
 CODE = """
@@ -23,7 +24,8 @@ assert torch.get_num_threads() == 2
 
 @needs_ffcv
 def test_the_layout_is_ffcvs():
-    types = pytest.importorskip("ffcv.types")
+    import_ffcv()
+    from ffcv import types
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
 

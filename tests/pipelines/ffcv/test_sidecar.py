@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.utils.errors import DataError
 from tests.conftest import needs_ffcv
-from tests.helpers.betons import edit_sidecar, table_of
+from tests.helpers.betons import edit_sidecar, import_ffcv, table_of
 from tests.helpers.fuzzing import accepts_or_refuses, altered, damaged, efforts
 
 pytestmark = needs_ffcv
@@ -54,6 +54,7 @@ def test_a_sidecar_of_an_earlier_version_has_no_hash_of_the_tables(beton):
 def test_a_position_behind_the_end_is_noticed_also_where_its_sum_with_the_size_wraps(
     beton, pointer
 ):
+    import_ffcv()
     from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
 
     path = beton / "val.beton"
