@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,18 @@ from pipelines.utils.cli import verb_command
 from tests.conftest import write_folder
 
 
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """Good images; what a test damages is only read by itself."""
+@pytest.fixture(scope="session")
+def _good(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
     for split, seed in (("train", 1), ("val", 2)):
-        write_folder(tmp_path / "data" / split, {"ant": 20, "bee": 5}, seed)
-    return tmp_path / "data"
+        write_folder(folder / split, {"ant": 20, "bee": 5}, seed)
+    return folder
+
+
+@pytest.fixture
+def data(_good, tmp_path) -> Path:
+    """Good images; what a test damages is only read by itself."""
+    return Path(shutil.copytree(_good, tmp_path / "data", copy_function=shutil.copyfile))
 
 
 @pytest.fixture
