@@ -153,6 +153,30 @@ def s3(_s3_server, monkeypatch):
     return _s3_server
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An endpoint that this process's huggingface_hub talks to, with a token and an empty cache."""
+    from huggingface_hub import constants
+
+    from tests.helpers.hub_server import TOKEN, HubServer
+
+    server = HubServer()
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    yield server
+    server.stop()
+
+
 needs_ffcv = pytest.mark.skipif(
     importlib.util.find_spec("ffcv") is None,
     reason="FFCV is not installed; ./install.sh says which system packages it is built with",

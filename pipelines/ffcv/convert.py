@@ -39,12 +39,12 @@ from pipelines.ffcv.sidecar import (
 )
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.sampler import Indices
-from pipelines.sources.location import location
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_split, open_splits
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
+from pipelines.utils.location import location
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes

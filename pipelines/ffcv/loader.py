@@ -55,12 +55,12 @@ from pipelines.sampler import (
     make_schedule,
     uniforms,
 )
-from pipelines.sources.location import local_path
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import count_text
 from pipelines.sources.splits import warn_of_single_class
 from pipelines.targets import Targets
 from pipelines.utils.errors import DataError, RunError, UsageError, error_context
+from pipelines.utils.location import local_path
 from pipelines.utils.output import say
 from pipelines.utils.reading import cannot_read
 from pipelines.utils.text import distinct, first_names

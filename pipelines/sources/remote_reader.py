@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.sources.remote import Remote, RemoteObject, Stopped
 from pipelines.sources.shard_cache import Outcome, ShardCache
+from pipelines.storage.remote import Remote, RemoteObject, Stopped
 from pipelines.utils.errors import UsageError
 from pipelines.utils.progress import format_bytes
 from pipelines.utils.reading import reading

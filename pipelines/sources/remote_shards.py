@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 
 from pipelines.sources import tar_index
 from pipelines.sources.cache_options import CacheOptions
-from pipelines.sources.location import Url, expanded, has_splits, is_pattern, of_split
-from pipelines.sources.remote import Remote, RemoteObject
+from pipelines.sources.patterns import expanded, has_splits, is_pattern, of_split
 from pipelines.sources.remote_reader import ShardReader
 from pipelines.sources.shard_cache import ShardCache
 from pipelines.sources.shards import CLASSES, PATTERN, TarShards, class_names, columns, write_index
 from pipelines.sources.source import REPORT, Stamp
-from pipelines.sources.storage import remote_of
 from pipelines.sources.tar_index import Index
+from pipelines.storage.kinds import remote_of
+from pipelines.storage.remote import Remote, RemoteObject
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
+from pipelines.utils.location import Url
 from pipelines.utils.output import say
 from pipelines.utils.progress import format_bytes
 from pipelines.utils.text import first_names

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipelines.sources.remote import RemoteObject
+from pipelines.storage.remote import RemoteObject
 from pipelines.utils.atomic_io import atomic_write, free_space, fsync
 from pipelines.utils.errors import DataError, UsageError, os_error_line, way_out
 

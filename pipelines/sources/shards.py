@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sources import tar_index
-from pipelines.sources.location import expanded, has_splits, of_split
+from pipelines.sources.patterns import expanded, has_splits, of_split
 from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
 from pipelines.sources.tar_index import Index, ShardNote
 from pipelines.utils.atomic_io import atomic_write, sha256_file

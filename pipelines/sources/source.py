@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.sources.location import Location
 from pipelines.utils.errors import DataError, first_line
+from pipelines.utils.location import Location
 from pipelines.utils.reading import file_state
 from pipelines.utils.text import first_names
 

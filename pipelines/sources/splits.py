@@ -15,10 +15,11 @@ from pipelines.image_io import list_folder
 from pipelines.sources import manifest, remote_shards, shards
 from pipelines.sources.cache_options import DEFAULT_CACHE, CacheOptions
 from pipelines.sources.folder import ImageFolder, scan_folder, scan_train_val
-from pipelines.sources.location import Location, Url, is_pattern, location
 from pipelines.sources.options import NO_OPTIONS, SplitOptions
+from pipelines.sources.patterns import is_pattern
 from pipelines.sources.source import Source, ordered_classes
 from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.location import Location, Url, location
 from pipelines.utils.output import say
 from pipelines.utils.text import distinct, first_names
 

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipelines.utils.config_file import completed, flag_of, split_config
 from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
+from pipelines.utils.location import url_of
 from pipelines.utils.memory import is_lack_of_memory, memory_line, require_memory
 from pipelines.utils.option_docs import OptionDoc, flags, help_page, topics
 from pipelines.utils.output import guard_output, lost_output, say
 from pipelines.utils.synonyms import advice
-from pipelines.utils.urls import url_of
 
 Options = TypeVar("Options")
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pipelines.storage.folder import ObjectStore
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError
-from pipelines.utils.object_store import ObjectStore
-from pipelines.utils.urls import name_of
+from pipelines.utils.location import Url
 from rsnet.checkpoint import io
 from rsnet.checkpoint.manager import CheckpointManager
 
@@ -51,7 +51,7 @@ class RemoteRun:
     @property
     def name(self) -> str:
         """What the run is called."""
-        return name_of(self.url)
+        return Url(self.url).name
 
     @staticmethod
     def hash_of(name: str) -> str:

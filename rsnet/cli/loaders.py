@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.sources.cache_options import DEFAULT_CACHE, CacheOptions
-from pipelines.sources.location import location
 from pipelines.utils.errors import UsageError
+from pipelines.utils.location import location
 
 if TYPE_CHECKING:
     from pipelines.batch import Loaders, LoaderSpec

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Never
 
-from pipelines.sources.location import Location, Url, location
+from pipelines.sources.patterns import is_pattern
 from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.location import Location, Url, location, url_of
 from pipelines.utils.schema import read_json
-from pipelines.utils.urls import name_of, url_of
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
 from rsnet.config.optimizers import is_of_other_optimizer, rate_and_decay
 from rsnet.config.recipes import RecipeName, get_recipe
@@ -106,13 +106,13 @@ def output_directory(config: TrainConfig, arch: str) -> Path:
 def _folder(output: str) -> Path:
     """Return the run directory of an --output; of one in object storage, the folder of that name in runs."""
     url = url_of(output)
-    return Path("runs", name_of(url)) if url else Path(output)
+    return Path("runs", url.name) if url else Path(output)
 
 
 def _data_name(data: Location) -> str:
     """Return what --data is called: a folder's name, a table's without suffix, the folder of shards."""
     if isinstance(data, Url):
-        return data.name
+        return data.parent.name if is_pattern(data.name) else data.name
     if data.is_dir() or not data.suffix:
         return data.resolve().name
     return data.resolve().parent.name if data.suffix == ".tar" else data.stem

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, get_type_hints
 
 from pipelines.utils.errors import DataError
-from pipelines.utils.urls import url_of
+from pipelines.utils.location import url_of
 from rsnet.config.model_config import canonical_arch
 from rsnet.config.option_rules import require_valid
 from rsnet.config.recipes import FORMER_NAMES

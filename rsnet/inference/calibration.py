@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.sources.folder import ImageFolder, scan_folder
-from pipelines.sources.location import local_path
 from pipelines.utils.errors import DataError, UsageError, error_context
+from pipelines.utils.location import local_path
 from pipelines.utils.thread_map import ordered_map
 from rsnet.evaluation.metrics import calibration_error
 from rsnet.inference.classifier import SwitchableClassifier

@@ -17,8 +17,8 @@ import torch
 
 from pipelines.utils.atomic_io import atomic_write, atomic_write_json, fsync
 from pipelines.utils.errors import RunError, UsageError
+from pipelines.utils.location import url_of
 from pipelines.utils.locks import exclusive_lock
-from pipelines.utils.urls import url_of
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.storage.hub import LOGIN, explained, library, quiet
 from pipelines.utils.errors import RunError, UsageError, first_line
 
 Result = TypeVar("Result")
 
 # A path has one of two slashes that follow each other.
 _ADDRESS = re.compile(r"hf://?(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^@]+))?")
-
-LOGIN = "log in by `hf auth login`, or set HF_TOKEN"
 
 
 def is_address(source: str | Path) -> bool:
@@ -39,7 +34,7 @@ def download(address: str | Path, files: Sequence[str]) -> Path:
             f"{address}: an address on the hub is hf://USER/NAME or hf://USER/NAME@REVISION"
         )
     name, revision = found["name"], found["revision"]
-    hub = _library()
+    hub = library()
     folder = Path(
         _asked(
             f"hf://{name}" + (f"@{revision}" if revision else ""),
@@ -53,7 +48,7 @@ def download(address: str | Path, files: Sequence[str]) -> Path:
 
 def require_pushable(name: str) -> None:
     """Raise UsageError if a release cannot be pushed to `name`, as far as that is known here."""
-    hub = _library()
+    hub = library()
     if name.count("/") != 1:
         raise UsageError(f"--push {name}: give USER/NAME, a repository on the hub")
     try:
@@ -76,7 +71,7 @@ def push(contents: Mapping[str, bytes | Path | None], name: str, message: str) -
     Returns the hash of the commit. Raises UsageError if this user may not do that, RunError if the hub does
     not answer.
     """
-    hub = _library()
+    hub = library()
 
     def commit() -> str:
         api = hub.HfApi()
@@ -92,77 +87,16 @@ def push(contents: Mapping[str, bytes | Path | None], name: str, message: str) -
     return _asked(f"--push {name}", commit)
 
 
-def _library() -> Any:
-    try:
-        library = importlib.import_module("huggingface_hub")
-        for part in ("constants", "errors", "utils"):  # it imports them when they are needed
-            importlib.import_module(f"huggingface_hub.{part}")
-    except ImportError:
-        raise UsageError(
-            'huggingface_hub is not installed: pip install "rsnet-trainer[hub]"'
-        ) from None
-    return library
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's warnings from stderr, and, where that is no terminal, its progress bars."""
-    utils = _library().utils
-    level, has_bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
-    utils.logging.set_verbosity_error()
-    if has_bars and not sys.stderr.isatty():
-        utils.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        utils.logging.set_verbosity(level)
-        if has_bars:
-            utils.enable_progress_bars()
-
-
 def _asked(what: str, ask: Callable[[], Result]) -> Result:
     """Return what the hub answers; turn its errors into one line about `what`."""
     try:
-        with _quiet():
+        with quiet():
             return ask()
     except OSError as error:
         if error.errno is not None:  # of the disk
             raise
-        raise _explained(what, error) from error
+        raise explained(what, error) from error
     except (UsageError, RunError):
         raise
     except Exception as error:  # of httpx, of the hub's own checks, of hf_xet
-        raise _explained(what, error) from error
-
-
-def _explained(what: str, error: Exception) -> UsageError | RunError:
-    hub = _library()
-    errors = hub.errors
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = first_line(error)
-    if isinstance(error, errors.GatedRepoError):
-        return UsageError(f"{what}: its owner wants to be asked: do so on its page, then {LOGIN}")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UsageError(f"{what}: there is no such revision in this repository")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return UsageError(f"{what}: there is no such repository, or it is private: {LOGIN}")
-    if status in (401, 403):
-        return UsageError(
-            f"{what}: the hub does not let this token do that ({_said(error)}): {LOGIN}"
-        )
-    if isinstance(error, errors.OfflineModeIsEnabled) or hub.constants.HF_HUB_OFFLINE:
-        return RunError(f"{what}: HF_HUB_OFFLINE is set, and it is not in the cache; unset it once")
-    if isinstance(error, errors.HFValidationError) or reason.startswith("Invalid metadata"):
-        return UsageError(f"{what}: {' '.join(str(error).split())}")
-    if status is not None:
-        return RunError(f"{what}: the hub answers {status} ({_said(error)}); try again later")
-    return RunError(f"{what}: the hub cannot be reached ({reason}); try again")
-
-
-def _said(error: Exception) -> str:
-    """Return the hub's own words, or else those of its library."""
-    return str(getattr(error, "server_message", None) or first_line(error)).splitlines()[0]
+        raise explained(what, error) from error

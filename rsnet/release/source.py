@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.utils.errors import UsageError, error_context
-from pipelines.utils.urls import url_of
+from pipelines.utils.location import url_of
 from rsnet.checkpoint import io, tf_checkpoint
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model

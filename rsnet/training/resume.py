@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipelines.batch import Loader
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.location import url_of
 from pipelines.utils.schema import read_json
-from pipelines.utils.urls import url_of
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager

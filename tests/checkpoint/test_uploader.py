@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.utils import object_store
+from pipelines.storage import remote as storage
+from pipelines.storage.folder import ObjectStore
 from pipelines.utils.errors import DataError, RunError, UsageError
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.remote import RemoteRun, fetch_newest
@@ -22,7 +23,7 @@ URL = "s3://bucket/runs/a"
 
 @pytest.fixture(autouse=True)
 def no_delay(monkeypatch):
-    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(storage, "FIRST_DELAY", 0.001)
 
 
 class Run:
@@ -181,7 +182,7 @@ def test_what_fails_is_said_in_a_line_and_sent_with_the_next_one(s3, tmp_path):
         while len(run.said) <= epoch:
             threading.Event().wait(0.002)
     assert all(
-        line.startswith(f"cannot upload to {URL}: {URL}/checkpoints/000001-epoch")
+        line.startswith(f"cannot upload to {URL}: cannot write {URL}/checkpoints/000001-epoch")
         and line.endswith("it is tried again with the next checkpoint")
         and "\n" not in line
         for line in run.said
@@ -241,32 +242,33 @@ def test_what_was_not_stored_as_it_was_sent_is_not_taken_for_stored(s3, tmp_path
     run = Run(tmp_path / "a")
     store = run.uploader.remote.store
     (tmp_path / "file").write_bytes(b"right")
-    put = store._fs.put_file
+    fs = store._remote.fs
+    put = fs._put_file
     wrong = tmp_path / "wrong"
     wrong.write_bytes(b"wrong")
-    monkeypatch.setattr(store._fs, "put_file", lambda _, name, **kw: put(str(wrong), name, **kw))
+    monkeypatch.setattr(fs, "_put_file", lambda _, name, **kw: put(str(wrong), name, **kw))
     with pytest.raises(RunError, match="what is stored is not what was sent"):
         store.put("x", tmp_path / "file")
     assert s3.keys() == []
 
 
 def test_a_file_of_several_parts_is_verified_by_its_checksum(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(object_store, "PART", 5 << 20)
+    monkeypatch.setattr(storage.Remote, "part", 5 << 20)
     file = tmp_path / "file"
     file.write_bytes(os.urandom(11 << 20))
-    store = object_store.ObjectStore(URL)
+    store = ObjectStore(URL)
     store.put("x", file)
-    assert store._fs.info("bucket/runs/a/x")["ETag"].strip('"').endswith("-3")
+    assert store._remote.info(f"{URL}/x").tag.strip('"').endswith("-3")
     assert [m for m, path in s3.requests if path.startswith("/bucket/runs/a/x")].count("GET") == 0
     assert s3.get("runs/a/x") == file.read_bytes()
 
 
 def test_no_bucket_and_no_access_are_said_at_once(s3):
-    with pytest.raises(UsageError, match=r"s3://nowhere/a.*no such bucket"):
-        object_store.ObjectStore("s3://nowhere/a").write("x", b"")
+    with pytest.raises(UsageError, match=r"s3://nowhere/a.*no such object, or bucket"):
+        ObjectStore("s3://nowhere/a").write("x", b"")
     s3.faults.append(Fault(method="PUT", status=403))
     with pytest.raises(UsageError, match="access is denied"):
-        object_store.ObjectStore(URL).write("x", b"")
+        ObjectStore(URL).write("x", b"")
 
 
 def test_damaged_notes_of_the_owner_and_of_the_best_are_none(s3, tmp_path):

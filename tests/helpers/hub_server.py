@@ -1,8 +1,9 @@
-"""A Hugging Face hub on localhost: as much of its interface as pushing a release and loading it need.
+"""A Hugging Face hub on localhost: as much of its interface as releases and reading data sets need.
 
 Seen from huggingface_hub's own client. What it assumes of the real one: large files go by git-LFS where
 hf_xet is not used, a commit is one request, a file's ETag is the hash of its content, and errors have an
-X-Error-Code.
+X-Error-Code. Data sets are in `repositories` by datasets/OWNER/NAME; their files come by range from another
+host, to which it redirects.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import yaml
+
+from tests.helpers.storage_faults import Faults
 
 TOKEN, USER = "hf_" + "a" * 30, "me"
 
@@ -53,8 +57,9 @@ class HubServer(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}  # by SHA-256
         self.requests: list[str] = []
         self.is_down = False
+        self.faults = Faults()
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
         self.shutdown()
@@ -64,6 +69,7 @@ class HubServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
+    cut: int | None = None
 
     def log_message(self, *_: object) -> None:
         pass
@@ -87,7 +93,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.is_down:
             self._error(503, "", "out for lunch")
             return
+        fault = self.server.faults.take(method, self.path)
+        self.cut = fault.cut if fault else None
+        if fault:
+            time.sleep(fault.delay)
+            if fault.status:
+                self._error(fault.status, "", "a fault", {"Retry-After": "0"})
+                return
         name = r"(?P<name>[^/]+/[^/]+)"
+        data = r"(?P<name>datasets/[^/]+/[^/]+)"
         for known, pattern, act in (
             ("POST", "/api/repos/create", self._create),
             ("POST", "/api/validate-yaml", self._validate),
@@ -97,6 +111,10 @@ class _Handler(BaseHTTPRequestHandler):
             ("POST", rf"/api/models/{name}/commit/(?P<revision>.+)", self._commit),
             ("GET", rf"/api/models/{name}/revision/(?P<revision>.+)", self._info),
             ("GET", rf"/api/models/{name}/tree/(?P<revision>.+)", self._tree),
+            ("GET", rf"/api/{data}(/revision/(?P<revision>.+))?", self._info),
+            ("GET", rf"/api/{data}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", self._folder),
+            ("GET", rf"/{data}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._redirect),
+            ("GET", r"/elsewhere/(?P<name>.+)/(?P<revision>[0-9a-f]{40})/(?P<file>.+)", self._part),
             ("HEAD|GET", rf"/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._file),
         ):
             found = re.fullmatch(pattern, self.path)
@@ -213,8 +231,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{name}/commit/{oid}"
         self._send({"success": True, "commitOid": oid, "commitUrl": url})
 
-    def _info(self, name: str, revision: str) -> None:
-        if found := self._at(name, revision):
+    def _info(self, name: str, revision: str | None) -> None:
+        if found := self._at(name, revision or "main"):
             oid, files = found
             siblings = [{"rfilename": path} for path in files]
             self._send({"id": name, "sha": oid, "siblings": siblings})
@@ -227,6 +245,43 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._send(files)
 
+    def _folder(self, name: str, revision: str, folder: str | None) -> None:
+        if not (found := self._at(name, revision)):
+            return
+        below = f"{folder}/" if folder else ""
+        entries: dict[str, dict] = {}
+        for path, data in found[1].items():
+            if path.startswith(below):
+                first, is_folder, _ = path.removeprefix(below).partition("/")
+                entry = {"type": "directory", "size": 0, "oid": _hash(first.encode())}
+                if not is_folder:
+                    entry = {"type": "file", "size": len(data), "oid": _hash(data)}
+                entries[first] = {"path": below + first, **entry}
+        if entries:
+            self._send(list(entries.values()))
+        else:
+            self._error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+
+    def _redirect(self, name: str, revision: str, file: str) -> None:
+        if found := self._at(name, revision):
+            oid, files = found
+            if file not in files:
+                self._error(404, "EntryNotFound", "Entry not found")
+                return
+            host = f"http://localhost:{self.server.server_port}"
+            headers = {"X-Repo-Commit": oid, "X-Linked-Etag": f'"{_hash(files[file])}"'}
+            self._send({}, 302, headers | {"Location": f"{host}/elsewhere/{name}/{oid}/{file}"})
+
+    def _part(self, name: str, revision: str, file: str) -> None:
+        assert not self.headers.get("Authorization"), "the hub's token, sent to another host"
+        data = self.server.repositories[name].commits[revision][file]
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            part = data[int(asked[1]) : int(asked[2]) + 1]
+            last = int(asked[1]) + len(part) - 1
+            self._send(part, 206, {"Content-Range": f"bytes {asked[1]}-{last}/{len(data)}"})
+        else:
+            self._send(data)
+
     def _file(self, name: str, revision: str, file: str) -> None:
         if found := self._at(name, revision):
             oid, files = found
@@ -236,9 +291,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Repo-Commit": oid, "ETag": f'"{_hash(files[file])}"'}
             self._send(files[file], 200, headers)
 
-    def _error(self, status: int, code: str, message: str) -> None:
+    def _error(self, status: int, code: str, message: str, more: dict | None = None) -> None:
         headers = {"X-Error-Code": code} if code else {}
-        self._send({"error": message}, status, {**headers, "X-Error-Message": message})
+        self._send(
+            {"error": message}, status, {**headers, **(more or {}), "X-Error-Message": message}
+        )
 
     def _send(self, content: object, status: int = 200, headers: dict | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -248,8 +305,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if self.cut is not None:
+            self.close_connection = True
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: self.cut])
 
 
 def _hash(data: bytes) -> str:

@@ -6,7 +6,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import boto3
@@ -14,24 +13,11 @@ from botocore.config import Config
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from tests.helpers.storage_faults import Fault as Fault
+from tests.helpers.storage_faults import Faults
+
 BUCKET = "bucket"
 _Start = Callable[..., Any]
-
-
-@dataclass
-class Fault:
-    """What happens to the requests of a kind, so many times.
-
-    method, key: a request's, of which the key ends so. status: answered in place of the object's, such as
-    503. delay: seconds before the answer. cut: bytes of the body that are sent before the connection ends.
-    """
-
-    method: str = "GET"
-    key: str = ""
-    status: int | None = None
-    delay: float = 0
-    cut: int | None = None
-    times: int = 1
 
 
 class _Silent(WSGIRequestHandler):
@@ -49,8 +35,7 @@ class S3Server:
         self._server = make_server(
             "127.0.0.1", 0, self._answer, threaded=True, request_handler=_Silent
         )
-        self._lock = threading.Lock()
-        self.faults: list[Fault] = []
+        self.faults = Faults()
         self.requests: list[tuple[str, str]] = []
         self.url = f"http://127.0.0.1:{self._server.port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -101,19 +86,11 @@ class S3Server:
         self._server.shutdown()
         self._server.server_close()
 
-    def _fault_of(self, method: str, path: str) -> Fault | None:
-        with self._lock:
-            for fault in self.faults:
-                if fault.times and method == fault.method and path.endswith(fault.key):
-                    fault.times -= 1
-                    return fault
-        return None
-
     def _answer(self, environ: dict[str, Any], start_response: _Start) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         query = environ.get("QUERY_STRING")
         self.requests.append((method, f"{path}?{query}" if query else path))
-        fault = self._fault_of(method, path)
+        fault = self.faults.take(method, path)
         if fault is None:
             answer: Iterable[bytes] = self._app(environ, start_response)
             return answer

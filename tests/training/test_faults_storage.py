@@ -19,6 +19,7 @@ from tests.helpers.faults import (
     torchrun,
     wait_for,
 )
+from tests.helpers.hub_server import TOKEN, Repository
 from tests.helpers.s3_server import Fault
 from tests.pipelines.sources.conftest import source_of, upload
 
@@ -72,3 +73,19 @@ def test_a_run_that_waits_for_storage_can_be_stopped(s3, url, tmp_path):
     _, err = end(process, None)
     assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in err
+
+
+def test_a_training_from_the_hub_ends_as_the_folders(hub, photos, whole, tmp_path):
+    files = {path.name: path.read_bytes() for path in source_of("shards", photos).iterdir()}
+    hub.repositories["datasets/me/pets"] = pets = Repository(is_private=True)
+    pets.commit(files)
+    hub.faults.append(Fault(key="train-000001.tar", status=503, times=2))
+    words = command("hf://datasets/me/pets", tmp_path / "run", "--cache", tmp_path / "cache")
+    process = start(words)
+    wait_for(reached(tmp_path / "run", 2), process)
+    pets.commit({"README.md": b"none any longer"})
+    out, err = end(process)
+    assert_same_end(tmp_path / "run", whole)
+    assert TOKEN not in out + err + (tmp_path / "run/config.json").read_text()
+    _, err = finish(words, 2)
+    assert "no shards of train match hf://datasets/me/pets" in err

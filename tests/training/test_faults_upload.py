@@ -113,7 +113,7 @@ def test_another_run_is_never_mixed_with_the_one_at_the_url(s3, train, tmp_path)
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("s3://nowhere/run", "there is no such bucket"),
+        ("s3://nowhere/run", "there is no such object, or bucket"),
         ("hf://user/run", "a URL of object storage is s3://BUCKET/FOLDER"),
         ("s3://key:secret@bucket/run", "a URL with a password would be written to logs"),
     ],

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.sources import remote, remote_reader
+from pipelines.sources import remote_reader
 from pipelines.sources.cache_options import CacheOptions
 from pipelines.sources.options import SplitOptions
 from pipelines.sources.splits import open_split, open_splits
+from pipelines.storage import errors, remote
 from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.helpers.s3_server import Fault
 from tests.pipelines.sources.conftest import source_of, upload
@@ -24,7 +25,7 @@ from tests.pipelines.sources.conftest import source_of, upload
 @pytest.fixture(autouse=True)
 def _no_long_waits(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(remote, "STALL", 0.5)
+    monkeypatch.setattr(errors, "STALL", 0.5)
 
 
 @pytest.fixture

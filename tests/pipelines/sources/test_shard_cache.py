@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from pipelines.sources import shard_cache
-from pipelines.sources.remote import RemoteObject
 from pipelines.sources.remote_reader import ShardReader, _most_at_once
 from pipelines.sources.shard_cache import Outcome, ShardCache
+from pipelines.storage.remote import RemoteObject
 from pipelines.utils.errors import DataError, UsageError
 from tests.helpers import processes
 

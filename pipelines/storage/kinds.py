@@ -1,4 +1,4 @@
-"""The kinds of object storage: S3, web servers, and whatever else fsspec reads."""
+"""The kinds of object storage: S3, Google Cloud Storage, the Hugging Face hub, and web servers."""
 
 from __future__ import annotations
 
@@ -8,37 +8,44 @@ import functools
 import importlib
 import os
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, ClassVar
 
-from pipelines.sources.location import SCHEMES, Url
-from pipelines.sources.remote import CHUNK, CONNECTIONS, STALL, Changed, Remote, RemoteObject
+from pipelines.storage import errors
+from pipelines.storage.errors import Changed, status_of
+from pipelines.storage.hub import Hub
+from pipelines.storage.remote import CHUNK, CONNECTIONS, Remote, RemoteObject
 from pipelines.utils.errors import UsageError
+from pipelines.utils.location import SCHEMES, Url
 
 
 def remote_of(url: str) -> Remote:
     """Return what reads a URL. Raises ModuleNotFoundError for a library that is not installed."""
     scheme = Url(url).scheme
     importlib.import_module(SCHEMES[scheme])
-    known = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_")
+    known = ("AWS_", "FSSPEC_", "GOOGLE_", "HF_", "STORAGE_")
     return _opened(scheme, frozenset(one for one in os.environ.items() if one[0].startswith(known)))
 
 
 @functools.lru_cache(maxsize=4)  # a client of S3 takes 0.3 s to make
 def _opened(scheme: str, _environment: frozenset[tuple[str, str]]) -> Remote:
-    return {"s3": S3, "http": Http, "https": Http}.get(scheme, Remote)(scheme)
+    kinds: dict[str, type[Remote]] = {"s3": S3, "gs": Gcs, "hf": Hub, "http": Http, "https": Http}
+    return kinds[scheme](scheme)
 
 
 class S3(Remote):
     """S3, by s3fs: each request says which ETag it expects."""
 
+    writes = True
+    sending: ClassVar = {"max_concurrency": 4}
+
     def _open(self) -> Any:
         import s3fs
 
-        # Tries are counted here, so that they are bounded, and each is one request.
+        # Tries are counted by `retried`, so that they are bounded, and each is one request.
         config = {
             "retries": {"total_max_attempts": 1},
-            "connect_timeout": STALL / 3,
-            "read_timeout": STALL,
+            "connect_timeout": errors.STALL / 3,
+            "read_timeout": errors.STALL,
             "max_pool_connections": 2 * CONNECTIONS,
         }
         found = s3fs.S3FileSystem(
@@ -48,36 +55,74 @@ class S3(Remote):
         return found
 
     async def chunks(self, item: RemoteObject, start: int, stop: int) -> AsyncGenerator[bytes]:
-        part = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": item.tag}
-        with contextlib.closing(await self._get(item.url, **part)) as body:
-            while chunk := await asyncio.wait_for(body.read(CHUNK), STALL):
+        part = {"Range": f"bytes={start}-{stop - 1}"} if item.by_range else {}
+        if item.tag:
+            part["IfMatch"] = item.tag
+        bucket, key, _ = self.fs.split_path(item.url)
+        answer = await self.fs._call_s3(
+            "get_object", Bucket=bucket, Key=key, **part, **self.fs.req_kw
+        )
+        with contextlib.closing(answer["Body"]) as body:
+            while chunk := await asyncio.wait_for(body.read(CHUNK), errors.STALL):
                 yield chunk
 
-    async def _whole(self, url: str) -> bytes | None:
-        try:
-            with contextlib.closing(await self._get(url)) as body:
-                data: bytes = await asyncio.wait_for(body.read(), STALL)
-                return data
-        except FileNotFoundError:
-            return None
 
-    async def _get(self, url: str, **more: str) -> Any:
-        bucket, key, _ = self.fs.split_path(url)
-        answer = await self.fs._call_s3(
-            "get_object", Bucket=bucket, Key=key, **more, **self.fs.req_kw
+class Gcs(Remote):
+    """Google Cloud Storage, by gcsfs: each request says which generation it expects."""
+
+    writes = True
+    tag = "generation"
+
+    def _open(self) -> Any:
+        import aiohttp
+        from gcsfs.core import GCSFileSystem  # its heir asks by gRPC what kind of bucket it is
+
+        class Once(GCSFileSystem):  # type: ignore[misc]
+            """Makes a request once: tries are counted by `retried`."""
+
+            _request = GCSFileSystem._request.__wrapped__
+
+        limits = aiohttp.ClientTimeout(
+            total=None, sock_connect=errors.STALL / 3, sock_read=errors.STALL
         )
-        return answer["Body"]
+        return Once(requests_timeout=limits, use_listings_cache=False, skip_instance_cache=True)
 
-    async def _require_same(self, item: RemoteObject) -> None:
-        pass  # each request has asked for it
+    async def chunks(self, item: RemoteObject, start: int, stop: int) -> AsyncGenerator[bytes]:
+        from gcsfs.retry import validate_response
+
+        fs, headers = self.fs, {}
+        if item.by_range:
+            headers["Range"] = f"bytes={start}-{stop - 1}"
+        wanted = {"ifGenerationMatch": item.tag} if item.tag else {}
+        session = await fs._set_session()
+        url = fs.url(self._path(item.url))
+        async with session.get(
+            url,
+            params=fs._get_params(wanted),
+            headers=fs._get_headers(headers),
+            timeout=fs.requests_timeout,
+        ) as answer:
+            if answer.status == 412:
+                raise Changed
+            if answer.status >= 400:
+                validate_response(answer.status, await answer.read(), url)
+            async for chunk in answer.content.iter_chunked(CHUNK):
+                yield chunk
+
+    def _is_final(self, error: Exception) -> bool:
+        return super()._is_final(error) or _is_forbidden(error)
+
+    def _explained(self, url: str, error: Exception) -> Exception:
+        return super()._explained(url, PermissionError(error) if _is_forbidden(error) else error)
+
+
+def _is_forbidden(error: Exception) -> bool:
+    """Return whether it is gcsfs's error for the status 403."""
+    return type(error) is OSError and str(error).startswith("Forbidden")
 
 
 class Http(Remote):
     """A web server, which cannot list; by aiohttp's session of fsspec's."""
-
-    def __init__(self, scheme: str) -> None:
-        super().__init__(scheme)
-        self.writes = False
 
     def _open(self) -> Any:
         import fsspec
@@ -87,15 +132,14 @@ class Http(Remote):
             "http", client_kwargs={"trust_env": True}, skip_instance_cache=True
         )
 
-    def _path(self, url: str) -> Any:
-        return url
-
     @contextlib.asynccontextmanager
     async def _get(self, url: str, **headers: str) -> AsyncGenerator[Any]:
         import aiohttp
 
         session = await self.fs.set_session()
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=STALL / 3, sock_read=STALL)
+        limits = aiohttp.ClientTimeout(
+            total=None, sock_connect=errors.STALL / 3, sock_read=errors.STALL
+        )
         headers["Accept-Encoding"] = "identity"
         async with session.get(url, headers=headers, timeout=limits) as answer:
             answer.raise_for_status()
@@ -131,34 +175,19 @@ class Http(Remote):
 
         return await self.retried(url, attempt)
 
-    async def _whole(self, url: str) -> bytes | None:
-        import aiohttp
-
-        try:
-            async with self._get(url) as answer:
-                data: bytes = await answer.read()
-                return data
-        except aiohttp.ClientResponseError as error:
-            if error.status in (
-                403,
-                404,
-                410,
-            ):  # what is not there may be told as what may not be seen
-                return None
-            raise
+    def _is_missing(self, error: Exception) -> bool:
+        # What is not there may be told as what may not be seen.
+        return super()._is_missing(error) or status_of(error) == 403
 
     async def chunks(self, item: RemoteObject, start: int, stop: int) -> AsyncGenerator[bytes]:
         headers = {"Range": f"bytes={start}-{stop - 1}"} if item.by_range else {}
         async with self._get(item.url, **headers) as answer:
-            if _tag(answer) != item.tag:
+            if item.tag and _tag(answer) != item.tag:
                 raise Changed
             if item.by_range and answer.status != 206:
                 raise ConnectionError("the server answered with another range")
             async for chunk in answer.content.iter_chunked(CHUNK):
                 yield chunk
-
-    async def _require_same(self, item: RemoteObject) -> None:
-        pass  # each answer says which it is of
 
 
 def _tag(answer: Any) -> str:

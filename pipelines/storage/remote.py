@@ -1,4 +1,4 @@
-"""Objects in storage that is reached by URL: listed and read by fsspec's file systems, with retries.
+"""Objects in storage that is reached by URL: listed, read and written by fsspec's file systems, with retries.
 
 All waiting is done by coroutines of fsspec's own thread: a request that stalls stops no other one.
 """
@@ -6,37 +6,31 @@ All waiting is done by coroutines of fsspec's own thread: a request that stalls 
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import random
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from pipelines.utils.errors import RunError, UsageError, first_line
+from pipelines.storage.errors import asked_wait, explained, is_final, status_of, words
+from pipelines.utils.errors import RunError, UsageError
 
 T = TypeVar("T")
 
 TRIES = 8  # of a request
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before another try; together about a minute
-STALL = 30.0  # seconds without a byte after which a request is tried again
 CHUNK = 1 << 20  # bytes that are taken of a connection at a time
 PART = 32 << 20  # bytes of a request: several connections are faster than one
 CONNECTIONS = 16  # requests at once
-ONCE_MORE = (408, 425, 429)  # of the client's errors, those that another try may not meet
-
-NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "SSOTokenLoadError",
-    "TokenRetrievalError",
-    "UnauthorizedSSOTokenError",
-}
 
 
 @dataclass(frozen=True)
@@ -44,13 +38,14 @@ class RemoteObject:
     """An object as it was listed.
 
     tag: what tells that it changed: its ETag, hash or time; "" if nothing does. by_range: whether a part of
-    it can be asked for.
+    it can be asked for. source: the address that is asked for it, where that is another one.
     """
 
     url: str
     size: int
     tag: str
     by_range: bool = True
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -62,10 +57,6 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """A wait that was given up."""
 
 
-class Changed(Exception):  # noqa: N818
-    """The object is no longer what was listed."""
-
-
 class _CannotWrite(Exception):  # noqa: N818
     """The file that an object is copied to cannot be written."""
 
@@ -74,12 +65,21 @@ class _CannotWrite(Exception):  # noqa: N818
         self.error = error
 
 
-class Remote:
-    """The objects of one kind of storage, by any file system of fsspec's."""
+class Remote(ABC):
+    """The objects of one kind of storage, by a file system of fsspec's."""
+
+    writes: ClassVar[bool] = False
+    tag: ClassVar[str] = "ETag"
+    """What a listing says of an object, by which a changed one is known."""
+
+    part: ClassVar[int] = 16 << 20
+    """Bytes of a request that writes."""
+
+    sending: ClassVar[dict[str, int]] = {}
+    """More options of the file system's for writing a file."""
 
     def __init__(self, scheme: str) -> None:
         self.scheme = scheme
-        self.writes = scheme in ("s3", "gs")  # a file on the Hugging Face hub would be a commit
         self._opened: tuple[int, Any] | None = None
 
     def find(self, patterns: list[str]) -> list[list[RemoteObject]]:
@@ -89,13 +89,62 @@ class Remote:
         """
         return run(self._listed(patterns))
 
+    def below(self, url: str) -> list[RemoteObject]:
+        """Return all objects below a URL. Raises as `find`."""
+        return run(self._found(url, "find"))
+
+    def info(self, url: str) -> RemoteObject:
+        """Return an object. Raises UsageError if there is none, and as `find`."""
+
+        async def attempt() -> RemoteObject:
+            return self._object(await self._call("info", self._path(url)))
+
+        return run(self.retried(url, attempt))
+
     def content(self, url: str) -> bytes | None:
-        """Return a small object, None if there is none."""
-        return run(self.retried(url, functools.partial(self._whole, url)))
+        """Return a small object, None if there is none. Raises as `find`."""
+
+        async def attempt() -> bytes | None:
+            try:
+                whole = RemoteObject(url, 0, "", by_range=False)
+                async with contextlib.aclosing(self.chunks(whole, 0, 0)) as chunks:
+                    return b"".join([chunk async for chunk in chunks])
+            except Exception as error:
+                if self._is_missing(error):
+                    return None
+                raise
+
+        return run(self.retried(url, attempt))
 
     def put(self, url: str, data: bytes) -> None:
-        """Write a small object. Raises OSError, UsageError or RunError."""
-        run(self.retried(url, lambda: self.fs._pipe_file(self._path(url), data)))
+        """Write a small object, at once. Raises as `find`."""
+        run(self.retried(url, lambda: self.fs._pipe_file(self._path(url), data), "write"))
+
+    def put_file(self, url: str, source: Path) -> None:
+        """Write a local file to an object, at once, and verify what is stored by its hash.
+
+        Raises as `find`; RunError, too, if what is stored is something else: then nothing is; OSError if the
+        file cannot be read.
+        """
+        expected = checksums(source, self.part)
+
+        async def attempt() -> None:
+            path = self._path(url)
+            await self.fs._put_file(str(source), path, chunksize=self.part, **self.sending)
+            if not await self._holds(url, expected):
+                await self.fs._rm_file(path)
+                raise ConnectionError("what is stored is not what was sent")
+
+        run(self.retried(url, attempt, "write"))
+
+    def remove(self, url: str) -> None:
+        """Delete an object, if it is there. Raises as `find`."""
+
+        async def attempt() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                await self.fs._rm_file(self._path(url))
+
+        run(self.retried(url, attempt, "write"))
 
     def read(self, item: RemoteObject, start: int, stop: int, given_up: threading.Event) -> bytes:
         """Return bytes `start` to `stop` - 1. Raises as `copy`."""
@@ -128,59 +177,71 @@ class Remote:
             self._opened = os.getpid(), self._open()
         return self._opened[1]
 
+    @abstractmethod
     def _open(self) -> Any:
-        import fsspec
+        """Return a file system that tells what is there now, and does not try again by itself."""
 
-        return fsspec.filesystem(self.scheme, use_listings_cache=False, skip_instance_cache=True)
+    @abstractmethod
+    def chunks(self, item: RemoteObject, start: int, stop: int) -> AsyncGenerator[bytes]:
+        """Yield bytes `start` to `stop` - 1, or all where `item` is not read by range.
+
+        Raises what its library does; Changed, if the object is another than `item`, which has a tag.
+        """
+
+    def _is_missing(self, error: Exception) -> bool:
+        """Return whether an error says that there is no such object."""
+        return isinstance(error, FileNotFoundError) or status_of(error) in (404, 410)
+
+    def _is_final(self, error: Exception) -> bool:
+        return is_final(error)
+
+    def _explained(self, url: str, error: Exception) -> Exception:
+        return explained(url, error)
 
     def _path(self, url: str) -> Any:
         return self.fs._strip_protocol(url)
 
     async def _call(self, name: str, *args: Any, **more: Any) -> Any:
-        """Call a method of the file system, without waiting if it has such a one."""
-        if self.fs.async_impl:
-            return await getattr(self.fs, f"_{name}")(*args, **more)
-        return await asyncio.to_thread(getattr(self.fs, name), *args, **more)
+        """Call a method of the file system without blocking the thread that waits for all requests."""
+        return await getattr(self.fs, f"_{name}")(*args, **more)
 
     async def _listed(self, patterns: list[str]) -> list[list[RemoteObject]]:
         """Return the objects of each pattern."""
         exact = len(patterns) > 1 and not any(set(one) & set("*?[") for one in patterns)
         if not exact:
-            return [await self._matching(one) for one in patterns]
+            return [await self._found(one, "glob") for one in patterns]
         # One listing of what begins alike, in place of a request for each of the names.
         first, last = min(patterns), max(patterns)
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-        listed = await self._matching("".join(one for one, _ in alike) + "*")
+        listed = await self._found("".join(one for one, _ in alike) + "*", "glob")
         by_url = {one.url: one for one in listed}
         return [[by_url[one]] if one in by_url else [] for one in patterns]
 
-    async def _matching(self, pattern: str) -> list[RemoteObject]:
+    async def _found(self, url: str, how: str) -> list[RemoteObject]:
+        """Return the objects that `find` or `glob` of the file system finds."""
+
         async def attempt() -> list[RemoteObject]:
-            found = await self._call("glob", self._path(pattern), detail=True)
+            found = await self._call(how, self._path(url), detail=True)
             return [self._object(info) for info in found.values() if info["type"] == "file"]
 
-        return await self.retried(pattern, attempt)
+        return await self.retried(url, attempt)
 
     def _object(self, info: Any) -> RemoteObject:
-        names = ("ETag", "etag", "blob_id", "md5Hash", "generation", "mtime", "last_modified")
-        tag = next((str(info[name]) for name in names if info.get(name)), "")
+        tag = str(info.get(self.tag, ""))
         return RemoteObject(f"{self.scheme}://{info['name']}", int(info["size"]), tag)
 
-    async def _whole(self, url: str) -> bytes | None:
-        try:
-            data: bytes = await self._call("cat_file", self._path(url))
-        except FileNotFoundError:
-            return None
-        return data
-
-    async def chunks(self, item: RemoteObject, start: int, stop: int) -> AsyncGenerator[bytes]:
-        """Yield bytes `start` to `stop` - 1. Raises what its library does; Changed."""
-        yield await self._call("cat_file", self._path(item.url), start=start, end=stop)
-
-    async def _require_same(self, item: RemoteObject) -> None:
-        """Raise Changed if the object is another than was listed."""
-        if self._object(await self._call("info", self._path(item.url))).tag != item.tag:
-            raise Changed
+    async def _holds(self, url: str, expected: Checksums) -> bool:
+        """Return whether an object is what it should be: by the storage's checksum, or by reading it."""
+        info = await self._call("info", self._path(url))
+        if int(info["size"]) != expected.size:
+            return False
+        if {str(info.get("ETag", "")).strip('"'), str(info.get("md5Hash", ""))} & expected.md5:
+            return True
+        found = hashlib.sha256()
+        async with contextlib.aclosing(self.chunks(self._object(info), 0, expected.size)) as chunks:
+            async for chunk in chunks:
+                found.update(chunk)
+        return found.hexdigest() == expected.sha256
 
     async def _copied(self, item: RemoteObject, file: int) -> None:
         size = PART if item.by_range else max(item.size, 1)
@@ -193,7 +254,6 @@ class Remote:
         finally:
             for task in tasks:
                 task.cancel()
-        await self.retried(item.url, lambda: self._require_same(item))
 
     async def _fill(self, item: RemoteObject, start: int, stop: int, file: int) -> None:
         at = start
@@ -212,7 +272,7 @@ class Remote:
 
         await self.retried(item.url, attempt)
 
-    async def retried(self, url: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def retried(self, url: str, attempt: Callable[[], Awaitable[T]], verb: str = "read") -> T:
         """Return what `attempt` returns; it is called again after an error that may be passing.
 
         Raises RunError after the last try; UsageError for what no other try can mend.
@@ -224,13 +284,15 @@ class Remote:
             except (_CannotWrite, UsageError, RunError):
                 raise
             except Exception as error:
-                _raise_if_final(url, self.scheme, error)
+                if self._is_final(error):
+                    raise self._explained(url, error) from None
                 if number == TRIES:
                     raise RunError(
-                        f"cannot read {url}: {TRIES} tries failed, the last one with: {_words(error)}"
+                        f"cannot {verb} {url}: {TRIES} tries failed, the last one with: {words(error)}"
                     ) from error
+                wait = asked_wait(error)
             longest = min(FIRST_DELAY * 2 ** (number - 1), LONGEST_DELAY)
-            await asyncio.sleep(random.uniform(longest / 2, longest))
+            await asyncio.sleep(max(wait, random.uniform(longest / 2, longest)))
         raise AssertionError
 
 
@@ -257,65 +319,34 @@ def _slots() -> asyncio.Semaphore:
     return _slots_of(os.getpid())
 
 
+class Checksums(NamedTuple):
+    """Of a file. md5: what S3, of one part or several, and Google Cloud Storage give."""
+
+    size: int
+    sha256: str
+    md5: set[str]
+
+
+def checksums(path: Path, part: int) -> Checksums:
+    """Return a file's; part: bytes of a request that sends it."""
+    sha256, whole, parts = hashlib.sha256(), hashlib.md5(usedforsecurity=False), []
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(part):
+            size += len(chunk)
+            sha256.update(chunk)
+            whole.update(chunk)
+            parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
+    of_parts = hashlib.md5(b"".join(parts), usedforsecurity=False).hexdigest()
+    md5 = {
+        whole.hexdigest(),
+        f"{of_parts}-{len(parts)}",
+        base64.b64encode(whole.digest()).decode(),
+    }
+    return Checksums(size, sha256.hexdigest(), md5)
+
+
 def _require_all(at: int, stop: int) -> None:
     """Raise ConnectionError if a body was not as long as it should be."""
     if at != stop:
         raise ConnectionError(f"the answer ended {stop - at} bytes early")
-
-
-def _raise_if_final(url: str, scheme: str, error: Exception) -> None:
-    """Raise what ends a command for an error that another try would meet again."""
-    status = _status(error)
-    kinds = {type(one).__name__ for one in (error, error.__cause__)}
-    if status == 412 or isinstance(error, Changed):
-        raise RunError(
-            f"{url} has changed since the training began to read it; start again, when it no longer does"
-        ) from None
-    if kinds & NO_CREDENTIALS:
-        raise UsageError(f"{url}: {first_line(error)}; {_CREDENTIALS[scheme]}") from None
-    if isinstance(error, PermissionError) or status in (401, 403):
-        raise UsageError(
-            f"{url}: access is denied ({first_line(error)}); {_CREDENTIALS[scheme]}"
-        ) from None
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        raise UsageError(f"{url}: there is no such object, or bucket") from None
-    if (status is not None and 400 <= status < 500 and status not in ONCE_MORE) or isinstance(
-        error, ValueError | TypeError
-    ):
-        raise UsageError(f"{url}: {_words(error)}") from None
-
-
-_CREDENTIALS = {
-    "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true",
-    "gs": "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "hf": "run hf auth login, or set HF_TOKEN",
-    "http": "put name and password into ~/.netrc",
-    "https": "put name and password into ~/.netrc",
-}
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the status of the HTTP answer that an error is about, if any."""
-    for one in (error, error.__cause__):
-        answer = getattr(one, "response", None)
-        found: Any = None
-        if isinstance(answer, dict):
-            found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for value in (
-            found,
-            getattr(one, "status", None),
-            getattr(one, "code", None),
-            getattr(answer, "status_code", None),
-        ):
-            if isinstance(value, int):
-                return value
-    return None
-
-
-def _words(error: Exception) -> str:
-    """Return what an error says, with its status."""
-    status = _status(error)
-    text = first_line(error)
-    if isinstance(error, asyncio.TimeoutError) and not str(error):
-        text = f"no byte came for {STALL:g} s"
-    return text if status is None or str(status) in text else f"{status} {text}"
