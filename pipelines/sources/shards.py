@@ -44,7 +44,7 @@ class TarShards(Source):
 
     shards: list[str]
     keys: Any
-    """(N,) names, an Arrow array: a tenth of the memory of Python's strings."""
+    """(N,) names, an Arrow array in chunks: a tenth of the memory of Python's strings."""
 
     shard: NDArray[np.int64]
     offset: NDArray[np.int64]
@@ -174,7 +174,7 @@ def columns(index: Index, classes: list[str] | None) -> dict[str, Any]:
     return {
         "classes": classes or index.labels,
         "labels": np.array([int(label) for label in index.labels])[labels] if classes else labels,
-        "keys": index.table["name"].combine_chunks(),
+        "keys": index.table["name"],
         **column,
     }
 

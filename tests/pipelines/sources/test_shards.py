@@ -10,6 +10,8 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import webdataset
@@ -231,3 +233,18 @@ def test_a_training_makes_no_list_of_all_names(photos, monkeypatch):
     for order in ("random", "shards"):
         found = dali.make_loaders(dali.DaliOptions(order=order), spec).train.state_dict()
         assert found["data"] == expected["data"]
+
+
+def test_an_index_is_opened_in_little_more_memory_than_it_has():
+    """All columns at once would take twice as much while they are decoded."""
+    count = 50_000
+    numbers = np.random.default_rng(0).integers(0, 2**40, (4, count))
+    columns = dict(zip(("shard", "offset", "length", "label"), numbers, strict=True))
+    table = pa.table({"name": [f"n{i % 1000:08}_{i}.JPEG" for i in range(count)], **columns})
+    data = tar_index.encoded(tar_index.Index(table, ["0"], "", []))
+    pool = pa.system_memory_pool()
+    before = pool.bytes_allocated()
+    found = tar_index.decoded(data)
+    assert found is not None
+    assert found.table.equals(table)
+    assert pool.max_memory() - before < 1.4 * table.nbytes
