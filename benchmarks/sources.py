@@ -25,22 +25,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import s3fs
 import torch
 import tyro
-from pyarrow import Table, csv
+from pyarrow import Table, concat_tables, csv
 
 from benchmarks.loaders import images_per_s
 from pipelines import dali
 from pipelines.batch import Loader, LoaderSpec
 from pipelines.dali.loader import DaliLoader
-from pipelines.sources import shards
+from pipelines.sources import shards, tar_index
 from pipelines.sources.folder import scan_train_val
 from pipelines.sources.shards_options import ShardsOptions, write_shards
 from pipelines.sources.source import Source
 
 COLD = ", cold"
+TIMES = 10  # as large an index, to see what a sample takes
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def prepare(options: Options) -> dict[str, Path]:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """Serve the files of a folder from a bucket, by a process of its own; gives their URL."""
+def s3_server(folder: Path) -> Iterator[tuple[str, int]]:
+    """Serve the files of a folder from a bucket, by a process of its own; gives their URL, and its number."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -114,7 +116,7 @@ def s3_server(folder: Path) -> Iterator[str]:
         storage.mkdir("bucket")
         for path in folder.iterdir():
             storage.pipe(f"bucket/photos/{path.name}", path.read_bytes())
-        yield "s3://bucket/photos"
+        yield "s3://bucket/photos", server.pid
     finally:
         server.terminate()
         server.wait()
@@ -129,6 +131,14 @@ def wait_for(port: int) -> None:
         time.sleep(0.1)
 
 
+class Epoch(NamedTuple):
+    """What an epoch took. server_cpu_s: of S3's server, whose CPU would be another machine's."""
+
+    images_per_s: float
+    cpu_s: float
+    server_cpu_s: float
+
+
 class Contender:
     """A source in an order, whose epochs are timed."""
 
@@ -139,13 +149,13 @@ class Contender:
         assert train is not None
         self._loader: Loader = train
 
-    def epoch(self, number: int, is_cold: bool) -> tuple[float, float]:
-        """Return images/s, and this process's CPU seconds; cold: with nothing kept of the epoch before."""
+    def epoch(self, number: int, is_cold: bool, server: int) -> Epoch:
+        """Read an epoch; cold: with nothing kept of the one before. server: its process."""
         if is_cold:
             self._forget()
-        cpu = time.process_time()
+        cpu, of_server = time.process_time(), cpu_s(server)
         speed = images_per_s(self._loader, number)
-        return speed, time.process_time() - cpu
+        return Epoch(speed, time.process_time() - cpu, cpu_s(server) - of_server)
 
     def _forget(self) -> None:
         if self._cache is not None:
@@ -160,7 +170,15 @@ class Contender:
                 os.close(file)
 
 
-def compare(options: Options, sources: dict[str, str | Path]) -> dict[str, dict[str, float]]:
+def cpu_s(process: int) -> float:
+    """Return the seconds of CPU that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def compare(
+    options: Options, sources: dict[str, str | Path], server: int
+) -> dict[str, dict[str, float]]:
     """Return the medians of all sources, warm and cold, and ratios to the folder's of the same round."""
     contenders: dict[str, Contender] = {}
     for name, data in sources.items():
@@ -174,21 +192,26 @@ def compare(options: Options, sources: dict[str, str | Path]) -> dict[str, dict[
                 workers=options.workers, order=order, order_window=window, cache=cache
             )
             contenders[full] = Contender(options, data, chosen)
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[Epoch]] = {}
     for epoch in range(options.rounds):
         for suffix in (COLD, ""):
             for name, contender in contenders.items():
                 if suffix == COLD and name == "table":
                     continue  # it has the folder's files
-                found.setdefault(name + suffix, []).append(contender.epoch(epoch, suffix == COLD))
+                took = contender.epoch(epoch, suffix == COLD, server)
+                found.setdefault(name + suffix, []).append(took)
+                print(epoch, name + suffix, took, file=sys.stderr)
     return {
         name: {
-            "images_per_s": statistics.median(speed for speed, _ in pairs[1:]),
-            "of_folder": ratio([speed for speed, _ in pairs], [s for s, _ in found[base]]),
-            "cpu_of_folder": ratio([cpu for _, cpu in pairs], [c for _, c in found[base]]),
+            "images_per_s": statistics.median(epoch.images_per_s for epoch in epochs[1:]),
+            "of_folder": ratio([e.images_per_s for e in epochs], [e.images_per_s for e in base]),
+            "cpu_of_folder": ratio([e.cpu_s for e in epochs], [e.cpu_s for e in base]),
+            "server_cpu_s": statistics.median(epoch.server_cpu_s for epoch in epochs[1:]),
         }
-        for name, pairs in found.items()
-        for base in [f"folder{COLD}" if name.endswith(COLD) and "s3" not in name else "folder"]
+        for name, epochs in found.items()
+        for base in [
+            found[f"folder{COLD}" if name.endswith(COLD) and "s3" not in name else "folder"]
+        ]
     }
 
 
@@ -197,9 +220,9 @@ def ratio(ours: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours[1:], others[1:], strict=True))
 
 
-def index_cost(options: Options) -> dict[str, float]:
-    """Return the seconds that an index takes to make, and what a process of its own takes to open it."""
-    few, many = (options.folder / "index" / name for name in ("few", "many"))
+def index_cost(options: Options) -> dict[str, dict[str, float]]:
+    """Return what a process of its own takes to open an index, and one of ten times as many samples."""
+    few, many, more = (options.folder / "index" / name for name in ("few", "many", "more"))
     for folder, samples in ((few, 100), (many, options.samples)):
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(folder / "train-0.tar", "w") as tar:
@@ -212,8 +235,20 @@ def index_cost(options: Options) -> dict[str, float]:
         started = time.perf_counter()
         shards.open_shards(folder, "train")
         made = time.perf_counter() - started
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return {"samples": options.samples, "made_s": made} | pool.apply(opened, (few, many))
+    (index,) = many.glob(".*.parquet")
+    more.mkdir(exist_ok=True)
+    link = more / "train-0.tar"  # the same file, which the index is of
+    link.unlink(missing_ok=True)
+    link.hardlink_to(many / link.name)
+    found = tar_index.decoded(index.read_bytes())
+    assert found is not None
+    table = concat_tables([found.table] * TIMES)
+    (more / index.name).write_bytes(tar_index.encoded(found._replace(table=table)))
+    result = {"index": {"made_s": made}, "larger index": {}}
+    for cost, folder in zip(result.values(), (many, more), strict=True):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            cost |= pool.apply(opened, (few, folder))
+    return result
 
 
 def opened(few: Path, many: Path) -> dict[str, float]:
@@ -221,13 +256,20 @@ def opened(few: Path, many: Path) -> dict[str, float]:
     kept = [loader_of(shards.open_shards(few, "train"))]
     before, started = memory("VmRSS"), time.perf_counter()
     source = shards.open_shards(many, "train")
-    opened_at = time.perf_counter()
+    opened_at, index = time.perf_counter(), memory("VmRSS")
     kept.append(loader_of(source))
+    loaded_at = time.perf_counter()
+    for epoch in range(3):
+        order = kept[-1].schedule.rows_of([*kept[-1].schedule.batches(epoch)])
     return {
+        "samples": len(source),
         "open_s": opened_at - started,
-        "loader_s": time.perf_counter() - opened_at,
-        "megabytes": memory("VmRSS") - before,
+        "loader_s": loaded_at - opened_at,
+        "order_s": (time.perf_counter() - loaded_at) / 3,
+        "index_megabytes": index - before,
+        "epochs_megabytes": memory("VmRSS") - before,
         "peak_megabytes": memory("VmHWM") - before,
+        "bytes_a_sample": (memory("VmRSS") - before) * 1e6 / len(order),
         "file_megabytes": sum(path.stat().st_size for path in many.glob(".*.parquet")) / 1e6,
     }
 
@@ -238,6 +280,7 @@ def loader_of(source: Source) -> DaliLoader:
     options = dali.DaliOptions(workers=1, order="shards")
     loader = DaliLoader(options, spec, source, training=True)
     loader.state_dict()
+    loader.schedule.order(0)
     return loader
 
 
@@ -251,10 +294,10 @@ def main(options: Options) -> None:
     """Measure and print."""
     result: dict[str, dict[str, float]] = {}
     if options.samples:
-        result["index"] = index_cost(options)
+        result = index_cost(options)
     local = prepare(options)
-    with s3_server(local["shards"]) as url:
-        print(json.dumps(result | compare(options, {**local, "s3": url}), indent=2))
+    with s3_server(local["shards"]) as (url, server):
+        print(json.dumps(result | compare(options, {**local, "s3": url}, server), indent=2))
 
 
 if __name__ == "__main__":
