@@ -11,16 +11,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
-import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
 
 import yaml
 
-from tests.helpers.storage_faults import Faults
+from tests.helpers.storage_server import StorageHandler, StorageServer
 
 TOKEN, USER = "hf_" + "a" * 30, "me"
 
@@ -45,64 +41,28 @@ class Repository:
         return newest if revision == "main" else revision if revision in self.commits else None
 
 
-class HubServer(ThreadingHTTPServer):
-    """is_down: every request is answered by an error of the server. requests: their methods and paths."""
-
-    daemon_threads = True
-    block_on_close = False
+class HubServer(StorageServer):
+    """is_down: every request is answered by an error of the server."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}  # by SHA-256
-        self.requests: list[str] = []
         self.is_down = False
-        self.faults = Faults()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
+        super().__init__(_Handler)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(StorageHandler):
     server: HubServer
-    cut: int | None = None
 
-    def log_message(self, *_: object) -> None:
-        pass
+    def fail(self, status: int, message: str) -> None:
+        self._error(status, "", message, {"Retry-After": "0"})
 
-    def do_POST(self) -> None:
-        self._answer("POST")
-
-    def do_PUT(self) -> None:
-        self._answer("PUT")
-
-    def do_GET(self) -> None:
-        self._answer("GET")
-
-    def do_HEAD(self) -> None:
-        self._answer("HEAD")
-
-    def _answer(self, method: str) -> None:
-        self.path = unquote(urlsplit(self.path).path)
-        self.body = self._read_body()
-        self.server.requests.append(f"{method} {self.path}")
+    def routes(self) -> list[tuple[str, str, Callable[..., None]]]:
         if self.server.is_down:
-            self._error(503, "", "out for lunch")
-            return
-        fault = self.server.faults.take(method, self.path)
-        self.cut = fault.cut if fault else None
-        if fault:
-            time.sleep(fault.delay)
-            if fault.status:
-                self._error(fault.status, "", "a fault", {"Retry-After": "0"})
-                return
+            return [(self.command, ".*", lambda: self.fail(503, "out for lunch"))]
         name = r"(?P<name>[^/]+/[^/]+)"
         data = r"(?P<name>datasets/[^/]+/[^/]+)"
-        for known, pattern, act in (
+        return [
             ("POST", "/api/repos/create", self._create),
             ("POST", "/api/validate-yaml", self._validate),
             ("PUT", "/large/(?P<oid>[0-9a-f]{64})", self._store),
@@ -116,22 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("GET", rf"/{data}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._redirect),
             ("GET", r"/elsewhere/(?P<name>.+)/(?P<revision>[0-9a-f]{40})/(?P<file>.+)", self._part),
             ("HEAD|GET", rf"/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._file),
-        ):
-            found = re.fullmatch(pattern, self.path)
-            if found and method in known.split("|"):
-                act(**found.groupdict())
-                return
-        self._error(404, "", f"nothing at {self.path}")
-
-    def _read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        ]
 
     @property
     def _is_known(self) -> bool:
@@ -169,11 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(403, "", "You don't have the rights to create a model under this namespace")
         elif name in self.server.repositories:
             url = f"{self.server.url}/{name}"
-            self._send({"error": "You already created this model repo", "url": url}, 409)
+            self.send({"error": "You already created this model repo", "url": url}, 409)
         else:
             self.server.repositories[name] = Repository()
             self.server.repositories[name].commit({".gitattributes": b""})
-            self._send({"url": f"{self.server.url}/{name}", "id": name})
+            self.send({"url": f"{self.server.url}/{name}", "id": name})
 
     def _validate(self) -> None:
         text = json.loads(self.body)["content"]
@@ -187,9 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
                     assert result["dataset"]["name"]
                     assert all("type" in m and "value" in m for m in result["metrics"])
         except (LookupError, TypeError, AssertionError, yaml.YAMLError) as error:
-            self._send({"errors": [{"message": f"wrong: {error}"}], "warnings": []}, 400)
+            self.send({"errors": [{"message": f"wrong: {error}"}], "warnings": []}, 400)
         else:
-            self._send({"errors": [], "warnings": []})
+            self.send({"errors": [], "warnings": []})
 
     def _preupload(self, name: str, revision: str) -> None:  # noqa: ARG002
         if self._repository(name, writes=True):
@@ -199,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"path": path, "uploadMode": mode, "shouldIgnore": False}
                 for path, mode in zip(paths, modes, strict=True)
             ]
-            self._send({"files": files})
+            self.send({"files": files})
 
     def _batch(self, name: str) -> None:
         if self._repository(name, writes=True):
@@ -207,12 +152,12 @@ class _Handler(BaseHTTPRequestHandler):
                 asked | {"actions": {"upload": {"href": f"{self.server.url}/large/{asked['oid']}"}}}
                 for asked in json.loads(self.body)["objects"]
             ]
-            self._send({"transfer": "basic", "objects": objects})
+            self.send({"transfer": "basic", "objects": objects})
 
     def _store(self, oid: str) -> None:
         assert hashlib.sha256(self.body).hexdigest() == oid
         self.server.large[oid] = self.body
-        self._send({})
+        self.send({})
 
     def _commit(self, name: str, revision: str) -> None:
         assert revision == "main"
@@ -229,13 +174,13 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
         oid = repository.commit(files)
         url = f"{self.server.url}/{name}/commit/{oid}"
-        self._send({"success": True, "commitOid": oid, "commitUrl": url})
+        self.send({"success": True, "commitOid": oid, "commitUrl": url})
 
     def _info(self, name: str, revision: str | None) -> None:
         if found := self._at(name, revision or "main"):
             oid, files = found
             siblings = [{"rfilename": path} for path in files]
-            self._send({"id": name, "sha": oid, "siblings": siblings})
+            self.send({"id": name, "sha": oid, "siblings": siblings})
 
     def _tree(self, name: str, revision: str) -> None:
         if found := self._at(name, revision):
@@ -243,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": path, "size": len(data), "oid": _hash(data)}
                 for path, data in found[1].items()
             ]
-            self._send(files)
+            self.send(files)
 
     def _folder(self, name: str, revision: str, folder: str | None) -> None:
         if not (found := self._at(name, revision)):
@@ -258,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
                     entry = {"type": "file", "size": len(data), "oid": _hash(data)}
                 entries[first] = {"path": below + first, **entry}
         if entries:
-            self._send(list(entries.values()))
+            self.send(list(entries.values()))
         else:
             self._error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
 
@@ -270,17 +215,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             host = f"http://localhost:{self.server.server_port}"
             headers = {"X-Repo-Commit": oid, "X-Linked-Etag": f'"{_hash(files[file])}"'}
-            self._send({}, 302, headers | {"Location": f"{host}/elsewhere/{name}/{oid}/{file}"})
+            self.send({}, 302, headers | {"Location": f"{host}/elsewhere/{name}/{oid}/{file}"})
 
     def _part(self, name: str, revision: str, file: str) -> None:
         assert not self.headers.get("Authorization"), "the hub's token, sent to another host"
         data = self.server.repositories[name].commits[revision][file]
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
-            part = data[int(asked[1]) : int(asked[2]) + 1]
-            last = int(asked[1]) + len(part) - 1
-            self._send(part, 206, {"Content-Range": f"bytes {asked[1]}-{last}/{len(data)}"})
-        else:
-            self._send(data)
+        self.send_part(data)
 
     def _file(self, name: str, revision: str, file: str) -> None:
         if found := self._at(name, revision):
@@ -289,26 +229,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(404, "EntryNotFound", "Entry not found")
                 return
             headers = {"X-Repo-Commit": oid, "ETag": f'"{_hash(files[file])}"'}
-            self._send(files[file], 200, headers)
+            self.send(files[file], 200, headers)
 
     def _error(self, status: int, code: str, message: str, more: dict | None = None) -> None:
         headers = {"X-Error-Code": code} if code else {}
-        self._send(
+        self.send(
             {"error": message}, status, {**headers, **(more or {}), "X-Error-Message": message}
         )
-
-    def _send(self, content: object, status: int = 200, headers: dict | None = None) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
-        for key, value in {"Content-Type": kind, **(headers or {})}.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.cut is not None:
-            self.close_connection = True
-        if self.command != "HEAD":
-            self.wfile.write(data[: self.cut])
 
 
 def _hash(data: bytes) -> str:

@@ -13,8 +13,8 @@ from botocore.config import Config
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from tests.helpers.storage_faults import Fault as Fault
-from tests.helpers.storage_faults import Faults
+from tests.helpers.storage_server import Fault as Fault
+from tests.helpers.storage_server import Faults
 
 BUCKET = "bucket"
 _Start = Callable[..., Any]

@@ -17,7 +17,7 @@ from pipelines.storage import errors, remote
 from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.conftest import write_folder
 from tests.helpers.hub_server import TOKEN, HubServer, Repository
-from tests.helpers.storage_faults import Fault
+from tests.helpers.storage_server import Fault
 from tests.pipelines.sources.conftest import source_of
 
 NAME = "datasets/me/pets"
