@@ -109,6 +109,12 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             _within(0, MANY),
             "must be 0 or a number of epochs, 1000000 at most",
         ),
+        (
+            "--layer-decay",
+            c.layer_decay,
+            _above_0(1),
+            "must be above 0, and 1 at most",
+        ),
         ("--clip-grad", c.clip_grad, _not_negative, "must be 0 or a positive number"),
         ("--sizes-per-step", c.sizes_per_step, _positive, "at least 2 sizes are needed"),
         (

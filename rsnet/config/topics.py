@@ -138,6 +138,10 @@ class OptimizerOptions(Generic[Unset]):
     the same as all, --no-norm-weight-decay as weights. Unset: the recipe's (paper all, others and quantized
     weights)."""
 
+    layer_decay: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Factor of the learning rate from a layer to the one before it, to fine-tune; the classifier has --lr.
+    Unset: 1, the same rate for all."""
+
     accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
     """Batches whose gradients make up one update. Unset: 1; if a run resumes on another number of
     processes, what keeps the images per update."""

@@ -46,8 +46,11 @@ class UpdateGraphs:
         say: Callable[[str], None],
     ) -> None:
         self._optimizer, self._scaler, self._say = optimizer, scaler, say
-        # Fused SGD reads a float32. (Eagerly it computes with a float64: the last bits differ.)
-        self._lr = torch.zeros((), device=device)
+        # Of each group, a float32, as fused SGD reads it. (Eagerly it computes with a float64: the last bits
+        # differ.)
+        scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+        self._scales = torch.tensor(scales, device=device)
+        self._rates = torch.zeros_like(self._scales)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         # Warm-up and capture share it: autograd's nodes and libraries' handles belong to a stream.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -66,7 +69,7 @@ class UpdateGraphs:
         They are overwritten by the next run. Within `compute`, the optimizer's rate is a tensor.
         part: which of an update's batches it is; of each part, the first `compute` is captured.
         """
-        self._lr.fill_(lr)
+        torch.mul(self._scales, lr, out=self._rates)
         self._step.fill_(step)
         first, last = part
         if first:
@@ -106,14 +109,15 @@ class UpdateGraphs:
         return terms
 
     def _compute(self, compute: Compute, batch: Batch) -> dict[str, Tensor]:
-        """Call `compute` with a tensor as the rate of the optimizer, whose state dict has a float."""
-        rates = [group["lr"] for group in self._optimizer.param_groups]
+        """Call `compute` with tensors as the rates of the optimizer, whose state dict has floats."""
+        groups = self._optimizer.param_groups
+        rates = [group["lr"] for group in groups]
         try:
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._lr
+            for group, rate in zip(groups, self._rates.unbind(), strict=True):
+                group["lr"] = rate
             return compute(batch, self._step)
         finally:
-            for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
     def _capture(self, compute: Compute, batch: Batch, part: Part) -> bool:

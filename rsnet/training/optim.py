@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from rsnet.config.optimizers import OptName
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training.layer_decay import lr_scales
 
 LrDecay = Literal["cosine", "step", "linear", "schedule"]
 
@@ -62,17 +64,19 @@ def make_optimizer(
     momentum: float,
     weight_decay: float,
     norm_decay: bool = True,
+    *,
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return an optimizer of every parameter, whose updates `found_inf` skips on the device.
 
     opt: plain and nesterov as `make_sgd`; adamw: torch's, with `momentum` as its beta1; lamb and muon: see
-    `rsnet.training.timm_optimizers`.
+    `rsnet.training.timm_optimizers`. layer_decay: see `param_groups`.
 
     Raises ModuleNotFoundError without timm, UsageError for one that is too old.
     """
+    groups = param_groups(model, weight_decay, norm_decay, layer_decay)
     if opt in ("plain", "nesterov"):
-        return make_sgd(model, lr, momentum, weight_decay, norm_decay, nesterov=opt == "nesterov")
-    groups = param_groups(model, weight_decay, norm_decay)
+        return _sgd(groups, lr, momentum, nesterov=opt == "nesterov")
     # By a CUDA graph; steps are then counted on the GPU.
     capturable = next(model.parameters()).device.type == "cuda"
     if opt == "adamw":
@@ -86,11 +90,23 @@ def make_optimizer(
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, norm_decay: bool = True
+    model: nn.Module, weight_decay: float, norm_decay: bool = True, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Return filters, and all that has one dimension: norm layers, biases and alpha, which are without weight
     decay if `norm_decay` is False (He et al. 2019, section 3.1).
+
+    layer_decay: below 1, each of both is divided by the `lr_scale` of `rsnet.training.layer_decay`, by which
+    the trainer multiplies the learning rate, as timm's schedulers do; `model` is then switchable.
     """
+    if layer_decay != 1:
+        scales = lr_scales(cast(ResolutionSwitchable, model), layer_decay)
+        return [
+            # Neighbours alone, so that a state dict numbers the parameters as without: a run that is resumed
+            # with another decay finds its momentum.
+            {"params": list(run), "weight_decay": group["weight_decay"], "lr_scale": lr_scale}
+            for group in param_groups(model, weight_decay, norm_decay)
+            for lr_scale, run in groupby(group["params"], lambda p: scales.get(p, 1.0))
+        ]
     filters = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [
@@ -112,18 +128,25 @@ def make_sgd(
     norm_decay: see `param_groups`. nesterov: Nesterov's momentum, if there is any. One fused kernel per
     dtype, which can skip an update on the device (`found_inf`).
     """
-    sgd = torch.optim.SGD(
-        param_groups(model, weight_decay, norm_decay),
-        lr=lr,
-        momentum=momentum,
-        nesterov=nesterov and momentum > 0,
-        fused=True,
-    )
+    return _sgd(param_groups(model, weight_decay, norm_decay), lr, momentum, nesterov)
+
+
+def _sgd(
+    groups: list[dict[str, Any]], lr: float, momentum: float, nesterov: bool
+) -> torch.optim.SGD:
+    nesterov = nesterov and momentum > 0
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum > 0:
         # Else a first update that is skipped, as float16's often is, leaves them uninitialised.
-        for parameter in model.parameters():
+        for parameter in (p for group in groups for p in group["params"]):
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate, of a layer times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 # What an optimizer keeps of a parameter, see `load_momentum`.

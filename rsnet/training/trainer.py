@@ -23,7 +23,7 @@ from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
 from rsnet.training.nonfinite import BatchNormBackup, FiniteGuard
 from rsnet.training.objective import Objective, SizeSampler
-from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer
+from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer, set_rate
 
 
 class Trainer:
@@ -102,9 +102,7 @@ class Trainer:
 
     def update(self) -> None:
         """Do one optimizer step, which is skipped on the device if `found_inf` is 1."""
-        lr = self.schedule.at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, self.schedule.at(self.step))
         if self.graphs is None:
             self._optimize(self.step)
         if self.ema is not None:
@@ -232,6 +230,7 @@ def make_trainer(
             c.momentum,
             c.weight_decay,
             norm_decay=c.decay == "all",
+            layer_decay=c.layer_decay,
         ),
         LrSchedule(
             lr=c.lr,

@@ -26,7 +26,7 @@ from rsnet.training import resume
 from rsnet.training.cuda_graph import WARM_UP
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective
-from rsnet.training.optim import LrSchedule, ModelEma, make_sgd
+from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer
 from rsnet.training.trainer import Trainer, make_trainer, require_trainable
 from tests.helpers.cuda_graphs import FakeCuda
 
@@ -53,13 +53,14 @@ def _model(seed=0):
     return ResolutionSwitchable(network, SIZES).to(memory_format=torch.channels_last)
 
 
-def _trainer(model, ema=0.0, mixup=0.0, taught=False, **more):
+def _trainer(model, ema=0.0, mixup=0.0, taught=False, layer_decay=1.0, **more):
     if taught:
         more["teacher"] = Teacher(_model(1).eval(), (12,), SIZES)
     schedule = _Rounded(0.3, "cosine", steps=2 * UPDATES, steps_per_epoch=UPDATES, warmup_steps=2)
     mix = Mixup(mixup, mixup, 5, 0) if mixup else None
     return Trainer(
-        Objective(model, "ens_topdown", 0.1), make_sgd(model, 0.3, 0.9, 1e-2), schedule, CPU, mix=mix,
+        Objective(model, "ens_topdown", 0.1),
+        make_optimizer(model, "plain", 0.3, 0.9, 1e-2, layer_decay=layer_decay), schedule, CPU, mix=mix,
         ema=ModelEma(model, ema) if ema else None, **more,
     )  # fmt: skip
 
@@ -120,6 +121,7 @@ VARIANTS = {
     ),
     "mixed samples, accumulated": ({"accumulate": 3, "mixup": 0.4, "most_skipped": 2}, 3),
     "a teacher, accumulated": ({"accumulate": 2, "taught": True}, 2),
+    "rates by layer": ({"layer_decay": 0.5}, 1),
     "float16, accumulated": ({"amp": torch.float16, "accumulate": 2, "clip_grad": 0.5}, 2),
 }
 
