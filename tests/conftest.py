@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import importlib.util
@@ -13,19 +14,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from pipelines.demo import DemoOptions, write
-from pipelines.ffcv import ConvertOptions, convert_or_verify
+# All else is imported where it is used: pytest-xdist's own process, which runs no test, reads this file, too.
 from pipelines.utils.cli import EXTRAS, command
-from rsnet.profiler import step_profiler as profile
-from rsnet.profiler import sweep as profile_sweep
-from tests.helpers import betons, faults, plots
 from tests.helpers.clock import Clock
-from tests.helpers.wandb_server import WandbServer
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
@@ -66,12 +59,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # else nanobind reports as leaked what is never collected
+# At the very end: else nanobind reports as leaked what is never collected.
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -81,6 +76,8 @@ def _undrawn_plots() -> Iterator[dict[str, Any]]:
     if importlib.util.find_spec("matplotlib") is None:
         yield {}
         return
+    from tests.helpers import plots
+
     with pytest.MonkeyPatch.context() as patch:
         yield plots.leave_undrawn(patch.setattr)
 
@@ -96,6 +93,9 @@ def drawn_plots(_undrawn_plots: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 def write_photo(path: Path, height: int, width: int, seed: int, quality: int = 90) -> None:
     """A smooth random image with some noise: what a JPEG decoder and a resize filter can get wrong."""
+    import numpy as np
+    from PIL import Image
+
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
@@ -106,6 +106,8 @@ def write_photo(path: Path, height: int, width: int, seed: int, quality: int = 9
 
 def write_folder(root: Path, per_class: dict[str, int], seed: int = 0) -> Path:
     """`per_class[name]` photos of 40 to 200 pixels a side in root/name."""
+    import numpy as np
+
     rng = np.random.default_rng(seed)
     for name, count in per_class.items():
         for i in range(count):
@@ -126,6 +128,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(photos, tmp_path_factory) -> Path:
     """A run that nothing happens to, for the tests of faults; not to be changed."""
+    from tests.helpers import faults
+
     run = tmp_path_factory.mktemp("whole") / "run"
     faults.finish(faults.command(photos, run))
     assert faults.saved(run)["step"] == faults.UPDATES
@@ -186,6 +190,8 @@ needs_ffcv = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """The demo set, with its CMYK, PNG, grayscale, EXIF-rotated and progressive files."""
+    from pipelines.demo import DemoOptions, write
+
     folder = tmp_path_factory.mktemp("demo") / "data"
     write(DemoOptions(folder, train=3, val=2))
     return folder
@@ -194,6 +200,7 @@ def demo(tmp_path_factory) -> Path:
 @pytest.fixture
 def convert(capsys):
     """Run a command line in this process; returns (exit code, stdout, stderr)."""
+    from pipelines.ffcv import ConvertOptions, convert_or_verify
 
     def call(*arguments: object) -> tuple[int, str, str]:
         code = command(
@@ -208,6 +215,7 @@ def convert(capsys):
 @functools.cache
 def beton_of(folder: Path) -> Path:
     """The .beton files of an image folder, beside it."""
+    from pipelines.ffcv import ConvertOptions
     from pipelines.ffcv.convert import convert
 
     output = folder.with_name(folder.name + "_beton")
@@ -223,6 +231,8 @@ def beton(photos, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _close_loaders():
+    from tests.helpers import betons
+
     yield
     betons.close_all()
 
@@ -230,8 +240,10 @@ def _close_loaders():
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     """What the profiler and its sweep look at."""
+    from rsnet.profiler import step_profiler, sweep
+
     clock = Clock()
-    for module in (profile, profile_sweep):
+    for module in (step_profiler, sweep):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -251,6 +263,8 @@ def no_wandb_key(monkeypatch, tmp_path):
 @pytest.fixture
 def wandb_server(no_wandb_key, monkeypatch):  # noqa: ARG001
     """A server for which there is a key; nothing waits long for it."""
+    from tests.helpers.wandb_server import WandbServer
+
     server = WandbServer()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
