@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 
 from pipelines.sources.shard_cache import Outcome, ShardCache
 from pipelines.storage.remote import Remote, RemoteObject, Stopped
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import RunError, UsageError
 from pipelines.utils.progress import format_bytes
 from pipelines.utils.reading import reading
 
 FETCHERS = 4  # shards at once: while one is checked or waited for, others come
 PATIENCE = 10.0  # seconds that samples of a mixed order wait for whole shards
 POLL = 0.1  # seconds between looks at what other processes do
-PIN_EVERY = 1.0  # seconds between notes of what is no longer needed
+PIN_EVERY = 1.0  # seconds between notes of what is no longer needed, and between looks for room
+STARVED = 60.0  # seconds without room for a shard that cannot be read by range, which end the run
 
 
 class ShardReader:
@@ -98,7 +99,7 @@ class ShardReader:
             lambda file: self._remote.copy(item, file, self._given_up),
             lambda path: self._check(shard, path),
         )
-        if outcome is not Outcome.THERE and self._given_up.wait(POLL):
+        if outcome is Outcome.BUSY and self._given_up.wait(POLL):
             raise Stopped
         return outcome
 
@@ -127,9 +128,13 @@ class _Ahead:
         self._changed = threading.Condition()
         self._next = 0  # place in the order of the first shard that has not been admitted
         self._admitted: set[int] = set()  # and still needed
-        self._wanted: list[int] = []  # admitted, and neither there nor being fetched
+        self._wanted: list[int] = []  # admitted, and neither known to be there nor being fetched
+        self._fetching: list[int] = []
         self._used = 0  # bytes of the admitted
-        self._full: set[int] = set()
+        cache = reader.cache
+        self._needed = {cache.path_of(reader.items[shard]).name for shard in self._order}
+        self._budget = cache.pin([], self._needed)
+        self._full: dict[int, float] = {}  # shards for which there is no room, and since when
         self._error: Exception | None = None
         self._is_stopped = False
         self._pinned: set[int] = set()
@@ -159,21 +164,38 @@ class _Ahead:
 
         Raises what fetching it raised.
         """
-        reader = self._reader
+        reader, began = self._reader, time.monotonic()
         with self._changed:
             while not reader.cache.has(reader.items[shard]):
                 if self._error is not None:
                     raise self._error
                 if self._is_stopped:
                     raise Stopped
-                if shard not in self._admitted and self._left[shard] <= 0:  # nobody expected it
-                    self._left[shard] += 1
+                if shard not in self._admitted and self._is_due(shard, began):
+                    self._left[shard] = max(self._left[shard], 1)
                     self._take(shard, first=True)
+                elif shard in self._admitted and shard not in {*self._wanted, *self._fetching}:
+                    self._wanted.insert(0, shard)  # it was there, and something removed it
+                    self._changed.notify()
                 may_read = reader.items[shard].by_range and not whole
                 if may_read and (shard in self._full or self._is_over()):
                     return False
+                if time.monotonic() > self._full.get(shard, math.inf) + STARVED:
+                    raise self._starved(shard)
                 self._changed.wait(POLL)
         return True
+
+    def _is_due(self, shard: int, began: float) -> bool:
+        """Return whether a shard is fetched out of its turn: nobody expected it, or others have its room."""
+        has_less = self._budget < self._reader.cache.limit
+        return self._left[shard] <= 0 or (has_less and time.monotonic() > began + PIN_EVERY)
+
+    def _starved(self, shard: int) -> RunError:
+        cache, item = self._reader.cache, self._reader.items[shard]
+        return RunError(
+            f"--cache: there is no room for {item.url}: other processes read what {cache.folder} holds; give "
+            "this one a folder of its own, or both a larger --cache-size"
+        )
 
     def _is_over(self) -> bool:
         """Return whether samples have waited long enough for whole shards."""
@@ -186,56 +208,68 @@ class _Ahead:
             if self._left[shard] <= 0 and shard in self._admitted:
                 self._admitted.remove(shard)
                 self._used -= self._reader.items[shard].size
+                self._reader.cache.note_use(self._reader.items[shard])
                 self._changed.notify()
 
     def _take(self, shard: int, first: bool = False) -> None:
         self._admitted.add(shard)
         self._used += self._reader.items[shard].size
         self._wanted.insert(0 if first else len(self._wanted), shard)
+        self._pinned_at = 0.0  # before it is fetched
         self._changed.notify()
 
     def _admit(self) -> None:
-        """Take as many more shards as there is room for, and let no process remove them."""
+        """Take as many more shards as there is room for, one at least, and let no process remove them."""
         before = self._next
         while self._next < len(self._order):
             shard = self._order[self._next]
-            if self._used + self._reader.items[shard].size > self._reader.cache.limit:
+            if self._admitted and self._used + self._reader.items[shard].size > self._budget:
                 break
             self._next += 1
             if self._left[shard] > 0 and shard not in self._admitted:
                 self._take(shard)
         now = time.monotonic()
         is_due = before != self._next or now > self._pinned_at + PIN_EVERY
-        if is_due and self._pinned != self._admitted:
-            self._reader.cache.pin(self._reader.items[shard] for shard in self._admitted)
+        if is_due and (self._pinned != self._admitted or self._next < len(self._order)):
+            items = (self._reader.items[shard] for shard in self._admitted)
+            self._budget = self._reader.cache.pin(items, self._needed)
             self._pinned, self._pinned_at = set(self._admitted), now
 
     def _work(self) -> None:
-        while True:
+        try:
+            while (shard := self._next_wanted()) is not None:
+                self._note_outcome(shard, self._reader.fetch(shard))
+        except Stopped:
+            return
+        except Exception as error:  # of the readers, which wait for it
             with self._changed:
-                self._admit()
-                while not self._wanted and not self._is_stopped:
-                    self._changed.wait(PIN_EVERY)
-                    self._admit()
-                if self._is_stopped or self._error is not None:
-                    return
-                shard = self._wanted.pop(0)
-            try:
-                outcome = self._reader.fetch(shard)
-            except Stopped:
-                return
-            except Exception as error:  # of the readers, which wait for it
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
-                return
-            with self._changed:
-                self._full.discard(shard)
-                if outcome is Outcome.FULL:
-                    self._full.add(shard)
-                if outcome is not Outcome.THERE and shard in self._admitted:
-                    self._wanted.insert(min(FETCHERS, len(self._wanted)), shard)
+                self._error = error
                 self._changed.notify_all()
+
+    def _next_wanted(self) -> int | None:
+        """Return the next shard to fetch, once there is one; None at the end."""
+        with self._changed:
+            self._admit()
+            while not self._wanted and not self._is_stopped:
+                self._changed.wait(PIN_EVERY)
+                self._admit()
+            if self._is_stopped or self._error is not None:
+                return None
+            self._fetching.append(self._wanted.pop(0))
+            return self._fetching[-1]
+
+    def _note_outcome(self, shard: int, outcome: Outcome) -> None:
+        with self._changed:
+            if outcome is Outcome.FULL:
+                self._full.setdefault(shard, time.monotonic())
+                self._changed.notify_all()
+                self._changed.wait(PIN_EVERY)
+            else:
+                self._full.pop(shard, None)
+            self._fetching.remove(shard)
+            if outcome is not Outcome.THERE and shard in self._admitted:
+                self._wanted.insert(min(FETCHERS, len(self._wanted)), shard)
+            self._changed.notify_all()
 
 
 def _as_option(size: int) -> str:

@@ -2,6 +2,8 @@
 
 A shard gets its name when it is whole: what a killed process leaves has another one. Names contain a hash of
 the object's tag: a changed object is another shard. Locks are the kernel's, which ends them with the process.
+Where room is needed, the shards whose last use is the longest ago go first, by the time of their files; those
+that a process keeps stay, and so does whatever has not a name of the cache's.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Set
 from enum import Enum
 from pathlib import Path
 
@@ -24,6 +28,8 @@ from pipelines.utils.errors import DataError, UsageError, os_error_line, way_out
 
 PARTIAL = ".partial"
 SPARE = 64 << 20  # bytes of the disk that are left free
+_OF_SHARD = re.compile(r"[0-9a-f]{24}-.+")
+_OF_PINS = re.compile(r"\d+-[0-9a-f]{8}\.json")
 
 
 class Outcome(Enum):
@@ -49,7 +55,7 @@ class ShardCache:
             for path in (self._shards, self._locks, self._pins):
                 path.mkdir(parents=True, exist_ok=True)
             with self._alone():
-                kept = sum(path.stat().st_size for path in self._shards.iterdir())
+                kept = sum(state.st_size for state in self._states().values())
             free = free_space(folder)
         except OSError as error:
             raise UsageError(
@@ -69,13 +75,35 @@ class ShardCache:
         except OSError:
             return False
 
-    def pin(self, items: Iterable[RemoteObject]) -> None:
-        """Keep these objects, and no others of earlier calls, from being removed by any process."""
-        names = [self.path_of(item).name for item in items]
-        with self._alone():
-            if not self._own_lock.is_locked:
-                self._own_lock.acquire(timeout=0)
-            atomic_write(self._pins / f"{self._own}.json", json.dumps(names).encode(), alone=True)
+    def note_use(self, item: RemoteObject) -> None:
+        """Let an object that is there be the last to be removed."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path_of(item))
+
+    def pin(self, items: Iterable[RemoteObject], needed: Set[str] = frozenset()) -> int:
+        """Keep these objects, and no others of earlier calls, from being removed by any process.
+
+        Returns how many bytes of objects with the names `needed` should be kept, so that processes which need
+        others have their part, or what they leave of it. Raises DataError if a file cannot be written.
+        """
+        own = {self.path_of(item).name: item.size for item in items}
+        try:
+            with self._alone():
+                if not self._own_lock.is_locked:
+                    self._own_lock.acquire(timeout=0)
+                path = self._pins / f"{self._own}.json"
+                if own:
+                    atomic_write(path, json.dumps(own).encode(), alone=True)
+                else:
+                    path.unlink(missing_ok=True)
+                others = [
+                    {name: size for name, size in pinned.items() if name not in needed}
+                    for pinned in self._pinned_by_others()
+                ]
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        kept = sum({name: size for pinned in others for name, size in pinned.items()}.values())
+        return max(self.limit // (1 + sum(map(bool, others))), self.limit - kept)
 
     def fetch(
         self,
@@ -90,6 +118,7 @@ class ShardCache:
         Raises what both do; DataError if the disk is full.
         """
         if self.has(item):
+            self.note_use(item)
             return Outcome.THERE
         path = self.path_of(item)
         lock = FileLock(self._locks / f"{path.name}.lock", timeout=0, fallback_to_soft=False)
@@ -135,28 +164,42 @@ class ShardCache:
         with self._alone():
             with contextlib.suppress(OSError):
                 partial.unlink()  # of a process that was killed
-            sizes = {}
-            for path in self._shards.iterdir():
-                with contextlib.suppress(OSError):
-                    state = path.stat()
-                    sizes[path] = state.st_size, state.st_mtime_ns
-            used = sum(found for found, _ in sizes.values())
-            room = min(self.limit - used, free_space(self._shards) - SPARE)
+            states = self._states()
+            room = self._room(states)
             if room < size:
                 pinned = self._pinned()
-                for path in sorted(sizes, key=lambda one: sizes[one][1]):
+                for path in sorted(states, key=lambda one: states[one].st_mtime_ns):
                     if self._is_free(path, pinned):
                         path.unlink(missing_ok=True)
-                        room += sizes[path][0]
+                        del states[path]
+                        room = self._room(states)
                         if room >= size:
                             break
             if room < size:
-                if used + size <= self.limit:
+                if sum(state.st_size for state in states.values()) + size <= self.limit:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
                 return False
             with partial.open("wb") as file:
                 file.truncate(size)
             return True
+
+    def _states(self) -> dict[Path, os.stat_result]:
+        """Return the cache's own files: whole shards, and those that are being fetched."""
+        found = {}
+        for path in self._shards.iterdir():
+            if _OF_SHARD.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    state = path.stat()
+                    if stat.S_ISREG(state.st_mode):
+                        found[path] = state
+        return found
+
+    def _room(self, states: dict[Path, os.stat_result]) -> float:
+        """Return the bytes that another shard may have; what is to be written to others is theirs."""
+        used = sum(state.st_size for state in states.values())
+        coming = [state for path, state in states.items() if path.name.endswith(PARTIAL)]
+        promised = sum(max(0, state.st_size - 512 * state.st_blocks) for state in coming)
+        return min(self.limit - used, free_space(self._shards) - SPARE - promised)
 
     def _is_free(self, path: Path, pinned: set[str]) -> bool:
         """Return whether nobody needs a file: a shard that is not pinned, or what a killed process left."""
@@ -165,16 +208,33 @@ class ShardCache:
         return _can_lock(self._locks / f"{path.name.removesuffix(PARTIAL)}.lock")
 
     def _pinned(self) -> set[str]:
-        """Return the shards that a process keeps; forget processes that are gone."""
-        names: set[str] = set()
-        for path in self._pins.glob("*.json"):
+        """Return the shards that a process keeps."""
+        own = self._pins / f"{self._own}.json"
+        kept = [_read_pins(own), *self._pinned_by_others()]
+        return {name for pinned in kept for name in pinned}
+
+    def _pinned_by_others(self) -> list[dict[str, int]]:
+        """Return what each of the other processes keeps, with its bytes; forget those that are gone."""
+        found = []
+        for path in self._pins.iterdir():
+            if path.stem == self._own or not _OF_PINS.fullmatch(path.name):
+                continue
             lock = self._locks / f"{path.stem}.lock"
-            if path.stem != self._own and _can_lock(lock):
+            if _can_lock(lock):
                 for gone in (path, lock):
                     gone.unlink(missing_ok=True)
-                continue
-            names |= set(json.loads(path.read_bytes()))
-        return names
+            else:
+                found.append(_read_pins(path))
+        return found
+
+
+def _read_pins(path: Path) -> dict[str, int]:
+    """Return the names and bytes of shards; {} without a file, or if another version wrote it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else dict.fromkeys(found, 0)
 
 
 def _can_lock(path: Path) -> bool:

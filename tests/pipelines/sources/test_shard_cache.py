@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +13,11 @@ import threading
 import numpy as np
 import pytest
 
-from pipelines.sources import shard_cache
+from pipelines.sources import remote_reader, shard_cache
 from pipelines.sources.remote_reader import ShardReader, _most_at_once
 from pipelines.sources.shard_cache import Outcome, ShardCache
 from pipelines.storage.remote import RemoteObject
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.helpers import processes
 
 SIZE = 1000
@@ -68,12 +69,43 @@ def reader_of(cache: ShardCache, count: int) -> tuple[ShardReader, Recorded]:
     return ShardReader(storage, [item(n) for n in range(count)], cache), storage  # type: ignore[arg-type]
 
 
-def test_what_is_no_longer_needed_makes_room_the_oldest_first(cache):
+def age(cache: ShardCache, *of: int) -> None:
+    """Let these have been used in this order, long ago."""
+    for i, number in enumerate(of):
+        os.utime(cache.path_of(item(number)), (i, i))
+
+
+def test_what_was_used_the_longest_ago_makes_room(cache):
     for number in range(3):
         assert fetch(cache, number) is Outcome.THERE
-        os.utime(cache.path_of(item(number)), (number, number))
+    age(cache, 1, 0, 2)
     assert fetch(cache, 3) is Outcome.THERE
-    assert numbers(cache) == [1, 2, 3]
+    assert numbers(cache) == [0, 2, 3]
+    age(cache, 0, 2, 3)
+    assert fetch(cache, 0) is Outcome.THERE  # a use
+    assert fetch(cache, 4) is Outcome.THERE
+    assert numbers(cache) == [0, 3, 4]
+    reader, _ = reader_of(cache, 5)
+    reader.expect(np.array([3, 3]))
+    age(cache, 3, 0, 4)
+    reader.read(3, 0, 1)
+    reader.read(3, 0, 1)  # the last one
+    reader.stop()
+    assert fetch(cache, 5) is Outcome.THERE
+    assert numbers(cache) == [3, 4, 5]
+
+
+def test_files_that_are_not_the_caches_are_neither_removed_nor_counted(tmp_path):
+    mine = [tmp_path / "shards" / "train-000000.tar", tmp_path / "pins" / "mine.json"]
+    (tmp_path / "shards" / f"{'0' * 24}-folder").mkdir(parents=True)
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 3 * SIZE)
+    cache = ShardCache(tmp_path, 3 * SIZE)
+    for number in range(5):
+        assert fetch(cache, number) is Outcome.THERE
+    assert numbers(cache) == [2, 3, 4]
+    assert all(path.read_bytes() == b"x" * 3 * SIZE for path in mine)
 
 
 def test_what_any_process_pins_stays(cache, tmp_path):
@@ -86,6 +118,28 @@ def test_what_any_process_pins_stays(cache, tmp_path):
     other.pin([item(1)])
     assert fetch(cache, 3) is Outcome.THERE
     assert numbers(cache) == [1, 2, 3]
+
+
+def test_processes_that_need_other_shards_have_their_part_each(cache, tmp_path):
+    one, other = ({cache.path_of(item(n)).name for n in of} for of in ([0, 1, 2], [5, 6, 7]))
+    second, third = ShardCache(tmp_path, 3 * SIZE), ShardCache(tmp_path, 3 * SIZE)
+    assert cache.pin([item(0), item(1), item(2)], one) == 3 * SIZE
+    assert second.pin([item(0)], one) == 3 * SIZE  # another process of the same run
+    assert third.pin([], other) == SIZE
+    third.pin([item(5)], other)
+    assert cache.pin([item(0)], one) == 2 * SIZE
+    assert second.pin([], one) == 2 * SIZE
+
+
+def test_what_another_version_noted_is_kept_too(cache, tmp_path):
+    other = ShardCache(tmp_path, 3 * SIZE)
+    other.pin([item(0), item(1)])
+    (note,) = (tmp_path / "pins").glob("*.json")
+    note.write_text(json.dumps([cache.path_of(item(n)).name for n in (0, 1)]))
+    for number in range(3):
+        fetch(cache, number)
+    assert fetch(cache, 3) is Outcome.THERE
+    assert numbers(cache) == [0, 1, 3]
 
 
 def test_an_object_of_another_tag_is_another_shard(cache):
@@ -140,6 +194,31 @@ def test_a_full_disk_is_told_in_one_line(cache, monkeypatch):
 
     with pytest.raises(DataError, match="No space left"):
         cache.fetch(item(0), full)
+    assert not [*(cache.folder / "shards").iterdir()]
+
+
+def test_what_is_being_fetched_has_its_room_on_the_disk(cache, monkeypatch):
+    monkeypatch.setattr(shard_cache, "SPARE", 0)
+    monkeypatch.setattr(shard_cache, "free_space", lambda _: 1.5 * SIZE)
+
+    def copy(_file: int) -> None:
+        with pytest.raises(DataError, match="No space left"):
+            fetch(cache, 1)
+
+    assert cache.fetch(item(0), copy) is Outcome.THERE
+
+
+def test_a_full_disk_that_takes_no_notes_ends_the_reads_that_wait(cache, monkeypatch):
+    reader, _ = reader_of(cache, 5)
+    reader.expect(np.array([0, 1, 2, 3, 4]))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    monkeypatch.setattr(shard_cache, "atomic_write", full)
+    with pytest.raises(DataError, match=r"--cache: cannot write .*No space left"):
+        [reader.read(number, 0, 1) for number in range(5)]
+    reader.stop()
 
 
 def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path):
@@ -180,6 +259,58 @@ def test_processes_of_a_machine_fetch_each_shard_once(tmp_path):
         reader.stop()
     copied = [number for _, storage in pairs for number in storage.copied]
     assert sorted(copied) == list(range(8))
+
+
+def trainings_at_once(folder, by_range: bool) -> list[Recorded]:
+    """Two, of other data and several epochs, in windows of two shards; a cache holds three."""
+    errors, storages = [], []
+
+    def work(number: int) -> None:
+        items = [
+            RemoteObject(f"s3://{number}/{n}.tar", SIZE, "a", by_range=by_range) for n in range(8)
+        ]
+        storages.append(storage := Recorded())
+        reader = ShardReader(storage, items, ShardCache(folder, 3 * SIZE))  # type: ignore[arg-type]
+        order = np.repeat(np.arange(8).reshape(4, 2), 3, axis=0).ravel()
+        try:
+            for _ in range(3):
+                reader.expect(order)
+                for shard in order.tolist():
+                    assert reader.read(shard, 0, 1) == bytes([shard])
+        except RunError as error:
+            errors.append(error)
+        finally:
+            reader.stop()
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return storages
+
+
+def test_two_trainings_share_a_cache_that_is_too_small_for_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_reader, "POLL", 0.002)
+    monkeypatch.setattr(remote_reader, "PIN_EVERY", 0.01)
+    for storage in trainings_at_once(tmp_path, by_range=True):
+        assert len(storage.copied) <= 3 * 8  # none is fetched twice for an epoch
+        assert len(storage.copied) + len(storage.read_by_range) < 3 * 24
+
+
+def test_without_ranges_they_end_or_say_that_there_is_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_reader, "POLL", 0.002)
+    monkeypatch.setattr(remote_reader, "PIN_EVERY", 0.01)
+    monkeypatch.setattr(remote_reader, "STARVED", 0.2)
+    other = ShardCache(tmp_path, 3 * SIZE)
+    for number in range(3):
+        fetch(other, number)
+    other.pin([item(number) for number in range(3)])
+    with pytest.raises(RunError, match=r"--cache: there is no room for s3://\d/0.tar"):
+        trainings_at_once(tmp_path, by_range=False)
+    other.pin([])
 
 
 def test_a_cache_smaller_than_what_is_open_at_once_is_an_error_with_the_number(cache):
