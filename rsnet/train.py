@@ -162,7 +162,7 @@ def run(
             )
             _load_weights(context, start, initial)
             freeze(model, resolved.freeze, network)
-            # All ranks built the same network; dropout and stochastic depth are each one's own.
+            # All ranks built the same network; dropout is each one's own.
             torch.manual_seed(rank_seed(resolved.seed, distributed.rank()))
             if resolved.evaluate:
                 return evaluate(context, writes=config.output is not None)
@@ -291,7 +291,8 @@ def _create_model(
     say: Callable[[str], None],
 ) -> ResolutionSwitchable:
     is_ordinary = start.checkpoint is None and initial is None
-    model = create_model(network, config.pretrained if is_ordinary else None, config.fixed_qa, say)
+    pretrained = config.pretrained if is_ordinary else None
+    model = create_model(network, pretrained, config.fixed_qa, say, drop_path=config.drop_path)
     if config.train_size_scale != 1 and not config.evaluate:
         option = f"--train-size-scale {config.train_size_scale}"
         check_sizes(model, config.arch, config.train_sizes, option)

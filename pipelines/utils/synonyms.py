@@ -62,6 +62,7 @@ _MEANINGS: dict[tuple[str, ...], str] = {
     ("deterministic",): "cudnn-deterministic",
     ("auto-augment",): "autoaugment randaug rand-augment augment trivial-augment",
     ("ra-magnitude",): "randaug-magnitude rand-magnitude",
+    ("drop-path",): "drop-path-rate droppath stochastic-depth drop-connect drop-connect-rate",
     ("layer-decay",): "layer-wise-decay layerwise-lr-decay layer-lr-decay llrd lr-layer-decay",
     ("random-erase",): "random-erasing re-prob erase-prob random-erase-prob",
     ("ra-reps",): "ra-sampler repeated-aug repeat-aug repeated-augmentation",

@@ -109,6 +109,7 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             _within(0, MANY),
             "must be 0 or a number of epochs, 1000000 at most",
         ),
+        ("--drop-path", c.drop_path, _share, "must be at least 0 and less than 1"),
         (
             "--layer-decay",
             c.layer_decay,

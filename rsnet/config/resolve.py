@@ -36,7 +36,7 @@ OF_A_RECIPE = {
     "warmup",
 }  # unless the recipe changes; fmt: skip
 TAKEN_OVER = OF_A_RECIPE | {
-    "bce_target_thresh", "clip_grad", "epochs", "freeze", "layer_decay", "loss", "pretrained",
+    "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "layer_decay", "loss", "pretrained",
     "ra_magnitude", "recipe", "seed", "sizes_per_step", "teacher", "teacher_size", "teacher_temperature",
     "teacher_weight", "weight_decay",
 }  # fmt: skip

@@ -72,6 +72,12 @@ class ModelOptions(Generic[Unset]):
     """Start from trained weights: of a run directory, checkpoint, release or file of the original code; or of
     the ordinary, single-resolution network, its library's or a file. Unset: random initialisation."""
 
+    drop_path: Annotated[
+        float | None, arg(aliases=("--stochastic-depth-prob",), metavar="FLOAT")
+    ] = None
+    """Share of the images for which training leaves out the last block's residual branch, of those before it
+    less (stochastic depth). Unset: the library's, which is 0, of torchvision's EfficientNets 0.2."""
+
     freeze: Annotated[str | Unset, arg(metavar="none|backbone|LAYER")] = UNSET
     """Weights that stay as they are: backbone, all but the classifier; or all up to the layer of this name.
     BatchNorm always learns. Unset: none."""

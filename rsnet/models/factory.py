@@ -34,6 +34,7 @@ from rsnet.config.model_config import (
 from rsnet.models import preact_resnet
 from rsnet.models.layers.activations import convert_activations
 from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
+from rsnet.models.layers.drop_path import convert_to_drop_path
 from rsnet.models.layers.onednn_workarounds import (
     convert_depthwise_convs,
     convert_pointwise_convs,
@@ -76,6 +77,8 @@ def create_model(
     pretrained: str | None = None,
     fixed_qa: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    *,
+    drop_path: float | None = None,
 ) -> ResolutionSwitchable:
     """Build the network that `config` describes, with private BatchNorm per size.
 
@@ -86,10 +89,13 @@ def create_model(
 
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
     fixed_qa: see `rsnet.models.quantization.lq_nets.quantize`. say: is told what is not taken from them.
+    drop_path: the largest rate of stochastic depth, see `rsnet.models.layers.drop_path`; None: the library's
+    own, 0 of almost all.
 
-    Raises UsageError for an unknown arch, a width or a mode that it does not have, or sizes too small for it.
+    Raises UsageError for an unknown arch, a width or a mode that it does not have, sizes too small for it, or
+    a `drop_path` without branches to drop.
     """
-    network = build_ordinary(config)
+    network = build_ordinary(config, drop_path)
     if config.stem == "small":
         convert_to_small_stem(network)
     if pretrained is not None:
@@ -104,6 +110,11 @@ def create_model(
     convert_activations(network)
     if config.mode == "resnet" and config.qw != FULL and pretrained is None:
         _init_as_authors_quantized(network)
+    if not convert_to_drop_path(network, drop_path) and drop_path:
+        raise UsageError(
+            f"--drop-path {drop_path}: {config.arch} has no residual branches that can be dropped; leave it "
+            "out"
+        )
     try:
         quantize(network, config.qw, config.qa, fixed_qa=fixed_qa)
         if pretrained is not None:
@@ -183,16 +194,19 @@ def fuse_batchnorm(model: ResolutionSwitchable, arch: str) -> str:
     return f"--fused-bn: {len(fused)} of {len(norms)} BatchNorm layers are fused{alone}"
 
 
-def build_ordinary(config: ModelConfig) -> nn.Module:
+def build_ordinary(config: ModelConfig, drop_path: float | None = None) -> nn.Module:
+    """Return the network of one resolution. drop_path: passed to its library where that knows it."""
     arguments = config.arch, config.num_classes, config.width_mult
     if config.mode != "resnet":
         return _build_preact(*arguments, config.mode)
     if config.arch.startswith(TIMM_PREFIX):
-        return _build_timm(*arguments)
-    return _build_torchvision(*arguments)
+        return _build_timm(*arguments, drop_path)
+    return _build_torchvision(*arguments, drop_path)
 
 
-def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Module:
+def _build_torchvision(
+    arch: str, num_classes: int, width_mult: float, drop_path: float | None
+) -> nn.Module:
     if arch not in list_models():
         raise UsageError(f"--arch {arch}: unknown; {_suggest(arch, list_models())}")
     _, name = library_name(arch)
@@ -202,7 +216,10 @@ def _build_torchvision(arch: str, num_classes: int, width_mult: float) -> nn.Mod
     parameters = inspect.signature(_network_class(builder)).parameters
     if width_mult != 1.0 and "width_mult" not in parameters:
         raise UsageError(f"--width-mult {width_mult}: {arch} has no width to multiply")
-    network: nn.Module = builder(weights=None, **builder_options(arch, num_classes, width_mult))
+    options = builder_options(arch, num_classes, width_mult)
+    if drop_path is not None and "stochastic_depth_prob" in parameters:
+        options["stochastic_depth_prob"] = drop_path
+    network: nn.Module = builder(weights=None, **options)
     return network
 
 
@@ -266,7 +283,9 @@ def _init_as_authors_quantized(network: nn.Module) -> None:
         init_classifier(network.fc)
 
 
-def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
+def _build_timm(
+    arch: str, num_classes: int, width_mult: float, drop_path: float | None
+) -> nn.Module:
     try:
         import timm
     except ImportError:
@@ -280,7 +299,12 @@ def _build_timm(arch: str, num_classes: int, width_mult: float) -> nn.Module:
         known = [TIMM_PREFIX + n for n in timm.list_models()]
         raise UsageError(f"--arch {arch}: unknown to timm; {_suggest(arch, known)}")
     options = builder_options(arch, num_classes, width_mult)
-    network: nn.Module = timm.create_model(name, pretrained=False, **options)
+    try:  # it leaves out what is None
+        network: nn.Module = timm.create_model(name, drop_path_rate=drop_path, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        network = timm.create_model(name, **options)
     return network
 
 

@@ -19,6 +19,7 @@ from rsnet.models.quantization.lq_nets import BasisUpdater
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
 from rsnet.training.cuda_graph import UpdateGraphs
+from rsnet.training.drop_path import DropPathSampler
 from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
 from rsnet.training.nonfinite import BatchNormBackup, FiniteGuard
@@ -37,6 +38,7 @@ class Trainer:
     most_skipped: updates in a row that may be left out because a loss is not finite.
     bases: those of learned quantizers, which follow every update.
     teacher: a frozen network that teaches every size; it sees each batch as it was mixed.
+    drop_path: draws the residual branches that a batch's samples go without.
     cuda_graphs: whether updates are CUDA graphs; not with `sizes_at`, `bases` or DDP. say: is told if not.
     """
 
@@ -56,6 +58,7 @@ class Trainer:
         most_skipped: int = 0,
         bases: BasisUpdater | None = None,
         teacher: Teacher | None = None,
+        drop_path: DropPathSampler | None = None,
         cuda_graphs: bool = False,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -71,6 +74,7 @@ class Trainer:
         self.ema = ema
         self.bases = bases
         self.teacher = teacher
+        self.drop_path = drop_path
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.guard = FiniteGuard(device, most_skipped)
         self.means = LossMeter()  # since the last report
@@ -86,6 +90,8 @@ class Trainer:
         """
         if self.mix is not None:
             batch = self.mix(batch, self.step * self.accumulate + self._batches)
+        if self.drop_path:
+            self.drop_path.draw(self.step, self._batches, self.device)
         first = self._batches == 0
         self._batches += 1
         if self.graphs is None:
@@ -252,6 +258,9 @@ def make_trainer(
         most_skipped=c.most_skipped,
         bases=BasisUpdater(model, model.sizes) if c.is_quantized else None,
         teacher=teacher,
+        drop_path=DropPathSampler(
+            model, c.batch_size, c.seed, distributed.rank(), distributed.world_size()
+        ),
         cuda_graphs=c.cuda_graphs,
         say=say,
     )

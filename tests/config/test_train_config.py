@@ -160,6 +160,7 @@ def test_the_originals_short_names_work():
         ("--no-norm-weight-decay", "decay", "weights"),
         ("--decay weights", "decay", "weights"),
         ("--bce-loss", "loss", "bce"),
+        ("--stochastic-depth-prob 0.1", "drop_path", 0.1),
     ],
 )
 def test_the_names_of_timm_and_torchvision_work(words, name, value):

@@ -12,12 +12,10 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from pipelines.batch import Batch
-from pipelines.dali import DaliOptions
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
-from rsnet.config.train_config import to_plain_dict
+from rsnet.config.train_config import TrainConfig, to_plain_dict
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training import resume
@@ -75,7 +73,6 @@ def test_factors_are_timms(arch, name):
         ("parallel_resnet10", {"stem": "small", "blurpool": True}, "conv1", 6),
         ("parallel_resnet18", {"mode": "preact", "qw": 4, "qa": 4}, "conv1", 10),
         ("parallel_mobilenetv2", {"width_mult": 0.25}, "features.0.", 1 + 17 + 1 + 1),
-        ("parallel_googlenet", {}, "conv1", 3 + 9 + 1),
     ],
 )
 def test_a_layer_is_a_block_from_the_stem_to_the_classifier(arch, more, stem, layers):
@@ -138,15 +135,15 @@ def test_each_layer_moves_as_by_its_own_rate(opt):
         torch.testing.assert_close(p, like)
 
 
-def _resolve(*words: str, previous=None):
-    line = "--data d --arch parallel_resnet10 --width-mult 0.125 --stem small --sizes 32 24"
-    config, _ = parse(DaliOptions, [*line.split(), "--epochs", "2", "--lr", "0.01", *words])
+def _resolve(previous=None, **more):
+    sizes = {"arch": "parallel_resnet10", "width_mult": 0.125, "stem": "small", "sizes": (32, 24)}
+    config = TrainConfig(data="d", epochs=2, lr=0.01, **sizes, **more)
     return resolve(config, world_size=1, device_type="cpu", has_bf16=False, previous=previous)
 
 
-def _trainer(*words: str) -> Trainer:
+def _trainer(**more) -> Trainer:
     torch.manual_seed(0)
-    return make_trainer(_resolve(*words), create_model(NETWORK), 3, 4, CPU)
+    return make_trainer(_resolve(**more), create_model(NETWORK), 3, 4, CPU)
 
 
 def _update(trainer: Trainer, times: int) -> None:
@@ -162,8 +159,8 @@ def _saved(trainer: Trainer) -> Checkpoint:
 
 def test_a_resume_with_another_decay_keeps_each_parameters_momentum():
     """One has more groups than the other, and several layers have filters of the same shape."""
-    for before, after in (([], ["--layer-decay", "0.5"]), (["--layer-decay", "0.5"], [])):
-        trained, again = _trainer(*before), _trainer(*after)
+    for before, after in ((1.0, 0.5), (0.5, 1.0)):
+        trained, again = _trainer(layer_decay=before), _trainer(layer_decay=after)
         _update(trained, 1)
         assert resume.load_training_state(again, again.objective.model, _saved(trained)) == []
         models = [t.objective.model.named_parameters() for t in (trained, again)]
@@ -173,7 +170,7 @@ def test_a_resume_with_another_decay_keeps_each_parameters_momentum():
 
 
 def test_a_training_goes_on_to_the_bit():
-    whole, again = (_trainer("--layer-decay", "0.5", "--opt", "nesterov") for _ in range(2))
+    whole, again = (_trainer(layer_decay=0.5, sgd="nesterov") for _ in range(2))
     _update(whole, 2)
     saved = _saved(whole)
     _update(whole, 2)
@@ -186,12 +183,10 @@ def test_a_training_goes_on_to_the_bit():
 
 
 def test_a_resumed_run_has_its_own_decay_unless_another_is_given():
-    before = to_plain_dict(_resolve("--layer-decay", "0.5"))
-    assert _resolve(previous=before).layer_decay == 0.5
-    assert (
-        _resolve(previous={k: v for k, v in before.items() if k != "layer_decay"}).layer_decay == 1
-    )
-    given = _resolve("--layer-decay", "0.9", previous=before)
+    before = to_plain_dict(_resolve(layer_decay=0.5))
+    assert _resolve(before).layer_decay == 0.5
+    assert _resolve({k: v for k, v in before.items() if k != "layer_decay"}).layer_decay == 1
+    given = _resolve(before, layer_decay=0.9)
     assert resume.changes(before, to_plain_dict(given)) == ["--layer-decay 0.5 -> 0.9"]
 
 
@@ -200,7 +195,8 @@ def test_a_resumed_run_has_its_own_decay_unless_another_is_given():
 def test_two_processes_train_as_one_with_both_batches(photos, tmp_path):
     for name, ranks, more in (("one", 1, ["--accumulate", "2"]), ("two", 2, [])):
         words = faults.command(
-            photos, tmp_path / name, "-b", "2", *more, "--epochs", "1", "--mixup", "0", "--layer-decay", "0.5"
+            photos, tmp_path / name, "-b", "2", *more, "--epochs", "1", "--mixup", "0",
+            "--layer-decay", "0.5", "--drop-path", "0.3",
         )  # fmt: skip
         faults.finish(words if ranks == 1 else faults.torchrun(2, words))
     one, two = (faults.saved(tmp_path / name)["model"] for name in ("one", "two"))

@@ -33,7 +33,7 @@ def _trainer(*words: str):
 
 
 def test_random_numbers_go_on_where_they_were():
-    """Dropout and stochastic depth draw from PyTorch's generator."""
+    """Dropout draws from PyTorch's generator."""
     trainer, model = _trainer()
     torch.manual_seed(3)
     torch.rand(5)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from rsnet.models.layers.drop_path import DropPathBasicBlock, DropPathBottleneck
 from rsnet.models.switchable import SwitchableBatchNorm2d
 
 Activation = Literal["none", "relu", "relu6"]
@@ -232,6 +233,11 @@ def _places(module: Any) -> Iterator[tuple[dict[Any, Activation], Callable[[], N
     elif kind is Bottleneck:
         norms: dict[Any, Activation] = dict.fromkeys((module.bn1, module.bn2, module.bn3), "relu")
         yield norms, partial(_become, module, _FusedBottleneck)
+    elif kind is DropPathBasicBlock:
+        yield {module.bn1: "relu"}, partial(module.set_submodule, "act1", nn.Identity())
+    elif kind is DropPathBottleneck:
+        norms = dict.fromkeys((module.bn1, module.bn2), "relu")
+        yield norms, partial(module.set_submodule, "act1", nn.Identity())
     elif kind is InvertedResidual and module.use_res_connect:
         yield {module.conv[-1]: "none"}, partial(_become, module, _FusedInvertedResidual)
     elif isinstance(module, ResNet):
