@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     """The samples of one step at every size.
 
     images: one (N, 3, s, s) tensor per size, the largest first, channels-last in memory, normalised; in
-    training those of `LoaderSpec.extra_sizes` follow. labels: (N,) int64. weights: (N,) float32, the
+    training those of `LoaderSpec.extra_sizes` follow, and one that `LoaderSpec.used` leaves out may be
+    (N, 3, 0, 0). labels: (N,) int64. weights: (N,) float32, the
     samples' in the loss, or None if all are equal. All on one device.
     """
 
@@ -79,6 +80,8 @@ class LoaderSpec:
     node_of_rank: numbers from 0 on, by rank; () for a single node.
     train_sizes: of training batches in place of `sizes`, as many; () for the same.
     extra_sizes: of training batches, after `sizes`: the same crop at other sizes, flipped as the largest is.
+    used: by the first epoch that it is for, the places in `sizes` of what training uses, of which alone
+    pipelines need to make images; () for all of them.
     """
 
     data: str | Path
@@ -101,17 +104,26 @@ class LoaderSpec:
     balanced_sampling: bool = False
     train_sizes: tuple[int, ...] = ()
     extra_sizes: tuple[int, ...] = ()
+    used: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def all_sizes(self) -> tuple[int, ...]:
         """The sizes of a batch's images, in their order."""
         return self.sizes + self.extra_sizes
 
+    def sizes_in(self, epoch: int) -> tuple[int, ...]:
+        """Return `all_sizes`, with 0 for those that an epoch does not use."""
+        if not self.used:
+            return self.all_sizes
+        _, places = max(part for part in self.used if part[0] <= epoch)
+        used = (size if i in places else 0 for i, size in enumerate(self.sizes))
+        return (*used, *self.extra_sizes)
+
     def of_split(self, training: bool) -> LoaderSpec:
         """Return the options of the training or of the validation data."""
         if training:
             return replace(self, sizes=self.train_sizes or self.sizes)
-        return replace(self, extra_sizes=())
+        return replace(self, extra_sizes=(), used=())
 
 
 class Loaders(NamedTuple):

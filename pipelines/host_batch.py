@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -67,9 +67,9 @@ def check_sizes(spec: LoaderSpec) -> None:
         raise UsageError(f"--sizes {min(spec.sizes)}: at least {MIN_SIZE} pixels")
 
 
-def allocate_blocks(spec: LoaderSpec, count: int) -> list[Tensor]:
-    """Allocate `count` images at each size: (count, s, 3 * s) in the compute dtype."""
-    return [torch.empty((count, s, 3 * s), dtype=spec.dtype) for s in spec.all_sizes]
+def allocate_blocks(sizes: Sequence[int], count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Allocate `count` images at each size: (count, s, 3 * s)."""
+    return [torch.empty((count, s, 3 * s), dtype=dtype) for s in sizes]
 
 
 def as_images(blocks: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -57,6 +57,7 @@ from rsnet.training.fine_tune import freeze, read_switchable, start_from
 from rsnet.training.resume import Start, adopted, find_start
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted
+from rsnet.training.size_schedule import used_images
 from rsnet.training.teacher import TeacherSource, extra_sizes, make_teacher, read_teacher
 from rsnet.training.trainer import require_trainable
 
@@ -355,6 +356,7 @@ def _spec(
         class_weights=config.class_weights,
         balanced_sampling=config.balanced_sampling,
         extra_sizes=extra_sizes(teacher, config.train_sizes),
+        used=used_images(config, teacher.sizes if teacher else ()),
     )
 
 

@@ -134,7 +134,8 @@ class DaliLoader(ScheduledLoader):
         if self._resizer is None:
             self._resizer = Resizer(self._spec, self._options.workers)
         # One batch is resized while the next is awaited; DALI prepares those behind it.
-        return iterate_finished(self._outputs(epoch, first_step, self._resizer.start), ahead=1)
+        start = partial(self._resizer.start, self._spec.sizes_in(epoch))
+        return iterate_finished(self._outputs(epoch, first_step, start), ahead=1)
 
     def _outputs(
         self, epoch: int, first_step: int, take: Callable[[tuple[Any, ...], Target], Taken]
@@ -238,11 +239,14 @@ class Resizer:
         self._spec, self._table = spec, pixel_table(spec)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dali-resize")
 
-    def start(self, outputs: tuple[Any, ...], target: Target) -> HostBatch:
-        """Start on the outputs of `crop_graph` or `image_graph`, whose memory the batch keeps alive."""
+    def start(self, sizes: Sequence[int], outputs: tuple[Any, ...], target: Target) -> HostBatch:
+        """Start on the outputs of `crop_graph` or `image_graph`, whose memory the batch keeps alive.
+
+        sizes: 0 for one that is not needed.
+        """
         images, *flips = outputs
         count = len(target[0])
-        blocks = allocate_blocks(self._spec, count)
+        blocks = allocate_blocks(sizes, count, self._spec.dtype)
         outs = [as_array(block) for block in blocks]
         mirror = flips[0].as_array() if flips else None
         return HostBatch(
@@ -272,12 +276,15 @@ class Resizer:
             pixels = np.asarray(images[i])  # .at(i) would copy
             height, width, _ = pixels.shape
             box, rows = Rectangle(0, 0, height, width), pixels.reshape(height, 3 * width)
-            for k, size in enumerate(self._spec.all_sizes):
+            for k, out in enumerate(outs):
+                size = out.shape[1]
+                if size == 0:
+                    continue
                 if mirror is None:
                     view, flip = eval_view(height, width, size), False
                 else:
                     view, flip = View(size, size, 0, 0), bool(mirror[i, k])
-                resize(rows, box, view, flip, self._table, outs[k][i])
+                resize(rows, box, view, flip, self._table, out[i])
 
 
 class _Feed:

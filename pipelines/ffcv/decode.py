@@ -89,9 +89,11 @@ def _decode_crop(file: int, samples: Samples, i: int, crop_params: CropParams) -
 
 @_compiled
 def _write(pixels: Bytes, box: Rectangle, job: Job, i: int, flip: NDArray[np.bool_]) -> None:
-    """Write the crop `box` of sample `i`, (height, 3 * width), at every size."""
+    """Write the crop `box` of sample `i`, (height, 3 * width), at every size but 0."""
     for k in range(len(job.outs)):
         out = job.outs[k][i]
+        if len(out) == 0:
+            continue
         resize(pixels, box, View(len(out), len(out), 0, 0), flip[i, k], job.table, out)
 
 

@@ -155,7 +155,7 @@ class FfcvLoader(ScheduledLoader):
 
     def _start(self, workers: _Workers, epoch: int, indices: Indices) -> HostBatch:
         spec, count, rows = self._spec, len(indices), self.schedule.rows(indices)
-        buffer, blocks = self._buffers(count)
+        buffer, blocks = self._buffers(spec.sizes_in(epoch), count)
         status = np.empty(count, np.uint8)
         views: Views = ffcv_decode.eval_views
         params: tuple[Any, ...] = ()
@@ -177,15 +177,15 @@ class FfcvLoader(ScheduledLoader):
         finish = partial(self._finish, rows, buffer, blocks, status)
         return HostBatch(workers.pool, count, fill, finish)
 
-    def _buffers(self, count: int) -> tuple[Tensor | None, list[Tensor]]:
+    def _buffers(self, sizes: Sequence[int], count: int) -> tuple[Tensor | None, list[Tensor]]:
         """Allocate one (count, s, 3 * s) block per size, and return the pinned buffer behind them, if any.
 
         On the CPU the blocks have the compute dtype: the threads write what the network reads. For a
         GPU they are bytes, views of one pinned buffer, which is copied there at once.
         """
         if self._spec.device.type == "cpu":
-            return None, allocate_blocks(self._spec, count)
-        shapes = [(count, s, 3 * s) for s in self._spec.all_sizes]
+            return None, allocate_blocks(sizes, count, self._spec.dtype)
+        shapes = [(count, s, 3 * s) for s in sizes]
         lengths = [math.prod(shape) for shape in shapes]
         buffer = torch.empty(sum(lengths), dtype=torch.uint8, pin_memory=True)
         blocks = zip(torch.split(buffer, lengths), shapes, strict=True)

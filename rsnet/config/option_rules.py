@@ -11,6 +11,7 @@ from pipelines.sources.options import SplitOptions
 from pipelines.utils.errors import UsageError
 from rsnet.config.bounds import MANY, MOST_IMAGES, MOST_KEPT, MOST_LR, MOST_PIXELS
 from rsnet.config.model_config import BITS, FULL
+from rsnet.config.size_schedule import is_schedule
 
 LONG_S = 1e8  # three years; much more is too long for the clocks of gloo and NCCL, which count nanoseconds
 
@@ -118,6 +119,12 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
         ),
         ("--clip-grad", c.clip_grad, _not_negative, "must be 0 or a positive number"),
         ("--sizes-per-step", c.sizes_per_step, _positive, "at least 2 sizes are needed"),
+        (
+            "--size-schedule",
+            c.size_schedule,
+            is_schedule,
+            "give EPOCHS:SIZE[,SIZE...] of each part, as in 0:128 40:160,128 80:all",
+        ),
         (
             "--teacher-weight",
             c.teacher_weight,

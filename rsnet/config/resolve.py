@@ -14,9 +14,11 @@ from pipelines.sources.patterns import is_pattern
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.location import Location, Url, location, url_of
 from pipelines.utils.schema import read_json
+from rsnet.config import size_schedule
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
 from rsnet.config.optimizers import is_of_other_optimizer, rate_and_decay
 from rsnet.config.recipes import RecipeName, get_recipe
+from rsnet.config.size_schedule import Phase
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
 from rsnet.config.train_config import TrainConfig, TrainOptions
 
@@ -37,14 +39,15 @@ OF_A_RECIPE = {
 }  # unless the recipe changes; fmt: skip
 TAKEN_OVER = OF_A_RECIPE | {
     "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "layer_decay", "loss", "pretrained",
-    "ra_magnitude", "recipe", "seed", "sizes_per_step", "teacher", "teacher_size", "teacher_temperature",
-    "teacher_weight", "weight_decay",
+    "ra_magnitude", "recipe", "seed", "size_schedule", "sizes_per_step", "teacher", "teacher_size",
+    "teacher_temperature", "teacher_weight", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "layer_decay": 1.0, "loss": "ce",
     "bce_target_thresh": 0.0, "teacher": "none", "teacher_weight": 1.0, "teacher_temperature": 1.0,
+    "size_schedule": size_schedule.WITHOUT,
 }  # fmt: skip
 
 
@@ -70,6 +73,17 @@ class ResolvedConfig(TrainOptions[Never]):
         # Composer's multiple in progressive resizing; a half is rounded down, so that 16 * 0.875 becomes 12.
         nearest = (max(4 * math.ceil(size / 4 - 0.5), 4) for size in scaled)
         return tuple(map(min, nearest, self.sizes))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of the training, by the sizes that take part in its steps."""
+        return size_schedule.phases_of(self.size_schedule, self.sizes)
+
+    @property
+    def has_all_sizes(self) -> bool:
+        """Whether every step trains all sizes."""
+        always = all(phase.sizes == self.sizes for phase in self.phases)
+        return always and self.sizes_per_step == len(self.sizes)
 
     @property
     def folder(self) -> Path:
@@ -194,7 +208,9 @@ def resolve(
         "accumulate": accumulate,
         "sizes": tuple(sorted(sizes, reverse=True)),
     }
-    resolved = ResolvedConfig(**(given | unset | fixed))
+    values = given | unset | fixed
+    values["size_schedule"] = _schedule_of(values)
+    resolved = ResolvedConfig(**values)
     _check_quantization(resolved)
     _check_cuda_graphs(resolved)
     _check_loss(resolved)
@@ -265,6 +281,13 @@ def _check_sizes_per_step(k: int, sizes: int) -> None:
         )
 
 
+def _schedule_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return --size-schedule in one spelling, whatever the order of its sizes. Raises UsageError."""
+    words, sizes = values["size_schedule"], values["sizes"]
+    size_schedule.require_valid(words, sizes, values["epochs"])
+    return size_schedule.as_words(size_schedule.phases_of(words, sizes), sizes)
+
+
 def _check_quantization(c: ResolvedConfig) -> None:
     if c.qa != FULL and c.mode == "resnet":
         raise UsageError(
@@ -273,6 +296,11 @@ def _check_quantization(c: ResolvedConfig) -> None:
         )
     if c.fixed_qa and c.qa == FULL:
         raise UsageError("--fixed-qa: there are no quantized activations without --qa")
+    if c.fixed_qa and not all(c.sizes[0] in phase.sizes for phase in c.phases):
+        raise UsageError(
+            f"--fixed-qa: levels follow the largest size, which --size-schedule {' '.join(c.size_schedule)} "
+            "leaves out at times; leave out one of them"
+        )
     if c.blurpool and c.qa != FULL:
         raise UsageError(
             f"--blurpool: what is blurred is no longer at the levels of --qa {c.qa}; give one of them"
@@ -282,10 +310,13 @@ def _check_quantization(c: ResolvedConfig) -> None:
 
 
 def _check_cuda_graphs(c: ResolvedConfig) -> None:
-    if c.cuda_graphs and c.sizes_per_step < len(c.sizes):
-        raise UsageError(
-            f"--cuda-graphs: a graph has all sizes in it, not --sizes-per-step {c.sizes_per_step}"
+    if c.cuda_graphs and not c.has_all_sizes:
+        fewer = (
+            f"--sizes-per-step {c.sizes_per_step}"
+            if c.sizes_per_step < len(c.sizes)
+            else f"--size-schedule {' '.join(c.size_schedule)}"
         )
+        raise UsageError(f"--cuda-graphs: a graph has all sizes in it, not {fewer}")
     if c.cuda_graphs and c.is_quantized:
         raise UsageError("--cuda-graphs: not with the quantizers of --qw and --qa; leave it out")
 

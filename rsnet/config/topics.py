@@ -266,6 +266,12 @@ class DistillationOptions(Generic[Unset]):
     sizes_per_step: Annotated[int | Unset, arg(metavar="INT")] = UNSET
     """Sizes in a step: the largest and others, drawn at random. Unset: all, as in the paper."""
 
+    size_schedule: Annotated[
+        tuple[str, ...] | Unset, arg(metavar="EPOCHS:SIZES [EPOCHS:SIZES ...]")
+    ] = UNSET
+    """Sizes that steps train after so many epochs, as in 0:128 40:160,128 80:all (progressive resizing); of
+    each part's, with --sizes-per-step, as many. Unset: 0:all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(Generic[Unset]):

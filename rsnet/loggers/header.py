@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from pipelines.batch import Loader
+from rsnet.config.size_schedule import mean_cost
 from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.report import model_cost
 from rsnet.loggers.run_context import RunContext
@@ -38,6 +39,8 @@ def say_header(context: RunContext, steps_per_epoch: int | None = None) -> None:
         lines["sizes"] = (
             f"{_pixels(config.train_sizes)} in training, {_pixels(config.sizes)} in evaluation"
         )
+    if not config.has_all_sizes and not config.evaluate:
+        lines["steps"] = _steps(context)
     if steps_per_epoch is not None:
         lines["global batch"] = (
             f"{context.global_batch} = {config.batch_size} images x {distributed.world_size()} processes x "
@@ -69,6 +72,22 @@ def _teacher(teacher: Teacher, context: RunContext) -> str:
         f"at {sizes}: GMACs {teacher.gmacs:.3g}, {100 * teacher.gmacs / (3 * trained):.0f} % of a step's "
         f"without it; weights {teacher.megabytes:.3g} MB"
     )
+
+
+def _steps(context: RunContext) -> str:
+    """Return which sizes steps train, and what a training costs of one whose steps have all sizes."""
+    config, k = context.config, context.config.sizes_per_step
+    parts = []
+    for _, sizes in config.phases:
+        drawn = f"{sizes[0]} and {k - 1} of " if k < len(sizes) else ""
+        parts.append(drawn + _pixels(sizes[1:] if drawn else sizes))
+    ends = [phase.start for phase in config.phases[1:]]
+    until = [f"{part} up to epoch {end}" for part, end in zip(parts, ends, strict=False)]
+    shown = ", ".join([*until, f"then {parts[-1]}" if until else parts[-1]])
+    trained = zip(config.sizes, config.train_sizes, strict=True)
+    costs = {size: gmacs(context.model, pixels) for size, pixels in trained}
+    share = 100 * mean_cost(costs, config.phases, k, config.epochs) / sum(costs.values())
+    return f"train {shown}; {share:.0f} % of the operations of all sizes in each step"
 
 
 def _pixels(sizes: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.utils.text import printable
+from rsnet.config.size_schedule import sizes_in
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.device import peak_memory_gb
 from rsnet.evaluation import report
@@ -60,6 +61,7 @@ class RunLogger:
             0.0  # seconds: of an update; when the epoch's last one was done
         )
         self._losses = ""
+        self._sizes: tuple[int, ...] = ()  # of this epoch's steps
         self._write_header(context)
         self.tensorboard = TensorBoardLogger(
             run_dir.path, self.config.tensorboard and distributed.is_main(), self.console.say
@@ -83,6 +85,10 @@ class RunLogger:
     def begin_epoch(self, epoch: int, done: int) -> None:
         """Begin the bar of an epoch, after so many epochs and so many updates of this one."""
         epochs, interval = self.config.epochs, self.config.val_interval
+        sizes = sizes_in(self.config.phases, epoch)
+        if sizes != self._sizes and self._sizes:
+            self.console.say(f"epoch {epoch + 1}/{epochs}: steps train {' '.join(map(str, sizes))}")
+        self._sizes = sizes
         evaluations = -(-epochs // interval) - epoch // interval
         later = (epochs - epoch - 1) * self.steps_per_epoch + evaluations * self._evaluation
         self.console.start(

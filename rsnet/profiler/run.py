@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.library_output import keep_library_output
 from rsnet.config.command_line import as_command
 from rsnet.config.resolve import ResolvedConfig
+from rsnet.config.size_schedule import WITHOUT
 from rsnet.distributed import process_group as distributed
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
@@ -56,6 +58,8 @@ class ProfileRun:
         again: the configuration with other batches. open_loaders: those of other options.
         """
         say_header(self.context)
+        if len(self.config.phases) > 1:
+            self.say("--size-schedule: measured are the last part's steps, of all sizes")
         found = self.profile()
         figures = profile_report.figures(found)
         files = ["profile.json", TRACE]
@@ -147,6 +151,8 @@ class ProfileRun:
         self, config: ResolvedConfig, model: ResolutionSwitchable, loaders: Loaders
     ) -> tuple[Trainer, Loader]:
         assert loaders.train is not None
+        # Of the last steps, which are the dearest: they have all sizes.
+        config = dataclasses.replace(config, size_schedule=WITHOUT)
         steps_per_epoch = max(1, len(loaders.train) // config.accumulate)
         classes, device = self.context.network.num_classes, self.context.device
         trainer = make_trainer(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -107,14 +108,20 @@ class SizeSampler:
     A cheaper training than the paper's, whose steps have all sizes. All ranks draw the same.
     """
 
-    def __init__(self, sizes: Sequence[int], k: int, seed: int) -> None:
-        self.sizes = tuple(sorted(sizes, reverse=True))
+    def __init__(self, phases: Mapping[int, Sequence[int]], k: int, seed: int) -> None:
+        """phases: by their first step, of which the earliest is 0, the sizes to draw from.
+
+        k: of phases with fewer sizes, all of them.
+        """
+        self.starts = sorted(phases)
+        self.phases = [tuple(sorted(phases[start], reverse=True)) for start in self.starts]
         self.k = k
         self.seed = seed
 
     def at(self, step: int) -> tuple[int, ...]:
         """Return the sizes of optimizer step `step`, the largest first."""
-        largest, *others = self.sizes
+        largest, *others = self.phases[bisect_right(self.starts, step) - 1]
         # A string seed is hashed, so that neighbouring seeds and steps share nothing.
-        drawn = random.Random(f"{self.seed}/{step}").sample(others, self.k - 1)
+        draws = random.Random(f"{self.seed}/{step}")
+        drawn = draws.sample(others, min(self.k - 1, len(others)))
         return (largest, *sorted(drawn, reverse=True))

@@ -36,6 +36,7 @@ from rsnet.training.resume import (
     training_state,
 )
 from rsnet.training.signals import StopRequest, TrainingInterrupted
+from rsnet.training.size_schedule import follow_nearest
 from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
 from rsnet.training.upload import start_upload, upload, waited_for
 
@@ -161,6 +162,7 @@ class TrainingRun:
             self.logger.end_epoch()
             self._act_on(self.vote.count())
             self._share_buffers()
+            self._follow_nearest()
             is_last = epoch + 1 == self.config.epochs
             is_due = is_last or (epoch + 1) % self.config.val_interval == 0
             results = self._evaluate() if is_due else None
@@ -231,6 +233,14 @@ class TrainingRun:
         if self.trainer.ema:
             distributed.broadcast_buffers(self.trainer.ema.model)
 
+    def _follow_nearest(self) -> None:
+        """Give sizes that --size-schedule has not trained yet the BatchNorm of the nearest one."""
+        if len(self.config.phases) == 1:
+            return
+        follow_nearest(self.model)
+        if self.trainer.ema:
+            follow_nearest(self.trainer.ema.model)
+
     def _alpha(self) -> dict[int, float]:
         return dict(zip(self.model.sizes, self.model.ensemble_weights().tolist(), strict=True))
 
@@ -239,6 +249,7 @@ class TrainingRun:
 
     def _save(self, new_best: list[float] | None = None, stops: bool = False) -> None:
         """Save a checkpoint; new_best: its score, if it is the best so far. stops: whether it is the last."""
+        self._follow_nearest()
         checkpoint = Checkpoint(
             network=self.context.network,
             config=to_plain_dict(self.config),

@@ -202,7 +202,7 @@ def make_trainer(
     say: is told what fails.
     """
     c = config
-    has_all_sizes = c.sizes_per_step == len(c.sizes)
+    phases = {phase.start * steps_per_epoch: phase.sizes for phase in c.phases}
     objective = Objective(
         model,
         c.kd_type if c.kd else None,
@@ -224,9 +224,9 @@ def make_trainer(
         distributed.wrap_ddp(
             objective,
             device,
-            all_used=has_all_sizes or model.shared_norm,
+            all_used=c.has_all_sizes or model.shared_norm,
             # DDP does not take a graph for static of which it skips the reduction.
-            static=c.accumulate == 1 and has_all_sizes,
+            static=c.accumulate == 1 and c.has_all_sizes,
             compress=c.grad_compress == "bf16",
         ),
         make_optimizer(
@@ -252,7 +252,7 @@ def make_trainer(
         AMP_DTYPES[c.amp],
         accumulate=c.accumulate,
         clip_grad=c.clip_grad or None,
-        sizes_at=SizeSampler(c.sizes, c.sizes_per_step, c.seed).at,
+        sizes_at=SizeSampler(phases, c.sizes_per_step, c.seed).at,
         mix=mix,
         ema=ModelEma(model, c.ema) if c.ema else None,
         most_skipped=c.most_skipped,

@@ -81,7 +81,7 @@ def test_leaving_early_cancels_what_has_not_begun():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_is_written_into_a_block_is_in_the_channels_last_image(dtype):
     spec = LoaderSpec(Path(), (5, 4), 3, torch.device("cpu"), dtype, "unit")
-    blocks, table = host.allocate_blocks(spec, 3), host.pixel_table(spec)
+    blocks, table = host.allocate_blocks((5, 4), 3, dtype), host.pixel_table(spec)
     for block in blocks:
         host.as_array(block)[:] = table[0, 255]
         host.as_array(block)[2, 1, 3 * 2 + 1] = table[1, 0]  # image 2, row 1, column 2, green

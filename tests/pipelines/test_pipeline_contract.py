@@ -98,6 +98,24 @@ def test_training_images_may_be_smaller(make, spec):
     assert [x.shape[-1] for x in epoch_of(val)[0].images] == list(SIZES)
 
 
+@pytest.mark.parametrize("make", [NAMES[1], NAMES[2]], indirect=True)  # others make all
+def test_what_an_epoch_does_not_use_is_empty_and_changes_nothing_else(make, spec):
+    """Also in an epoch that is gone on with in its middle; the evaluation has all sizes."""
+    spec = replace(spec, extra_sizes=(40,), random_erase=0.5)
+    every, _, _ = make(spec)
+    train, val, _ = make(replace(spec, used=((0, (2,)), (1, (0, 2)))))
+    assert [x.shape[-1] for x in epoch_of(val)[0].images] == list(SIZES)
+    for epoch, places in enumerate([(2,), (0, 2), (0, 2)]):
+        batches = epoch_of(train, epoch)
+        if epoch == 1:
+            train.load_state_dict(train.state_dict() | {"position": 4})
+            batches[1:] = list(train)
+        for one, other in zip(batches, epoch_of(every, epoch), strict=True):
+            for place, (x, y) in enumerate(zip(one.images, other.images, strict=True)):
+                is_used = place in places or place == len(SIZES)
+                assert torch.equal(x, y) if is_used else x.shape == (4, 3, 0, 0)
+
+
 def test_images_come_in_the_compute_dtype(make, spec):
     for loader in make(replace(spec, dtype=torch.bfloat16))[:2]:
         assert {x.dtype for x in epoch_of(loader)[0].images} == {torch.bfloat16}

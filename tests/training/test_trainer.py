@@ -207,14 +207,14 @@ def test_a_step_of_some_sizes_is_the_method_of_those_sizes():
 
 
 def test_drawn_sizes_have_the_largest_always_and_the_others_alike_often():
-    sampler = SizeSampler((96, 224, 160, 128), k=2, seed=3)
+    sampler = SizeSampler({0: (96, 224, 160, 128)}, k=2, seed=3)
     drawn = [sampler.at(step) for step in range(3000)]
     assert {sizes[0] for sizes in drawn} == {224}
     for size in (160, 128, 96):
         assert sum(size in sizes for sizes in drawn) == pytest.approx(1000, abs=100)
-    assert drawn[:50] == [SizeSampler((224, 160, 128, 96), 2, 3).at(s) for s in range(50)]
-    assert drawn[:50] != [SizeSampler((224, 160, 128, 96), 2, 4).at(s) for s in range(50)]
-    assert SizeSampler((32, 16, 24), 3, 0).at(0) == (32, 24, 16)
+    assert drawn[:50] == [SizeSampler({0: (224, 160, 128, 96)}, 2, 3).at(s) for s in range(50)]
+    assert drawn[:50] != [SizeSampler({0: (224, 160, 128, 96)}, 2, 4).at(s) for s in range(50)]
+    assert SizeSampler({0: (32, 16, 24)}, 3, 0).at(0) == (32, 24, 16)
 
 
 def test_mixed_labels_are_the_weighted_sum_of_two_losses():
@@ -299,7 +299,7 @@ def test_only_reports_wait_for_the_device_not_steps(amp):
         model,
         amp=amp,
         clip_grad=1.0,
-        sizes_at=SizeSampler(SIZES, 2, 0).at,
+        sizes_at=SizeSampler({0: SIZES}, 2, 0).at,
         mix=Mixup(0.2, 1.0, 5, 0),
         ema=ModelEma(model, 0.9),
     )

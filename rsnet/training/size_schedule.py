@@ -1,0 +1,50 @@
+"""What --size-schedule means for the loader, and for the BatchNorm of sizes that it has not trained yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rsnet.config.resolve import ResolvedConfig
+from rsnet.models.switchable import ResolutionSwitchable
+
+
+def used_images(
+    config: ResolvedConfig, teachers: Sequence[int]
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return what `LoaderSpec.used` takes: the sizes of each part of the training, and the teacher's."""
+    if config.is_profile or len(config.phases) == 1:
+        return ()
+    images = list(enumerate(zip(config.sizes, config.train_sizes, strict=True)))
+    return tuple(
+        (start, tuple(i for i, (size, at) in images if size in sizes or at in teachers))
+        for start, sizes in config.phases
+    )
+
+
+@torch.no_grad()
+def follow_nearest(model: ResolutionSwitchable) -> None:
+    """Give each size whose BatchNorms saw no batch yet those of the nearest that did, the larger of two.
+
+    So it can be evaluated with the shared weights of the moment, and its training begins from there. Its
+    counters stay at 0. Synchronises.
+    """
+    norms = {size: model.norms_of([size]) for size in model.sizes}
+    trained = [size for size in model.sizes if _has_counted(norms[size])]
+    for size in model.sizes:
+        if size in trained or not trained:
+            continue
+        nearest = min(trained, key=lambda other: (abs(other - size), -other))
+        for own, theirs in zip(norms[size], norms[nearest], strict=True):
+            for name, value in own.state_dict().items():
+                if name != "num_batches_tracked":
+                    value.copy_(theirs.state_dict()[name])
+
+
+def _has_counted(norms: list[nn.Module]) -> bool:
+    counters = [
+        value for norm in norms for value in norm.buffers() if not value.is_floating_point()
+    ]
+    return not counters or bool(torch.stack(counters).any())
