@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.study.report import differences
+from benchmarks.study.report import page
 from benchmarks.study.rows import Job, Options, jobs_of, lr_jobs, teacher_job
 from benchmarks.study.subset import write_tables
 from pipelines.utils.atomic_io import atomic_write
 from pipelines.utils.cli import command
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import parsing, read_json
-from rsnet.evaluation.compare import RunSummary, plot, read_run, tables
+from rsnet.evaluation.compare import RunSummary, plot, read_run
 from rsnet.inference.latency import device_name
 from rsnet.loggers.console import ConsoleLogger
 
@@ -89,19 +89,13 @@ class Study:
             self.run([teacher], "teacher")
 
     def write(self, jobs: Sequence[Job], choice: str) -> str:
-        """Write the table and the plot of the runs that are finished; return the table."""
-        groups: dict[str, list[RunSummary]] = {}
-        for job in jobs:
-            found = self.summary(job)
-            if found is not None:
-                groups.setdefault(job.row, []).append(found)
+        """Write the page and the plot of the runs that are finished; return the page."""
+        found = {job.name: run for job in jobs if (run := self.summary(job)) is not None}
         typed = shlex.join(["python", "-m", "benchmarks.study", *sys.argv[1:]])
-        text = f"    {typed}\n\n{choice}\n"
-        if not groups:
-            return text
-        text += f"\n{tables(groups)}\n\n{differences(groups)}\n"
-        (self.results / "study.md").write_text(text, "utf-8")
-        plot(self.results / "study.png", groups)
+        text, groups = page(typed, choice, jobs, found)
+        if groups:
+            (self.results / "study.md").write_text(text, "utf-8")
+            plot(self.results / "study.png", groups)
         return text
 
     def _train(self, job: Job) -> None:
@@ -117,7 +111,7 @@ class Study:
         ]
         words += ["--workers", str(o.workers), "--resume", "auto", *job.options]
         if job.teacher:
-            words += ["--teacher", str(self.output / job.teacher)]
+            words += ["--teacher", str(self.output / job.teacher.name)]
         with (path / "run.log").open("a") as log:
             done = subprocess.run(
                 [sys.executable, "train_dali.py", *words],

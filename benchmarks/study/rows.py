@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
+
+from benchmarks.study import cost
 
 LR_SEED = 1000  # of the runs that choose the learning rate: none of the study's
 
@@ -20,8 +23,27 @@ FEW = "ens_topdown, three sizes"
 TEACHER = "the same with a teacher"
 STRONG = "the same, recipe strong"
 K = "the same, two sizes a step"
+K_LONGER = "two sizes a step, equal cost"
+SCHEDULE = "few sizes first, equal cost"
 FAR_SHARED = "shared, sizes far apart"
 FAR_PRIVATE = "private, sizes far apart"
+
+# What they are, for who reads the table alone.
+MEANING = {
+    INDIVIDUAL: "an ordinary network for each size",
+    SHARED: "one network for all sizes, one BatchNorm, no distillation",
+    PRIVATE: "one network, BatchNorm for each size, no distillation",
+    ENS: "the same, the sizes' ensemble teaches each size",
+    TOPDOWN: "the same, larger sizes teach, too: the paper's RS-Net",
+    FEW: "the paper's RS-Net",
+    TEACHER: "a wider network of the largest size, trained before, teaches, too",
+    STRONG: "mixup, CutMix, TrivialAugment, erasing, averaged weights, smaller images",
+    K: "the largest size and one other, drawn at random, for as many epochs",
+    K_LONGER: "the same, for more epochs",
+    SCHEDULE: "the smallest size alone, then one more after each part, for more epochs",
+    FAR_SHARED: "as shared BatchNorm",
+    FAR_PRIVATE: "as private BatchNorm",
+}
 
 # What is compared with what: of the same sizes.
 PAIRS = (
@@ -33,6 +55,9 @@ PAIRS = (
     (TEACHER, FEW),
     (STRONG, FEW),
     (K, FEW),
+    (K_LONGER, FEW),
+    (SCHEDULE, FEW),
+    (SCHEDULE, K_LONGER),
     (FAR_PRIVATE, FAR_SHARED),
 )
 
@@ -70,13 +95,13 @@ class Options:
     """Input sizes."""
 
     few_sizes: tuple[int, ...] = (32, 24, 16)
-    """Those of the rows with a teacher, the strong recipe, two sizes a step."""
+    """Those of the rows with a teacher, the strong recipe, fewer sizes a step."""
 
     far_sizes: tuple[int, ...] = (40, 24, 12)
     """Those of the rows with sizes far apart."""
 
     epochs: int = 60
-    """Epochs of every run."""
+    """Epochs of every run but the two that have more at equal cost."""
 
     batch_size: int = 64
     """Images a step."""
@@ -106,15 +131,16 @@ class Options:
 @dataclass(frozen=True)
 class Job:
     """A training run. row: of the table. name: of its directory and file. options: without those that say
-    where it runs. table: of its images. work: pixels of an image, to estimate the time left."""
+    where it runs. table: of its images. work: pixels of an image, to estimate the time left, the same for
+    runs of equal cost. teacher: the run that teaches it."""
 
     row: str
     name: str
+    seed: int
     options: list[str]
     table: str = "study.csv"
     work: int = 0
-    teacher: str | None = field(default=None, compare=False)
-    """Name of the run that teaches it."""
+    teacher: Job | None = field(default=None, compare=False)
 
 
 def jobs_of(o: Options, lr: float) -> Iterator[Job]:
@@ -128,18 +154,37 @@ def jobs_of(o: Options, lr: float) -> Iterator[Job]:
             yield _job(o, ENS, o.sizes, seed, lr, ["--kd-type", "ens"])
             yield _job(o, TOPDOWN, o.sizes, seed, lr, [])
         if seed < o.few_seeds:
-            teacher = teacher_job(o, lr).name
+            teacher = teacher_job(o, lr)
             yield _job(o, FEW, o.few_sizes, seed, lr, [])
             yield _job(o, TEACHER, o.few_sizes, seed, lr, [], teacher=teacher)
             yield _job(o, STRONG, o.few_sizes, seed, lr, ["--recipe", "strong"])
             yield _job(o, K, o.few_sizes, seed, lr, ["--sizes-per-step", "2"])
+            yield from _of_equal_cost(o, seed, lr)
             yield _job(o, FAR_SHARED, o.far_sizes, seed, lr, ["--no-kd", "--norm", "shared"])
             yield _job(o, FAR_PRIVATE, o.far_sizes, seed, lr, ["--no-kd"])
+
+
+def _of_equal_cost(o: Options, seed: int, lr: float) -> Iterator[Job]:
+    """Yield the runs that take as many operations as FEW for more epochs."""
+    costs = cost.size_costs(o.arch, o.stem, o.width_mult, o.few_sizes)
+    budget = o.epochs * sum(costs.values())
+    longer = dataclasses.replace(o, epochs=cost.epochs_of(budget, costs, 2))
+    yield _job(longer, K_LONGER, o.few_sizes, seed, lr, ["--sizes-per-step", "2"])
+    epochs, words = cost.schedule_of(budget, costs)
+    longer = dataclasses.replace(o, epochs=epochs)
+    yield _job(longer, SCHEDULE, o.few_sizes, seed, lr, ["--size-schedule", *words])
 
 
 def teacher_job(o: Options, lr: float) -> Job:
     """Return the run of the teacher: a wider network of the largest size alone."""
     return _job(o, "teacher", (max(o.few_sizes),), 0, lr, ["--no-kd"], width=o.teacher_width)
+
+
+def image_gmacs(job: Job) -> float:
+    """Return the GMACs that a training image costs in a run, with its teacher's forward."""
+    # A teacher is of one size; its own training has three forwards' worth.
+    taught = 0.0 if job.teacher is None else image_gmacs(job.teacher) / cost.FORWARDS
+    return cost.training_gmacs(job.options) + taught
 
 
 def lr_jobs(o: Options) -> dict[float, Job]:
@@ -158,7 +203,7 @@ def _job(
     lr: float,
     options: list[str],
     *,
-    teacher: str | None = None,
+    teacher: Job | None = None,
     width: float | None = None,
     table: str = "study.csv",
 ) -> Job:
@@ -171,4 +216,4 @@ def _job(
     words += ["--sizes", *map(str, sizes), *options]
     size = f"_{sizes[0]}" if row == INDIVIDUAL else ""
     name = f"{row.replace(' ', '_').replace(',', '')}{size}_seed{seed}"
-    return Job(row, name, words, table, sum(s * s for s in sizes), teacher)
+    return Job(row, name, seed, words, table, sum(s * s for s in sizes), teacher)

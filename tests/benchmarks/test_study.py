@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
+import tyro
 
 from benchmarks.study import __main__ as study
 from benchmarks.study import report, rows
@@ -18,6 +19,7 @@ from pipelines.sources.manifest import read
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.command_line import parse
 from rsnet.evaluation.compare import RunSummary
+from tests.helpers.processes import ROOT
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def _jobs(o):
 def test_every_run_is_a_command_of_train_dali(options):
     jobs = _jobs(options)
     configs = [parse(DaliOptions, ["--data", "x", *job.options])[0] for job in jobs]
-    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 4) + 6 + 4
+    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 4) + 8 + 4
     first = {
         job.row: (c.sizes, c.kd, c.kd_type, c.norm) for job, c in zip(jobs, configs, strict=True)
     }
@@ -46,6 +48,76 @@ def test_every_run_is_a_command_of_train_dali(options):
     assert {
         c.sizes for c, job in zip(configs, jobs, strict=True) if job.row == rows.INDIVIDUAL
     } == {(size,) for size in five}
+
+
+def test_rows_of_equal_cost_train_as_many_pixels_as_the_plain_one(options):
+    """This network's convolutions cost a pixel the same at 32, 24 and 16: 1024, 576 and 256 of them."""
+    small = dataclasses.replace(options, stem="small", width_mult=0.25)
+    jobs = {job.row: job for job in rows.jobs_of(small, 0.1)}
+    budget = 60 * (1024 + 576 + 256)
+    two, few_first = ({} for _ in range(2))
+    for found, row in ((two, rows.K_LONGER), (few_first, rows.SCHEDULE)):
+        words = jobs[row].options
+        found["epochs"] = int(words[words.index("--epochs") + 1])
+        found["words"] = words[words.index("16") + 1 :]
+    assert two["words"] == ["--sizes-per-step", "2"]
+    assert two["epochs"] * (1024 + (576 + 256) / 2) <= budget
+    assert (two["epochs"] + 1) * (1024 + (576 + 256) / 2) > budget
+    assert few_first == {
+        "epochs": 113,
+        "words": ["--size-schedule", "0:16", "38:24,16", "75:all"],
+    }
+    trained = 38 * 256 + 37 * (576 + 256) + 38 * (1024 + 576 + 256)
+    assert 0.99 * budget < trained <= budget
+    plain, longer = (
+        60 * rows.image_gmacs(jobs[rows.FEW]),
+        113 * rows.image_gmacs(jobs[rows.SCHEDULE]),
+    )
+    assert longer == pytest.approx(plain * trained / budget, rel=1e-3)
+
+
+def test_finished_runs_that_are_kept_are_still_of_the_study_that_the_manual_names():
+    (words,) = (
+        line.split()[3:]
+        for line in (ROOT / "docs" / "recipes.md").read_text().splitlines()
+        if line.startswith("python -m benchmarks.study") and "--per-class" in line
+    )
+    o = tyro.cli(study.Options, args=words)
+    kept = list((ROOT / "benchmarks" / "results" / "study_cifar10").glob("*.json"))
+    assert kept
+    for path in kept:
+        options = json.loads(path.read_text())["options"].split()
+        lr = float(options[options.index("--lr") + 1])
+        jobs = [rows.teacher_job(o, lr), *rows.jobs_of(o, lr), *rows.lr_jobs(o).values()]
+        assert [job.options for job in jobs if job.name == path.stem] == [options]
+
+
+def test_the_page_of_some_runs_has_whole_seeds_alone_and_says_what_is_missing(options, tmp_path):
+    o = dataclasses.replace(options, sizes=(32, 16), few_seeds=1, stem="small", width_mult=0.25)
+    chosen = (rows.INDIVIDUAL, rows.PRIVATE, rows.TEACHER)
+    jobs = [job for job in rows.jobs_of(o, 0.1) if job.row in chosen]
+    found = {}
+    for job in jobs:
+        size = job.options[job.options.index("--sizes") + 1]
+        found[job.name] = dataclasses.replace(
+            _summary(job.seed, {size: 50.0 + job.seed}, tmp_path), images=1000.0
+        )
+    del found["individual_networks_16_seed1"], found["the_same_with_a_teacher_seed0"]
+    text, groups = report.page("study --x", "Learning rate 0.1.", jobs, found)
+    assert "Learning rate 0.1. 5 of 7 runs are finished, so that rows and seeds are missing" in text
+    assert {row: len(runs) for row, runs in groups.items()} == {chosen[0]: 2, chosen[1]: 2}
+    cells = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
+    ]
+    by_row = {c[0]: c[2:] for c in cells[2:5]}
+    one = rows.image_gmacs(jobs[0]) + rows.image_gmacs(jobs[1])  # GMACs, of 1000 images: 10^12 MACs
+    assert by_row[rows.INDIVIDUAL] == ["32 16", "1 of 2", "60", f"{one:.3g}"]
+    assert by_row[rows.PRIVATE] == ["32 16", "2 of 2", "60", f"{one:.3g}"]
+    assert by_row[rows.TEACHER] == ["32 24 16", "0 of 1", "60", ""]
+    assert "| private BatchNorm - individual networks | +0.00 |" in text
+    one_seed = {job.name: found[job.name] for job in jobs[:2]}
+    assert "2 of 2 runs are finished.\n" in report.page("x", "", jobs[:2], one_seed)[0]
+    assert report.page("x", "", jobs, {})[0].endswith("the same command goes on.\n")
 
 
 def test_whole_seeds_come_first(options):
@@ -129,7 +201,7 @@ def played(options, monkeypatch):
 
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_was_stopped_and_elsewhere(options, played, capsys):
-    options = dataclasses.replace(options, lr=None, seeds=1)
+    options = dataclasses.replace(options, lr=None, seeds=1, stem="small")
     with pytest.raises(DataError, match=r"shared_BatchNorm_seed0/run\.log: the disk is full"):
         study.run(options)
     assert study.run(options) == 0
@@ -142,6 +214,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_elsewhere(options, played, cap
     table = (options.output / "study.md").read_text()
     assert "Learning rate 0.1, by top-1 % of an individual network (0.02: 59.92" in table
     assert "| private + ens_topdown " in table
+    assert "17 of 17 runs are finished." in table
     assert (options.output / "study.png").exists()
     # On another machine, with the small files alone: the teacher is needed for one run that is missing.
     results = options.output.parent / "results"
