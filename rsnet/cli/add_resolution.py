@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from rsnet.config.model_config import ModelConfig
-    from rsnet.release.source import Source
+    from rsnet.release.source import SavedNetwork
     from rsnet.training.add_resolution import State
 
 
@@ -101,7 +101,7 @@ def run(options: Options) -> int:
 
 
 def _compute(
-    options: Options, source: Source, device: torch.device
+    options: Options, source: SavedNetwork, device: torch.device
 ) -> tuple[dict[str, State], dict[str, dict[str, float]]]:
     """Return the network's state by each method, and its evaluation at the new size."""
     from pipelines.batch import LoaderSpec
@@ -138,7 +138,7 @@ def _compute(
     return states, results
 
 
-def _require_addable(options: Options, source: Source, output: Path) -> None:
+def _require_addable(options: Options, source: SavedNetwork, output: Path) -> None:
     """Raise UsageError if the size cannot be added, or the file not be written."""
     from rsnet.config.model_config import FULL
 

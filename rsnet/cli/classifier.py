@@ -13,7 +13,7 @@ from pipelines.utils.output import say
 if TYPE_CHECKING:
     from rsnet.inference.classifier import SwitchableClassifier
     from rsnet.release.package import Release
-    from rsnet.release.source import Source
+    from rsnet.release.source import SavedNetwork
 
 Dtype = Literal["float32", "bfloat16"]
 Engine = Literal["torch", "onnxruntime"]
@@ -60,7 +60,7 @@ class LatencyOptions:
 
 def load_classifier(
     options: ClassifierOptions, top: int = 5
-) -> tuple[SwitchableClassifier, Source]:
+) -> tuple[SwitchableClassifier, SavedNetwork]:
     """Load the network that a verb names, on the device, or on the GPU if none is named and there is one.
 
     top: classes that a prediction names. Raises what `open_source` and `SwitchableClassifier.load` do.
@@ -72,7 +72,7 @@ def load_classifier(
     from rsnet.release.from_run import released
     from rsnet.release.source import of_export, open_source
 
-    source: Source | None = None
+    source: SavedNetwork | None = None
     content: Path | Release = Path(options.source)
     if not is_export(Path(options.source)) and options.engine != "onnxruntime":
         source = open_source(options.source)
@@ -93,7 +93,7 @@ def load_classifier(
     return classifier, source or of_export(classifier.release, classifier.sizes)
 
 
-def say_source(source: Source, file: TextIO | None = None) -> None:
+def say_source(source: SavedNetwork, file: TextIO | None = None) -> None:
     """Say what was taken; on stderr, once nothing is wrong with the command, if stdout is for results."""
     for line in source.lines():
         say(line, file)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rsnet.config.model_config import ModelConfig
     from rsnet.evaluation.detailed import DetailedEvaluation
     from rsnet.models.switchable import ResolutionSwitchable
-    from rsnet.release.source import Source
+    from rsnet.release.source import SavedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,7 @@ def _require_new(options: Options) -> None:
             raise UsageError(f"{flag}: cannot write into {above}")
 
 
-def _open(options: Options) -> tuple[Source, ResolutionSwitchable]:
+def _open(options: Options) -> tuple[SavedNetwork, ResolutionSwitchable]:
     """Open what is to be evaluated, and say on rank 0, on stderr, what it is."""
     import torch
 
@@ -271,7 +271,7 @@ def _loader_spec(
     )
 
 
-def _names(options: Options, source: Source, classes: Sequence[str]) -> Sequence[str]:
+def _names(options: Options, source: SavedNetwork, classes: Sequence[str]) -> Sequence[str]:
     """Return the readable names of the network's outputs."""
     from rsnet.evaluation.class_names import readable_names
     from rsnet.release.config import output_names

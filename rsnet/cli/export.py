@@ -15,7 +15,7 @@ from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import SOURCE, say_source
 
 if TYPE_CHECKING:
-    from rsnet.release.source import Source
+    from rsnet.release.source import SavedNetwork
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def _export_int8(options: Options, source: Source) -> int:
+def _export_int8(options: Options, source: SavedNetwork) -> int:
     from rsnet.export.int8 import PRECISIONS, export_int8
     from rsnet.release.from_run import released
 
@@ -139,7 +139,7 @@ def _export_int8(options: Options, source: Source) -> int:
     return 0
 
 
-def _export_original(options: Options, source: Source) -> int:
+def _export_original(options: Options, source: SavedNetwork) -> int:
     from rsnet.export.original import export_original
 
     network = source.network

@@ -18,7 +18,7 @@ from rsnet.models.shapes import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package
 from rsnet.release.config import result_names
-from rsnet.release.source import BEST, Source, open_source
+from rsnet.release.source import BEST, SavedNetwork, open_source
 
 Accuracy = dict[str, dict[str, float]]
 
@@ -51,7 +51,7 @@ def release_run(
     return written
 
 
-def released(source: Source) -> package.Release:
+def released(source: SavedNetwork) -> package.Release:
     """Return the release of what was opened, as `release_run` would write it.
 
     What is found out about the weights of a run is kept in its directory, as of a release in its folder;
@@ -67,7 +67,7 @@ def released(source: Source) -> package.Release:
 
 
 def _facts(
-    source: Source, model: ResolutionSwitchable, class_names: Path | None = None
+    source: SavedNetwork, model: ResolutionSwitchable, class_names: Path | None = None
 ) -> dict[str, Any]:
     """Return what `package.write` is told of a network."""
     costs = {str(size): gmacs(model, size) for size in model.sizes}

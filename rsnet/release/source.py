@@ -26,7 +26,7 @@ BEST, LAST = "best.pt", "last.pt"
 
 
 @dataclass(frozen=True)
-class Source:
+class SavedNetwork:
     """A network with its weights, and what they were read from.
 
     path: as it was given. file: the checkpoint or original's file that was read, or the release's folder.
@@ -85,13 +85,16 @@ class Source:
         return model.eval()
 
 
+Source = SavedNetwork  # its older name
+
+
 def open_source(
     argument: str | Path,
     arch: str | None = None,
     sizes: Sequence[int] | None = None,
     *,
     newest: bool = False,
-) -> Source:
+) -> SavedNetwork:
     """Read what the argument of a command names; nothing in it is executed.
 
     argument: a run directory or a checkpoint, also in object storage (`rsnet.release.bucket`), a release,
@@ -105,28 +108,28 @@ def open_source(
     if (url := url_of(argument)) and not hub.is_address(argument):
         file = bucket.download(url, newest)
         kind: Kind = "checkpoint" if url.endswith(".pt") else "run"
-        return Source(kind, url, file, io.load(file))
+        return SavedNetwork(kind, url, file, io.load(file))
     if folder := release_folder(package.local_folder(argument)):
         content = package.read(folder)
         network = ModelConfig.from_dict(content.config["network"])
-        return Source("release", path, folder, Checkpoint(network, content.state), content)
+        return SavedNetwork("release", path, folder, Checkpoint(network, content.state), content)
     if tf_checkpoint.is_named_by(path):
         variables = tf_checkpoint.read(path, is_of_model)
         with error_context(str(path)):
-            return Source("original", path, path, from_tensorflow(variables))
+            return SavedNetwork("original", path, path, from_tensorflow(variables))
     if path.is_dir():
         file = _checkpoint_of_run(path, newest)
-        return Source("run", path, file, io.load(file))
+        return SavedNetwork("run", path, file, io.load(file))
     if not path.is_file():
         raise UsageError(f"there is no run, checkpoint or release {path}")
     found = io.load(path, arch, sizes)
-    return Source("original" if found.of_authors else "checkpoint", path, path, found)
+    return SavedNetwork("original" if found.of_authors else "checkpoint", path, path, found)
 
 
-def of_export(release: package.Release, sizes: Sequence[int]) -> Source:
+def of_export(release: package.Release, sizes: Sequence[int]) -> SavedNetwork:
     """Return what was opened where a folder holds a release as other programs compute it, at these sizes."""
     network = ModelConfig.from_dict(release.config["network"]).with_sizes(sizes)
-    return Source("export", release.folder, release.folder, Checkpoint(network, {}), release)
+    return SavedNetwork("export", release.folder, release.folder, Checkpoint(network, {}), release)
 
 
 def release_folder(path: Path) -> Path | None:

@@ -30,7 +30,7 @@ from rsnet.models.pretrained import MeanStd
 from rsnet.models.published import Published, find
 from rsnet.models.teacher import Teacher
 from rsnet.release import hub
-from rsnet.release.source import Source, open_source
+from rsnet.release.source import SavedNetwork, open_source
 
 NONE = "none"
 PIN = "@sha256:"  # between what is given and the first digits of the SHA-256 of its weights
@@ -45,7 +45,7 @@ class TeacherSource:
     """
 
     words: str
-    network: Source | Published
+    network: SavedNetwork | Published
     state: State
     sizes: tuple[int, ...]
     mean_std: MeanStd
@@ -66,7 +66,7 @@ class TeacherSource:
 
     def build(self) -> nn.Module:
         """Build the network with its weights, on the CPU, in eval mode."""
-        if isinstance(self.network, Source):
+        if isinstance(self.network, SavedNetwork):
             return self.network.build(self.sizes)
         return self.network.load(self.state, self.num_classes).eval()
 
