@@ -92,18 +92,24 @@ def has_remote_split(data: Url, split: str) -> bool:
     return has_splits(pattern) and bool(_listed(remote_of(data), pattern, split))
 
 
-def open_remote(data: Url, split: str, options: CacheOptions) -> RemoteShards:
-    """Return the images of a split. The index is made if there is none of these shards.
-
-    Raises UsageError if there are no shards, or they cannot be reached; as `open_shards` beside that.
-    """
-    remote, pattern = remote_of(data), _pattern(data)
-    items = _listed(remote, pattern, split)
+def list_remote(data: Url, split: str) -> list[RemoteObject]:
+    """Return the shards of a split. Raises UsageError if there are none, and as `has_remote_split`."""
+    pattern = _pattern(data)
+    items = _listed(remote_of(data), pattern, split)
     if not items:
         raise UsageError(
             f"no shards of {split} match {pattern}; folders of images, tables and .beton files are read from "
             "this machine alone: rsnet shards writes shards of them"
         )
+    return items
+
+
+def open_remote(data: Url, split: str, options: CacheOptions) -> RemoteShards:
+    """Return the images of a split. The index is made if there is none of these shards.
+
+    Raises UsageError if there are no shards, or they cannot be reached; as `open_shards` beside that.
+    """
+    remote, items = remote_of(data), list_remote(data, split)
     urls = [item.url for item in items]
     folder = urls[0].rpartition("/")[0]
     cache = ShardCache(options.folder, options.size)

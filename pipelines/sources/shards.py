@@ -132,6 +132,14 @@ def paths_of(data: Path, split: str) -> list[str]:
     return [path for paths in found.values() for path in paths]
 
 
+def list_shards(data: Path, split: str) -> list[str]:
+    """Return `paths_of` a split. Raises UsageError if there are none."""
+    shards = paths_of(data, split)
+    if not shards:
+        raise UsageError(f"no shards of {split} match {data}; expected names such as {PATTERN}")
+    return shards
+
+
 def has_split(data: Path, split: str) -> bool:
     """Return whether there are shards of that split, and others are not."""
     return (data.is_dir() or has_splits(str(data))) and bool(paths_of(data, split))
@@ -145,9 +153,7 @@ def open_shards(data: Path, split: str, *, with_sha256: bool = False) -> TarShar
     Raises UsageError if there are no shards, or their samples lack images or labels; DataError if a shard is
     damaged; RunError if one cannot be read.
     """
-    shards = paths_of(data, split)
-    if not shards:
-        raise UsageError(f"no shards of {split} match {data}; expected names such as {PATTERN}")
+    shards = list_shards(data, split)
     folder, names = Path(shards[0]).parent, [Path(path).name for path in shards]
     states = [(name, *_state(path)) for name, path in zip(names, shards, strict=True)]
     fingerprint = tar_index.fingerprint_of(states)

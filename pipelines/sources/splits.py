@@ -63,6 +63,11 @@ def _open_both(
     if val_data is None and kind == "folder" and isinstance(data, Path):
         return scan_train_val(data, with_train)
     if val_data is None and not _has_val(data):
+        with error_context("--data"):  # of a mistyped pattern there is nothing at all
+            if isinstance(data, Url):
+                remote_shards.list_remote(data, "train")
+            elif kind == "shards":
+                shards.list_shards(data, "train")
         raise UsageError(
             f"--data: {data} has no validation images: add --val-data or --val-fraction"
         )

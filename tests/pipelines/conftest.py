@@ -1,4 +1,4 @@
-"""A folder to verify, and the command that does it."""
+"""A folder to verify, and the command that does it; what the tests of shards at URLs share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import VERBS
+from pipelines.sources.cache_options import CacheOptions
+from pipelines.storage import errors, remote
 from pipelines.utils.cli import verb_command
 from tests.conftest import write_folder
+from tests.pipelines.sources.conftest import source_of
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +40,21 @@ def run(capsys):
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def no_long_waits(monkeypatch):
+    """Failed requests are tried again at once, and stalled ones soon."""
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(errors, "STALL", 0.3)
+
+
+@pytest.fixture
+def cache(tmp_path) -> CacheOptions:
+    return CacheOptions(cache=tmp_path / "cached", cache_size="1GB")
+
+
+@pytest.fixture
+def local(photos) -> Path:
+    """The photos as shards in a folder."""
+    return source_of("shards", photos)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,6 +40,15 @@ def write_table(file: Path, rows: list[dict[str, Any]]) -> Path:
 
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def contents(source) -> list[bytes]:
+    """The images of a source, as a training reads them."""
+    source.expect(np.arange(len(source)))
+    try:
+        return [source.read(i) for i in range(len(source))]
+    finally:
+        source.stop()
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import threading
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipelines.__main__ import main
@@ -16,26 +15,12 @@ from pipelines.sources import remote_reader
 from pipelines.sources.cache_options import CacheOptions
 from pipelines.sources.options import SplitOptions
 from pipelines.sources.splits import open_split, open_splits
-from pipelines.storage import errors, remote
+from pipelines.storage import remote
 from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.helpers.s3_server import Fault
-from tests.pipelines.sources.conftest import source_of, upload
+from tests.pipelines.sources.conftest import contents, upload
 
-
-@pytest.fixture(autouse=True)
-def _no_long_waits(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(errors, "STALL", 0.5)
-
-
-@pytest.fixture
-def cache(tmp_path) -> CacheOptions:
-    return CacheOptions(cache=tmp_path / "cache", cache_size="1GB")
-
-
-@pytest.fixture
-def local(photos) -> Path:
-    return source_of("shards", photos)
+pytestmark = pytest.mark.usefixtures("no_long_waits")
 
 
 @pytest.fixture
@@ -56,14 +41,6 @@ def gets(server, suffix: str = ".tar") -> list[str]:
 def indices(server) -> list[str]:
     keys = server.keys()
     return [key for key in keys if key.endswith(".parquet")]
-
-
-def contents(source) -> list[bytes]:
-    source.expect(np.arange(len(source)))
-    try:
-        return [source.read(i) for i in range(len(source))]
-    finally:
-        source.stop()
 
 
 def test_the_index_of_rsnet_shards_is_used_and_each_shard_asked_for_once(s3, url, cache, local):
@@ -144,10 +121,11 @@ def test_samples_whose_shard_has_not_come_are_read_by_range(s3, url, cache, loca
 def test_what_is_missing_or_denied_is_told_in_one_line(s3, url, cache, monkeypatch):
     with pytest.raises(UsageError, match=r"s3://nowhere.*there is no such object, or bucket"):
         open_splits("s3://nowhere/shards", cache=cache)
-    with pytest.raises(
-        UsageError, match=r"no shards of train match s3://bucket/other/\{train,val\}"
-    ):
-        open_split("s3://bucket/other", "train", cache)
+    for opened in (open_splits, partial(open_split, split="train")):
+        with pytest.raises(
+            UsageError, match=r"no shards of train match s3://bucket/other/\{train,val\}"
+        ):
+            opened("s3://bucket/other", cache=cache)
     with pytest.raises(
         UsageError, match=r"shards that are not there: s3://bucket/shards/train-000003"
     ):

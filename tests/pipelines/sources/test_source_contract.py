@@ -184,6 +184,8 @@ def test_what_is_no_source_is_refused_in_a_line(tmp_path, name, message):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UsageError, match=message):
         open_splits(tmp_path / name, SplitOptions(val_fraction=0.5))
+    with pytest.raises(UsageError, match=message):
+        open_splits(tmp_path / name)
 
 
 def test_a_shard_that_shrinks_under_a_run_is_named(photos, tmp_path):

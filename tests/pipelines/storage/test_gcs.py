@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.sources.cache_options import CacheOptions
 from pipelines.sources.splits import open_split
-from pipelines.storage import errors, remote
+from pipelines.storage import remote
 from pipelines.storage.folder import ObjectStore
 from pipelines.storage.kinds import remote_of
 from pipelines.utils.errors import DataError, RunError, UsageError
@@ -18,8 +17,7 @@ from rsnet.checkpoint.remote import RemoteRun, fetch_newest
 from rsnet.checkpoint.uploader import Uploader
 from tests.helpers.gcs_server import GcsServer
 from tests.helpers.storage_server import Fault
-from tests.pipelines.sources.conftest import source_of
-from tests.pipelines.storage.test_hub import contents
+from tests.pipelines.sources.conftest import contents
 
 pytest.importorskip("gcsfs", reason="the extra gs is not installed")
 
@@ -27,7 +25,7 @@ URL = "gs://bucket/shards"
 
 
 @pytest.fixture
-def gcs(monkeypatch, tmp_path):
+def gcs(monkeypatch, tmp_path, no_long_waits):  # noqa: ARG001
     """A server that gcsfs finds by the usual variables, without credentials."""
     server = GcsServer()
     for name, value in {
@@ -37,24 +35,16 @@ def gcs(monkeypatch, tmp_path):
         "HOME": str(tmp_path / "home"),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(errors, "STALL", 0.5)
     yield server
     server.stop()
 
 
 @pytest.fixture
-def cache(tmp_path) -> CacheOptions:
-    return CacheOptions(cache=tmp_path / "shards", cache_size="1GB")
-
-
-@pytest.fixture
-def local(photos, gcs) -> Path:
-    """Shards, which are in the bucket, too."""
-    folder = source_of("shards", photos)
-    for path in folder.iterdir():
+def stored(local, gcs) -> Path:
+    """The shards of `local`, which are in the bucket, too."""
+    for path in local.iterdir():
         gcs.put(f"shards/{path.name}", path.read_bytes())
-    return folder
+    return Path(local)
 
 
 @pytest.mark.parametrize(
@@ -68,14 +58,14 @@ def local(photos, gcs) -> Path:
     ],
     ids=lambda fault: str(fault.status or fault.cut or fault.delay),
 )
-def test_a_split_has_the_local_shards_images_whatever_passes(gcs, cache, local, fault):
+def test_a_split_has_the_local_shards_images_whatever_passes(gcs, cache, stored, fault):
     gcs.faults.append(fault)
     found = open_split(URL, "train", cache)
-    assert contents(found) == contents(open_split(local, "train"))
+    assert contents(found) == contents(open_split(stored, "train"))
     assert main(["verify", URL, "--cache", str(cache.folder)]) == 0
 
 
-@pytest.mark.usefixtures("local")
+@pytest.mark.usefixtures("stored")
 def test_a_changed_shard_ends_a_run_with_its_name(gcs, cache):
     train = open_split(URL, "train", cache)
     data = bytearray(gcs.objects["shards/train-000001.tar"][1])
@@ -87,7 +77,7 @@ def test_a_changed_shard_ends_a_run_with_its_name(gcs, cache):
         contents(open_split(URL, "train", cache))
 
 
-@pytest.mark.usefixtures("local")
+@pytest.mark.usefixtures("stored")
 def test_what_is_missing_denied_or_down_is_told_in_one_line(gcs, cache):
     for data in ("gs://bucket/other", "gs://nowhere/shards"):
         with pytest.raises(UsageError, match=r"no shards of train match gs://|no such object"):
@@ -136,7 +126,7 @@ def test_a_run_is_uploaded_and_fetched(gcs, tmp_path):
     assert (tmp_path / "other" / "checkpoints" / "last.pt").read_bytes() == b"one"
 
 
-@pytest.mark.usefixtures("local")
+@pytest.mark.usefixtures("stored")
 def test_no_request_is_made_twice_by_the_library_itself(gcs):
     gcs.faults.append(Fault(key="/o", status=503, times=1))
     assert len(remote_of(URL).find([f"{URL}/train-*.tar"])[0]) == 3

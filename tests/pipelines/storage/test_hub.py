@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 from huggingface_hub import constants
 
 from pipelines.__main__ import main
-from pipelines.sources.cache_options import CacheOptions
 from pipelines.sources.splits import open_split, open_splits
-from pipelines.storage import errors, remote
 from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.conftest import write_folder
 from tests.helpers.hub_server import TOKEN, HubServer, Repository
 from tests.helpers.storage_server import Fault
-from tests.pipelines.sources.conftest import source_of
+from tests.pipelines.sources.conftest import contents, source_of
 
 NAME = "datasets/me/pets"
 URL = f"hf://{NAME}/shards"
 
 
-@pytest.fixture(autouse=True)
-def _no_long_waits(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(errors, "STALL", 0.3)
-
-
-@pytest.fixture
-def cache(tmp_path) -> CacheOptions:
-    return CacheOptions(cache=tmp_path / "shards", cache_size="1GB")
-
-
-@pytest.fixture
-def local(photos) -> Path:
-    return source_of("shards", photos)
+pytestmark = pytest.mark.usefixtures("no_long_waits")
 
 
 @pytest.fixture
@@ -47,14 +30,6 @@ def pets(hub, local) -> HubServer:
     repository.commit({"README.md": b"of pets"})
     repository.commit({f"shards/{path.name}": path.read_bytes() for path in local.iterdir()})
     return hub
-
-
-def contents(source) -> list[bytes]:
-    source.expect(np.arange(len(source)))
-    try:
-        return [source.read(i) for i in range(len(source))]
-    finally:
-        source.stop()
 
 
 def change(server: HubServer, file: str, data: bytes | None = None) -> None:
