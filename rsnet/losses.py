@@ -72,6 +72,8 @@ def teacher_distillation(
     teacher: Tensor,
     temperature: float = 1.0,
     weights: Tensor | None = None,
+    loss: LossName = "ce",
+    teacher_loss: LossName = "ce",
 ) -> Tensor:
     """Return T^2 sum_j KL(softmax(t / T) || softmax(z_j / T)), each averaged over the batch.
 
@@ -80,10 +82,28 @@ def teacher_distillation(
 
     logits: z, S x (N, C). teacher: t, (N, C), detached. temperature: T, whose square keeps the gradients'
     scale (Hinton et al. 2015, section 2). weights: as in `distillation`.
+
+    loss "bce": the students answer C questions, whether class c is in the image, and the teacher answers each
+    with a probability q_c, as soft labels of the binary cross-entropy (for several labels so in Yang et al.
+    2023, "Multi-label knowledge distillation", section 3.2). Less what that is at best, it is
+        T^2 sum_j 1/C sum_c KL(q_c || sigmoid(z_jc / T)),  of gradient T (sigmoid(z_jc / T) - q_c) / C.
+    teacher_loss, by which the teacher was trained, says what q is. "bce": sigmoid(t / T), as the sizes teach
+    each other in `distillation`. "ce": softmax(t / T), the teacher's probability of that class; sigmoids of
+    its logits would be no probabilities, as these are known up to a constant of each image alone. With many
+    classes a large T makes all q_c about 1/C, "nothing is there", and not undecided, as of sigmoids.
     """
-    students = F.log_softmax(_stacked(logits) / temperature, dim=2)
-    target = F.log_softmax(teacher.detach().float() / temperature, dim=1).expand_as(students)
-    divergence = F.kl_div(students, target, reduction="none", log_target=True)
+    students, target = _stacked(logits) / temperature, teacher.detach().float() / temperature
+    if loss == "bce":
+        q = target.sigmoid() if teacher_loss == "bce" else target.softmax(dim=1)
+        least = torch.special.entr(q) + torch.special.entr(1 - q)
+        divergence = F.binary_cross_entropy_with_logits(
+            students, q.expand_as(students), reduction="none"
+        )
+        divergence = (divergence - least) / students.shape[2]
+    else:
+        students = F.log_softmax(students, dim=2)
+        target = F.log_softmax(target, dim=1).expand_as(students)
+        divergence = F.kl_div(students, target, reduction="none", log_target=True)
     if weights is not None:
         divergence = divergence * weights[:, None]
     return temperature**2 / len(teacher) * divergence.sum()
@@ -126,6 +146,7 @@ def loss_terms(
     teacher: Tensor | None = None,
     teacher_weight: float = 1.0,
     temperature: float = 1.0,
+    teacher_loss: LossName = "ce",
 ) -> dict[str, Tensor]:
     """Return the named terms of the loss in float32, and "total", their sum.
 
@@ -135,6 +156,7 @@ def loss_terms(
     loss "bce": `binary_cross_entropy`, which has target_thresh; its terms are bce/SIZE, not ce/SIZE.
     teacher: (N, C), logits of a network that is not trained, whose `teacher_distillation` is added, times
     `teacher_weight`: one more teacher of each size, beside the labels, the ensemble and the larger sizes.
+    teacher_loss: by which it was trained.
     """
     stacked = _stacked(logits)
     ensemble = ensemble_logits(stacked, alpha)
@@ -156,7 +178,7 @@ def loss_terms(
         terms["kd"] = distillation(stacked, ensemble, kd_type, weights, loss)
         total = total + terms["kd"]
     if teacher is not None:
-        taught = teacher_distillation(stacked, teacher, temperature, weights)
+        taught = teacher_distillation(stacked, teacher, temperature, weights, loss, teacher_loss)
         terms["kd/teacher"] = teacher_weight * taught
         total = total + terms["kd/teacher"]
     return terms | {"total": total}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rsnet.losses import distillation, ensemble_logits, loss_terms
+from rsnet.losses import distillation, ensemble_logits, loss_terms, teacher_distillation
 from tests.helpers import parity
 
 CASES = sorted(parity.numbers("loss"))
@@ -82,6 +82,45 @@ def test_a_teachers_term_is_the_formula_in_double_precision(weighted):
     assert all(torch.equal(found[name], plain[name]) for name in plain if name != "total")
     found["kd/teacher"].backward()
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("teacher_loss", ["ce", "bce"])
+def test_a_teacher_answers_the_questions_of_sigmoids_with_its_own_probabilities(teacher_loss):
+    """Divergences of two-outcome distributions, written out; a bce teacher's are of sigmoids, too."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [3 * torch.randn(4, 5, generator=generator).requires_grad_() for _ in range(3)]
+    teacher = (3 * torch.randn(4, 5, generator=generator)).requires_grad_()
+    weights = torch.tensor([0.5, 1.5, 0.0, 2.0])
+    expected, slopes = 0.0, []
+    for z in logits:
+        for n in range(4):
+            t = [v / 3 for v in teacher[n].tolist()]
+            odds = [math.exp(v) for v in t]
+            q = [o / (1 + o) if teacher_loss == "bce" else o / sum(odds) for o in odds]
+            p = [1 / (1 + math.exp(-v / 3)) for v in z[n].tolist()]
+            share = weights[n].item() / 4
+            expected += share / 5 * sum(
+                a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in zip(q, p, strict=True)
+            )  # fmt: skip
+            slopes += [0.7 * share * 3 * (b - a) / 5 for a, b in zip(q, p, strict=True)]
+    found = loss_terms(
+        logits, torch.tensor([0, 1, 2, 4]), torch.ones(3), (32, 24, 16), "ens_topdown", loss="bce",
+        weights=weights, teacher=teacher, teacher_weight=0.7, temperature=3.0, teacher_loss=teacher_loss,
+    )  # fmt: skip
+    assert found["kd/teacher"].item() == pytest.approx(0.7 * 9 * expected, rel=1e-5)
+    gradients = torch.autograd.grad(found["kd/teacher"], logits)
+    assert torch.cat(gradients).flatten().tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-7)
+    total = sum(term for name, term in found.items() if name != "total")
+    torch.testing.assert_close(found["total"], total)
+
+
+@pytest.mark.parametrize("teacher_loss", ["ce", "bce"])
+def test_a_teacher_that_is_certain_has_a_finite_divergence(teacher_loss):
+    teacher, student = torch.tensor([[300.0, -300, 0]]), torch.zeros(1, 3, requires_grad=True)
+    loss = teacher_distillation([student], teacher, loss="bce", teacher_loss=teacher_loss)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
 
 
 def test_only_alpha_learns_from_the_ensemble():

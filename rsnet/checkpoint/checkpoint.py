@@ -25,6 +25,7 @@ from pipelines.utils.schema import (
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.model_rules import require_network
 from rsnet.config.recipes import by_new_names
+from rsnet.losses import LossName
 
 FORMAT = 1
 
@@ -184,6 +185,11 @@ class Checkpoint:
     def assumes_sizes(self) -> bool:
         """Whether its sizes are assumed: only the authors' TensorFlow files name theirs."""
         return self.of_authors and not self.network.tf_padding
+
+    @property
+    def loss(self) -> LossName:
+        """The loss that the network was trained by, cross-entropy if it is not known."""
+        return "bce" if self.config.get("loss") == "bce" else "ce"
 
     @property
     def eval_weights(self) -> State:

@@ -326,10 +326,6 @@ def _check_loss(c: ResolvedConfig) -> None:
         raise UsageError(
             f"--bce-target-thresh {c.bce_target_thresh}: is of --loss bce; give 0, or that loss"
         )
-    if c.loss == "bce" and c.teacher != "none":
-        raise UsageError(
-            "--loss bce and --teacher: choose one; a teacher's logits are of a softmax, not of sigmoids"
-        )
 
 
 def _spread(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ from torchvision.models import list_models as list_torchvision_models
 
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.model_config import PREFIX, TIMM_PREFIX, canonical_arch
+from rsnet.losses import LossName
 from rsnet.models.factory import WeightsOnMeta, builder_options, library_name
 from rsnet.models.pretrained import MeanStd, cleaned, expected_mean_std, is_path, read_state
 from rsnet.models.state_dict import describe_mismatch
@@ -31,6 +33,19 @@ class Published(NamedTuple):
     def mean_std(self) -> MeanStd:
         """How its images are normalised: mean and standard deviation of RGB in 0..255."""
         return expected_mean_std(*self)
+
+    @property
+    def loss(self) -> LossName:
+        """The loss that it was trained by, as far as the name says it; of a file it is not known.
+
+        timm's A1, A2 and A3 are the recipes of that name, of binary cross-entropy (Wightman et al. 2021).
+        """
+        if self.library != "timm" or is_path(self.weights):
+            return "ce"
+        import timm
+
+        config = timm.models.get_pretrained_cfg(self.tagged, allow_unregistered=True)
+        return "bce" if config and re.match(r"a[123]h?_", config.tag or "") else "ce"
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rsnet.losses import ensemble_logits
+from rsnet.losses import LossName, ensemble_logits
 from rsnet.models.autocast import store_weights_in
 from rsnet.models.fold import fold_batchnorm, is_foldable
 from rsnet.models.pretrained import MeanStd
@@ -19,7 +19,10 @@ class Teacher(nn.Module):
     """Batch of training images -> logits of the frozen network, in eval mode, without gradients.
 
     It is no part of what is trained: neither of checkpoints nor of averaged weights, DDP and the optimizer.
+    loss: by which it was trained itself, what its logits are of: a softmax, or sigmoids.
     """
+
+    loss: LossName = "ce"
 
     scale: Tensor | None
     bias: Tensor | None

@@ -30,6 +30,7 @@ class Objective(nn.Module):
         target_thresh: float = 0.0,
         teacher_weight: float = 1.0,
         temperature: float = 1.0,
+        teacher_loss: LossName = "ce",
     ) -> None:
         """Set up losses; the arguments are those of `loss_terms`."""
         super().__init__()
@@ -40,6 +41,7 @@ class Objective(nn.Module):
         self.target_thresh = target_thresh
         self.teacher_weight = teacher_weight
         self.temperature = temperature
+        self.teacher_loss: LossName = teacher_loss
         self._is_compiled = False
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -99,6 +101,7 @@ class Objective(nn.Module):
                 teacher=teacher,
                 teacher_weight=self.teacher_weight,
                 temperature=self.temperature,
+                teacher_loss=self.teacher_loss,
             )
 
 

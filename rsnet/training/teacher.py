@@ -24,7 +24,7 @@ from rsnet.config.resolve import ResolvedConfig
 from rsnet.config.train_config import TrainConfig
 from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.class_names import are_imagenets, are_wordnet_ids
-from rsnet.losses import ENSEMBLE
+from rsnet.losses import ENSEMBLE, LossName
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.pretrained import MeanStd
 from rsnet.models.published import Published, find
@@ -42,6 +42,7 @@ class TeacherSource:
     """What --teacher names, as rank 0 has read it: enough to build it on any rank.
 
     words: what it is, for a line. classes: the names of its first outputs; none if they are not known.
+    loss: by which it was trained, as far as that is known.
     """
 
     words: str
@@ -51,6 +52,7 @@ class TeacherSource:
     mean_std: MeanStd
     num_classes: int
     classes: tuple[str, ...] = ()
+    loss: LossName = "ce"
 
     @property
     def digest(self) -> str:
@@ -141,6 +143,10 @@ def _make(
         raise UsageError(
             f"--teacher-size {config.teacher_size}: {name} does not work at it ({first_line(error)})"
         ) from error
+    teacher.loss = source.loss
+    if config.loss == "bce":
+        what = "sigmoids" if source.loss == "bce" else "a softmax"
+        say(f"--loss bce: the logits of --teacher {name} are taken for those of {what}")
     teacher.see(MEAN_STD[config.normalize], source.mean_std)
     if outputs != list(range(network.num_classes)):
         teacher.outputs = torch.tensor(outputs)
@@ -235,6 +241,7 @@ def _switchable(name: str, size: str | None) -> TeacherSource:
         MEAN_STD[network.normalize],
         network.num_classes,
         network.classes,
+        source.checkpoint.loss,
     )
 
 
@@ -245,4 +252,4 @@ def _published(name: str, size: str | None) -> TeacherSource:
         raise UsageError(f"--teacher-size ensemble: {name} has one size; give it in pixels")
     words = f"{network.library}'s {network.name}, weights {network.weights}"
     sizes = (int(size or network.size),)
-    return TeacherSource(words, network, state, sizes, network.mean_std, classes)
+    return TeacherSource(words, network, state, sizes, network.mean_std, classes, loss=network.loss)

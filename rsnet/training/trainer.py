@@ -211,6 +211,7 @@ def make_trainer(
         target_thresh=c.bce_target_thresh,
         teacher_weight=c.teacher_weight,
         temperature=c.teacher_temperature,
+        teacher_loss=teacher.loss if teacher else "ce",
     )
     if c.compile:
         objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants

@@ -304,7 +304,6 @@ def test_other_processes_share_the_images_of_an_update_as_before(
     ("words", "message"),
     [
         ("--bce-target-thresh 0.2", "--bce-target-thresh 0.2: is of --loss bce; give 0, or that"),
-        ("--loss bce --teacher x.pt", "--loss bce and --teacher: choose one; a teacher's logits"),
     ],
 )
 def test_what_another_loss_does_not_have_is_refused(words, message):

@@ -22,6 +22,7 @@ from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.losses import loss_terms
 from rsnet.models.factory import create_model
+from rsnet.models.published import find
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
 from rsnet.release.from_run import release_run
@@ -31,7 +32,7 @@ from rsnet.training.objective import Objective
 from rsnet.training.optim import LrSchedule, make_sgd
 from rsnet.training.resume import training_state
 from rsnet.training.teacher import TeacherSource, make_teacher, outputs_for, read_teacher
-from rsnet.training.trainer import Trainer
+from rsnet.training.trainer import Trainer, make_trainer
 from tests.helpers import faults
 from tests.helpers.runs import NETWORK, write_run
 from tests.helpers.synthetic_run import train
@@ -158,6 +159,35 @@ def test_weights_that_changed_since_are_not_the_runs_teacher(wide, tmp_path):
     moved = pinned.replace(str(wide), str(other))
     with pytest.raises(UsageError, match=r"--teacher .*/other: its weights are not those"):
         _read(moved)
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_a_run_teaches_sigmoids_by_what_it_was_trained_for(tmp_path, loss):
+    run = write_run(tmp_path / "run", WIDE, config={"loss": loss})
+    given, source = _read(run, loss="bce", sizes=SIZES)
+    config = resolve(given, world_size=1, device_type="cpu", has_bf16=False)
+    network, said = ModelConfig("parallel_resnet10", 3, SIZES, classes=("0", "1", "2")), []
+    teacher = make_teacher(source, config, network, CPU, said.append)
+    what = {"ce": "a softmax", "bce": "sigmoids"}[loss]
+    assert said == [f"--loss bce: the logits of --teacher {run} are taken for those of {what}"]
+    trainer = make_trainer(config, _model(0), 5, 4, CPU, teacher=teacher)
+    assert (trainer.objective.loss, trainer.objective.teacher_loss) == ("bce", loss)
+
+
+def test_of_timms_recipes_the_name_says_which_are_of_binary_cross_entropy():
+    names = (
+        "timm/resnet50",
+        "timm/resnet152.a1h_in1k",
+        "timm/resnet18.tv_in1k",
+        "timm/test_resnet:x.pth",
+    )
+    assert [find(name, "--teacher").loss for name in (*names, "resnet50")] == [
+        "bce",
+        "bce",
+        "ce",
+        "ce",
+        "ce",
+    ]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.875])
