@@ -95,7 +95,9 @@ def run(options: Options) -> int:
     sizes = sorted([*network.sizes, options.size], reverse=True)
     calibrated = {**network.calibrated, str(options.size): options.how}
     described = dataclasses.replace(network, sizes=tuple(sizes), calibrated=calibrated)
-    io.save(output, Checkpoint(described, states[options.how]))
+    # For a resolution that is added to this one.
+    config = {"loss": source.checkpoint.loss} if source.checkpoint.loss != "ce" else {}
+    io.save(output, Checkpoint(described, states[options.how], config=config))
     say(f"{output}: sizes {' '.join(map(str, sizes))}")
     return 0
 

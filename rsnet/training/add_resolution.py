@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipelines.batch import Batch, Loader
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
-from rsnet.losses import distillation, ensemble_logits
+from rsnet.losses import LossName, distillation, ensemble_logits
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
@@ -48,7 +48,10 @@ def candidates(
     }
     model = build_network(network, sorted([*trained, size], reverse=True), device)
     batches = _FirstBatches(train, steps)
-    for name, tune in (("estimate", _estimate), ("distil", partial(_distil, lr=lr))):
+    for name, tune in (
+        ("estimate", _estimate),
+        ("distil", partial(_distil, lr=lr, loss=checkpoint.loss)),
+    ):
         model.load_state_dict(states["interpolate"])
         tune(model, size, batches)
         states[name] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
@@ -56,10 +59,14 @@ def candidates(
 
 
 class _Distillation(nn.Module):
-    """The ensemble of the trained sizes teaches the new one, of which only BatchNorm learns."""
+    """The ensemble of the trained sizes teaches the new one, of which only BatchNorm learns.
 
-    def __init__(self, model: ResolutionSwitchable, size: int) -> None:
+    loss: that of the training: what the logits are of, see `rsnet.losses.distillation`.
+    """
+
+    def __init__(self, model: ResolutionSwitchable, size: int, loss: LossName = "ce") -> None:
         super().__init__()
+        self.loss: LossName = loss
         self.model = model
         self.size = size
         self.norms = nn.ModuleList(_norms_of(model, size))
@@ -85,12 +92,14 @@ class _Distillation(nn.Module):
             alpha = self.model.alpha[[s != self.size for s in self.model.sizes]]
             teacher = ensemble_logits(logits, alpha)
         student = self.model(by_size[self.size], self.size)
-        loss = distillation([student], teacher, "ens")
+        loss = distillation([student], teacher, "ens", loss=self.loss)
         return {"kd": loss, "total": loss}
 
 
-def _distil(model: ResolutionSwitchable, size: int, loader: Loader, lr: float) -> None:
-    objective = _Distillation(model, size)
+def _distil(
+    model: ResolutionSwitchable, size: int, loader: Loader, lr: float, loss: LossName
+) -> None:
+    objective = _Distillation(model, size, loss)
     model.requires_grad_(False)
     objective.norms.requires_grad_(True)
     steps = len(loader)

@@ -13,6 +13,7 @@ from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
+from rsnet.losses import distillation
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
 from rsnet.release.from_run import release_run
@@ -87,6 +88,28 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
     )
     of_the_new = [k for k, v in expected.items() if not v.equal(content.model[k])]
     assert all(".by_resolution.2." in k for k in of_the_new)
+
+
+def test_the_new_size_is_distilled_by_the_loss_of_the_run_also_the_next_one(
+    monkeypatch, tmp_path, photos
+):
+    """Of a run, of what it was added to, and not of a network whose loss is not known."""
+    losses = []
+
+    def noted(*given, loss):
+        losses.append(loss)
+        return distillation(*given, loss=loss)
+
+    monkeypatch.setattr("rsnet.training.add_resolution.distillation", noted)
+    network, weights = ModelConfig.from_dict(NETWORK), _trained().state_dict()
+    for loss in ("bce", "ce"):
+        path = tmp_path / loss / "best.pt"
+        config = {"loss": loss} if loss == "bce" else {}
+        checkpoint.save(path, Checkpoint(network, weights, config=config))
+        code, output = _calibrate(path, photos, path.parent, "--steps", 1)
+        assert code == 0
+        assert checkpoint.load(output).loss == loss
+    assert losses == ["bce", "ce"]
 
 
 def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path):
