@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipelines.batch import Batch
 
@@ -47,6 +49,26 @@ def erase(batch: Batch, boxes: Boxes, flip: NDArray[np.bool_]) -> None:
         size = images.shape[-1]
         top, left, bottom, right = np.rint(boxes.edges * size).astype(int).T
         left, right = np.where(mirrored, (size - right, size - left), (left, right))
-        # A kernel a box: on a CPU a mask of the whole batch takes 20 times as long.
-        for i, *box in np.stack((boxes.places, top, bottom, left, right), axis=1).tolist():
-            images[i, :, box[0] : box[1], box[2] : box[3]] = 0
+        pixels = np.stack((top, bottom, left, right), axis=1)
+        # On a CPU a mask of the whole batch takes 20 times as long; on a GPU a box is a kernel to launch.
+        fill = _fill_each if images.device.type == "cpu" else _fill_masked
+        fill(images, boxes.places, pixels)
+
+
+def _fill_each(images: Tensor, places: NDArray[np.int64], pixels: NDArray[np.int64]) -> None:
+    for i, (top, bottom, left, right) in zip(places.tolist(), pixels.tolist(), strict=True):
+        images[i, :, top:bottom, left:right] = 0
+
+
+def _fill_masked(images: Tensor, places: NDArray[np.int64], pixels: NDArray[np.int64]) -> None:
+    """Do what `_fill_each` does, by as many kernels for any number of boxes, without a synchronisation."""
+    edges = torch.zeros((len(images), 4), dtype=torch.int32)  # others have no pixel in their box
+    edges[torch.from_numpy(places)] = torch.from_numpy(pixels).int()
+    if images.is_cuda:
+        edges = edges.pin_memory()  # a copy from pageable memory would not be asynchronous
+    top, bottom, left, right = edges.to(images.device, non_blocking=True)[:, :, None].unbind(1)
+    line = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = (
+        (line >= first) & (line < last) for first, last in ((top, bottom), (left, right))
+    )
+    images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
