@@ -22,10 +22,10 @@ SIZES = (48, 40, 32)
 GPU = torch.device("cuda", 0)
 
 
-def _trainer(model, amp):
+def _trainer(model, arch, amp):
     """On fake memory of a GPU, with all that a step may do."""
     config = TrainConfig(
-        data=Path(), arch="parallel_mobilenetv2", sizes=SIZES, batch_size=2, amp=amp, clip_grad=1.0, ema=0.9,
+        data=Path(), arch=arch, sizes=SIZES, batch_size=2, amp=amp, clip_grad=1.0, ema=0.9,
         mixup=0.2, on_nonfinite=("skip", "3"), sizes_per_step=2,
     )  # fmt: skip
     config = resolve(config, world_size=1, device_type="cuda", has_bf16=True)
@@ -56,8 +56,14 @@ class _FromTheHost(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by a copy
-@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_a_step_reads_no_number_and_mixes_no_devices(amp, monkeypatch):
+@pytest.mark.parametrize(
+    ("arch", "amp"),
+    [
+        ("parallel_resnet10", "bf16"),
+        pytest.param("parallel_mobilenetv2", "fp16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_reads_no_number_and_mixes_no_devices(arch, amp, monkeypatch):
     """Fake tensors raise for either. They have no backward without a GPU, and no fused SGD."""
     left_out = []
 
@@ -71,9 +77,9 @@ def test_a_step_reads_no_number_and_mixes_no_devices(amp, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *_args, **_more: left_out.append("sgd"))
-    model = create_model(ModelConfig("parallel_mobilenetv2", 10, SIZES, width_mult=0.125))
+    model = create_model(ModelConfig(arch, 10, SIZES, width_mult=0.125))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        trainer = _trainer(model, amp)
+        trainer = _trainer(model, arch, amp)
         trainer.objective.train()
         for _ in range(2):
             images = tuple(torch.empty(2, 3, s, s, device=GPU) for s in SIZES)
