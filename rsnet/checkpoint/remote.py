@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pipelines.storage.folder import ObjectStore
 from pipelines.utils.atomic_io import sha256_file
-from pipelines.utils.errors import DataError
+from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.location import Url
 from rsnet.checkpoint import io
 from rsnet.checkpoint.manager import CheckpointManager
@@ -122,14 +122,28 @@ def fetch_newest(remote: RemoteRun, folder: Path, keep: int, say: Callable[[str]
         except DataError as error:
             say(f"{error}; an older one is tried")
             continue
-        manager.take_in(pending)
         _fetch_best(remote, manager, say)
         _fetch_small_files(remote, folder)
+        manager.take_in(pending)  # at the end: with it here, nothing is fetched any longer
         say(f"from {remote.url}: {checkpoint.name}")
         return
     if stored and not manager.last.exists():
         raise DataError(
             f"{remote.url} has no checkpoint that is whole; give another --output to begin anew"
+        )
+
+
+def require_of_run(remote: RemoteRun, folder: Path) -> None:
+    """Raise UsageError if both have checkpoints, and none in common: one run would replace the other.
+
+    folder: the run directory of a run that was not uploaded to that URL before.
+    """
+    stored = {checkpoint.sha256 for checkpoint in remote.checkpoints()}
+    here = {io.sha256(path) for path in CheckpointManager(folder / FOLDER).lasts()}
+    if stored and here and not stored & here:
+        raise UsageError(
+            f"{folder} holds a run, and {remote.url} another one; give a URL with another last name, or "
+            "run in another folder"
         )
 
 
@@ -148,7 +162,7 @@ def _is_newer(stored: list[Stored], manager: CheckpointManager) -> bool:
 
 
 def _fetch_best(remote: RemoteRun, manager: CheckpointManager, say: Callable[[str], None]) -> None:
-    pending, name = manager.folder / "next.pt", remote.best()
+    pending, name = manager.folder / "next-best.pt", remote.best()
     if name is None or (manager.best.exists() and name.endswith(f"{io.sha256(manager.best)}.pt")):
         return
     try:

@@ -19,7 +19,7 @@ from pipelines.utils.schema import read_json
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
-from rsnet.checkpoint.remote import RemoteRun, fetch_newest
+from rsnet.checkpoint.remote import RemoteRun, fetch_newest, require_of_run
 from rsnet.checkpoint.weights import load_weights
 from rsnet.config.model_config import FULL
 from rsnet.config.recipes import by_new_names
@@ -135,9 +135,14 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     if config.is_profile and config.resume is None:
         return Start()
     if config.resume not in (None, "auto"):
-        return _of_named(config, config.resume, say)
+        start = _of_named(config, config.resume, say)
+        if config.url is not None and start.continues and not config.evaluate:
+            _remote_of(config.url, output)
+        return start
     if config.url is not None:
-        _fetch(config.url, output, config.keep, say)
+        remote = _remote_of(config.url, output)
+        with error_context("--output"):
+            fetch_newest(remote, output, config.keep, say)
     noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
     if config.resume is None and not noted and not store.last.exists():
         return Start()
@@ -156,16 +161,19 @@ def find_start(config: TrainConfig, say: Callable[[str], None]) -> Start:
     return Start(*newest, continues=True, config=noted, must_be_same=is_own)
 
 
-def _fetch(url: str, output: Path, keep: int, say: Callable[[str], None]) -> None:
-    """Bring what is newer in object storage to the run directory `output`."""
+def _remote_of(url: str, output: Path) -> RemoteRun:
+    """Return what is stored at `url`. Raises UsageError if the run directory `output` is another run's."""
     local = _noted(output / "config.json").get("output")
-    if url_of(local) not in (None, url):
-        raise UsageError(
-            f"--output: {output} holds a run that is uploaded to {local}; give {url} another last name, or "
-            "run in another folder"
-        )
     with error_context("--output"):
-        fetch_newest(RemoteRun(url), output, keep, say)
+        if url_of(local) not in (None, url):
+            raise UsageError(
+                f"{output} holds a run that is uploaded to {local}; give {url} another last name, or run in "
+                "another folder"
+            )
+        remote = RemoteRun(url)
+        if url_of(local) is None:
+            require_of_run(remote, output)
+    return remote
 
 
 def _of_named(config: TrainConfig, resume: str, say: Callable[[str], None]) -> Start:

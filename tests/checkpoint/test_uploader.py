@@ -13,6 +13,7 @@ import pytest
 from pipelines.storage import remote as storage
 from pipelines.storage.folder import ObjectStore
 from pipelines.utils.errors import DataError, RunError, UsageError
+from rsnet.checkpoint import remote
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.remote import RemoteRun, fetch_newest
 from rsnet.checkpoint.uploader import Uploader, _TakenOver
@@ -149,6 +150,36 @@ def test_what_is_here_and_newer_stays(s3, tmp_path):
     assert (old.content(), old.content("last-1.pt")) == (b"four", b"three")
     assert (old.folder / "log.txt").read_text() == "of there"
     assert (old.folder / "log.txt.local").read_text() == "of here"
+
+
+@pytest.mark.parametrize("name", ["_fetch_best", "_fetch_small_files"])
+@pytest.mark.usefixtures("s3")
+def test_a_fetch_that_was_killed_is_done_again_to_its_end(tmp_path, monkeypatch, name):
+    first = Run(tmp_path / "a")
+    (first.folder / "metrics.jsonl").write_text("{}\n")
+    first.upload(b"one", b"two", best=b"one")
+    run = Run(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.fetch()
+    run.fetch()
+    assert (run.content(), run.content("best.pt")) == (b"two", b"one")
+    assert (run.folder / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_run_that_was_not_uploaded_is_not_mixed_with_another_one(s3, tmp_path):
+    Run(tmp_path / "a").upload(b"one", b"two")
+    run = Run(tmp_path / "b")
+    remote.require_of_run(RemoteRun(URL), run.folder)  # nothing is here
+    for data in (b"two", b"three"):  # two was fetched
+        run.save(data)
+        remote.require_of_run(RemoteRun(URL), run.folder)
+    run.save(b"four")
+    with pytest.raises(UsageError, match=f"holds a run, and {URL} another one"):
+        remote.require_of_run(RemoteRun(URL), run.folder)
+    remote.require_of_run(RemoteRun("s3://bucket/new"), run.folder)
+    assert len(checkpoints(s3)) == 2
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,16 @@ def test_another_run_is_never_mixed_with_the_one_at_the_url(s3, train, tmp_path)
     assert code == 2
     assert f"{URL} holds a run already; continue it with --resume auto" in err
     assert s3.keys() == before
+    (tmp_path / "runs").rename(tmp_path / "again")
+    assert train("--output", "runs/run", "--lr", "0.7")[0] == 0
+    kept = (tmp_path / "runs/run/checkpoints/last.pt").read_bytes()
+    for resume in ([], ["--resume", "auto"], ["--resume", "runs/run"]):
+        code, _, err = train("--output", URL, *resume)
+        assert code == 2
+        assert f"runs/run holds a run, and {URL} another one" in err
+    assert (tmp_path / "runs/run/checkpoints/last.pt").read_bytes() == kept
+    assert s3.keys() == before
+    (tmp_path / "runs").rename(tmp_path / "other")
     code, out, _ = train("--output", URL)
     assert code == 0
     assert "already finished after 1 epochs" in out
