@@ -51,7 +51,7 @@ def location(given: str | Path) -> Location:
     """
     text = str(given)
     if isinstance(given, Path):  # which makes one slash of two
-        text = re.sub(rf"^({'|'.join(SCHEMES)}):/(?!/)", r"\1://", text)
+        text = re.sub(rf"^((?i:{'|'.join(SCHEMES)})):/(?!/)", r"\1://", text)
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
         return Path(given)
     parts = urlsplit(text)
@@ -70,7 +70,7 @@ def location(given: str | Path) -> Location:
         )
     if parts.scheme not in SCHEMES:
         raise UsageError(f"{text}: URLs can begin with {', '.join(f'{s}://' for s in SCHEMES)}")
-    return Url(text.rstrip("/"))
+    return Url(f"{parts.scheme}{text[len(parts.scheme) :]}".rstrip("/"))  # also of S3://
 
 
 def url_of(given: object) -> Url | None:
