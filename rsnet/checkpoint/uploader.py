@@ -94,13 +94,14 @@ class Uploader:
     def _run(self) -> None:
         is_last = False
         while not is_last:
-            with self._changed:
-                self._changed.wait_for(lambda: self._next_place is not None or self._is_closing)
-                is_last = self._is_closing
-                if self._next_place is not None:
-                    self._next.replace(self._sending)
-                    self._place, self._next_place = self._next_place, None
             try:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._next_place is not None or self._is_closing)
+                    is_last = self._is_closing
+                    if self._next_place is not None:
+                        place, self._next_place = self._next_place, None
+                        self._next.replace(self._sending)
+                        self._place = place
                 self._upload()
                 if is_last:
                     self.remote.store.remove(OWNER)

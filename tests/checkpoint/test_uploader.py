@@ -13,7 +13,7 @@ import pytest
 from pipelines.storage import remote as storage
 from pipelines.storage.folder import ObjectStore
 from pipelines.utils.errors import DataError, RunError, UsageError
-from rsnet.checkpoint import remote
+from rsnet.checkpoint import remote, uploader
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.remote import RemoteRun, fetch_newest
 from rsnet.checkpoint.uploader import Uploader, _TakenOver
@@ -223,6 +223,22 @@ def test_what_fails_is_said_in_a_line_and_sent_with_the_next_one(s3, tmp_path):
     fault.times = 0
     assert run.uploader.close(20) == ""
     assert sha(b"3") in checkpoints(s3)[-1]
+
+
+def test_a_checkpoint_that_is_gone_ends_no_upload_of_later_ones(s3, tmp_path, monkeypatch):
+    run = Run(tmp_path / "a")
+    run.uploader.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(uploader, "link_or_copy", lambda *_: None)
+        run.save(b"one")
+        run.uploader.add(0, 0)
+        while not run.said:
+            threading.Event().wait(0.002)
+    assert "No such file" in run.said[0]
+    run.save(b"two")
+    run.uploader.add(1, 0)
+    assert run.uploader.close(20) == ""
+    assert [name[-67:-3] for name in checkpoints(s3)] == [sha(b"two")]
 
 
 @pytest.mark.usefixtures("s3")
