@@ -190,7 +190,7 @@ def evaluate(context: RunContext, writes: bool) -> Results:
             raise RunError(
                 f"--evaluate: the loss at size {size} is not finite; try --amp off, or another checkpoint"
             )
-    cost = report.model_cost(context.model)
+    cost = context.cost
     console.say_table(report.table(results, cost))
     if writes and distributed.is_main():
         run_dir = RunDir(config.folder, continues=True, active=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pipelines.utils.tables import text_table
 from rsnet.evaluation.plot_labels import label_points
 from rsnet.losses import ENSEMBLE
-from rsnet.models.shapes import gmacs
+from rsnet.models.shapes import all_gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 
 COLUMNS: list[str | int] = ["size", "GMACs", "top1", "top5", "loss"]
@@ -30,7 +30,7 @@ def cost(sizes: Sequence[int], gmacs: Sequence[float]) -> dict[str, float]:
 
 def model_cost(model: ResolutionSwitchable) -> dict[str, float]:
     """Return the GMACs an image of a network, at every size and of the ensemble."""
-    return cost(model.sizes, [gmacs(model, size) for size in model.sizes])
+    return cost(model.sizes, all_gmacs(model, model.sizes))
 
 
 def table(results: Results, gmacs: Mapping[str, float]) -> str:

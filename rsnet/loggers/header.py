@@ -10,10 +10,9 @@ import torch
 from pipelines.batch import Loader
 from rsnet.config.size_schedule import mean_cost
 from rsnet.distributed import process_group as distributed
-from rsnet.evaluation.report import model_cost
 from rsnet.loggers.run_context import RunContext
 from rsnet.losses import ENSEMBLE
-from rsnet.models.shapes import gmacs
+from rsnet.models.shapes import all_gmacs
 from rsnet.models.teacher import Teacher
 
 PRECISION = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
@@ -56,7 +55,7 @@ def say_header(context: RunContext, steps_per_epoch: int | None = None) -> None:
 
 def _network(context: RunContext) -> str:
     shared, private = context.model.count_parameters()
-    costs = model_cost(context.model).items()
+    costs = context.cost.items()
     gmacs = ", ".join(f"{cost:.3g} at {name}" for name, cost in costs if name != ENSEMBLE)
     return (
         f"{context.config.arch}: {_short(shared + private)} parameters, {_short(private)} of them private to "
@@ -65,7 +64,7 @@ def _network(context: RunContext) -> str:
 
 
 def _teacher(teacher: Teacher, context: RunContext) -> str:
-    trained = sum(gmacs(context.model, size) for size in context.config.train_sizes)
+    trained = sum(all_gmacs(context.model, context.config.train_sizes))
     sizes = " ".join(map(str, teacher.sizes))
     # A backward is twice a forward; it has none.
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Container
 from dataclasses import MISSING, Field, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, recipe_defaults
 from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
+from rsnet.evaluation.report import model_cost
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
@@ -51,6 +53,11 @@ class RunContext:
     def global_batch(self) -> int:
         """Images of an update."""
         return self.config.global_batch(distributed.world_size())
+
+    @functools.cached_property
+    def cost(self) -> dict[str, float]:
+        """GMACs an image of the network, at every size and of the ensemble."""
+        return model_cost(self.model)
 
     def command(self, without: Container[str] = ()) -> str:
         """Return the command line that sets every option but those of these names."""

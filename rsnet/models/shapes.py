@@ -22,7 +22,16 @@ PROBE = 320
 
 def gmacs(model: nn.Module, size: int) -> float:
     """Return the forward GMACs (10^9 multiply-accumulates) of one (3, size, size) image."""
+    return all_gmacs(model, [size])[0]
+
+
+def all_gmacs(model: nn.Module, sizes: Sequence[int]) -> list[float]:
+    """Return what `gmacs` does of each size."""
     on_meta = _shape_only(model)
+    return [_gmacs_of_shapes(on_meta, size) for size in sizes]
+
+
+def _gmacs_of_shapes(on_meta: nn.Module, size: int) -> float:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         _forward(on_meta, size)

@@ -11,7 +11,7 @@ from rsnet.losses import LossName, ensemble_logits
 from rsnet.models.autocast import store_weights_in
 from rsnet.models.fold import fold_batchnorm, is_foldable
 from rsnet.models.pretrained import MeanStd
-from rsnet.models.shapes import gmacs
+from rsnet.models.shapes import all_gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 
 
@@ -38,7 +38,7 @@ class Teacher(nn.Module):
         """
         super().__init__()
         self.sizes = tuple(sizes)
-        self.gmacs = sum(gmacs(network, size) for size in sizes)
+        self.gmacs = sum(all_gmacs(network, sizes))
         self.places = [list(images).index(size) for size in sizes]
         networks, alpha = [network] * len(self.sizes), None
         if isinstance(network, ResolutionSwitchable):

@@ -14,7 +14,7 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.evaluation.class_names import readable_names
 from rsnet.losses import ENSEMBLE
-from rsnet.models.shapes import gmacs
+from rsnet.models.shapes import all_gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package
 from rsnet.release.config import result_names
@@ -70,7 +70,7 @@ def _facts(
     source: SavedNetwork, model: ResolutionSwitchable, class_names: Path | None = None
 ) -> dict[str, Any]:
     """Return what `package.write` is told of a network."""
-    costs = {str(size): gmacs(model, size) for size in model.sizes}
+    costs = dict(zip(map(str, model.sizes), all_gmacs(model, model.sizes), strict=True))
     run_dir = source.run_dir
     return {
         "gmacs": costs | {ENSEMBLE: sum(costs.values())},

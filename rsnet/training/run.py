@@ -19,7 +19,6 @@ from rsnet.checkpoint.weights import load_weights
 from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.watchdog import Watchdog
-from rsnet.evaluation import report
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.evaluation.report import Results
 from rsnet.loggers.run_context import RunContext
@@ -138,7 +137,7 @@ class TrainingRun:
                     self._score_best(self._unscored)
                 results = self._train_epochs()
             shared, private = self.model.count_parameters()
-            self.logger.log_results(results, report.model_cost(self.model), shared, private)
+            self.logger.log_results(results, self.context.cost, shared, private)
             failed = False
         finally:
             self.logger.close(failed)

@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.synthetic import SyntheticOptions, make_loaders
 from rsnet.checkpoint import io, manager
+from rsnet.evaluation import report
 from rsnet.train import main
 from rsnet.training import run as session
 
@@ -39,7 +40,7 @@ def train(tmp_path, monkeypatch, capsys):
         return {name: {"top1": top1, "top5": 90.0, "loss": 1.0} for name in names}
 
     monkeypatch.setattr(session, "evaluate_with_progress", evaluate)
-    monkeypatch.setattr(session.report, "plot", lambda *_: None)
+    monkeypatch.setattr(report, "plot", lambda *_: None)
 
     def call(*words: str, stop_at: int | None = None) -> tuple[int, str]:
         real = session.TrainingRun._after_update
