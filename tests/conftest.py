@@ -82,6 +82,17 @@ def _undrawn_plots() -> Iterator[dict[str, Any]]:
         yield plots.leave_undrawn(patch.setattr)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kept_parsers() -> Iterator[None]:
+    """Read each class of options once, see tests.helpers.parsers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("tyro") is not None:
+            from tests.helpers.parsers import keep_parsers
+
+            keep_parsers(patch.setattr)
+        yield
+
+
 @pytest.fixture
 def drawn_plots(_undrawn_plots: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw plots after all, for the tests that look at them."""

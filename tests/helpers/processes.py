@@ -125,6 +125,16 @@ def _server() -> socket.socket:
     return ours
 
 
+def _read_options() -> None:
+    """Read the options of a training by DALI, which its commands then need not."""
+    from pipelines.dali.options import DaliOptions
+    from rsnet.config.command_line import parse
+    from tests.helpers.parsers import keep_parsers
+
+    keep_parsers()
+    parse(DaliOptions, ["--data", "none"])
+
+
 def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Fork for each request; returns the request in the fork, None at the end of the client."""
     running: dict[int, tuple[int, socket.socket]] = {}  # by pidfd
@@ -221,6 +231,7 @@ def _end(code: int) -> None:
 if __name__ == "__main__":
     for name in PRELOADED:
         importlib.import_module(name)
+    _read_options()
     assert len(os.listdir("/proc/self/task")) == 1, "threads were started, which no fork would have"
     gc.freeze()
     job = _serve(socket.socket(fileno=int(sys.argv[1])))
