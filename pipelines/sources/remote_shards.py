@@ -22,7 +22,7 @@ from pipelines.storage.kinds import remote_of
 from pipelines.storage.remote import Remote, RemoteObject
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
-from pipelines.utils.location import Url
+from pipelines.utils.location import WRITABLE, Url
 from pipelines.utils.output import say
 from pipelines.utils.progress import format_bytes
 from pipelines.utils.text import first_names
@@ -165,7 +165,7 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
     index = tar_index.scan(urls, reader.held, fingerprint)
     reader.stop()
     write_index(kept, index)
-    if remote.writes:
+    if Url(url).scheme in WRITABLE:
         try:
             remote.put(url, tar_index.encoded(index))
         except (OSError, RunError, UsageError) as error:

@@ -35,7 +35,6 @@ def _opened(scheme: str, _environment: frozenset[tuple[str, str]]) -> Remote:
 class S3(Remote):
     """S3, by s3fs: each request says which ETag it expects."""
 
-    writes = True
     sending: ClassVar = {"max_concurrency": 4}
 
     def _open(self) -> Any:
@@ -70,7 +69,6 @@ class S3(Remote):
 class Gcs(Remote):
     """Google Cloud Storage, by gcsfs: each request says which generation it expects."""
 
-    writes = True
     tag = "generation"
 
     def _open(self) -> Any:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pipelines.storage.errors import asked_wait, explained, is_final, status_of, words
 from pipelines.utils.errors import RunError, UsageError
+from pipelines.utils.output import note_once
 
 T = TypeVar("T")
 
@@ -68,7 +69,6 @@ class _CannotWrite(Exception):  # noqa: N818
 class Remote(ABC):
     """The objects of one kind of storage, by a file system of fsspec's."""
 
-    writes: ClassVar[bool] = False
     tag: ClassVar[str] = "ETag"
     """What a listing says of an object, by which a changed one is known."""
 
@@ -291,6 +291,8 @@ class Remote(ABC):
                         f"cannot {verb} {url}: {TRIES} tries failed, the last one with: {words(error)}"
                     ) from error
                 wait = asked_wait(error)
+                if wait > LONGEST_DELAY:
+                    note_once("wait", f"{url}: the storage wants to be asked again in {wait:.0f} s")
             longest = min(FIRST_DELAY * 2 ** (number - 1), LONGEST_DELAY)
             await asyncio.sleep(max(wait, random.uniform(longest / 2, longest)))
         raise AssertionError
