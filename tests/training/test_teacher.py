@@ -20,7 +20,7 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
-from rsnet.losses import loss_terms
+from rsnet.losses import loss_terms, teacher_distillation
 from rsnet.models.factory import create_model
 from rsnet.models.published import find
 from rsnet.models.switchable import ResolutionSwitchable
@@ -170,8 +170,12 @@ def test_a_run_teaches_sigmoids_by_what_it_was_trained_for(tmp_path, loss):
     teacher = make_teacher(source, config, network, CPU, said.append)
     what = {"ce": "a softmax", "bce": "sigmoids"}[loss]
     assert said == [f"--loss bce: the logits of --teacher {run} are taken for those of {what}"]
-    trainer = make_trainer(config, _model(0), 5, 4, CPU, teacher=teacher)
-    assert (trainer.objective.loss, trainer.objective.teacher_loss) == ("bce", loss)
+    model, (batch,), logits = _model(0), _batches(1), torch.randn(4, 5)
+    objective = make_trainer(config, model, 5, 4, CPU, teacher=teacher).objective.eval()
+    found = objective(batch.images[: len(SIZES)], batch.labels, teacher=logits)["kd/teacher"]
+    students = model.forward_all(batch.images[: len(SIZES)])
+    expected = teacher_distillation(students, logits, loss="bce", teacher_loss=loss)
+    torch.testing.assert_close(found, expected)
 
 
 def test_of_timms_recipes_the_name_says_which_are_of_binary_cross_entropy():
