@@ -15,6 +15,7 @@ from torch import nn
 
 from pipelines.normalize import MEAN_STD
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
+from pipelines.utils.location import url_of
 from pipelines.utils.text import distinct, first_names
 from rsnet.checkpoint import tf_checkpoint
 from rsnet.checkpoint.checkpoint import Checkpoint, State
@@ -198,10 +199,11 @@ def _open(argument: str, size: str | None) -> tuple[TeacherSource, str]:
     """Return the teacher, and what names it with its weights."""
     name, _, wanted = argument.partition(PIN)
     path = Path(name)
-    is_ours = hub.is_address(name) or path.exists() or tf_checkpoint.is_named_by(path)
     looks_so = path.suffix in (".pt", ".pth", ".tar") or name.startswith((".", "/"))
     has_file = ":" in name  # NAME:FILE
     with error_context(f"--teacher {name}"):
+        is_address = hub.is_address(name) or url_of(name) is not None
+        is_ours = is_address or path.exists() or tf_checkpoint.is_named_by(path)
         found = _switchable(name, size) if is_ours or (looks_so and not has_file) else None
     if found is None:
         found = _published(name, size)

@@ -13,9 +13,12 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.remote import RemoteRun, Stored
 from rsnet.cli import report
 from rsnet.config.model_config import ModelConfig
+from rsnet.config.train_config import TrainConfig
 from rsnet.loggers.run_dir import run_directory
 from rsnet.models.factory import create_model
 from rsnet.release.source import open_source
+from rsnet.training.fine_tune import read_switchable
+from rsnet.training.teacher import read_teacher
 
 URL = "s3://bucket/runs/a"
 CONFIG = ModelConfig("parallel_resnet18", 3, (32,), width_mult=0.0625, stem="small")
@@ -58,6 +61,16 @@ def test_a_run_its_newest_and_a_checkpoint_are_opened_and_read_once(s3, run, tmp
         open_source(f"{URL}/{name}")
     with pytest.raises(UsageError, match="s3://bucket/x is no run with checkpoints"):
         open_source("s3://bucket/x")
+
+
+@pytest.mark.usefixtures("run")
+def test_a_run_there_teaches_and_is_started_from_as_one_of_this_machine():
+    options = TrainConfig(data="d", teacher=URL)
+    pinned, teacher = read_teacher(options, {}, lambda _: None)
+    assert teacher.words.startswith(f"run {URL}: parallel_resnet18")
+    again, _ = read_teacher(TrainConfig(data="d"), vars(pinned), lambda _: None)
+    assert again.teacher is None  # the run's own goes on
+    assert read_switchable(URL, None, None).epoch == 1
 
 
 def test_what_does_not_take_a_url_says_so():
