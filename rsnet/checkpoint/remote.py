@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.storage.folder import ObjectStore
-from pipelines.utils.atomic_io import sha256_file
+from pipelines.utils.atomic_io import atomic_write, sha256_file
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.location import Url
 from rsnet.checkpoint import io
@@ -184,4 +184,4 @@ def _fetch_small_files(remote: RemoteRun, folder: Path) -> None:
             continue
         if path.exists():
             path.replace(path.with_name(f"{name}.local"))
-        path.write_bytes(data)
+        atomic_write(path, data)

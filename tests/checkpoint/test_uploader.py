@@ -152,13 +152,14 @@ def test_what_is_here_and_newer_stays(s3, tmp_path):
     assert (old.folder / "log.txt.local").read_text() == "of here"
 
 
-@pytest.mark.parametrize("name", ["_fetch_best", "_fetch_small_files"])
+@pytest.mark.parametrize("name", ["_fetch_best", "_fetch_small_files", "atomic_write"])
 @pytest.mark.usefixtures("s3")
 def test_a_fetch_that_was_killed_is_done_again_to_its_end(tmp_path, monkeypatch, name):
     first = Run(tmp_path / "a")
     (first.folder / "metrics.jsonl").write_text("{}\n")
     first.upload(b"one", b"two", best=b"one")
     run = Run(tmp_path / "b")
+    (run.folder / "metrics.jsonl").write_text("of here")
     with monkeypatch.context() as patch:
         patch.setattr(remote, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -166,6 +167,7 @@ def test_a_fetch_that_was_killed_is_done_again_to_its_end(tmp_path, monkeypatch,
     run.fetch()
     assert (run.content(), run.content("best.pt")) == (b"two", b"one")
     assert (run.folder / "metrics.jsonl").read_text() == "{}\n"
+    assert (run.folder / "metrics.jsonl.local").read_text() == "of here"
 
 
 def test_a_run_that_was_not_uploaded_is_not_mixed_with_another_one(s3, tmp_path):
@@ -233,6 +235,7 @@ def test_a_checkpoint_that_is_gone_ends_no_upload_of_later_ones(s3, tmp_path, mo
         run.save(b"one")
         run.uploader.add(0, 0)
         while not run.said:
+            assert run.uploader._thread.is_alive()
             threading.Event().wait(0.002)
     assert "No such file" in run.said[0]
     run.save(b"two")
