@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from pipelines.batch import Batch
 from pipelines.dali import DaliOptions, make_loaders
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
@@ -18,6 +19,7 @@ from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
 from rsnet.release.from_run import release_run
 from rsnet.train import main as train
+from rsnet.training.add_resolution import candidates
 from tests.helpers import runs
 
 SIZES = (48, 40, 24)
@@ -52,7 +54,8 @@ def _trained():
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "best.pt"
     torch.manual_seed(0)
-    checkpoint.save(path, Checkpoint(ModelConfig.from_dict(NETWORK), _trained().state_dict()))
+    network, config = ModelConfig.from_dict(NETWORK), {"loss": "bce"}
+    checkpoint.save(path, Checkpoint(network, _trained().state_dict(), config=config))
     return path
 
 
@@ -74,6 +77,7 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
     content = checkpoint.load(output)
     assert content.network.sizes == (48, 40, 32, 24)
     assert content.network.calibrated == {"32": how}
+    assert content.loss == "bce"  # for the next size
     before = checkpoint.load(saved).model
     expected = add_size(before, SIZES, 32, neighbour_shares(SIZES, 32))
     changed = {k.rsplit(".", 1)[1] for k, v in expected.items() if not v.equal(content.model[k])}
@@ -90,10 +94,8 @@ def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_
     assert all(".by_resolution.2." in k for k in of_the_new)
 
 
-def test_the_new_size_is_distilled_by_the_loss_of_the_run_also_the_next_one(
-    monkeypatch, tmp_path, photos
-):
-    """Of a run, of what it was added to, and not of a network whose loss is not known."""
+def test_the_new_size_is_distilled_by_the_loss_of_the_training(monkeypatch):
+    """A file whose options are not known is of cross-entropy."""
     losses = []
 
     def noted(*given, loss):
@@ -102,13 +104,10 @@ def test_the_new_size_is_distilled_by_the_loss_of_the_run_also_the_next_one(
 
     monkeypatch.setattr("rsnet.training.add_resolution.distillation", noted)
     network, weights = ModelConfig.from_dict(NETWORK), _trained().state_dict()
-    for loss in ("bce", "ce"):
-        path = tmp_path / loss / "best.pt"
-        config = {"loss": loss} if loss == "bce" else {}
-        checkpoint.save(path, Checkpoint(network, weights, config=config))
-        code, output = _calibrate(path, photos, path.parent, "--steps", 1)
-        assert code == 0
-        assert checkpoint.load(output).loss == loss
+    images = tuple(torch.randn(2, 3, size, size) for size in (48, 40, 32, 24))
+    for config in ({"loss": "bce"}, {}):
+        trained = Checkpoint(network, weights, config=config)
+        candidates(trained, 32, [Batch(images, torch.zeros(2))], torch.device("cpu"))
     assert losses == ["bce", "ce"]
 
 

@@ -108,10 +108,10 @@ def test_all_sizes_of_a_sample_go_without_the_same_branches_and_the_next_batch_w
     seen = []
     last = [m for m in trainer.objective.modules() if isinstance(m, DropPath)][-1]
     last.register_forward_hook(lambda _m, _x, y: seen.append((y.flatten(1) != 0).any(1)))
-    _update(trainer, _batches(12))
+    _update(trainer, _batches(8))
     by_batch = [seen[i : i + len(SIZES)] for i in range(0, len(seen), len(SIZES))]
     assert all(torch.equal(*of_sizes) for of_sizes in by_batch)
-    assert len({tuple(of_sizes[0].tolist()) for of_sizes in by_batch}) > 6
+    assert len({tuple(of_sizes[0].tolist()) for of_sizes in by_batch}) > 4
 
 
 def test_a_training_goes_on_to_the_bit_and_asks_no_generator():
