@@ -83,8 +83,7 @@ def _steps(context: RunContext) -> str:
     ends = [phase.start for phase in config.phases[1:]]
     until = [f"{part} up to epoch {end}" for part, end in zip(parts, ends, strict=False)]
     shown = ", ".join([*until, f"then {parts[-1]}" if until else parts[-1]])
-    trained = zip(config.sizes, config.train_sizes, strict=True)
-    costs = {size: gmacs(context.model, pixels) for size, pixels in trained}
+    costs = dict(zip(config.sizes, all_gmacs(context.model, config.train_sizes), strict=True))
     share = 100 * mean_cost(costs, config.phases, k, config.epochs) / sum(costs.values())
     return f"train {shown}; {share:.0f} % of the operations of all sizes in each step"
 
