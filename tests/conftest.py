@@ -18,6 +18,7 @@ import pytest
 
 # All else is imported where it is used: pytest-xdist's own process, which runs no test, reads this file, too.
 from pipelines.utils.cli import EXTRAS, command
+from tests.helpers import processes
 from tests.helpers.clock import Clock
 
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -52,6 +53,12 @@ def pytest_make_collect_report(
 
 # Of what is imported nothing is garbage: to look through it was an eighth of the tests' time.
 gc.disable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the fork server that pytest-xdist's processes share."""
+    if getattr(config.option, "numprocesses", None):
+        processes.share()
 
 
 def pytest_collection_finish() -> None:

@@ -1,10 +1,10 @@
 """Python commands in processes of their own that need not import: a fork of one that has.
 
-Importing torch, DALI and the trainer takes seconds of CPU, a fork milliseconds. One server per pytest
-process imports all that starts no thread and runs nothing; each command is a fork of it, in a session of its
-own, with the given streams, environment, folder and sys.argv. `ForkedPopen` is a `subprocess.Popen`,
-signals and exit codes included. Tests of start-up itself (what is imported, what is missing, signals
-before the program begins) use `subprocess`.
+Importing torch, DALI and the trainer takes seconds of CPU, a fork milliseconds. One server, which all of
+pytest-xdist's processes share, imports all that starts no thread and runs nothing; each command is a fork of
+it, in a session of its own, with the given streams, environment, folder and sys.argv. `ForkedPopen` is a
+`subprocess.Popen`, signals and exit codes included. Tests of start-up itself (what is imported, what is
+missing, signals before the program begins) use `subprocess`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PRELOADED = (
     "torch", "torchvision", "torch.distributed.run", "matplotlib.pyplot", "wandb", "rsnet.train",
     "rsnet.training.loop", "pipelines.dali.loader", "pipelines.reference", "pipelines.synthetic",
 )  # fmt: skip
+_ADDRESS = "TESTS_FORK_SERVER"  # of the shared one, an abstract socket's; in the environment
 _MESSAGE_BYTES = 200_000  # of a request: command line and environment
 
 
@@ -108,13 +109,28 @@ class ForkedPopen(subprocess.Popen):
 
 @functools.cache
 def _server() -> socket.socket:
-    """The socket of this process's server, started at the first use."""
+    """This process's connection to the server, which is started here if none is shared."""
+    if _ADDRESS not in os.environ:
+        share()
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect("\0" + os.environ[_ADDRESS])
+    atexit.register(connection.close)
+    return connection
+
+
+def share() -> None:
+    """Start a server for this process and those that it starts; it imports when the first client comes."""
+    os.environ[_ADDRESS] = f"tests-fork-server-{os.getpid()}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("\0" + os.environ[_ADDRESS])
+    listener.listen()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with theirs:
+    with theirs, listener:
+        fds = [theirs.fileno(), listener.fileno()]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.processes", str(theirs.fileno())], cwd=ROOT,
-            env=os.environ | threads, pass_fds=[theirs.fileno()], start_new_session=True,
+            [sys.executable, "-m", "tests.helpers.processes", *map(str, fds)], cwd=ROOT,
+            env=os.environ | threads, pass_fds=fds, start_new_session=True,
         )  # fmt: skip
 
     def stop() -> None:
@@ -122,7 +138,6 @@ def _server() -> socket.socket:
         process.wait()
 
     atexit.register(stop)
-    return ours
 
 
 def _read_options() -> None:
@@ -135,18 +150,28 @@ def _read_options() -> None:
     parse(DaliOptions, ["--data", "none"])
 
 
-def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Fork for each request; returns the request in the fork, None at the end of the client."""
+def _serve(
+    owner: socket.socket, listener: socket.socket
+) -> tuple[dict[str, Any], list[int]] | None:
+    """Fork for each client's requests; returns the request in the fork, None at the end of the owner."""
     running: dict[int, tuple[int, socket.socket]] = {}  # by pidfd
+    clients: set[socket.socket] = set()
     while True:
-        for fd in select.select([control, *running], [], [])[0]:
-            if fd is control:
-                message, fds, *_ = socket.recv_fds(control, _MESSAGE_BYTES, 4)
+        for fd in select.select([owner, listener, *clients, *running], [], [])[0]:
+            if fd is owner:
+                return None
+            if fd is listener:
+                clients.add(listener.accept()[0])
+            elif fd in clients:
+                message, fds, *_ = socket.recv_fds(fd, _MESSAGE_BYTES, 4)
                 if not message:
-                    return None
+                    clients.remove(fd)
+                    fd.close()
+                    continue
                 pid = os.fork()
                 if pid == 0:
-                    control.close()
+                    for each in (owner, listener, *clients):
+                        each.close()
                     os.close(fds.pop())
                     for pidfd, (_, status) in running.items():
                         os.close(pidfd)
@@ -229,12 +254,17 @@ def _end(code: int) -> None:
 
 
 if __name__ == "__main__":
+    sockets = [socket.socket(fileno=int(fd)) for fd in sys.argv[1:]]
+    if sockets[1] not in select.select(sockets, [], [])[0]:
+        sys.exit()  # nobody ever came
+    gc.disable()  # nothing of it is garbage
     for name in PRELOADED:
         importlib.import_module(name)
     _read_options()
     assert len(os.listdir("/proc/self/task")) == 1, "threads were started, which no fork would have"
     gc.freeze()
-    job = _serve(socket.socket(fileno=int(sys.argv[1])))
+    gc.enable()
+    job = _serve(*sockets)
     if job is None:
         os._exit(0)
     _end(_exit_code(*job))
