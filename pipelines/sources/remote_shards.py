@@ -174,10 +174,10 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
 
 
 def _check(item: RemoteObject, number: int, path: Path, found: list[Index]) -> None:
-    """Raise DataError if a shard's file is not what the index is of, if that can be told."""
+    """Raise RunError if a shard's file is not what the index is of, if that can be told."""
     notes = found[0].shards if found else []
     if notes and sha256_file(path) != notes[number].sha256:
-        raise DataError(
+        raise RunError(
             f"{item.url} has another content than its index says; upload the shards and their index anew, or "
             "remove the index, a hidden file beside them"
         )

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from pipelines.storage.remote import RemoteObject
 from pipelines.utils.atomic_io import atomic_write, free_space, fsync
-from pipelines.utils.errors import DataError, UsageError, os_error_line, way_out
+from pipelines.utils.errors import RunError, UsageError, os_error_line, way_out
 
 PARTIAL = ".partial"
 SPARE = 64 << 20  # bytes of the disk that are left free
@@ -84,7 +84,7 @@ class ShardCache:
         """Keep these objects, and no others of earlier calls, from being removed by any process.
 
         Returns how many bytes of objects with the names `needed` should be kept, so that processes which need
-        others have their part, or what they leave of it. Raises DataError if a file cannot be written.
+        others have their part, or what they leave of it. Raises RunError if a file cannot be written.
         """
         own = {self.path_of(item).name: item.size for item in items}
         try:
@@ -115,7 +115,7 @@ class ShardCache:
 
         copy: writes it to an open file. check: raises if a file is not what it should be.
 
-        Raises what both do; DataError if the disk is full.
+        Raises what both do; RunError if the disk is full.
         """
         if self.has(item):
             self.note_use(item)
@@ -145,8 +145,8 @@ class ShardCache:
                 partial.unlink()
             lock.release()
 
-    def _cannot_write(self, error: OSError) -> DataError:
-        return DataError(
+    def _cannot_write(self, error: OSError) -> RunError:
+        return RunError(
             f"--cache: cannot write {self.folder}: {error.strerror or error}{way_out(error)}"
         )
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.sources import remote_reader
+from pipelines.sources import remote_reader, shard_cache
 from pipelines.sources.cache_options import CacheOptions
 from pipelines.sources.options import SplitOptions
 from pipelines.sources.splits import open_split, open_splits
 from pipelines.storage import remote
-from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.errors import RunError, UsageError
 from tests.helpers.s3_server import Fault
 from tests.pipelines.sources.conftest import contents, upload
 
@@ -105,8 +105,22 @@ def test_a_shard_that_changes_under_a_run_ends_it(s3, url, cache):
     s3.put("shards/train-000001.tar", bytes(data))
     with pytest.raises(RunError, match=r"s3://bucket/shards/train-000001\.tar has changed"):
         contents(train)
-    with pytest.raises(DataError, match=r"train-000001\.tar has another content than its index"):
+    with pytest.raises(RunError, match=r"train-000001\.tar has another content than its index"):
         contents(open_split(url, "train", cache))
+
+
+def test_a_full_disk_and_a_changed_shard_are_no_broken_images(s3, url, cache, capsys, monkeypatch):
+    words = ["verify", url, "--cache", str(cache.folder), "--cache-size", "1GB"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_cache, "free_space", lambda _: 1)
+        assert main(words) == 1
+    assert re.search("error: .*--cache: cannot write .*No space left", capsys.readouterr().err)
+    data = bytearray(s3.get("shards/train-000001.tar"))
+    data[600] ^= 1
+    s3.put("shards/train-000001.tar", bytes(data))
+    assert main(words) == 1
+    assert re.search(r"error: s3://\S+train-000001\.tar has another", capsys.readouterr().err)
+    assert not [*cache.folder.glob("*.json")]  # a report
 
 
 def test_samples_whose_shard_has_not_come_are_read_by_range(s3, url, cache, local, monkeypatch):

@@ -183,16 +183,14 @@ def test_a_killed_process_leaves_no_shard_no_lock_and_no_pin(cache, tmp_path):
 
 def test_a_full_disk_is_told_in_one_line(cache, monkeypatch):
     monkeypatch.setattr(shard_cache, "free_space", lambda _: SIZE)
-    with pytest.raises(
-        DataError, match=r"--cache: cannot write .*: No space left.*free some space"
-    ):
+    with pytest.raises(RunError, match=r"--cache: cannot write .*: No space left.*free some space"):
         fetch(cache, 0)
     monkeypatch.undo()
 
     def full(_file: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(RunError, match="No space left"):
         cache.fetch(item(0), full)
     assert not [*(cache.folder / "shards").iterdir()]
 
@@ -202,7 +200,7 @@ def test_what_is_being_fetched_has_its_room_on_the_disk(cache, monkeypatch):
     monkeypatch.setattr(shard_cache, "free_space", lambda _: 1.5 * SIZE)
 
     def copy(_file: int) -> None:
-        with pytest.raises(DataError, match="No space left"):
+        with pytest.raises(RunError, match="No space left"):
             fetch(cache, 1)
 
     assert cache.fetch(item(0), copy) is Outcome.THERE
@@ -216,7 +214,7 @@ def test_a_full_disk_that_takes_no_notes_ends_the_reads_that_wait(cache, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
 
     monkeypatch.setattr(shard_cache, "atomic_write", full)
-    with pytest.raises(DataError, match=r"--cache: cannot write .*No space left"):
+    with pytest.raises(RunError, match=r"--cache: cannot write .*No space left"):
         [reader.read(number, 0, 1) for number in range(5)]
     reader.stop()
 

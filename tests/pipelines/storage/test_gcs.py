@@ -12,7 +12,7 @@ from pipelines.sources.splits import open_split
 from pipelines.storage import remote
 from pipelines.storage.folder import ObjectStore
 from pipelines.storage.kinds import remote_of
-from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.errors import RunError, UsageError
 from rsnet.checkpoint.remote import RemoteRun, fetch_newest
 from rsnet.checkpoint.uploader import Uploader
 from tests.helpers.gcs_server import GcsServer
@@ -73,7 +73,7 @@ def test_a_changed_shard_ends_a_run_with_its_name(gcs, cache):
     gcs.put("shards/train-000001.tar", bytes(data))
     with pytest.raises(RunError, match=r"gs://bucket/shards/train-000001\.tar has changed"):
         contents(train)
-    with pytest.raises(DataError, match=r"train-000001\.tar has another content than its index"):
+    with pytest.raises(RunError, match=r"train-000001\.tar has another content than its index"):
         contents(open_split(URL, "train", cache))
 
 

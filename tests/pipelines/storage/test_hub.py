@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from pipelines.__main__ import main
 from pipelines.sources.splits import open_split, open_splits
-from pipelines.utils.errors import DataError, RunError, UsageError
+from pipelines.utils.errors import RunError, UsageError
 from tests.conftest import write_folder
 from tests.helpers.hub_server import TOKEN, HubServer, Repository
 from tests.helpers.storage_server import Fault
@@ -75,7 +75,7 @@ def test_a_run_reads_the_commit_that_it_began_with(pets, cache, local):
     change(pets, "shards/train-000001.tar")
     assert contents(train) == contents(open_split(local, "train"))
     with pytest.raises(
-        DataError, match=r"hf://datasets/me/pets/shards/train-000001\.tar has another content"
+        RunError, match=r"hf://datasets/me/pets/shards/train-000001\.tar has another content"
     ):
         contents(open_split(URL, "train", cache))
 
