@@ -39,7 +39,7 @@ MEANING = {
     TEACHER: "a wider network of the largest size, trained before, teaches, too",
     STRONG: "mixup, CutMix, TrivialAugment, erasing, averaged weights, smaller images",
     K: "the largest size and one other, drawn at random, for as many epochs",
-    K_LONGER: "the same, for more epochs",
+    K_LONGER: "the largest size and one other, drawn at random, for more epochs",
     SCHEDULE: "the smallest size alone, then one more after each part, for more epochs",
     FAR_SHARED: "as shared BatchNorm",
     FAR_PRIVATE: "as private BatchNorm",

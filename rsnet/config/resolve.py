@@ -266,6 +266,10 @@ def _given(
             taken = taken - {"weight_decay"}
         if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
             taken = taken - {"sizes_per_step"}  # all, also of other --sizes
+        if config.sizes and {*config.sizes} != {*previous.get("sizes", config.sizes)}:
+            taken = taken - {
+                "size_schedule"
+            }  # it names those; a network refuses others, and says so
         given |= {k: previous.get(k) for k in taken if given[k] is None}
         if config.batch_size is None and config.accumulate is None:
             given |= _spread(previous_global_batch, world_size, previous)

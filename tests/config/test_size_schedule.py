@@ -35,6 +35,10 @@ def test_a_run_that_goes_on_keeps_its_schedule_unless_another_is_given():
     assert _resolve("", previous=previous).size_schedule == ("0:16", "3:all")
     assert _resolve("--size-schedule 0:all", previous=previous).has_all_sizes
     assert _resolve("", previous={"epochs": 6}).has_all_sizes  # of an older version
+    other = previous | {
+        "sizes": [64, 48]
+    }  # what is wrong is said of the sizes, not of the schedule
+    assert _resolve("", previous=other).has_all_sizes
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import processes
+from tests.helpers import faults, processes
 from tests.helpers.faults import (  # fmt: skip
     UPDATES,
     assert_same_end,
-    command,
     end,
     finish,
     kill,
@@ -33,6 +32,12 @@ from tests.helpers.faults import (  # fmt: skip
 from tests.pipelines.sources.conftest import source_of, upload
 
 pytestmark = pytest.mark.faults
+
+
+def command(data: Path | str, run: Path | str, *more: str | Path) -> list[str]:
+    """A training whose sizes change after the first and the second epoch."""
+    schedule = ("--size-schedule", "0:16", "1:24,16", "2:all")
+    return faults.command(data, run, *schedule, *more)
 
 
 def _pair(photos: Path, run: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
