@@ -12,7 +12,7 @@ from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.size_schedule import Phase, as_words, mean_cost, step_cost
 from rsnet.models.factory import create_model
-from rsnet.models.shapes import gmacs
+from rsnet.models.shapes import all_gmacs
 
 # A backward is twice a forward: gradients of inputs and of weights.
 FORWARDS = 3
@@ -26,7 +26,7 @@ def size_costs(
     """Return the GMACs of a forward of one image at each size."""
     words = {"arch": arch, "stem": stem, "width_mult": width_mult, "sizes": sizes}
     model = create_model(ModelConfig.from_dict(words | {"num_classes": CLASSES, "classes": ()}))
-    return {size: gmacs(model, size) for size in sizes}
+    return dict(zip(sizes, all_gmacs(model, sizes), strict=True))
 
 
 def training_gmacs(options: Sequence[str]) -> float:
