@@ -110,9 +110,9 @@ def require_options(values: Mapping[str, Any], source: str) -> None:
 
 
 def to_plain_dict(options: Any) -> dict[str, Any]:
-    """Return a dataclass as JSON and `torch.load(weights_only=True)` take it."""
+    """Return a dataclass as JSON and `torch.load(weights_only=True)` take it, which refuses a `Url`."""
     plain = dataclasses.asdict(options)
     return {
-        k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+        k: str(v) if isinstance(v, Path | str) else list(v) if isinstance(v, tuple) else v
         for k, v in plain.items()
     }

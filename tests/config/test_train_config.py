@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_origin
 
 import pytest
@@ -328,3 +329,10 @@ def test_what_another_loss_does_not_have_is_refused(words, message):
 def test_what_a_run_does_in_need_is_checked(words, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         _parse(words)
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/run", "runs/run", Path("runs/run")])
+def test_what_a_checkpoint_holds_of_the_options_are_plain_values_alone(output):
+    plain = to_plain_dict(TrainConfig(data="s3://bucket/data", output=output))
+    assert plain["output"] == str(output)
+    assert {type(value) for value in plain.values()} <= {str, int, float, bool, list, type(None)}
