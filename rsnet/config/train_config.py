@@ -1,4 +1,4 @@
-"""All options of a training run, see `topics`, together. Imports no torch."""
+"""All options of a training run, see `topics` and `run_topics`, together. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from pipelines.utils.location import url_of
 from rsnet.config.model_config import canonical_arch
 from rsnet.config.option_rules import require_valid
 from rsnet.config.recipes import FORMER_NAMES
-from rsnet.config.topics import (
-    AugmentationOptions,
+from rsnet.config.run_topics import (
     CheckpointOptions,
     ComputeOptions,
-    DataOptions,
-    DistillationOptions,
     DistributedOptions,
     LoggingOptions,
+    ProfilingOptions,
+)
+from rsnet.config.topics import (
+    AugmentationOptions,
+    DataOptions,
+    DistillationOptions,
     ModelOptions,
     OptimizerOptions,
-    ProfilingOptions,
     ScheduleOptions,
     Unset,
 )
