@@ -66,7 +66,7 @@ fi
 # The project itself is installed as a link to this folder, so that the command `rsnet` runs what is here.
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
 set -- sync --locked --quiet --compile-bytecode --extra train --extra timm --extra onnx --extra serve --extra hub \
-    --extra s3 --extra http
+    --extra gs --extra s3 --extra http
 if has_ffcv_libraries; then
     "$UV" "$@" --extra ffcv || {
         say "FFCV cannot be built, for the reason above: going on without it"

@@ -88,6 +88,24 @@ def test_an_order_that_is_not_the_usual_one_is_shown():
     assert data("shards, 2 of 3 at a time (ab)") == f"{plain}; order shards, 2 of 3 at a time (ab)"
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--sizes-per-step 2", "train 32 and 1 of 24 16; 79 %"),  # 4 and a mean of 1.5, of 7
+        (
+            "--epochs 2 --size-schedule 0:24,16 1:all",
+            "train 24 16 up to epoch 1, then 32 24 16; 71 %",  # 3 and 7, of 14
+        ),
+    ],
+)
+def test_the_sizes_of_the_steps_are_shown_with_their_share_of_the_operations(
+    words, shown, monkeypatch
+):
+    monkeypatch.setattr(header, "all_gmacs", lambda *_: [4.0, 2.0, 1.0])
+    context = _context("--sizes", "32", "24", "16", *words.split())
+    assert header._steps(context) == f"{shown} of the operations of all sizes in each step"
+
+
 def test_a_training_begins_with_what_differs_and_what_is_trained_where_on_what(tmp_path, capsys):
     run = tmp_path / "run"
     synthetic_run.train(run, "--epochs", "1", "--lr", "0.01")
