@@ -76,7 +76,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         if process.poll() is not None or time.monotonic() > deadline:
             kill(process) if process.poll() is None else None
             raise AssertionError(f"it never came to that: {process.communicate()}")
-        time.sleep(0.002)
+        time.sleep(0.01)  # a condition that reads a file takes time from what is waited for
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -60,6 +60,11 @@ def _ranks(process: subprocess.Popen[str]) -> list[int]:
     return sorted(int(p) for task in tasks for p in (task / "children").read_text().split())
 
 
+def _stored(s3) -> int:
+    time.sleep(0.05)  # the server that lists them is this process's, and takes uploads meanwhile
+    return sum(key.endswith(".pt") for key in s3.keys())  # noqa: SIM118
+
+
 def _rank(pid: int) -> int:
     """The rank of a process that was started with it in its environment."""
     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -295,7 +300,7 @@ def test_a_machine_that_is_lost_with_its_disk_is_replaced_and_the_bucket_has_the
     first = machine("a")
     wait_for(has_rendezvous, first)
     second = machine("b")
-    wait_for(lambda: sum(key.endswith(".pt") for key in list(s3.keys())) >= 2, first)
+    wait_for(lambda: _stored(s3) >= 2, first)
     (lost,) = _ranks(second)
     kill(second)
     with contextlib.suppress(ProcessLookupError):
