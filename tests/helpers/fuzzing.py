@@ -25,7 +25,7 @@ efforts = pytest.mark.parametrize(
     "effort",
     [
         pytest.param(QUICK, id="few"),
-        pytest.param(settings(QUICK, max_examples=200), id="many", marks=pytest.mark.slow),
+        pytest.param(settings(QUICK, max_examples=100), id="many", marks=pytest.mark.slow),
     ],
 )
 
