@@ -60,13 +60,13 @@ def test_a_quantized_run_that_is_killed_ends_as_one_that_was_not(photos, tmp_pat
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(photos, tmp_path):
+def test_ten_kills_at_random_moments_change_nothing(photos, tmp_path):
     """A random part of a second behind a random step: in a step, a save, an evaluation, between two."""
-    long = ("--epochs", "16")
+    long = ("--epochs", "8")
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish(command(photos, whole, *long))
     draws = random.Random(0)
-    for _ in range(20):
+    for _ in range(10):
         process = start(command(photos, run, *long))
         behind = step(run) + draws.randrange(1, 3)
         wait_for(reached(run, behind), process)
