@@ -344,7 +344,16 @@ def test_processes_without_torchrun_find_each_other(photos, pair, tmp_path):
 def test_two_nodes_in_order_of_shards_go_on_where_they_were_killed(photos, tmp_path):
     """Each a process, numbered as torchrun does. A single node has another order, and is refused."""
     data = source_of("shards", photos)
-    order = ["--order", "shards", "--order-window", "1", "--epochs", "2"]
+    order = [
+        "--order",
+        "shards",
+        "--order-window",
+        "1",
+        "--epochs",
+        "2",
+        "--size-schedule",
+        "0:all",
+    ]
 
     def launch(run: Path) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
