@@ -24,6 +24,8 @@ from rsnet.inference.onnx_runner import OnnxRunner
 from tests.helpers import releases
 from tests.helpers.releases import CLASSES
 
+pytestmark = pytest.mark.slow  # to calibrate an export takes 6 s
+
 SIZES = (48, 32)
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 

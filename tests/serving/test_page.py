@@ -21,7 +21,10 @@ TABLE = {
     32: {"median": 2.0, "p95": 3.0},
 }
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt has one")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt has one"),
+    pytest.mark.slow,  # a browser takes 6 s of CPU
+]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,6 @@ def test_a_chosen_file_is_classified_and_a_wrong_one_is_said(page, tmp_path):
     page.errors.clear()  # the browser's own, of the answer 415
 
 
-@pytest.mark.slow
 def test_nothing_is_wider_than_a_phone(page):
     _drop(page, "ant.png", encoded(photo(1)))
     page.get_by_text("3 sizes.").wait_for()

@@ -75,7 +75,8 @@ def test_a_compiled_training_is_the_eager_one(kind, updates, dtype):
     assert accuracy["32"]["loss"] == pytest.approx(wanted["32"]["loss"], rel=5e-3)
 
 
-@pytest.mark.parametrize("kind", [[], pytest.param(QUANTIZED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [[], QUANTIZED])
 def test_a_compiled_step_is_one_graph(batches, monkeypatch, kind):
     """Whatever compiles it: nothing in a step breaks the graph, and no later step compiles anew.
 
