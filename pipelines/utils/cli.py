@@ -346,6 +346,17 @@ def _fields(groups: Sequence[Any]) -> dict[str, dataclasses.Field[Any]]:
     return {flag: field for group in groups for flag, field in flags(group).items()}
 
 
+# tyro's words, which speak of types and of the None that an unset option has, and what is meant.
+_PLAIN = (
+    (r"^Error parsing (?:\w+: )?(?=--)", ""),
+    (
+        r"no type matching (?:\{None\}\|)?(?:\{\[)?(.+?)(?:\]\})? could be instantiated from \[(.*)\]\.$",
+        r"\1 is needed, not \2",
+    ),
+    (r"'None', |, 'None'(?=\))", ""),
+)
+
+
 def _message(box: str) -> str:
     """Return the message in the box that tyro draws around an error, as one line.
 
@@ -358,5 +369,7 @@ def _message(box: str) -> str:
             message.append(line)
         elif message:
             break
-    text = re.sub(r"^Error parsing \w+: (?=--)", "", " ".join(message))
+    text = " ".join(message)
+    for pattern, plain in _PLAIN:
+        text = re.sub(pattern, plain, text)
     return f"{text} (--help lists all options)"

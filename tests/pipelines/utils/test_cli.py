@@ -7,6 +7,7 @@ import io
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -99,6 +100,37 @@ def test_a_mistyped_command_is_one_line(capsys, words, message):
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@dataclass(frozen=True)
+class Unset:
+    rate: float | None = None
+    """A number, or what is computed."""
+
+    sizes: tuple[int, ...] | None = None
+    """Numbers, or all."""
+
+    limit: float = 1.0
+    """A number."""
+
+    kind: Literal["a", "b"] | None = None
+    """A word, or what is computed."""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "0,01"], "--rate: FLOAT is needed, not '0,01'"),
+        (["--sizes", "x"], "--sizes: INT [INT ...] is needed, not 'x'"),
+        (["--limit", "x"], "--limit: could not convert string to float: 'x'"),
+        (["--kind", "c"], "invalid choice 'c' for argument '--kind'"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_what_the_option_takes(words, message):
+    with pytest.raises(UsageError) as raised:
+        parse_options(Unset, [Unset], words)
+    assert str(raised.value).startswith(message)
+    assert "None" not in str(raised.value)
 
 
 @pytest.mark.parametrize("error", [AttributeError("half imported"), UsageError("no such network")])
