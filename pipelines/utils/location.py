@@ -49,9 +49,8 @@ def location(given: str | Path) -> Location:
 
     Raises UsageError for a URL with a password or a query, which would be written to logs.
     """
-    text = str(given)
-    if isinstance(given, Path):  # which makes one slash of two
-        text = re.sub(rf"^((?i:{'|'.join(SCHEMES)})):/(?!/)", r"\1://", text)
+    # A Path makes one slash of two; typed so, it is hardly meant for a folder that is called s3:.
+    text = re.sub(rf"^((?i:{'|'.join(SCHEMES)})):/(?!/)", r"\1://", str(given))
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
         return Path(given)
     parts = urlsplit(text)

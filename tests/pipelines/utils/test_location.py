@@ -10,9 +10,10 @@ from pipelines.utils.location import Url, location, url_of
 
 
 @pytest.mark.parametrize(
-    "given", ["S3://Bucket/Data/", Path("S3://Bucket/Data"), "s3://Bucket/Data"]
+    "given",
+    ["S3://Bucket/Data/", Path("S3://Bucket/Data"), "s3://Bucket/Data", "s3:/Bucket/Data"],
 )
-def test_a_scheme_may_be_written_in_capitals_as_nothing_else_may(given):
+def test_a_scheme_may_be_written_in_capitals_or_with_one_slash(given):
     for found in (location(given), url_of(given)):
         assert isinstance(found, Url)
         assert (found, found.scheme) == ("s3://Bucket/Data", "s3")
