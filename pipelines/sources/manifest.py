@@ -144,8 +144,6 @@ def _read_columns(file: Path, _state: tuple[int, int]) -> _Columns:
     try:
         with reading(file):
             table = _read_table(file)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {file}") from None
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UsageError(f"{file} cannot be read as a table: {first_line(error)}") from None
     columns = {}
@@ -172,9 +170,12 @@ def _weights(file: Path, table: Any) -> NDArray[np.float64]:
 
 
 def _columns(file: Path) -> _Columns:
-    """Return the columns. Raises UsageError if one is missing, or a cell is empty."""
-    with reading(file):
-        state = file.stat()
+    """Return the columns. Raises UsageError if the file or a column is missing, or a cell is empty."""
+    try:
+        with reading(file):
+            state = file.stat()
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {file}") from None
     return _read_columns(file, (state.st_size, state.st_mtime_ns))
 
 

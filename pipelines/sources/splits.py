@@ -62,15 +62,13 @@ def _open_both(
         kind = kind_of(data)
     if val_data is None and kind == "folder" and isinstance(data, Path):
         return scan_train_val(data, with_train)
-    if val_data is None and not _has_val(data):
-        with error_context("--data"):  # of a mistyped pattern there is nothing at all
-            if isinstance(data, Url):
+    with error_context("--data"):
+        if val_data is None and not _has_val(data):
+            if isinstance(data, Url):  # of a mistyped pattern there is nothing at all
                 remote_shards.list_remote(data, "train")
             elif kind == "shards":
                 shards.list_shards(data, "train")
-        raise UsageError(
-            f"--data: {data} has no validation images: add --val-data or --val-fraction"
-        )
+            raise UsageError(f"{data} has no validation images: add --val-data or --val-fraction")
     with error_context("--data" if val_data in (None, data) else "--val-data"):
         val = open_split(val_data or data, "val", cache)
     # A table has the classes of all its rows.

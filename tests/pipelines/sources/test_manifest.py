@@ -106,6 +106,12 @@ def test_images_that_are_not_there_are_named(table):
         manifest.read(file, "train")
 
 
+def test_a_table_that_is_not_there_is_a_mistake_of_the_command(tmp_path):
+    for suffix in manifest.SUFFIXES:
+        with pytest.raises(UsageError, match=f"^--data: there is no file .*/none{suffix}$"):
+            open_splits(tmp_path / f"none{suffix}")
+
+
 def test_what_is_no_table_is_said(tmp_path):
     for name, content in (("a.parquet", b"x"), ("a.jsonl", b"{"), ("a.csv", b"")):
         (tmp_path / name).write_bytes(content)
