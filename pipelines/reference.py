@@ -70,7 +70,8 @@ class ReferenceLoader(ScheduledLoader):
         spec = self._spec
         normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         batches = list(self.schedule.batches(epoch, first_step))
-        self._source.expect(self.schedule.rows_of(batches))
+        of_machine = self._reads_of_machine(epoch, first_step)
+        self._source.expect(self.schedule.rows_of(batches), of_machine)
         loader = DataLoader(
             _MultiSizeDataset(spec, self._source, self.schedule.training, epoch),
             batch_sampler=[indices.tolist() for indices in batches],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines import erasing
 from pipelines.batch import Batch, Flip, LoaderSpec
+from pipelines.sources.source import SharedReads
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import UsageError
 
@@ -125,33 +127,49 @@ class Schedule:
         """Return the samples of the source that these steps take, in their order."""
         return self.rows(np.concatenate([np.empty(0, np.int64), *batches]))
 
+    def reads_of(self, ranks: Sequence[int], epoch: int, first_step: int = 0) -> SharedReads:
+        """Return what these ranks, of which this is one, read together, step by step."""
+        order = self._order_of_all(epoch)
+        each = [[*replace(self, rank=rank)._batches(order, first_step)] for rank in ranks]
+        steps = [
+            (rank, batch)
+            for step in itertools.zip_longest(*each)
+            for rank, batch in zip(ranks, step, strict=True)
+            if batch is not None
+        ]
+        is_own = np.repeat([rank == self.rank for rank, _ in steps], [len(b) for _, b in steps])
+        rows = self.rows_of([batch for _, batch in steps])
+        return SharedReads(rows, np.flatnonzero(is_own), len(ranks))
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Indices]:
         """Yield the sample indices of each step from `first_step` on."""
-        if self.repeats > 1:
-            yield from self._repeated(epoch, first_step)
-            return
-        if self.training:
-            order = self.order(epoch)
-            ranks = self.ranks
-            offset, stride = ranks.index(self.rank) * self.batch_size, len(ranks) * self.batch_size
-        else:
-            order = np.arange(self.share.start, self.share.stop)
-            offset, stride = 0, self.batch_size
-        for step in range(first_step, self.steps):
-            start = step * stride + offset
-            yield order[start : start + self.batch_size]
+        yield from self._batches(self._order_of_all(epoch), first_step)
 
-    def _repeated(self, epoch: int, first_step: int) -> Iterator[Indices]:
-        images = self.order(epoch)
-        images = images[: -(-len(images) // self.repeats)]
-        order = (images[:, None] + self.samples * np.arange(self.repeats)).ravel()
+    def _order_of_all(self, epoch: int) -> Indices:
+        """Return what all of `ranks` take, with repeats; an evaluation's samples as they lie."""
+        if not self.training:
+            return np.arange(self.samples)
+        order = self.order(epoch)
+        if self.repeats == 1:
+            return order
+        images = order[: -(-len(order) // self.repeats)]
+        return (images[:, None] + self.samples * np.arange(self.repeats)).ravel()
+
+    def _batches(self, order: Indices, first_step: int) -> Iterator[Indices]:
+        if not self.training:
+            for first in self.share[first_step * self.batch_size :: self.batch_size]:
+                yield order[first : min(first + self.batch_size, self.share.stop)]
+            return
         ranks = self.ranks
-        stride = len(ranks) * self.batch_size
+        place, stride = ranks.index(self.rank), len(ranks) * self.batch_size
         for step in range(first_step, self.steps):
             of_all = order[step * stride :][:stride]
-            own = of_all[ranks.index(self.rank) :: len(ranks)]
-            # Mixup and CutMix mix neighbours: not an image with itself, where one rank has it again.
-            yield own[np.argsort(own // self.samples, kind="stable")]
+            if self.repeats == 1:
+                yield of_all[place * self.batch_size :][: self.batch_size]
+            else:
+                own = of_all[place :: len(ranks)]
+                # Mixup and CutMix mix neighbours: not an image with itself, where one rank has it again.
+                yield own[np.argsort(own // self.samples, kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -216,6 +234,14 @@ class ScheduledLoader(ABC):
             flip = crop_params(spec.seed, epoch, indices, *counts).flip
             erasing.erase(batch, boxes, flip)
             yield batch
+
+    def _reads_of_machine(self, epoch: int, first_step: int) -> Callable[[], SharedReads] | None:
+        """Return what gives the reads of this machine's processes together; None if it has one."""
+        nodes, own = self._spec.node_of_rank, self._spec.rank
+        ranks = [rank for rank, node in enumerate(nodes) if node == nodes[own]]
+        if len(ranks) < 2:
+            return None
+        return partial(self.schedule.reads_of, ranks, epoch, first_step)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin `epoch` with the next iteration."""

@@ -150,7 +150,8 @@ class DaliLoader(ScheduledLoader):
             )
         self._drain()
         batches = list(self.schedule.batches(epoch, first_step))
-        self._source.expect(self.schedule.rows_of(batches))
+        of_machine = self._reads_of_machine(epoch, first_step)
+        self._source.expect(self.schedule.rows_of(batches), of_machine)
         self._feed.start(iter(batches), epoch)
         for step in range(first_step, self.schedule.steps):
             try:

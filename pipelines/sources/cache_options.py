@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,3 +58,8 @@ def size_in_bytes(flag: str, given: str, example: str) -> int:
     if not 10**4 <= size < 10**15:
         raise UsageError(f"{flag} {given}: such as {example}, from 10KB to 1000TB")
     return int(size)
+
+
+def size_as_option(size: int) -> str:
+    """Return a number of bytes, or some more, as an option's value."""
+    return f"{math.ceil(size / 1e9)}GB" if size > 1e9 else f"{math.ceil(size / 1e6)}MB"

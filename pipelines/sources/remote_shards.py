@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pipelines.sources.patterns import expanded, has_splits, is_pattern, of_spli
 from pipelines.sources.remote_reader import ShardReader
 from pipelines.sources.shard_cache import ShardCache
 from pipelines.sources.shards import CLASSES, PATTERN, TarShards, class_names, columns, write_index
-from pipelines.sources.source import REPORT, Stamp
+from pipelines.sources.source import REPORT, SharedReads, Stamp
 from pipelines.sources.tar_index import Index
 from pipelines.storage.kinds import remote_of
 from pipelines.storage.remote import Remote, RemoteObject
@@ -58,12 +59,17 @@ class RemoteShards(TarShards):
         rows = zip(self.names, self.length.tolist(), self.shard.tolist(), strict=True)
         return {name: (length, tags[shard]) for name, length, shard in rows}
 
-    def expect(self, rows: NDArray[np.int64]) -> None:
+    def expect(
+        self,
+        rows: NDArray[np.int64],
+        of_machine: Callable[[], SharedReads] | None = None,
+    ) -> None:
         """Fetch the shards of these samples, in this order, as far ahead as the cache is large.
 
         Raises UsageError if the cache cannot hold what is open at once.
         """
-        self.reader.expect(self.shard[rows])
+        reads = None if of_machine is None else of_machine()
+        self.reader.expect(self.shard[rows], reads and reads._replace(what=self.shard[reads.what]))
 
     def stop(self) -> None:
         """Fetch no more."""

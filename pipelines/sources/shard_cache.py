@@ -12,13 +12,15 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -40,6 +42,41 @@ class Outcome(Enum):
     FULL = "all that could make room is in use"
 
 
+class SharedOrder(NamedTuple):
+    """An order in which some processes of this machine read shards together.
+
+    key: the same for them, and no others. places: of the files' names in it. processes: their number. start:
+    so many shards fit in the cache at first.
+    """
+
+    key: str
+    places: Mapping[str, int]
+    processes: int
+    start: int
+
+
+class Room(NamedTuple):
+    """What a process may keep in the cache.
+
+    size: bytes of the shards that it needs. is_crowded: whether processes that do not share its order keep
+    shards. common: place in the order up to which all that share it have come. reads: of the others.
+    """
+
+    size: int
+    is_crowded: bool
+    common: float
+    reads: int
+
+
+class _Note(NamedTuple):
+    """What a process keeps, by name, and where it is in an order: at a place, after so many reads."""
+
+    shards: Mapping[str, int] = {}
+    order: str = ""
+    place: int = 0
+    reads: int = 0
+
+
 class ShardCache:
     """Shards in `folder`, of at most `limit` bytes together."""
 
@@ -48,6 +85,8 @@ class ShardCache:
         self.folder = folder
         self._shards, self._locks, self._pins = (folder / n for n in ("shards", "locks", "pins"))
         self._own = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._order: SharedOrder | None = None
+        self._seen: set[str] = set()  # the other processes of that order, also those that are gone
         self._own_lock = FileLock(
             self._locks / f"{self._own}.lock", thread_local=False, fallback_to_soft=False
         )
@@ -80,30 +119,51 @@ class ShardCache:
         with contextlib.suppress(OSError):
             os.utime(self.path_of(item))
 
-    def pin(self, items: Iterable[RemoteObject], needed: Set[str] = frozenset()) -> int:
+    def join(self, order: SharedOrder | None) -> None:
+        """Take part in an order, in place of an earlier one; kept is that to which all have come."""
+        self._order, self._seen = order, set()
+
+    def pin(
+        self,
+        items: Iterable[RemoteObject],
+        needed: Set[str] = frozenset(),
+        place: int = 0,
+        reads: int = 0,
+    ) -> Room:
         """Keep these objects, and no others of earlier calls, from being removed by any process.
+
+        place: in the order that was joined, up to which this process has come. reads: those that it has done.
 
         Returns how many bytes of objects with the names `needed` should be kept, so that processes which need
         others have their part, or what they leave of it. Raises RunError if a file cannot be written.
         """
-        own = {self.path_of(item).name: item.size for item in items}
+        shards = {self.path_of(item).name: item.size for item in items}
+        own = _Note(shards, self._order.key if self._order else "", place, reads)
         try:
             with self._alone():
                 if not self._own_lock.is_locked:
                     self._own_lock.acquire(timeout=0)
                 path = self._pins / f"{self._own}.json"
-                if own:
-                    atomic_write(path, json.dumps(own).encode(), alone=True)
+                if own.shards or own.order:
+                    atomic_write(path, json.dumps(own._asdict()).encode(), alone=True)
                 else:
                     path.unlink(missing_ok=True)
-                others = [
-                    {name: size for name, size in pinned.items() if name not in needed}
-                    for pinned in self._pinned_by_others()
-                ]
+                notes = self._notes_of_others()
         except OSError as error:
             raise self._cannot_write(error) from None
+        members = [note for note in notes.values() if own.order and note.order == own.order]
+        strangers = [note.shards for note in notes.values() if note not in members]
+        others = [
+            {name: size for name, size in shards.items() if name not in needed}
+            for shards in strangers
+        ]
         kept = sum({name: size for pinned in others for name, size in pinned.items()}.values())
-        return max(self.limit // (1 + sum(map(bool, others))), self.limit - kept)
+        return Room(
+            max(self.limit // (1 + sum(map(bool, others))), self.limit - kept),
+            any(strangers),
+            self._common(own, notes),
+            sum(note.reads for note in members),
+        )
 
     def fetch(
         self,
@@ -208,14 +268,32 @@ class ShardCache:
         return _can_lock(self._locks / f"{path.name.removesuffix(PARTIAL)}.lock")
 
     def _pinned(self) -> set[str]:
-        """Return the shards that a process keeps."""
-        own = self._pins / f"{self._own}.json"
-        kept = [_read_pins(own), *self._pinned_by_others()]
-        return {name for pinned in kept for name in pinned}
+        """Return the shards that a process keeps.
 
-    def _pinned_by_others(self) -> list[dict[str, int]]:
-        """Return what each of the other processes keeps, with its bytes; forget those that are gone."""
-        found = []
+        Of an order, those to which all of its processes have come: one that is ahead takes nobody's room.
+        """
+        own, notes = _read_note(self._pins / f"{self._own}.json"), self._notes_of_others()
+        common, order = self._common(own, notes), self._order
+        return {
+            name
+            for note in (own, *notes.values())
+            for name in note.shards
+            if order is None or note.order != order.key or order.places.get(name, -1) < common
+        }
+
+    def _common(self, own: _Note, notes: Mapping[str, _Note]) -> float:
+        """Return the place in the order up to which all have come; who has not begun stands at its start."""
+        order = self._order
+        if order is None:
+            return math.inf
+        members = {stem: note.place for stem, note in notes.items() if note.order == order.key}
+        self._seen |= members.keys()
+        is_complete = len(self._seen) >= order.processes - 1
+        return min([own.place, *members.values(), *([] if is_complete else [order.start])])
+
+    def _notes_of_others(self) -> dict[str, _Note]:
+        """Return what each of the other processes keeps, by its name; forget those that are gone."""
+        found = {}
         for path in self._pins.iterdir():
             if path.stem == self._own or not _OF_PINS.fullmatch(path.name):
                 continue
@@ -224,17 +302,19 @@ class ShardCache:
                 for gone in (path, lock):
                     gone.unlink(missing_ok=True)
             else:
-                found.append(_read_pins(path))
+                found[path.stem] = _read_note(path)
         return found
 
 
-def _read_pins(path: Path) -> dict[str, int]:
-    """Return the names and bytes of shards; {} without a file, or if another version wrote it."""
+def _read_note(path: Path) -> _Note:
+    """Return a process's note; one of nothing without a file. Earlier versions wrote names alone."""
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else dict.fromkeys(found, 0)
+        return _Note()
+    if isinstance(found, dict) and "order" in found:
+        return _Note(**found)
+    return _Note(found if isinstance(found, dict) else dict.fromkeys(found, 0))
 
 
 def _can_lock(path: Path) -> bool:

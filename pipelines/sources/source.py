@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,18 @@ REPORT = "verified.json"
 
 # Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
 Stamp = tuple[int, int] | None
+
+
+class SharedReads(NamedTuple):
+    """What several processes read together, about as fast as each other.
+
+    what: of each read, in an order that all of them keep to: a sample, or the shard that it is in. own: the
+    places of this process's reads among them. processes: their number.
+    """
+
+    what: NDArray[np.int64]
+    own: NDArray[np.int64]
+    processes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +80,14 @@ class Source(ABC):
     def read(self, index: int) -> bytes:
         """Return an image's bytes. Raises DataError if there are none, RunError if it cannot be read."""
 
-    def expect(self, rows: NDArray[np.int64]) -> None:  # noqa: B027 - local sources are there
+    def expect(  # noqa: B027 - local sources are there
+        self,
+        rows: NDArray[np.int64],
+        of_machine: Callable[[], SharedReads] | None = None,
+    ) -> None:
         """Prepare for these samples, which are read next, in this order.
+
+        of_machine: returns what all processes of this machine read. None if this one reads alone.
 
         What is far away is fetched ahead of its use. A later call takes the place of an earlier one.
 

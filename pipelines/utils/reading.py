@@ -55,3 +55,12 @@ def read_file(path: str | Path) -> bytes:
     if not data:
         raise DataError("the file is empty")
     return data
+
+
+def bytes_of(path: Path, offset: int, length: int) -> bytes:
+    """Return a part of a file. Raises OSError."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, length, offset)
+    finally:
+        os.close(file)

@@ -267,6 +267,7 @@ def _loader_spec(
         normalize=network.normalize,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        node_of_rank=distributed.node_of_rank(),
         splits=NO_OPTIONS if is_ffcv and options.val_fraction is None else splits,
     )
 

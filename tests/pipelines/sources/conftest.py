@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
 
+from pipelines.sources import remote_reader
 from pipelines.sources.shards_options import ShardsOptions, write_shards
 from tests.helpers.s3_server import S3Server
 
@@ -86,3 +87,10 @@ def as_kind(request, tmp_path, monkeypatch) -> Callable[[str, Path], str | Path]
 @pytest.fixture(params=["csv", "jsonl", "parquet", "shards", "s3"])
 def data(request, photos, as_kind) -> str | Path:
     return as_kind(request.param, photos)
+
+
+@pytest.fixture
+def short_waits(monkeypatch) -> None:
+    """A look at what other processes of a machine do comes soon."""
+    monkeypatch.setattr(remote_reader, "POLL", 0.002)
+    monkeypatch.setattr(remote_reader, "PIN_EVERY", 0.01)

@@ -123,12 +123,12 @@ def test_what_any_process_pins_stays(cache, tmp_path):
 def test_processes_that_need_other_shards_have_their_part_each(cache, tmp_path):
     one, other = ({cache.path_of(item(n)).name for n in of} for of in ([0, 1, 2], [5, 6, 7]))
     second, third = ShardCache(tmp_path, 3 * SIZE), ShardCache(tmp_path, 3 * SIZE)
-    assert cache.pin([item(0), item(1), item(2)], one) == 3 * SIZE
-    assert second.pin([item(0)], one) == 3 * SIZE  # another process of the same run
-    assert third.pin([], other) == SIZE
+    assert cache.pin([item(0), item(1), item(2)], one).size == 3 * SIZE
+    assert second.pin([item(0)], one).size == 3 * SIZE  # another process of the same run
+    assert third.pin([], other).size == SIZE
     third.pin([item(5)], other)
-    assert cache.pin([item(0)], one) == 2 * SIZE
-    assert second.pin([], one) == 2 * SIZE
+    assert cache.pin([item(0)], one).size == 2 * SIZE
+    assert second.pin([], one).size == 2 * SIZE
 
 
 def test_what_another_version_noted_is_kept_too(cache, tmp_path):
@@ -290,17 +290,15 @@ def trainings_at_once(folder, by_range: bool) -> list[Recorded]:
     return storages
 
 
-def test_two_trainings_share_a_cache_that_is_too_small_for_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_reader, "POLL", 0.002)
-    monkeypatch.setattr(remote_reader, "PIN_EVERY", 0.01)
+@pytest.mark.usefixtures("short_waits")
+def test_two_trainings_share_a_cache_that_is_too_small_for_both(tmp_path):
     for storage in trainings_at_once(tmp_path, by_range=True):
         assert len(storage.copied) <= 3 * 8  # none is fetched twice for an epoch
         assert len(storage.copied) + len(storage.read_by_range) < 3 * 24
 
 
+@pytest.mark.usefixtures("short_waits")
 def test_without_ranges_they_end_or_say_that_there_is_no_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_reader, "POLL", 0.002)
-    monkeypatch.setattr(remote_reader, "PIN_EVERY", 0.01)
     monkeypatch.setattr(remote_reader, "STARVED", 0.2)
     other = ShardCache(tmp_path, 3 * SIZE)
     for number in range(3):

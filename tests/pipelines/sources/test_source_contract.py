@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import dali, reference
 from pipelines.__main__ import main
 from pipelines.batch import LoaderSpec
 from pipelines.sources.options import NO_OPTIONS, SplitOptions
 from pipelines.sources.shards import TarShards
+from pipelines.sources.shards_options import ShardsOptions, write_shards
 from pipelines.sources.splits import open_splits
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import needs_ffcv, write_folder
-from tests.pipelines.sources.conftest import source_of
+from tests.pipelines.sources.conftest import source_of, upload
 
 KINDS = ["csv", "shards", "s3"]  # what differs behind the table's format
 
@@ -200,7 +205,7 @@ def test_a_shard_that_shrinks_under_a_run_is_named(photos, tmp_path):
 
 def test_loaders_tell_a_source_which_samples_they_read_next_in_their_order(photos, monkeypatch):
     expected, read, original = [], [], TarShards.read
-    monkeypatch.setattr(TarShards, "expect", lambda _, rows: expected.append(rows.tolist()))
+    monkeypatch.setattr(TarShards, "expect", lambda _, rows, _all: expected.append(rows.tolist()))
     monkeypatch.setattr(TarShards, "read", lambda self, i: read.append(i) or original(self, i))
     spec = spec_of(source_of("shards", photos))
     for make, options in (
@@ -274,6 +279,62 @@ def test_a_node_fetches_its_shards_alone_whatever_its_processes(photos, as_kind,
     assert alone == pairs
     assert [len(found) for found in alone] == [1, 2]  # of what each takes, none is on the border
     assert len({*alone[0], *alone[1]}) == 3
+
+
+@pytest.fixture
+def many(tmp_path, s3) -> tuple[str, Path]:
+    """Shards of which a process reads less than one ahead, in a bucket and in a folder."""
+    rng, folder = np.random.default_rng(0), tmp_path / "many"
+    for i in range(420):
+        path = folder / ("val" if i < 60 else "train") / f"c{i % 4}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(path)
+    write_shards(ShardsOptions(str(folder), tmp_path / "shards", shard_size="120KB"))
+    return upload(s3, tmp_path / "shards"), tmp_path / "shards"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", [2, 3])
+def test_processes_of_a_node_fetch_as_one_does_where_the_cache_has_less_than_the_data(
+    many, s3, tmp_path, fit
+):
+    """They take their steps together, as in a training, and evaluate a part each."""
+    url, folder = many
+    size = max(path.stat().st_size for path in folder.glob("train-*.tar"))
+
+    def run(data, count: int, cache: Path) -> tuple[list[bytes], list[str]]:
+        images: dict[tuple[int, int], bytes] = {}
+        together = threading.Barrier(count)
+
+        def work(rank: int) -> None:
+            options = dali.DaliOptions(
+                workers=1, order="shards", order_window=2, cache=cache, cache_size=str(fit * size)
+            )
+            spec = replace(
+                spec_of(data), batch_size=6 // count, rank=rank, world_size=count,
+                node_of_rank=(0,) * count,
+            )  # fmt: skip
+            loaders = dali.make_loaders(options, spec)
+            for step, batch in enumerate(loaders.train):
+                together.wait(60)
+                images[step, rank] = batch.images[0].numpy().tobytes()
+            list(loaders.val)
+            together.wait(60)
+            for loader in (loaders.train, loaders.val):
+                loader.close()
+
+        s3.requests.clear()
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(work, range(count)))
+        gets = [path for method, path in s3.requests if method == "GET" and ".tar" in path]
+        steps = sorted({step for step, _ in images})
+        return [b"".join(images[s, r] for r in range(count)) for s in steps], sorted(gets)
+
+    expected, _ = run(folder, 1, tmp_path / "none")
+    for count in (1, 2, 3):
+        found, gets = run(url, count, tmp_path / str(count))
+        assert found == expected
+        assert len(gets) == len(set(gets)) == len([*folder.glob("*.tar")])
 
 
 def test_only_shards_are_ordered_by_shards(photos):
