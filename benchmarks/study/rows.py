@@ -109,7 +109,7 @@ class Options:
     lr: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Learning rate of all runs. Unset: that of --lrs with which an individual network is best."""
 
-    lrs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    lrs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4)
     """Learning rates to choose from."""
 
     seeds: int = 3

@@ -35,7 +35,7 @@ def _jobs(o):
 def test_every_run_is_a_command_of_train_dali(options):
     jobs = _jobs(options)
     configs = [parse(DaliOptions, ["--data", "x", *job.options])[0] for job in jobs]
-    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 4) + 8 + 4
+    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 4) + 8 + 5
     first = {
         job.row: (c.sizes, c.kd, c.kd_type, c.norm) for job, c in zip(jobs, configs, strict=True)
     }
