@@ -69,9 +69,7 @@ class ReferenceLoader(ScheduledLoader):
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         spec = self._spec
         normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
-        batches = list(self.schedule.batches(epoch, first_step))
-        of_machine = self._reads_of_machine(epoch, first_step)
-        self._source.expect(self.schedule.rows_of(batches), of_machine)
+        batches = self._expect(self._source, epoch, first_step)
         loader = DataLoader(
             _MultiSizeDataset(spec, self._source, self.schedule.training, epoch),
             batch_sampler=[indices.tolist() for indices in batches],

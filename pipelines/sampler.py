@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines import erasing
 from pipelines.batch import Batch, Flip, LoaderSpec
-from pipelines.sources.source import SharedReads
+from pipelines.sources.source import SharedReads, Source
 from pipelines.transforms import CropParams
 from pipelines.utils.errors import UsageError
 
@@ -235,13 +235,14 @@ class ScheduledLoader(ABC):
             erasing.erase(batch, boxes, flip)
             yield batch
 
-    def _reads_of_machine(self, epoch: int, first_step: int) -> Callable[[], SharedReads] | None:
-        """Return what gives the reads of this machine's processes together; None if it has one."""
+    def _expect(self, source: Source, epoch: int, first_step: int) -> list[Indices]:
+        """Return the samples of an epoch's steps, and tell their source, which may have to fetch them."""
+        batches = list(self.schedule.batches(epoch, first_step))
         nodes, own = self._spec.node_of_rank, self._spec.rank
         ranks = [rank for rank, node in enumerate(nodes) if node == nodes[own]]
-        if len(ranks) < 2:
-            return None
-        return partial(self.schedule.reads_of, ranks, epoch, first_step)
+        of_machine = partial(self.schedule.reads_of, ranks, epoch, first_step)
+        source.expect(self.schedule.rows_of(batches), of_machine if len(ranks) > 1 else None)
+        return batches
 
     def set_epoch(self, epoch: int) -> None:
         """Begin `epoch` with the next iteration."""

@@ -149,9 +149,7 @@ class DaliLoader(ScheduledLoader):
                 self._graph(), self._feed, self._options, self._spec, self._source.has_files
             )
         self._drain()
-        batches = list(self.schedule.batches(epoch, first_step))
-        of_machine = self._reads_of_machine(epoch, first_step)
-        self._source.expect(self.schedule.rows_of(batches), of_machine)
+        batches = self._expect(self._source, epoch, first_step)
         self._feed.start(iter(batches), epoch)
         for step in range(first_step, self.schedule.steps):
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ import pytest
 from pipelines.sources import remote_reader
 from pipelines.sources.shard_cache import ShardCache
 from pipelines.sources.source import SharedReads
-from pipelines.utils.errors import RunError
 from pipelines.windows import ShardSchedule, Windows
 from tests.pipelines.sources.test_shard_cache import SIZE, Recorded, reader_of
 
@@ -27,7 +26,7 @@ def read_together(
     """The processes of a node, in windows of two of twelve shards; a batch of all has six."""
     shard = np.repeat(np.arange(12), 30)
     ranks = [rank for rank in range(len(nodes)) if nodes[rank] == node]
-    storages, errors = [], []
+    storages = []
 
     def work(rank: int) -> None:
         schedule = ShardSchedule(
@@ -42,17 +41,11 @@ def read_together(
             reader.expect(shards, reads._replace(what=shard[reads.what]))
             for one in shards.tolist():
                 assert reader.read(one, 0, 1) == bytes([one])
-        except (AssertionError, RunError) as error:
-            errors.append(error)
-        reader.stop()
+        finally:
+            reader.stop()
 
-    threads = [threading.Thread(target=work, args=[rank]) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        list(pool.map(work, ranks))
     return storages
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -248,11 +249,8 @@ def test_processes_of_a_machine_fetch_each_shard_once(tmp_path):
         for shard in order.tolist():
             assert reader.read(shard, 0, 1) == bytes([shard])
 
-    threads = [threading.Thread(target=work, args=[reader]) for reader, _ in pairs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        list(pool.map(work, [reader for reader, _ in pairs]))
     for reader, _ in pairs:
         reader.stop()
     copied = [number for _, storage in pairs for number in storage.copied]
@@ -261,7 +259,7 @@ def test_processes_of_a_machine_fetch_each_shard_once(tmp_path):
 
 def trainings_at_once(folder, by_range: bool) -> list[Recorded]:
     """Two, of other data and several epochs, in windows of two shards; a cache holds three."""
-    errors, storages = [], []
+    storages: list[Recorded] = []
 
     def work(number: int) -> None:
         items = [
@@ -275,18 +273,11 @@ def trainings_at_once(folder, by_range: bool) -> list[Recorded]:
                 reader.expect(order)
                 for shard in order.tolist():
                     assert reader.read(shard, 0, 1) == bytes([shard])
-        except RunError as error:
-            errors.append(error)
         finally:
             reader.stop()
 
-    threads = [threading.Thread(target=work, args=[number]) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
     return storages
 
 
