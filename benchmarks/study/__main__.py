@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +66,34 @@ class Study:
             return RunSummary(**found["run"] | {"path": path})
 
     def run(self, jobs: Sequence[Job], title: str) -> None:
-        """Run those that are not finished. Raises DataError with the last line of a run that failed."""
+        """Run those that are not finished, and before them the teacher that they need, if it is not there.
+
+        Raises DataError with the last line of a run that failed.
+        """
         jobs = [job for job in jobs if self.summary(job) is None]
+        for teacher in [job.teacher for job in jobs if job.teacher][:1]:  # the same of all
+            if not (self.output / teacher.name / "results.json").is_file():
+                (self.results / f"{teacher.name}.json").unlink(
+                    missing_ok=True
+                )  # of another machine
+                jobs.insert(0, teacher)
         self.console.start(title, sum(job.work for job in jobs), images=0)
         done = 0
         with ThreadPoolExecutor(self.options.jobs) as pool:
-            running = {pool.submit(self._train, job): job for job in jobs}
+            running: dict[str, Future[None]] = {}
+            for job in jobs:
+                # Submitted before, so that one thread is enough for both.
+                awaited = running.get(job.teacher.name) if job.teacher else None
+                running[job.name] = pool.submit(self._train, job, awaited)
+            work = {running[job.name]: job for job in jobs}
             try:
-                for future in as_completed(running):
+                for future in as_completed(work):
                     future.result()
-                    done += running[future].work
-                    self.console.update(done, running[future].name, prints=True)
+                    done += work[future].work
+                    self.console.update(done, work[future].name, prints=True)
             finally:
                 pool.shutdown(cancel_futures=True)
                 self.console.stop()
-
-    def teach(self, jobs: Sequence[Job], teacher: Job) -> None:
-        """Train the teacher, if a run that is not finished needs it and it is not there."""
-        needed = any(job.teacher and self.summary(job) is None for job in jobs)
-        if needed and not (self.output / teacher.name / "results.json").is_file():
-            (self.results / f"{teacher.name}.json").unlink(missing_ok=True)  # of another machine
-            self.run([teacher], "teacher")
 
     def write(self, jobs: Sequence[Job], choice: str) -> str:
         """Write the page and the plot of the runs that are finished; return the page."""
@@ -98,7 +105,9 @@ class Study:
             plot(self.results / "study.png", groups)
         return text
 
-    def _train(self, job: Job) -> None:
+    def _train(self, job: Job, teacher: Future[None] | None) -> None:
+        if teacher:
+            teacher.result()
         o, path = self.options, self.output / job.name
         path.mkdir(parents=True, exist_ok=True)
         words = [
@@ -173,7 +182,6 @@ def run(o: Options) -> int:
     jobs, teacher = list(jobs_of(o, lr)), teacher_job(o, lr)
     for job in [teacher, *jobs]:
         study.summary(job)  # what is of another study is found before hours of work
-    study.teach(jobs, teacher)
     try:
         study.run(jobs, "study")
     finally:

@@ -144,7 +144,10 @@ class Job:
 
 
 def jobs_of(o: Options, lr: float) -> Iterator[Job]:
-    """Yield the runs of the table, seed by seed, so that a study that is cut short has whole seeds."""
+    """Yield the runs of the table, seed by seed, so that a study that is cut short has whole seeds.
+
+    Sizes far apart, which the paper has not, come last.
+    """
     for seed in range(max(o.seeds, o.few_seeds)):
         if seed < o.seeds:
             for size in o.sizes:
@@ -160,8 +163,9 @@ def jobs_of(o: Options, lr: float) -> Iterator[Job]:
             yield _job(o, STRONG, o.few_sizes, seed, lr, ["--recipe", "strong"])
             yield _job(o, K, o.few_sizes, seed, lr, ["--sizes-per-step", "2"])
             yield from _of_equal_cost(o, seed, lr)
-            yield _job(o, FAR_SHARED, o.far_sizes, seed, lr, ["--no-kd", "--norm", "shared"])
-            yield _job(o, FAR_PRIVATE, o.far_sizes, seed, lr, ["--no-kd"])
+    for seed in range(o.few_seeds):
+        yield _job(o, FAR_SHARED, o.far_sizes, seed, lr, ["--no-kd", "--norm", "shared"])
+        yield _job(o, FAR_PRIVATE, o.far_sizes, seed, lr, ["--no-kd"])
 
 
 def _of_equal_cost(o: Options, seed: int, lr: float) -> Iterator[Job]:

@@ -120,9 +120,14 @@ def test_the_page_of_some_runs_has_whole_seeds_alone_and_says_what_is_missing(op
     assert report.page("x", "", jobs, {})[0].endswith("the same command goes on.\n")
 
 
-def test_whole_seeds_come_first(options):
-    seeds = [int(job.name[-1]) for job in rows.jobs_of(options, 0.1)]
-    assert seeds == sorted(seeds)
+def test_whole_seeds_come_first_and_sizes_far_apart_last(options):
+    jobs = list(rows.jobs_of(options, 0.1))
+    far = [job.row in (rows.FAR_SHARED, rows.FAR_PRIVATE) for job in jobs]
+    assert far == sorted(far)
+    for of_far in (False, True):
+        seeds = [job.seed for job, is_far in zip(jobs, far, strict=True) if is_far == of_far]
+        assert seeds == sorted(seeds)
+        assert seeds
 
 
 def test_the_images_are_chosen_by_their_names_and_the_learning_rate_on_others(options, tmp_path):
