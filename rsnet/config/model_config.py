@@ -64,7 +64,7 @@ class ModelConfig:
     normalize: NormalizeName = "imagenet"
     eval_crop_ratio: float = EVAL_CROP_RATIO
     interpolation: str = RESIZE_FILTER
-    calibrated: Mapping[str, str] = field(default_factory=dict)
+    calibrated: Mapping[str, str] = field(default_factory=dict, hash=False)  # no dict has one
     """Sizes that were added after the training, and how their BatchNorm was made."""
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ memory than the weights that lie there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -255,8 +256,9 @@ def _unpacked_config(network: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(ModelConfig.from_dict(network), qw=FULL)
 
 
+@functools.lru_cache(maxsize=4)  # what is written is read back
 def _on_meta(config: ModelConfig) -> ResolutionSwitchable:
-    """Build a network without memory, for the names, shapes and types of its state."""
+    """Build a network without memory, for the names, shapes and types of its state; not to be changed."""
     try:
         with WeightsOnMeta():
             return create_model(config)

@@ -122,6 +122,7 @@ def test_the_config_describes_network_images_and_file(folder):
     assert [255 * s for s in prepared["std"]] == pytest.approx(std)
 
 
+@pytest.mark.slow
 def test_quantized_weights_take_their_bits_and_a_basis_a_channel(tmp_path, capsys):
     bits = 2
     network = NETWORK | {"width_mult": 1.0, "qw": bits}
@@ -325,6 +326,7 @@ def test_a_builders_complaint_is_one_line(folder, capsys, monkeypatch):
     def complain(_):
         raise RuntimeError("no such\nshapes")
 
+    release._on_meta.cache_clear()
     monkeypatch.setattr(release, "create_model", complain)
     code, line = refusal(folder, capsys)
     assert code == 1
