@@ -24,6 +24,7 @@ def test_cudnn_times_its_algorithms_for_both_sides_as_in_a_training(monkeypatch)
     assert not torch.backends.cudnn.benchmark
 
 
+@pytest.mark.slow
 def test_all_ways_to_write_a_step_have_the_same_losses_and_make_the_same_update():
     o = Options(sizes=(64, 48), batch_size=4, amp="off")
     (batch,) = make_batches(o, 1)

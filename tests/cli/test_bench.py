@@ -102,6 +102,7 @@ def test_markers_that_are_no_pair_are_one_line(folder, data, capsys, card):
     assert re.match(r"rsnet bench: error: .*README\.md: the section between .*\n$", err)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_wandb_key")
 def test_wandb_gets_the_table_and_the_plot(folder, data, tmp_path, capsys):
     output = tmp_path / "bench"

@@ -38,6 +38,7 @@ def _train(monkeypatch, *words) -> int:
     return train("train_dali.py", DaliOptions, make_loaders)
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_evaluated_as_it_was_trained(
     original, photos, tmp_path, monkeypatch, capsys
 ):

@@ -158,6 +158,7 @@ def _save(tf, prefix: Path, variables) -> None:
         tf.train.Saver(made).save(session, str(prefix))
 
 
+@pytest.mark.slow
 def test_import_takes_the_same_files(npz, tmp_path, capsys):
     assert main(["import-tf", str(npz), "--output", str(tmp_path / "a")]) == 0
     expected = capsys.readouterr().out.replace(f"{tmp_path}/a/", f"{tmp_path}/b/")

@@ -93,6 +93,7 @@ def test_the_metrics_of_a_run_that_was_never_online_come_with_their_time_and_opt
     assert wandb_server.exit_codes[sent.id] == 1  # there is no final table
 
 
+@pytest.mark.slow
 def test_tensorboard_s_files_are_written_too_where_a_run_has_some(wandb_server, tmp_path, call):
     write_run(tmp_path, rows(1, 3))
     assert "TensorBoard" not in call(tmp_path)[1]
@@ -127,6 +128,7 @@ def test_a_run_goes_to_the_entity_with_the_tags_that_its_options_say(
     assert wandb_server.history
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed_offline_is_one_run_there(wandb_server, tmp_path, call):
     write_run(tmp_path, [])
     first = _start("offline", tmp_path)
@@ -140,6 +142,7 @@ def test_a_run_that_was_resumed_offline_is_one_run_there(wandb_server, tmp_path,
     assert wandb_server.metrics(first.run_id) == rows(1, 5)
 
 
+@pytest.mark.slow
 def test_what_was_logged_before_a_run_was_resumed_comes_before_it(wandb_server, tmp_path, call):
     write_run(tmp_path, [])
     first = _start("online", tmp_path)
@@ -183,6 +186,7 @@ def test_without_a_key_it_says_how_to_get_one(tmp_path, call):
     )
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_costs_nothing_but_a_line(wandb_server, tmp_path, call, monkeypatch):
     write_run(tmp_path, rows(1, 3))
     write_sent(tmp_path, Sent("abc", None, 0))

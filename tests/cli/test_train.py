@@ -59,6 +59,7 @@ def test_an_unknown_pipeline_is_one_line(capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_notes_a_command_that_names_rsnet_train_and_rerun_finds_that_all_is_done(
     photos, tmp_path, capsys
 ):

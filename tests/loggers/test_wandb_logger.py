@@ -248,16 +248,17 @@ def _break(fault: str, server, service: int) -> None:
         server.mode = fault.removeprefix("server ")
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
         ("service killed", "its service has ended"),
-        pytest.param("server is silent", "Timed out finishing run", marks=pytest.mark.slow),
-        pytest.param("service stopped", "no answer in 2 s", marks=pytest.mark.slow),
-        pytest.param("server gone", "Timed out finishing run", marks=pytest.mark.slow),
-        pytest.param("server closes", "Timed out finishing run", marks=pytest.mark.slow),
-        pytest.param("server refuses", "Fatal error while uploading data", marks=pytest.mark.slow),
+        ("server is silent", "Timed out finishing run"),
+        ("service stopped", "no answer in 2 s"),
+        ("server gone", "Timed out finishing run"),
+        ("server closes", "Timed out finishing run"),
+        ("server refuses", "Fatal error while uploading data"),
     ],
 )
 def test_a_run_that_loses_wandb_says_it_in_a_line_and_ends(wandb_server, tmp_path, fault, reason):
@@ -301,6 +302,7 @@ def test_each_error_of_a_service_that_died_is_said_in_the_same_words(error):
         wandb_service.within(5, fail)
 
 
+@pytest.mark.slow
 def test_an_offline_run_goes_on_when_the_service_dies(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -207,7 +207,10 @@ def test_files_of_known_trainers_are_read(tmp_path, wrap):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("googlenet", {"init_weights": False}), ("inception_v3", {"init_weights": False})],
+    [
+        ("googlenet", {"init_weights": False}),
+        pytest.param("inception_v3", {"init_weights": False}, marks=pytest.mark.slow),
+    ],
 )
 def test_classifiers_on_the_side_are_left_out(tmp_path, name, options):
     plain = torchvision.models.get_model(name, num_classes=3, **options)

@@ -91,6 +91,7 @@ def test_a_table_replaces_each_channels_bytes(photo, dtype):
     np.testing.assert_array_equal(out.reshape(32, 32, 3), expected)
 
 
+@pytest.mark.slow
 def test_without_a_place_for_a_cache_it_still_compiles():
     code = (
         "from numba.core import caching; "

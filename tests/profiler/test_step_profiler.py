@@ -204,6 +204,7 @@ def test_wandb_has_the_figures_the_plot_and_the_files(call, wandb_server, capsys
     assert wandb_server.exit_codes == {run_id: 0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_wandb_key")
 def test_a_profile_without_wandb_costs_a_line(call, tmp_path, monkeypatch, capsys):
     def fail(*_):

@@ -64,6 +64,7 @@ def test_an_added_size_has_no_share_in_an_originals_file_either():
     assert torch.equal(alpha.softmax(0), state["alpha"].softmax(0))
 
 
+@pytest.mark.slow
 def test_a_file_of_the_original_is_released(tmp_path, capsys):
     sizes = [224, 192, 160, 128, 96]
     network = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": sizes}

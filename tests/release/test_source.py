@@ -104,6 +104,7 @@ def test_a_file_of_the_authors_trainer_says_that_its_sizes_are_assumed(tmp_path)
     assert source.run_dir is None
 
 
+@pytest.mark.slow
 def test_a_file_of_tensorpack_names_its_sizes(tmp_path):
     path = tmp_path / "model.npz"
     variables = saved(Graph(18, "resnet", qw=2, qa=32), (64, 33))

@@ -62,6 +62,7 @@ def test_a_quantized_run_has_the_originals_recipe(runs):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_stopped_quantized_run_goes_on_to_the_same_bits(train, photos, tmp_path, monkeypatch):
     line = ["--data", photos, *RUN, *BOTH, "--epochs", 2, "--ema", 0.9]
     assert train(*line, "-c", tmp_path / "whole")[0] == 0

@@ -129,6 +129,7 @@ def test_other_sizes_of_a_step_are_another_graph_with_the_eager_losses(batches, 
     assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_there_is_one_line(photos, tmp_path, monkeypatch, capsys):
     torch._dynamo.reset()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

@@ -177,6 +177,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_does_harm(train, tmp_p
     assert all(v.isfinite().all() for v in content["model"].values() if v.is_floating_point())
 
 
+@pytest.mark.slow
 def test_some_updates_may_be_left_out_and_are_counted(train, tmp_path, monkeypatch):
     run = tmp_path / "run"
     _poison(monkeypatch, {3, 4, 9})

@@ -310,6 +310,7 @@ def test_weights_that_are_not_finite_do_not_teach(wide, tmp_path):
         _read(tmp_path / "best.pt")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_resumes_exactly_and_with_no_other(wide, tmp_path, capsys):
     whole, part = tmp_path / "whole", tmp_path / "part"
     words = [

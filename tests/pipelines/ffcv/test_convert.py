@@ -102,6 +102,7 @@ def test_the_sidecar_describes_the_file(demo, tmp_path, convert):
     assert sorted(os.listdir(tmp_path / "b")) == ["val.beton", "val.beton.json"]
 
 
+@pytest.mark.slow
 def test_a_sample_larger_than_a_page_is_read_by_ffcv(tmp_path, convert):
     """FFCV's writer refuses what does not fit into its 8 MB; ours makes larger pages."""
     write_photo(tmp_path / "a" / "val" / "x" / "0.JPEG", 60, 80, seed=0)

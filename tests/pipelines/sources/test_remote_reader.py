@@ -51,7 +51,10 @@ def read_together(
 
 @pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("fit", [2, 3])
-@pytest.mark.parametrize("nodes", [(0, 1), (0, 1, 0, 1), (0, 0, 0, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "nodes",
+    [(0, 1), (0, 1, 0, 1), pytest.param((0, 0, 0, 1, 1, 1), marks=pytest.mark.slow)],
+)
 def test_a_node_fetches_its_shards_once_whatever_its_processes_and_where_few_fit(
     tmp_path, nodes, fit
 ):

@@ -92,6 +92,7 @@ def test_what_is_missing_denied_or_down_is_told_in_one_line(gcs, cache):
     assert gcs.faults[-1].times == 99 - remote.TRIES
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # of aiohttp
 def test_objects_are_written_verified_listed_and_removed(gcs, tmp_path):
     store, file = ObjectStore("gs://bucket/runs/a"), tmp_path / "file"

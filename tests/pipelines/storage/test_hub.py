@@ -58,7 +58,7 @@ def test_splits_have_the_local_shards_images_by_address_pattern_and_revision(pet
     [
         Fault(key=".tar", status=500, times=3),
         Fault(key=".tar", status=429, times=2),
-        Fault(key="/shards", status=503, times=2),
+        pytest.param(Fault(key="/shards", status=503, times=2), marks=pytest.mark.slow),
         Fault(key=".tar", cut=1000, times=3),
         Fault(key="train-000000.tar", delay=0.6),
     ],
