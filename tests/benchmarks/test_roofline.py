@@ -77,6 +77,7 @@ def test_bytes_of_a_block_are_those_counted_by_hand(way, expected):
     assert found == SAME | expected
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_pytorch_counts():
     """Of forward; backward has twice as many, but for the first layer's images."""
     with WeightsOnMeta():

@@ -99,6 +99,7 @@ def test_one_onnx_export_computes_the_size_that_is_named(one_file, folder, size)
         np.testing.assert_allclose(logits, _expected(folder, images, size), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_onnx_export_has_each_shared_weight_once(one_file, folder):
     graph = onnx.load(one_file / "model.onnx").graph
     stored = [v.raw_data for v in graph.initializer if len(v.raw_data) > 1000]
@@ -109,6 +110,7 @@ def test_one_onnx_export_has_each_shared_weight_once(one_file, folder):
     assert (one_file / "model.onnx").stat().st_size < sum(map(len, stored)) + 2 * others + 50_000
 
 
+@pytest.mark.slow
 def test_one_onnx_export_classifies_as_the_release_does(one_file, folder):
     photo = np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8)
     exported, written = (SwitchableClassifier.load(path) for path in (one_file, folder))
@@ -123,6 +125,7 @@ def test_other_exports_are_not_computed_by_onnx_runtime(programs):
         SwitchableClassifier.load(programs)
 
 
+@pytest.mark.slow
 def test_one_onnx_export_refuses_a_size_that_it_does_not_have(one_file):
     with pytest.raises(Exception, match="reshape"):
         _run(one_file / "model.onnx", images=_noise(1, 40), size=np.array(40))
@@ -151,6 +154,7 @@ def test_the_report_has_the_files_and_how_far_they_are_off(files):
         assert all(0 <= error < 1e-4 for error in errors.values())
 
 
+@pytest.mark.slow
 def test_a_file_says_how_its_input_is_made_and_what_the_logits_are_of(
     files, one_file, programs, folder
 ):
@@ -168,6 +172,7 @@ def test_a_file_says_how_its_input_is_made_and_what_the_logits_are_of(
         assert found["classes"] == CLASSES
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_a_file(files, one_file, programs):
     with zipfile.ZipFile(programs / "model-48.pt2") as archive:
         contents = [archive.read(name) for name in archive.namelist()]

@@ -177,7 +177,7 @@ def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch):
         port = unused.getsockname()[1]
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
     said: list[str] = []
     log = _start(tmp_path, None, said)
     log.log({"step": 1, "train/total": 1.5})
@@ -335,6 +335,7 @@ def test_a_lost_run_keeps_its_id(tmp_path):
     assert run.run_id == before is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wandb_server")
 def test_an_online_run_whose_earlier_lines_wandb_lacks_says_so(tmp_path):
     first = _start(tmp_path, "offline", [])
@@ -350,6 +351,7 @@ def test_an_online_run_whose_earlier_lines_wandb_lacks_says_so(tmp_path):
     assert sent.lines == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_online_run_has_all_lines_of_both_parts(wandb_server, tmp_path):
     first = _start(tmp_path, "online", [])
     log(first, tmp_path, rows(1, 3))

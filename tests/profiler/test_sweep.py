@@ -124,6 +124,7 @@ def test_nothing_changes_for_less_than_the_spread(sweep, backend):
     assert "nothing was faster than the command as given:" in said
 
 
+@pytest.mark.slow
 def test_loaders_are_closed_before_the_next_are_opened(sweep, backend):
     sweep("workers")
     assert len(backend.opened) == 3
@@ -206,6 +207,7 @@ def test_the_limit_ends_the_sweep_within_a_trial(sweep, backend):
     assert _parsed(found["command"])[1] == PacedOptions()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_trials_and_prints_the_best_so_far(sweep, backend):
     def pause(options, _):
         if options.workers == 1:

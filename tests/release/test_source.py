@@ -52,6 +52,7 @@ def test_whatever_names_a_network_gives_the_same_one_and_says_what_it_is(run, wr
     )
 
 
+@pytest.mark.slow
 def test_a_quantized_network_of_a_run_computes_what_its_release_does(tmp_path):
     run = write_run(tmp_path / "run", NETWORK | {"mode": "preact", "qw": 2, "qa": 2})
     source = open_source(run)

@@ -81,6 +81,7 @@ def _stops_before(epoch, stop):
     return set_epoch
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_an_ordinary_networks_weights(train, photos, tmp_path):
     plain = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=1000)
     torch.save(plain.state_dict(), tmp_path / "plain.pth")

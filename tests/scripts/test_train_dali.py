@@ -190,6 +190,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(train, photos, trained
         torch.testing.assert_close(ended["model"][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_epoch_has_its_own_order_also_after_resuming(train, photos, monkeypatch):
     epochs = []
     original = DaliLoader.set_epoch
@@ -205,6 +206,7 @@ def test_every_epoch_has_its_own_order_also_after_resuming(train, photos, monkey
     assert epochs == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_continued_run_keeps_its_best_score_and_its_wandb_run(train, photos, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
@@ -233,6 +235,7 @@ def test_a_run_continued_elsewhere_has_its_own_best(train, photos, trained, tmp_
     assert (tmp_path / "fork" / "checkpoints" / "best.pt").exists()
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_where_there_is_nothing(train, photos):
     code, out, _ = train(
         "--data", photos, *RUN, "--epochs", 1, "--resume", "auto", "--wandb", "disabled"

@@ -177,6 +177,7 @@ def test_an_existing_file_is_not_overwritten(saved, photos, tmp_path, capsys):
     assert output.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_calibrated_network_can_be_trained_on(saved, photos, tmp_path, monkeypatch, capsys):
     """As a run of its own; its new size joins the ensemble, whose weight was 0."""
     run = tmp_path / "runs" / "checkpoints"

@@ -120,6 +120,7 @@ def test_batchnorm_of_other_sizes_is_that_of_the_nearest_which_is_said(source):
     torch.testing.assert_close(model.alpha.detach(), expected)
 
 
+@pytest.mark.slow
 def test_what_the_classes_decide_is_found_in_networks_of_all_kinds():
     def names(arch: str) -> frozenset[str]:
         return classifier_names(ModelConfig(arch, 7, (64,)))
