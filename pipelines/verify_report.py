@@ -104,7 +104,7 @@ def skip_bad(
         )
     names = found.bad | (found.faulty or {} if strict else {})
     left = without(source, names)
-    require_every_class(left)
+    require_every_class(source, left)
     if verbose:
         say(
             f"--skip-bad: left out {len(names)} of {found.images} images of {source.split}, "
@@ -118,13 +118,13 @@ def without(source: Source, names: Container[str]) -> Source:
     return source.subset([i for i, name in enumerate(source.names) if name not in names])
 
 
-def require_every_class(source: Source) -> None:
-    """Raise DataError if a class has no image."""
-    counts = np.bincount(source.labels, minlength=len(source.classes))
-    if not counts.all():
-        name = source.classes[int(counts.argmin())]
+def require_every_class(source: Source, left: Source) -> None:
+    """Raise DataError if a class of a source has none of its images in `left`, a part of it."""
+    before, after = (np.bincount(one.labels, minlength=len(one.classes)) for one in (source, left))
+    lost = np.flatnonzero((before > 0) & (after == 0))
+    if len(lost):
         raise DataError(
-            f"all images of {source.place}/{name} are bad; "
+            f"all images of {source.place}/{source.classes[lost[0]]} are bad; "
             "put good ones there, or remove the class from train and val"
         )
 

@@ -52,7 +52,12 @@ from pipelines.sampler import (
     uniforms,
 )
 from pipelines.sources.source import Source, dali_error_line
-from pipelines.sources.splits import announce, open_splits
+from pipelines.sources.splits import (
+    announce,
+    announce_one,
+    open_splits,
+    warn_of_lacking_classes,
+)
 from pipelines.targets import Targets
 from pipelines.transforms import Rectangle, View, eval_view
 from pipelines.utils.errors import DataError, RunError
@@ -77,7 +82,7 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
 
     def prepare(source: Source) -> Source:
         if speaks:
-            announce(source)
+            announce_one(source)
         if options.skip_bad:
             return skip_bad(source, options.skip_bad_report, options.strict, verbose=speaks)
         if speaks:  # which were not verified
@@ -87,6 +92,8 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
     train, val = open_splits(spec.data, spec.splits, with_train, prepare, options)
     if speaks and spec.splits.val_fraction is not None:
         announce(train, val)
+    elif speaks:
+        warn_of_lacking_classes(train, val)
     return Loaders(
         DaliLoader(options, spec, train, training=True) if train else None,
         DaliLoader(options, spec, val, training=False),

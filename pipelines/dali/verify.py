@@ -47,12 +47,13 @@ def verify(options: VerifyOptions) -> int:
     sources = open_each(options.data, options)
     for source in sources:
         _check_target(source, options.move_to)
-    announce(*sources)
+    by_split = {source.split: source for source in sources}
+    announce(by_split.get("train"), by_split.get("val"))
     report = options.report or sources[0].report
     known = verify_report.read(report)
     left = [_verify_split(source, known, report, options) for source in sources]
-    for source in left:
-        verify_report.require_every_class(source)
+    for source, rest in zip(sources, left, strict=True):
+        verify_report.require_every_class(source, rest)
     if any(known[source.split].bad for source in sources):
         move = "; verify --move-to moves it" if isinstance(sources[0], ImageFolder) else ""
         say(f"--skip-bad of a training leaves out what {report} lists{move}")

@@ -142,7 +142,7 @@ def _scan_splits(options: ConvertOptions, data: str | Path) -> list[_Split]:
     else:
         with error_context("--data"):
             sources = {split: open_split(data, split, options) for split in wanted}
-    announce(*(sources[split] for split in wanted))
+    announce(*(sources[split] if split in wanted else None for split in ("train", "val")))
     splits = []
     for source in (sources[split] for split in wanted):
         every = np.arange(len(source))

@@ -57,7 +57,7 @@ from pipelines.sampler import (
 )
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import count_text
-from pipelines.sources.splits import warn_of_single_class
+from pipelines.sources.splits import warn_of_lacking, warn_of_single_class
 from pipelines.targets import Targets
 from pipelines.utils.errors import DataError, RunError, UsageError, error_context
 from pipelines.utils.location import local_path
@@ -89,6 +89,8 @@ def open_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool) -> Lo
     if spec.rank == 0:
         for beton in betons:
             say(f"{beton.path}: {count_text(len(beton), len(classes))}")
+            is_train = beton.path.stem == "train"
+            warn_of_lacking(beton.path, classes, beton.labels, is_train)
         if len(classes) == 1:
             warn_of_single_class(data, classes[0])
     loaders = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.image_io import list_folder
 from pipelines.sources import manifest, remote_shards, shards
@@ -120,29 +121,64 @@ def split_by_name(source: Source, fraction: float) -> tuple[Source, Source]:
     bound = int(fraction * 2**64)
     hashes = [hashlib.sha256(os.fsencode(name)).digest()[:8] for name in source.names]
     is_val = np.array([int.from_bytes(h, "big") < bound for h in hashes], bool)
+    nowhere = _lacking(source.classes, source.labels)
     sides = []
     for split, chosen in (("train", ~is_val), ("val", is_val)):
         side = source.subset(np.flatnonzero(chosen).tolist(), split)
-        missing = np.bincount(side.labels, minlength=len(source.classes)) == 0
-        if (split == "train" and missing.any()) or not len(side):
-            lacking = first_names([source.classes[i] for i in np.flatnonzero(missing)])
-            raise UsageError(f"--val-fraction {fraction:g}: leaves {split} without {lacking}")
+        lost = [n for n in _lacking(side.classes, side.labels) if n not in nowhere]
+        if (split == "train" and lost) or not len(side):
+            raise UsageError(
+                f"--val-fraction {fraction:g}: leaves {split} without {first_names(lost)}"
+            )
         sides.append(side)
     return sides[0], sides[1]
 
 
-def announce(*sources: Source | None) -> None:
-    """Print what was found in each of the sources, and warn of what is hardly meant."""
+def announce(train: Source | None, val: Source | None = None) -> None:
+    """Print what was found in both splits, and warn of what is hardly meant."""
+    for source in (train, val):
+        if source is not None:
+            announce_one(source)
+    warn_of_lacking_classes(train, val)
+
+
+def announce_one(source: Source) -> None:
+    """Print what was found in a source, and warn of a single class."""
+    say(f"{source.place}: {source.counted}")
+    if len(source.classes) == 1:
+        below: list[str] = []
+        if isinstance(source, ImageFolder):
+            inside = (name.split("/")[1:] for name in source.names)
+            below = sorted({name[0] for name in inside if len(name) > 1})
+        warn_of_single_class(source.place, source.classes[0], below)
+
+
+def warn_of_lacking_classes(train: Source | None, val: Source | None) -> None:
+    """Warn of the classes, of either split, that one of the splits has no images of."""
+    sources = [source for source in (train, val) if source is not None]
+    classes = list(dict.fromkeys(name for source in sources for name in source.classes))
     for source in sources:
-        if source is None:
-            continue
-        say(f"{source.place}: {source.counted}")
-        if len(source.classes) == 1:
-            below: list[str] = []
-            if isinstance(source, ImageFolder):
-                inside = (name.split("/")[1:] for name in source.names)
-                below = sorted({name[0] for name in inside if len(name) > 1})
-            warn_of_single_class(source.place, source.classes[0], below)
+        labels = source.with_classes(classes).labels
+        warn_of_lacking(source.place, classes, labels, is_train=source is train)
+
+
+def warn_of_lacking(
+    place: str | Path, classes: Sequence[str], labels: NDArray[np.int64], is_train: bool
+) -> None:
+    """Warn of the classes that the labels of a split have not."""
+    names = _lacking(classes, labels)
+    if not names:
+        return
+    what = f"{place} has no images of {len(names)} of {len(classes)} classes ({first_names(names)})"
+    if is_train:
+        say(f"warning: {what}: the network cannot learn them", sys.stderr)
+    else:
+        say(f"note: {what}: its accuracies say nothing of them", sys.stderr)
+
+
+def _lacking(classes: Sequence[str], labels: NDArray[np.int64]) -> list[str]:
+    present = set(np.unique(labels).tolist())
+    return [name for label, name in enumerate(classes) if label not in present]
 
 
 def warn_of_single_class(place: str | Path, name: str, below: Sequence[str] = ()) -> None:
