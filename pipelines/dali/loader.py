@@ -56,7 +56,7 @@ from pipelines.sources.splits import (
     announce,
     announce_one,
     open_splits,
-    warn_of_lacking_classes,
+    warn_of_both,
 )
 from pipelines.targets import Targets
 from pipelines.transforms import Rectangle, View, eval_view
@@ -93,7 +93,7 @@ def open_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True
     if speaks and spec.splits.val_fraction is not None:
         announce(train, val)
     elif speaks:
-        warn_of_lacking_classes(train, val)
+        warn_of_both(train, val)
     return Loaders(
         DaliLoader(options, spec, train, training=True) if train else None,
         DaliLoader(options, spec, val, training=False),

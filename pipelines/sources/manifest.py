@@ -9,9 +9,10 @@ import functools
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -50,6 +51,9 @@ class Manifest(Source):
     paths: list[str]
     """Relative to the table's folder."""
 
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Number of the table's rows that are neither for training nor for validation, by split."""
+
     has_files: ClassVar[bool] = True
 
     @property
@@ -65,7 +69,11 @@ class Manifest(Source):
     @property
     def counted(self) -> str:
         """What was found, as text."""
-        return count_text(len(self.paths), len(self.classes))
+        text = count_text(len(self.paths), len(self.classes))
+        if self.passed_over:
+            splits = [f"{split} {count}" for split, count in self.passed_over.most_common()]
+            text += f"; {self.passed_over.total()} rows of other splits passed over ({first_names(splits)})"
+        return text
 
     @property
     def report(self) -> Path:
@@ -109,6 +117,7 @@ def read(file: Path, split: str) -> Manifest:
     chosen.sort(key=lambda row: table["path"][row])
     paths = [table["path"][row] for row in chosen]
     _require_once(file, paths, chosen)
+    known = {name for names in SPLITS.values() for name in names}
     found = Manifest(
         classes=classes,
         labels=indices_of([labels[row] for row in chosen], classes),
@@ -116,9 +125,17 @@ def read(file: Path, split: str) -> Manifest:
         data=file,
         split=split,
         paths=paths,
+        passed_over=Counter(name for name in table.get("split", ()) if name not in known),
     )
     _require_there(found)
     return found
+
+
+def common_paths(one: Manifest, other: Manifest) -> list[str]:
+    """Return the paths that are in both, sorted."""
+    if one.data.parent != other.data.parent:
+        return []
+    return sorted(set(one.paths).intersection(other.paths))
 
 
 def has_split(file: Path, split: str) -> bool:

@@ -49,6 +49,8 @@ class TarShards(Source):
     shard: NDArray[np.int64]
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
+    passed_over: Sequence[str] = ()
+    """What the shards have that is in no sample, as text."""
 
     @property
     def place(self) -> str:
@@ -68,7 +70,8 @@ class TarShards(Source):
     @property
     def counted(self) -> str:
         """What was found, as text."""
-        return f"{count_text(len(self), len(self.classes))} in {len(self.shards)} shards"
+        found = f"{count_text(len(self), len(self.classes))} in {len(self.shards)} shards"
+        return "; ".join([found, *self.passed_over])
 
     @property
     def report(self) -> Path:
@@ -181,6 +184,7 @@ def columns(index: Index, classes: list[str] | None) -> dict[str, Any]:
         "classes": classes or index.labels,
         "labels": np.array([int(label) for label in index.labels])[labels] if classes else labels,
         "keys": index.table["name"],
+        "passed_over": index.passed_over,
         **column,
     }
 

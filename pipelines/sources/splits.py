@@ -139,7 +139,7 @@ def announce(train: Source | None, val: Source | None = None) -> None:
     for source in (train, val):
         if source is not None:
             announce_one(source)
-    warn_of_lacking_classes(train, val)
+    warn_of_both(train, val)
 
 
 def announce_one(source: Source) -> None:
@@ -153,13 +153,20 @@ def announce_one(source: Source) -> None:
         warn_of_single_class(source.place, source.classes[0], below)
 
 
-def warn_of_lacking_classes(train: Source | None, val: Source | None) -> None:
-    """Warn of the classes, of either split, that one of the splits has no images of."""
+def warn_of_both(train: Source | None, val: Source | None) -> None:
+    """Warn of the classes, of either split, that one of the splits has no images of, and of common paths."""
     sources = [source for source in (train, val) if source is not None]
     classes = list(dict.fromkeys(name for source in sources for name in source.classes))
     for source in sources:
         labels = source.with_classes(classes).labels
         warn_of_lacking(source.place, classes, labels, is_train=source is train)
+    if isinstance(train, manifest.Manifest) and isinstance(val, manifest.Manifest):
+        common = manifest.common_paths(train, val)
+        if common:
+            say(
+                f"warning: {len(common)} images of {val.place} are trained on, too ({first_names(common)})",
+                sys.stderr,
+            )
 
 
 def warn_of_lacking(

@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from pipelines.utils.text import first_names
 LABELS = ("cls", "json")
 NAME = ".{}.index.parquet"  # beside the shards; by the shards' names
 VERSION = b"1"
+WITHOUT_IMAGE = "labels without an image"
+OTHER_LABEL = "labels in .json that are other than those in .cls, which are taken"
 BLOCK = 512  # bytes, tar's unit; zeros end a file
 
 
@@ -52,13 +54,34 @@ class Index(NamedTuple):
     """The samples of a split, sorted by label and name.
 
     table: columns name, shard, offset, length, label, the place in `labels`: the distinct labels, as text.
-    fingerprint: of the shards' states, as their file system knows them. shards: may be empty.
+    fingerprint: of the shards' states, as their file system knows them. shards: may be empty. passed_over:
+    what the shards have that is in no sample, as text.
     """
 
     table: Any
     labels: list[str]
     fingerprint: str
     shards: list[ShardNote]
+    passed_over: Sequence[str] = ()
+
+
+class PassedOver:
+    """What is in no sample, by kind: how many, and where the first is."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, where: str) -> None:
+        """Count one."""
+        self._counts[kind] += 1
+        self._first.setdefault(kind, where)
+
+    def texts(self) -> list[str]:
+        """Return a text for each kind."""
+        return [
+            f"{kind}: {n} (the first is {self._first[kind]})" for kind, n in self._counts.items()
+        ]
 
 
 def fingerprint_of(states: Sequence[tuple[Any, ...]]) -> str:
@@ -86,9 +109,10 @@ def scan(
     import pyarrow as pa
 
     samples: list[Sample] = []
+    passed_over = PassedOver()
     for i, place in enumerate(shards):
         with held(i) as path:
-            samples += samples_of(path, i, place)
+            samples += samples_of(path, i, place, passed_over)
     labels = ordered_classes(sample.label for sample in samples)
     place_of = {label: i for i, label in enumerate(labels)}
     if len({sample.name for sample in samples}) < len(samples):  # each shard counts anew
@@ -103,42 +127,71 @@ def scan(
             "label": indices_of([sample.label for sample in samples], labels),
         }
     )
-    return Index(table, labels, fingerprint, [])
+    return Index(table, labels, fingerprint, [], passed_over.texts())
 
 
-def samples_of(path: str, shard: int, place: str | None = None) -> list[Sample]:
+def samples_of(
+    path: str, shard: int, place: str | None = None, passed_over: PassedOver | None = None
+) -> list[Sample]:
     """Return the samples of a shard; `place` is what messages call it. Raises as `scan`."""
     place = place or path
     images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, str] = {}
-    others: Counter[str] = Counter()
+    labels: dict[str, dict[str, str]] = {kind: {} for kind in LABELS}
+    others: dict[str, str] = {}
+    kinds: Counter[str] = Counter()
     for member, data in _members(path, place):
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        key = folder + slash + stem
-        if f".{extension.lower()}" in SUFFIXES:
+        key, extension = folder + slash + stem, extension.lower()  # as webdataset has them
+        if f".{extension}" in SUFFIXES:
             if key in images:
                 raise UsageError(
                     f"{place}: {key} has two images, {images[key].name} and {member.name}"
                 )
             images[key] = member
-        elif extension in LABELS and key not in labels:
-            if (label := _label(extension, data())) is not None:
-                labels[key] = label
+        elif extension in LABELS:
+            if key in labels[extension]:
+                raise UsageError(f"{place}: {key}.{extension} is there twice")
+            labels[extension][key] = _label(extension, data())
         else:
-            others[extension] += 1
+            others.setdefault(key, member.name)
+        kinds[extension] += 1
     if not images:
-        kinds = first_names([f"{kind} {count}" for kind, count in others.most_common()])
-        raise UsageError(f"{place} has no images (it has {kinds})")
+        found = first_names([f"{kind} {count}" for kind, count in kinds.most_common()])
+        raise UsageError(f"{place} has no images (it has {found})")
+    _note_passed_over(place, images, labels, others, passed_over or PassedOver())
+    samples = []
     for key, member in images.items():
-        if key not in labels:
+        label = labels["cls"].get(key) or labels["json"].get(key)
+        if not label:
             raise UsageError(
                 f"{place}: {member.name} has no label; expected {key}.cls, or {key}.json with a label"
             )
-    return [
-        Sample(member.name, shard, member.offset_data, member.size, labels[key])
-        for key, member in images.items()
-    ]
+        samples.append(Sample(member.name, shard, member.offset_data, member.size, label))
+    return samples
+
+
+def _note_passed_over(
+    place: str,
+    images: Mapping[str, Any],
+    labels: Mapping[str, Mapping[str, str]],
+    others: Mapping[str, str],
+    passed_over: PassedOver,
+) -> None:
+    """Note labels without an image, and those of two that are not taken.
+
+    others: by key, a file that is neither.
+    """
+    shard, cls = Path(place).name, labels["cls"]
+    for kind, by_key in labels.items():
+        for key, label in by_key.items():
+            if label and key not in images and (by_key is cls or not cls.get(key)):
+                beside = f", beside {others[key]}" if key in others else ""
+                passed_over.add(WITHOUT_IMAGE, f"{key}.{kind} in {shard}{beside}")
+    for key, label in labels["json"].items():
+        taken = cls.get(key)
+        if taken and label and taken != label and taken.isdecimal() == label.isdecimal():
+            passed_over.add(OTHER_LABEL, f"{key} in {shard}")
 
 
 def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
@@ -162,16 +215,16 @@ def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[
         raise DataError(f"{place} is no tar file, or damaged: {first_line(error)}") from None
 
 
-def _label(extension: str, data: bytes) -> str | None:
-    """Return the label of a .cls or .json file, None if there is none in it."""
+def _label(extension: str, data: bytes) -> str:
+    """Return the label of a .cls or .json file, "" if there is none in it."""
     text = data.decode(errors="replace").strip()
     if extension == "cls":
-        return text or None
+        return text
     try:
         label = json.loads(text).get("label")
     except (ValueError, AttributeError, RecursionError):
-        return None
-    return str(label) if isinstance(label, int | str) else None
+        return ""
+    return str(label) if isinstance(label, int | str) else ""
 
 
 def decoded(data: bytes | None) -> Index | None:
@@ -193,7 +246,11 @@ def decoded(data: bytes | None) -> Index | None:
         if notes.get(b"version") != VERSION:
             return None
         shards = [ShardNote(*note) for note in json.loads(notes.get(b"shards", b"[]"))]
-        return Index(table, json.loads(notes[b"labels"]), notes[b"fingerprint"].decode(), shards)
+        labels, fingerprint = json.loads(notes[b"labels"]), notes[b"fingerprint"].decode()
+        passed_over = json.loads(
+            notes.get(b"passed_over", b"[]")
+        )  # of earlier versions there is none
+        return Index(table, labels, fingerprint, shards, passed_over)
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
         return None
 
@@ -220,6 +277,7 @@ def encoded(index: Index) -> bytes:
         "fingerprint": index.fingerprint,
         "labels": json.dumps(index.labels),
         "shards": json.dumps(index.shards),
+        "passed_over": json.dumps(index.passed_over),
         "version": VERSION,
     }
     sink = pa.BufferOutputStream()

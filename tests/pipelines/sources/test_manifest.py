@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.sources import manifest
 from pipelines.sources.options import SplitOptions
-from pipelines.sources.splits import open_splits
+from pipelines.sources.splits import announce, open_splits
 from pipelines.utils.errors import UsageError
 from tests.conftest import write_photo
 from tests.pipelines.sources.conftest import write_table
@@ -117,6 +117,14 @@ def test_what_is_no_table_is_said(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match=f"{name} cannot be read as a table"):
             manifest.read(tmp_path / name, "train")
+
+
+def test_rows_of_other_splits_are_counted_and_paths_of_both_splits_warned_of(table, capsys):
+    rows = [("a.jpg", "x", "train"), ("b.jpg", "x", "train"), ("b.jpg", "x", "val")]
+    announce(*open_splits(table([*rows, ("c.jpg", "x", "vall"), ("c.jpg", "x", "test")])))
+    out, err = capsys.readouterr()
+    assert out.count("; 2 rows of other splits passed over (vall 1, test 1)\n") == 2
+    assert "/labels.csv (val) are trained on, too (b.jpg)\n" in err
 
 
 def test_a_fractional_label_is_refused(table):

@@ -25,7 +25,7 @@ from pipelines.sources import write_shards as writing
 from pipelines.sources.folder import scan_folder
 from pipelines.sources.options import SplitOptions
 from pipelines.sources.shards_options import ShardsOptions, write_shards
-from pipelines.sources.splits import open_splits
+from pipelines.sources.splits import announce, open_splits
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import write_photo
 from tests.pipelines.sources.conftest import source_of
@@ -184,12 +184,44 @@ def test_where_nothing_can_be_written_the_index_is_made_each_time(
         ([("a.jpg", b"x"), ("a.json", b"{")], "a.jpg has no label"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a has two images, a.jpg and a.png"),
         ([("a.txt", b"x"), ("b.txt", b"x")], r"has no images \(it has txt 2\)"),
+        ([("a.jpg", b"x"), ("a.json", b'{"label": ""}')], "a.jpg has no label"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], "a.cls is there twice"),
     ],
 )
 def test_samples_that_lack_something_are_named(tmp_path, files, message):
     data = write_tar(tmp_path / "s" / "train-0.tar", files)
     with pytest.raises(UsageError, match=message):
         shards.open_shards(data, "train")
+
+
+def test_what_is_in_no_sample_is_said_with_the_first_of_it_each_time_shards_are_opened(
+    tmp_path, photo, capsys
+):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"0")])
+    orphans = [("b.heic", b"x"), ("b.cls", b"1"), ("c.json", b'{"label": 1}'), ("c.CLS", b"1")]
+    write_tar(data / "train-1.tar", [("a.jpg", photo), ("a.cls", b"1"), *orphans])
+    found = "labels without an image: 2 (the first is b.cls in train-1.tar, beside b.heic)"
+    for _ in range(2):  # the second time by the index
+        announce(shards.open_shards(data, "train"))
+        assert capsys.readouterr().out == (
+            f"{data} (train): 2 images of 2 classes in 2 shards; {found}\n"
+        )
+
+
+@pytest.mark.parametrize("names", [("a.json", "a.cls"), ("a.cls", "a.json")])
+def test_the_label_in_cls_is_taken_whatever_json_says_and_stands_first(tmp_path, photo, names):
+    contents = {"a.cls": b"3", "a.json": b'{"label": 5}'}
+    files = [("a.jpg", photo), *((name, contents[name]) for name in names)]
+    source = shards.open_shards(write_tar(tmp_path / "s" / "train-0.tar", files), "train")
+    assert source.classes == ["3"]
+    assert source.counted.endswith(
+        "labels in .json that are other than those in .cls, which are taken: 1 (the first is a in "
+        "train-0.tar)"
+    )
+    contents["a.json"] = b'{"label": "a name"}'
+    files = [("a.jpg", photo), *contents.items()]
+    source = shards.open_shards(write_tar(tmp_path / "t" / "train-0.tar", files), "train")
+    assert source.counted == "1 images of 1 class in 1 shards"
 
 
 def test_a_damaged_shard_is_named(tmp_path, photo):
