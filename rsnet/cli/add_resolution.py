@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from tyro.conf import Positional, arg
 
 from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.location import url_of
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import SOURCE, say_source
@@ -49,7 +50,7 @@ class Options:
     training images; or the same trained to give the ensemble's outputs."""
 
     output: Annotated[Path | None, arg(metavar="FILE.pt")] = None
-    """Checkpoint to write. Unset: beside what was given, under its name and the size."""
+    """Checkpoint to write. Unset: beside what was given, under its name and the size; needed for a URL."""
 
     steps: int = 200
     """Batches of training images, for estimate and for distil; at most one epoch."""
@@ -80,6 +81,8 @@ def run(options: Options) -> int:
     from rsnet.distributed import process_group
     from rsnet.release.source import open_source
 
+    if options.output is None and url_of(options.source):
+        raise UsageError(f"--output: name a file, as {options.source} is not on this machine")
     source = open_source(options.source)
     network, file = source.network, source.file.resolve()
     output = options.output or file.with_name(f"{file.stem}-{options.size}.pt")

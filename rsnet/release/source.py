@@ -106,9 +106,9 @@ def open_source(
     """
     path = Path(argument)
     if (url := url_of(argument)) and not hub.is_address(argument):
-        file = bucket.download(url, newest)
         kind: Kind = "checkpoint" if url.endswith(".pt") else "run"
-        return SavedNetwork(kind, url, file, io.load(file))
+        with bucket.local_copy(url, newest) as file:
+            return SavedNetwork(kind, url, file, io.load(file))
     if folder := release_folder(package.local_folder(argument)):
         content = package.read(folder)
         network = ModelConfig.from_dict(content.config["network"])
