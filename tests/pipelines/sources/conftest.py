@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from pyarrow import csv
 
 from pipelines.sources import remote_reader
@@ -69,6 +70,17 @@ def upload(server: S3Server, folder: Path, below: str = "shards") -> str:
     for path in folder.iterdir():
         server.put(f"{below}/{path.name}", path.read_bytes())
     return f"s3://bucket/{below}"
+
+
+def many_shards(folder: Path) -> Path:
+    """13 shards for training and 2 for validation, of small images; a process reads less than one ahead."""
+    rng = np.random.default_rng(0)
+    for i in range(420):
+        path = folder / "images" / ("val" if i < 60 else "train") / f"c{i % 4}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(path)
+    write_shards(ShardsOptions(str(folder / "images"), folder / "shards", shard_size="120KB"))
+    return folder / "shards"
 
 
 @pytest.fixture

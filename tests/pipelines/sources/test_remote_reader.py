@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from pipelines.sources import remote_reader
 from pipelines.sources.shard_cache import ShardCache
 from pipelines.sources.source import SharedReads
 from pipelines.windows import ShardSchedule, Windows
+from tests.helpers import processes
+from tests.pipelines.sources.conftest import many_shards, upload
 from tests.pipelines.sources.test_shard_cache import SIZE, Recorded, reader_of
 
 
@@ -99,3 +103,77 @@ def test_a_process_that_ends_is_no_longer_waited_for(tmp_path):
     assert [reader.read(n, 0, 1) for n in range(6)] == [bytes([n]) for n in range(6)]
     reader.stop()
     assert not storage.read_by_range
+
+
+READER = """
+import hashlib, sys
+from pathlib import Path
+import torch
+from pipelines import dali
+from pipelines.batch import LoaderSpec
+
+url, cache, size, rank, position = sys.argv[1:]
+options = dali.DaliOptions(workers=1, order="shards", order_window=2, cache=Path(cache), cache_size=size)
+spec = LoaderSpec(url, (16,), 6, torch.device("cpu"), rank=int(rank), world_size=2, node_of_rank=(0, 0))
+loader = dali.make_loaders(options, spec).train
+loader.load_state_dict(loader.state_dict() | {"position": int(position)})
+for batch in loader:
+    print(hashlib.sha256(batch.images[0].numpy().tobytes()).hexdigest(), flush=True)
+    sys.stdin.readline()  # a step of all processes
+loader.close()
+"""
+
+
+@pytest.mark.slow
+def test_processes_whose_cache_has_less_than_the_data_are_killed_and_go_on(s3, tmp_path):
+    """One of two is killed while both fetch; what it leaves is whole, or in nobody's way."""
+    folder, cache = many_shards(tmp_path), tmp_path / "cache"
+    url, size = upload(s3, folder), max(path.stat().st_size for path in folder.glob("train-*"))
+    first, steps = 13, 360 // 12
+
+    def started(data: object, position: int) -> list[subprocess.Popen[str]]:
+        """Both ranks, in step with each other by their stdin."""
+        rest = (data, cache, 3 * size)
+        return [
+            processes.start(
+                [sys.executable, "-c", READER, *rest, rank, position],
+                {"MASTER_PORT": "1"}, stdin=subprocess.PIPE, stderr=None,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+
+    def read(pair: list[subprocess.Popen[str]], count: int) -> list[list[str]]:
+        found = []
+        for _ in range(count):
+            found.append([hash_after(process) for process in pair])
+            for process in pair:
+                print(file=process.stdin, flush=True)
+        return found
+
+    def hash_after(process: subprocess.Popen[str]) -> str:
+        return next(line for line in process.stdout if len(line) == 65)
+
+    pair = started(folder, 0)
+    expected = read(pair, steps)
+    for process in pair:
+        process.communicate(timeout=60)
+    s3.requests.clear()
+    pair = started(url, 0)
+    found = read(pair, first)
+    for process in reversed(pair):  # torchrun ends the others
+        process.kill()
+        process.communicate(timeout=60)
+    pair = started(url, 12 * first)
+    found += read(pair, steps - first)
+    for process in pair:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert found == expected
+    gets = [path for method, path in s3.requests if method == "GET" and "/train-" in path]
+    assert (
+        len(gets) <= 11 + 3
+    )  # those that were there, or on their way, may have made room for others
+    assert sum(path.stat().st_size for path in (cache / "shards").iterdir()) <= 3 * size
+    assert not [*cache.rglob("*.partial")]
+    notes = {path.name.partition("-")[0] for path in (cache / "pins").iterdir()}
+    assert notes <= {str(process.pid) for process in pair}

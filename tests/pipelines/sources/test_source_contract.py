@@ -10,21 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pipelines import dali, reference
 from pipelines.__main__ import main
 from pipelines.batch import LoaderSpec
 from pipelines.sources.options import NO_OPTIONS, SplitOptions
 from pipelines.sources.shards import TarShards
-from pipelines.sources.shards_options import ShardsOptions, write_shards
 from pipelines.sources.splits import open_splits
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import needs_ffcv, write_folder
-from tests.pipelines.sources.conftest import source_of, upload
+from tests.pipelines.sources.conftest import many_shards, source_of, upload
 
 KINDS = ["csv", "shards", "s3"]  # what differs behind the table's format
 
@@ -283,14 +280,9 @@ def test_a_node_fetches_its_shards_alone_whatever_its_processes(photos, as_kind,
 
 @pytest.fixture
 def many(tmp_path, s3) -> tuple[str, Path]:
-    """Shards of which a process reads less than one ahead, in a bucket and in a folder."""
-    rng, folder = np.random.default_rng(0), tmp_path / "many"
-    for i in range(420):
-        path = folder / ("val" if i < 60 else "train") / f"c{i % 4}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(path)
-    write_shards(ShardsOptions(str(folder), tmp_path / "shards", shard_size="120KB"))
-    return upload(s3, tmp_path / "shards"), tmp_path / "shards"
+    """Shards in a bucket and in a folder."""
+    folder = many_shards(tmp_path)
+    return upload(s3, folder), folder
 
 
 @pytest.mark.slow
