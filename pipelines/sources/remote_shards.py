@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +20,13 @@ from pipelines.sources.remote_reader import ShardReader
 from pipelines.sources.shard_cache import ShardCache
 from pipelines.sources.shards import CLASSES, PATTERN, TarShards, class_names, columns, write_index
 from pipelines.sources.source import REPORT, SharedReads, Stamp
-from pipelines.sources.tar_index import Index
+from pipelines.sources.tar_index import Index, ShardNote
 from pipelines.storage.kinds import remote_of
 from pipelines.storage.remote import Remote, RemoteObject
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.location import WRITABLE, Url
-from pipelines.utils.output import say
+from pipelines.utils.output import note_once, say
 from pipelines.utils.progress import format_bytes
 from pipelines.utils.text import first_names
 
@@ -53,7 +55,7 @@ class RemoteShards(TarShards):
     def stamps(self) -> dict[str, Stamp]:
         """Return each image's length, and a number that its shard's tag gives."""
         tags = [
-            int.from_bytes(hashlib.sha256(item.tag.encode()).digest()[:7], "big")
+            int.from_bytes(hashlib.sha256(item.state.encode()).digest()[:7], "big")
             for item in self.reader.items
         ]
         rows = zip(self.names, self.length.tolist(), self.shard.tolist(), strict=True)
@@ -92,6 +94,13 @@ class RemoteShards(TarShards):
         return f"{super().counted}; cache {cache.folder}, up to {format_bytes(cache.limit)}"
 
 
+class _Opened(NamedTuple):
+    """An index, and its file in the cache; None if it lies beside the shards."""
+
+    known: Index
+    kept: Path | None
+
+
 def has_remote_split(data: Url, split: str) -> bool:
     """Return whether there are shards of that split, and others are not. Raises UsageError, RunError."""
     pattern = _pattern(data)
@@ -119,10 +128,19 @@ def open_remote(data: Url, split: str, options: CacheOptions) -> RemoteShards:
     urls = [item.url for item in items]
     folder = urls[0].rpartition("/")[0]
     cache = ShardCache(options.folder, options.size)
-    found: list[Index] = []
+    found: list[_Opened] = []
     reader = ShardReader(remote, items, cache, lambda i, path: _check(items[i], i, path, found[:1]))
-    index = _index(remote, items, reader, f"{folder}/{tar_index.file_name(_names(items))}")
-    found.append(index)
+    index, kept = _index(remote, items, reader, f"{folder}/{tar_index.file_name(_names(items))}")
+    found.append(_Opened(index, kept))
+    if kept is None and index.shards:
+        shas = [note.sha256 for note in index.shards]
+        reader.items = [replace(i, sha256=sha) for i, sha in zip(items, shas, strict=True)]
+    elif not all(item.tag for item in items):
+        note_once(
+            f"untagged {folder}",
+            f"{folder}: the server gives neither ETag nor Last-Modified: a shard that is replaced by one of "
+            f"the same size is not noticed; after that, remove {cache.folder}",
+        )
     classes = f"{folder}/{CLASSES}"
     names = class_names(classes, remote.content(classes), index.labels)
     return RemoteShards(data=data, split=split, shards=urls, reader=reader, **columns(index, names))
@@ -145,7 +163,7 @@ def _listed(remote: Remote, pattern: str, split: str) -> list[RemoteObject]:
     return [item for items in found for item in items]
 
 
-def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: str) -> Index:
+def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: str) -> _Opened:
     """Return the index: that in the cache, or beside the shards, or one that is made now and kept there.
 
     The shards are fetched whole for it, as the training needs them anyhow: headers alone would take a request
@@ -154,7 +172,9 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
     fingerprint = tar_index.fingerprint_of([(i.name, i.size, i.tag) for i in items])
     sizes = [(item.name, item.size) for item in items]
     kept = reader.cache.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.index.parquet"
-    for in_cache in (True, False):
+    has_tags = all(item.tag for item in items)
+    # Without tags nothing tells whether the cache's is of these shards; that beside them may.
+    for in_cache in (True, False) if has_tags else (False, True):
         data = (kept.read_bytes() if kept.exists() else None) if in_cache else remote.content(url)
         found = tar_index.decoded(data)
         # One that `rsnet shards` wrote knows the shards by their content, which is checked as they come.
@@ -162,13 +182,21 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
             found.fingerprint == fingerprint
             or [(note.name, note.size) for note in found.shards] == sizes
         ):
-            return found
+            return _Opened(found, kept if in_cache else None)
     say(
         f"{url.rpartition('/')[0]}: {len(items)} shards are fetched to make their index", sys.stderr
     )
-    urls = [item.url for item in items]
+    urls, notes = [item.url for item in items], []
+
+    @contextmanager
+    def held(shard: int) -> Iterator[str]:
+        with reader.held(shard) as path:
+            if not has_tags:  # so that a copy that comes later is known for another one
+                notes.append(ShardNote(*sizes[shard], sha256_file(Path(path))))
+            yield path
+
     reader.expect(np.arange(len(items)))
-    index = tar_index.scan(urls, reader.held, fingerprint)
+    index = tar_index.scan(urls, held, fingerprint)._replace(shards=notes)
     reader.stop()
     write_index(kept, index)
     if Url(url).scheme in WRITABLE:
@@ -176,14 +204,15 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
             remote.put(url, tar_index.encoded(index))
         except (OSError, RunError, UsageError) as error:
             say(f"note: the index is kept in {kept.parent} alone: {first_line(error)}", sys.stderr)
-    return index
+    return _Opened(index, kept)
 
 
-def _check(item: RemoteObject, number: int, path: Path, found: list[Index]) -> None:
+def _check(item: RemoteObject, number: int, path: Path, found: list[_Opened]) -> None:
     """Raise RunError if a shard's file is not what the index is of, if that can be told."""
-    notes = found[0].shards if found else []
-    if notes and sha256_file(path) != notes[number].sha256:
-        raise RunError(
-            f"{item.url} has another content than its index says; upload the shards and their index anew, or "
-            "remove the index, a hidden file beside them"
-        )
+    for known, kept in found:
+        if known.shards and sha256_file(path) != known.shards[number].sha256:
+            place = kept or "a hidden file beside them"
+            raise RunError(
+                f"{item.url} has another content than its index says; upload the shards and their index "
+                f"anew, or remove the index, {place}"
+            )

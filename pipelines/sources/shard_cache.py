@@ -1,9 +1,9 @@
 """A bounded folder of whole shards, which all processes of a machine share.
 
-A shard gets its name when it is whole: what a killed process leaves has another one. Names contain a hash of
-the object's tag: a changed object is another shard. Locks are the kernel's, which ends them with the process.
-Where room is needed, the shards whose last use is the longest ago go first, by the time of their files; those
-that a process keeps stay, and so does whatever has not a name of the cache's.
+A shard gets its name when it is whole: what a killed process leaves has another one. Names contain a hash
+of the object's tag, or else of its content: a changed object is another shard. Locks are the kernel's, which
+ends them with the process. Where room is needed, the shards whose last use is the longest ago go first, by
+the time of their files; those that a process keeps stay, and so does whatever has not a name of the cache's.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class ShardCache:
 
     def path_of(self, item: RemoteObject) -> Path:
         """Return where an object lies, if it is there."""
-        state = f"{item.url}\0{item.tag}\0{item.size}"
-        return self._shards / f"{hashlib.sha256(state.encode()).hexdigest()[:24]}-{item.name}"
+        what = f"{item.url}\0{item.state}\0{item.size}"
+        return self._shards / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}-{item.name}"
 
     def has(self, item: RemoteObject) -> bool:
         """Return whether an object is there."""

@@ -74,12 +74,11 @@ def status_of(error: BaseException) -> int | None:
         found: Any = None
         if isinstance(answer, dict):
             found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for value in (
-            found,
-            getattr(one, "status", None),
-            getattr(one, "code", None),
-            getattr(answer, "status_code", None),
-        ):
+        # One after the other: aiohttp warns of whoever looks at `code`.
+        for value in (found, getattr(one, "status", None)):
+            if isinstance(value, int):
+                return value
+        for value in (getattr(one, "code", None), getattr(answer, "status_code", None)):
             if isinstance(value, int):
                 return value
     return None

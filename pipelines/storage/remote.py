@@ -39,7 +39,8 @@ class RemoteObject:
     """An object as it was listed.
 
     tag: what tells that it changed: its ETag, hash or time; "" if nothing does. by_range: whether a part of
-    it can be asked for. source: the address that is asked for it, where that is another one.
+    it can be asked for. source: the address that is asked for it, where that is another one. sha256: of its
+    content, "" where that is not known.
     """
 
     url: str
@@ -47,6 +48,12 @@ class RemoteObject:
     tag: str
     by_range: bool = True
     source: str = ""
+    sha256: str = ""
+
+    @property
+    def state(self) -> str:
+        """What tells its copies from those of another content; "" if nothing does."""
+        return self.tag or self.sha256
 
     @property
     def name(self) -> str:

@@ -111,14 +111,15 @@ class StorageHandler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def send_part(self, data: bytes) -> None:
+    def send_part(self, data: bytes, headers: dict | None = None) -> None:
         """Send the range that is asked for, or all."""
         if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             part = data[int(asked[1]) : int(asked[2]) + 1]
             last = int(asked[1]) + len(part) - 1
-            self.send(part, 206, {"Content-Range": f"bytes {asked[1]}-{last}/{len(data)}"})
+            place = {"Content-Range": f"bytes {asked[1]}-{last}/{len(data)}"}
+            self.send(part, 206, place | (headers or {}))
         else:
-            self.send(data)
+            self.send(data, 200, headers)
 
     def send(self, content: object, status: int = 200, headers: dict | None = None) -> None:
         """Send bytes, or anything else as JSON."""

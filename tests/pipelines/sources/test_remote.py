@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import re
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +12,12 @@ from pipelines.__main__ import main
 from pipelines.sources import remote_reader, shard_cache
 from pipelines.sources.cache_options import CacheOptions
 from pipelines.sources.options import SplitOptions
+from pipelines.sources.shards import open_shards
 from pipelines.sources.splits import open_split, open_splits
 from pipelines.storage import remote
 from pipelines.utils.errors import RunError, UsageError
 from tests.helpers.s3_server import Fault
+from tests.helpers.web_server import WebServer
 from tests.pipelines.sources.conftest import contents, upload
 
 pytestmark = pytest.mark.usefixtures("no_long_waits")
@@ -190,46 +190,80 @@ def test_a_library_that_is_missing_is_named_with_its_extra(capsys, monkeypatch):
     assert 'gcsfs is not installed: pip install "rsnet-trainer[gs]"' in capsys.readouterr().err
 
 
-class _Files(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_) -> None: ...
+@pytest.fixture
+def web(local):
+    """Makes a web server of the shards with its index; its URL is that of their folder."""
+    servers = []
+
+    def make(**options) -> WebServer:
+        servers.append(server := WebServer(**options))
+        server.files |= {path.name: path.read_bytes() for path in local.iterdir()}
+        return server
+
+    yield make
+    for server in servers:
+        server.stop()
 
 
-class _Ranges(_Files):
-    """Answers requests for a part, as most servers do and Python's does not."""
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        found = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not found or not path.is_file():
-            return super().do_GET()
-        data, first, last = path.read_bytes(), int(found[1]), int(found[2])
-        part = data[first : last + 1]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("ETag", f'W/"{path.stat().st_mtime_ns}"')
-        self.end_headers()
-        self.wfile.write(part)
-        return None
+TRAIN, VAL = "train-{000000..000002}.tar", "val-{000000..000001}.tar"
 
 
-@pytest.mark.parametrize("handler", [_Files, _Ranges])
-def test_a_web_servers_shards_are_named_by_ranges(local, cache, monkeypatch, handler):
+@pytest.mark.parametrize("options", [{}, {"has_ranges": False}, {"tag": ""}])
+def test_a_web_servers_shards_are_named_by_ranges(local, web, cache, monkeypatch, options):
     monkeypatch.setattr(remote, "PART", 40_000)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=local))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    host = f"http://127.0.0.1:{server.server_port}"
-    try:
-        val = f"{host}/val-{{000000..000001}}.tar"
-        found = open_splits(f"{host}/train-{{000000..000002}}.tar", SplitOptions(val), cache=cache)
-        for ours, expected in zip(found, open_splits(local), strict=True):
-            assert ours.classes == expected.classes
-            assert contents(ours) == contents(expected)
-        with pytest.raises(UsageError, match=r"not there: http://\S+val-000002.tar"):
-            open_split(f"{host}/val-{{000000..000002}}.tar", "val", cache)
-    finally:
-        server.shutdown()
-        server.server_close()
+    host = web(**options).url
+    found = open_splits(f"{host}/{TRAIN}", SplitOptions(f"{host}/{VAL}"), cache=cache)
+    for ours, expected in zip(found, open_splits(local), strict=True):
+        assert ours.classes == expected.classes
+        assert contents(ours) == contents(expected)
+    with pytest.raises(UsageError, match=r"not there: http://\S+val-000002.tar"):
+        open_split(f"{host}/val-{{000000..000002}}.tar", "val", cache)
+
+
+def replaced(server: WebServer, folder: Path) -> list[bytes]:
+    """The images after a byte of the first shard's first image has changed, at the same size."""
+    data = bytearray(server.files["train-000000.tar"])
+    data[600] ^= 1
+    server.files["train-000000.tar"] = bytes(data)
+    folder.mkdir()
+    for name in server.files:
+        if name.startswith("train"):
+            (folder / name).write_bytes(server.files[name])
+    return contents(open_shards(folder, "train", with_sha256=True))
+
+
+@pytest.mark.parametrize("tag", ["ETag", "Last-Modified", ""])
+def test_a_shard_replaced_on_a_web_server_with_its_index_is_fetched_anew(
+    web, cache, tmp_path, capsys, tag
+):
+    server = web(tag=tag)
+    before = contents(open_split(f"{server.url}/{TRAIN}", "train", cache))
+    stamps = open_split(f"{server.url}/{TRAIN}", "train", cache).stamps()
+    expected = replaced(server, tmp_path / "new")
+    (index,) = (tmp_path / "new").glob(".*.parquet")
+    server.files[index.name] = index.read_bytes()
+    server.requests.clear()
+    source = open_split(f"{server.url}/{TRAIN}", "train", cache)
+    assert contents(source) == expected != before
+    assert source.stamps() != stamps  # so that a report of `rsnet verify` is of another state
+    assert sum(line.endswith(".tar") for line in server.requests) == 3 + 1  # asked for, fetched
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_shards_of_which_nothing_tells_a_change_are_said_once_and_a_mixture_ends_the_run(
+    web, cache, tmp_path, capsys
+):
+    server = web(tag="")
+    for name in [name for name in server.files if name.startswith(".")]:
+        del server.files[name]
+    before = contents(open_split(f"{server.url}/{TRAIN}", "train", cache))
+    replaced(server, tmp_path / "new")
+    assert contents(open_split(f"{server.url}/{TRAIN}", "train", cache)) == before
+    assert capsys.readouterr().err.count("gives neither ETag nor Last-Modified") == 1
+    for path in (cache.folder / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(RunError, match=rf"000000\.tar has another .*, {cache.folder}/\w+\.index"):
+        contents(open_split(f"{server.url}/{TRAIN}", "train", cache))
 
 
 def test_ranges_name_local_shards_too(local):

@@ -31,6 +31,12 @@ def test_a_body_that_is_cut_off_is_asked_for_again_though_aiohttp_calls_it_a_bad
     assert not is_final(error)
 
 
+def test_the_status_of_a_web_servers_answer_is_read_without_a_warning():
+    assert (
+        status_of(aiohttp.ClientResponseError(SimpleNamespace(real_url=""), (), status=404)) == 404
+    )
+
+
 @pytest.mark.parametrize(
     ("status", "final"), [(400, True), (404, True), (408, False), (429, False), (503, False)]
 )
