@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 
-from tests.helpers.storage_server import StorageHandler, StorageServer
+from tests.helpers.storage_server import StorageHandler, StorageServer, below
 
 BUCKET = "bucket"
 DATE = "2026-01-02T03:04:05.678Z"
@@ -52,39 +52,35 @@ class _Handler(StorageHandler):
         about |= {"generation": str(generation), "etag": f"C{generation}=", "updated": DATE}
         return about | {"timeCreated": DATE, "kind": "storage#object"}
 
+    def _object(self, name: str) -> tuple[int, bytes] | None:
+        """An object, or None after an error was sent."""
+        found = self.server.objects.get(name)
+        if found is None:
+            self.fail(404, f"No such object: {BUCKET}/{name}")
+        return found
+
     def _list(self) -> None:
-        prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
-        items, folders = [], set()
-        for name in sorted(self.server.objects):
-            if name.startswith(prefix):
-                first, is_folder, _ = name.removeprefix(prefix).partition(delimiter or "\0")
-                if is_folder:
-                    folders.add(f"{prefix}{first}/")
-                else:
-                    items.append(self._about(name))
-        self.send({"kind": "storage#objects", "items": items, "prefixes": sorted(folders)})
+        prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter", "\0")
+        files, folders = below(self.server.objects, prefix, delimiter)
+        found = {"items": [*map(self._about, files)], "prefixes": [f"{one}/" for one in folders]}
+        self.send({"kind": "storage#objects"} | found)
 
     def _info(self, name: str) -> None:
-        if name in self.server.objects:
+        if self._object(name):
             self.send(self._about(name))
-        else:
-            self.fail(404, f"No such object: {BUCKET}/{name}")
 
     def _read(self, name: str) -> None:
-        if name not in self.server.objects:
-            self.fail(404, f"No such object: {BUCKET}/{name}")
-            return
-        generation, data = self.server.objects[name]
-        if self.query.get("ifGenerationMatch", str(generation)) != str(generation):
-            self.fail(412, "At least one of the pre-conditions you specified did not hold.")
-        else:
-            self.send_part(data)
+        if found := self._object(name):
+            generation, data = found
+            if self.query.get("ifGenerationMatch", str(generation)) != str(generation):
+                self.fail(412, "At least one of the pre-conditions you specified did not hold.")
+            else:
+                self.send_part(data)
 
     def _delete(self, name: str) -> None:
-        if self.server.objects.pop(name, None):
+        if self._object(name):
+            del self.server.objects[name]
             self.send(b"", 204)
-        else:
-            self.fail(404, f"No such object: {BUCKET}/{name}")
 
     def _upload(self) -> None:
         if self.query["uploadType"] == "resumable":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from tests.helpers.storage_server import StorageHandler, StorageServer
+from tests.helpers.storage_server import StorageHandler, StorageServer, below
 
 TOKEN, USER = "hf_" + "a" * 30, "me"
 
@@ -184,37 +184,36 @@ class _Handler(StorageHandler):
 
     def _tree(self, name: str, revision: str) -> None:
         if found := self._at(name, revision):
-            files = [
-                {"type": "file", "path": path, "size": len(data), "oid": _hash(data)}
-                for path, data in found[1].items()
-            ]
-            self.send(files)
+            self.send([_about(path, data) for path, data in found[1].items()])
 
     def _folder(self, name: str, revision: str, folder: str | None) -> None:
         if not (found := self._at(name, revision)):
             return
-        below = f"{folder}/" if folder else ""
-        entries: dict[str, dict] = {}
-        for path, data in found[1].items():
-            if path.startswith(below):
-                first, is_folder, _ = path.removeprefix(below).partition("/")
-                entry = {"type": "directory", "size": 0, "oid": _hash(first.encode())}
-                if not is_folder:
-                    entry = {"type": "file", "size": len(data), "oid": _hash(data)}
-                entries[first] = {"path": below + first, **entry}
+        files, folders = below(found[1], f"{folder}/" if folder else "", "/")
+        entries = [_about(path, found[1][path]) for path in files]
+        entries += [
+            _about(path, path.encode()) | {"type": "directory", "size": 0} for path in folders
+        ]
         if entries:
-            self.send(list(entries.values()))
+            self.send(entries)
         else:
             self._error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
 
+    def _entry(self, name: str, revision: str, file: str) -> tuple[str, bytes] | None:
+        """The commit and a file of it, or None after an error was sent."""
+        if not (found := self._at(name, revision)):
+            return None
+        oid, files = found
+        if file not in files:
+            self._error(404, "EntryNotFound", "Entry not found")
+            return None
+        return oid, files[file]
+
     def _redirect(self, name: str, revision: str, file: str) -> None:
-        if found := self._at(name, revision):
-            oid, files = found
-            if file not in files:
-                self._error(404, "EntryNotFound", "Entry not found")
-                return
+        if found := self._entry(name, revision, file):
+            oid, data = found
             host = f"http://localhost:{self.server.server_port}"
-            headers = {"X-Repo-Commit": oid, "X-Linked-Etag": f'"{_hash(files[file])}"'}
+            headers = {"X-Repo-Commit": oid, "X-Linked-Etag": f'"{_hash(data)}"'}
             self.send({}, 302, headers | {"Location": f"{host}/elsewhere/{name}/{oid}/{file}"})
 
     def _part(self, name: str, revision: str, file: str) -> None:
@@ -223,19 +222,19 @@ class _Handler(StorageHandler):
         self.send_part(data)
 
     def _file(self, name: str, revision: str, file: str) -> None:
-        if found := self._at(name, revision):
-            oid, files = found
-            if file not in files:
-                self._error(404, "EntryNotFound", "Entry not found")
-                return
-            headers = {"X-Repo-Commit": oid, "ETag": f'"{_hash(files[file])}"'}
-            self.send(files[file], 200, headers)
+        if found := self._entry(name, revision, file):
+            oid, data = found
+            self.send(data, 200, {"X-Repo-Commit": oid, "ETag": f'"{_hash(data)}"'})
 
     def _error(self, status: int, code: str, message: str, more: dict | None = None) -> None:
         headers = {"X-Error-Code": code} if code else {}
         self.send(
             {"error": message}, status, {**headers, **(more or {}), "X-Error-Message": message}
         )
+
+
+def _about(path: str, data: bytes) -> dict:
+    return {"type": "file", "path": path, "size": len(data), "oid": _hash(data)}
 
 
 def _hash(data: bytes) -> str:

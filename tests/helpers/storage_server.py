@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -43,6 +43,19 @@ class Faults(list[Fault]):
                     fault.times -= 1
                     return fault
         return None
+
+
+def below(names: Iterable[str], prefix: str, delimiter: str) -> tuple[list[str], list[str]]:
+    """The names that begin with a prefix: files, and the folders of those with a delimiter after it."""
+    files, folders = [], set()
+    for name in sorted(names):
+        if name.startswith(prefix):
+            first, is_folder, _ = name.removeprefix(prefix).partition(delimiter)
+            if is_folder:
+                folders.add(prefix + first)
+            else:
+                files.append(name)
+    return files, sorted(folders)
 
 
 class StorageServer(ThreadingHTTPServer):
