@@ -72,6 +72,22 @@ def test_the_rest_that_is_left_out_differs_by_epoch():
     assert len({frozenset(s) for s in left_out}) > 1
 
 
+def test_an_order_is_drawn_once_for_all_that_read_from_it_and_kept_no_longer(monkeypatch):
+    drawn, draw = [], Schedule.order
+    monkeypatch.setattr(
+        Schedule, "order", lambda self, epoch: drawn.append(epoch) or draw(self, epoch)
+    )
+    schedule = Schedule(103, 4, 0, 2, seed=5, training=True)
+    batches, reads = list(schedule.batches(3)), schedule.reads_of([0, 1], 3)
+    assert drawn == [3]
+    expected = np.random.default_rng((5, 3)).permutation(103)[:96]
+    assert reads.what.tolist() == expected.tolist()
+    assert np.concatenate(batches).tolist() == reads.what[reads.own].tolist()
+    del batches
+    next(schedule.batches(3))
+    assert drawn == [3, 3]
+
+
 def test_each_seed_and_each_epoch_has_an_order_of_its_own():
     orders = [
         Schedule(103, 4, 0, 1, seed, training=True).order(epoch)
