@@ -2,10 +2,16 @@
 
     python -m benchmarks.sources --data /imagenet --folder /tmp/sources
 
-Sources take turns, round by round; the figures to trust are the ratios within a round, and CPU time where
-other programs share the machine. Cold: of files, after the kernel was told to drop them; of S3 (moto's, in a
-process of its own), with an empty --cache. Also what the index of --samples samples costs. Prints one JSON
-object.
+Only what is read from files, warm, and more rounds: of the 16 that count, each of the four stands at every
+place in four.
+
+    python -m benchmarks.sources --data /imagenet --folder /tmp/sources --sources table shards --no-cold \
+        --samples 0 --rounds 17
+
+Sources take turns, round by round, in an order that changes with the round; the figures to trust are the
+ratios within a round with their quartiles, and CPU time where other programs share the machine. Cold: of
+files, after the kernel was told to drop them; of S3 (moto's, in a process of its own), with an empty --cache.
+Also what the index of --samples samples costs. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -21,12 +27,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import s3fs
 import torch
 import tyro
@@ -63,7 +70,14 @@ class Options:
     """DALI's threads."""
 
     rounds: int = 5
-    """Epochs of each; the first is not counted."""
+    """Epochs of each; the first is not counted. Every order of turns comes equally often where the others are
+    a multiple of twice the number of those that take turns."""
+
+    sources: tuple[Literal["table", "shards", "s3"], ...] = ("table", "shards", "s3")
+    """What is compared with the folder."""
+
+    cold: bool = True
+    """Also with nothing kept in memory."""
 
     shard_size: str = "10MB"
     """Bytes of a shard."""
@@ -149,8 +163,8 @@ class Contender:
         assert train is not None
         self._loader: Loader = train
 
-    def epoch(self, number: int, is_cold: bool, server: int) -> Epoch:
-        """Read an epoch; cold: with nothing kept of the one before. server: its process."""
+    def epoch(self, number: int, is_cold: bool, server: int | None) -> Epoch:
+        """Read an epoch; cold: with nothing kept of the one before. server: its process, if there is one."""
         if is_cold:
             self._forget()
         cpu, of_server = time.process_time(), cpu_s(server)
@@ -170,14 +184,16 @@ class Contender:
                 os.close(file)
 
 
-def cpu_s(process: int) -> float:
-    """Return the seconds of CPU that a process has taken."""
+def cpu_s(process: int | None) -> float:
+    """Return the seconds of CPU that a process has taken, if there is one."""
+    if process is None:
+        return 0.0
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def compare(
-    options: Options, sources: dict[str, str | Path], server: int
+    options: Options, sources: Mapping[str, str | Path], server: int | None
 ) -> dict[str, dict[str, float]]:
     """Return the medians of all sources, warm and cold, and ratios to the folder's of the same round."""
     contenders: dict[str, Contender] = {}
@@ -194,30 +210,42 @@ def compare(
             contenders[full] = Contender(options, data, chosen)
     found: dict[str, list[Epoch]] = {}
     for epoch in range(options.rounds):
-        for suffix in (COLD, ""):
-            for name, contender in contenders.items():
+        for suffix in (COLD, "") if options.cold else ("",):
+            for name in turns([*contenders], epoch):
                 if suffix == COLD and name == "table":
                     continue  # it has the folder's files
-                took = contender.epoch(epoch, suffix == COLD, server)
+                took = contenders[name].epoch(epoch, suffix == COLD, server)
                 found.setdefault(name + suffix, []).append(took)
                 print(epoch, name + suffix, took, file=sys.stderr)
     return {
         name: {
             "images_per_s": statistics.median(epoch.images_per_s for epoch in epochs[1:]),
-            "of_folder": ratio([e.images_per_s for e in epochs], [e.images_per_s for e in base]),
-            "cpu_of_folder": ratio([e.cpu_s for e in epochs], [e.cpu_s for e in base]),
+            **ratios("of_folder", [(e.images_per_s, b.images_per_s) for e, b in pairs[1:]]),
+            **ratios("cpu_of_folder", [(e.cpu_s, b.cpu_s) for e, b in pairs[1:]]),
             "server_cpu_s": statistics.median(epoch.server_cpu_s for epoch in epochs[1:]),
         }
         for name, epochs in found.items()
         for base in [
             found[f"folder{COLD}" if name.endswith(COLD) and "s3" not in name else "folder"]
         ]
+        for pairs in [list(zip(epochs, base, strict=True))]
     }
 
 
-def ratio(ours: list[float], others: list[float]) -> float:
-    """Return the median over the rounds but the first."""
-    return statistics.median(a / b for a, b in zip(ours[1:], others[1:], strict=True))
+def turns(names: list[str], number: int) -> list[str]:
+    """Return the order of a round: a rotation and then its reverse, so that each has every place, and stands
+    before every other as often as after it.
+    """
+    first = number // 2 % len(names)
+    order = names[first:] + names[:first]
+    return order if number % 2 == 0 else order[::-1]
+
+
+def ratios(name: str, pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Return the median of the rounds' ratios, their quartiles and their number."""
+    found = [ours / base for ours, base in pairs]
+    low, median, high = np.quantile(found, (0.25, 0.5, 0.75)).tolist()
+    return {name: median, f"{name}_low": low, f"{name}_high": high, "rounds": len(found)}
 
 
 def index_cost(options: Options) -> dict[str, dict[str, float]]:
@@ -292,12 +320,20 @@ def memory(name: str) -> float:
 
 def main(options: Options) -> None:
     """Measure and print."""
-    result: dict[str, dict[str, float]] = {}
-    if options.samples:
-        result = index_cost(options)
+    with redirect_stdout(sys.stderr):
+        result = measured(options)
+    print(json.dumps(result, indent=2))
+
+
+def measured(options: Options) -> dict[str, dict[str, float]]:
+    """Return the figures of the index and of all sources, by name."""
+    result = index_cost(options) if options.samples else {}
     local = prepare(options)
+    chosen = {name: data for name, data in local.items() if name in ("folder", *options.sources)}
+    if "s3" not in options.sources:
+        return result | compare(options, chosen, None)
     with s3_server(local["shards"]) as (url, server):
-        print(json.dumps(result | compare(options, {**local, "s3": url}, server), indent=2))
+        return result | compare(options, {**chosen, "s3": url}, server)
 
 
 if __name__ == "__main__":
