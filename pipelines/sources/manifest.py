@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import os
 from collections import Counter
@@ -163,6 +164,9 @@ def _read_columns(file: Path, _state: tuple[int, int]) -> _Columns:
             table = _read_table(file)
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UsageError(f"{file} cannot be read as a table: {first_line(error)}") from None
+    for known in (*itertools.chain(*COLUMNS.values()), "weight"):
+        if table.column_names.count(known) > 1:
+            raise UsageError(f"{file} has the column {known} twice")
     columns = {}
     for column, names in COLUMNS.items():
         name = next((name for name in names if name in table.column_names), None)

@@ -127,6 +127,14 @@ def test_rows_of_other_splits_are_counted_and_paths_of_both_splits_warned_of(tab
     assert "/labels.csv (val) are trained on, too (b.jpg)\n" in err
 
 
+@pytest.mark.parametrize("name", ["path", "label", "split", "weight"])
+def test_a_column_that_is_there_twice_is_named(tmp_path, name):
+    file = tmp_path / "labels.csv"
+    file.write_text(f"path,label,split,weight,{name}\na.jpg,1,train,1,1\n")
+    with pytest.raises(UsageError, match=f"labels.csv has the column {name} twice"):
+        manifest.read(file, "train")
+
+
 def test_a_fractional_label_is_refused(table):
     file = table([("a.jpg", 0.5)], ("path", "label"), name="labels.parquet")
     with pytest.raises(UsageError, match=r"row 1 has 0\.5 in column label"):
