@@ -28,6 +28,7 @@ LABELS = ("cls", "json")
 NAME = ".{}.index.parquet"  # beside the shards; by the shards' names
 VERSION = b"1"
 WITHOUT_IMAGE = "labels without an image"
+DOTTED = "images of no key, as their names have further dots"
 OTHER_LABEL = "labels in .json that are other than those in .cls, which are taken"
 BLOCK = 512  # bytes, tar's unit; zeros end a file
 
@@ -137,7 +138,7 @@ def samples_of(
     place = place or path
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, dict[str, str]] = {kind: {} for kind in LABELS}
-    others: dict[str, str] = {}
+    others: dict[str, list[str]] = {}
     kinds: Counter[str] = Counter()
     for member, data in _members(path, place):
         folder, slash, base = member.name.rpartition("/")
@@ -154,7 +155,7 @@ def samples_of(
                 raise UsageError(f"{place}: {key}.{extension} is there twice")
             labels[extension][key] = _label(extension, data())
         else:
-            others.setdefault(key, member.name)
+            others.setdefault(key, []).append(member.name)
         kinds[extension] += 1
     if not images:
         found = first_names([f"{kind} {count}" for kind, count in kinds.most_common()])
@@ -175,23 +176,28 @@ def _note_passed_over(
     place: str,
     images: Mapping[str, Any],
     labels: Mapping[str, Mapping[str, str]],
-    others: Mapping[str, str],
+    others: Mapping[str, Sequence[str]],
     passed_over: PassedOver,
 ) -> None:
-    """Note labels without an image, and those of two that are not taken.
+    """Note labels without an image, those of two that are not taken, and images that have no key.
 
-    others: by key, a file that is neither.
+    others: by key, the files that are neither.
     """
     shard, cls = Path(place).name, labels["cls"]
     for kind, by_key in labels.items():
         for key, label in by_key.items():
             if label and key not in images and (by_key is cls or not cls.get(key)):
-                beside = f", beside {others[key]}" if key in others else ""
+                beside = f", beside {others[key][0]}" if key in others else ""
                 passed_over.add(WITHOUT_IMAGE, f"{key}.{kind} in {shard}{beside}")
     for key, label in labels["json"].items():
         taken = cls.get(key)
         if taken and label and taken != label and taken.isdecimal() == label.isdecimal():
             passed_over.add(OTHER_LABEL, f"{key} in {shard}")
+    for key, names in others.items():
+        if key not in images and not key.endswith("/") and key:  # as hidden files have them
+            for name in names:
+                if name.lower().endswith(SUFFIXES):
+                    passed_over.add(DOTTED, f"{name} in {shard}")
 
 
 def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:

@@ -200,11 +200,16 @@ def test_what_is_in_no_sample_is_said_with_the_first_of_it_each_time_shards_are_
     data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"0")])
     orphans = [("b.heic", b"x"), ("b.cls", b"1"), ("c.json", b'{"label": 1}'), ("c.CLS", b"1")]
     write_tar(data / "train-1.tar", [("a.jpg", photo), ("a.cls", b"1"), *orphans])
-    found = "labels without an image: 2 (the first is b.cls in train-1.tar, beside b.heic)"
+    seen = [("a.seg.png", b"x"), ("d.v2.jpg", photo), ("d.v3.JPG", photo), ("x/._a.jpg", b"x")]
+    write_tar(data / "train-2.tar", [("a.jpg", photo), ("a.cls", b"0"), *seen])
+    found = (
+        "labels without an image: 2 (the first is b.cls in train-1.tar, beside b.heic); images of no key, as "
+        "their names have further dots: 2 (the first is d.v2.jpg in train-2.tar)"
+    )
     for _ in range(2):  # the second time by the index
         announce(shards.open_shards(data, "train"))
         assert capsys.readouterr().out == (
-            f"{data} (train): 2 images of 2 classes in 2 shards; {found}\n"
+            f"{data} (train): 3 images of 2 classes in 3 shards; {found}\n"
         )
 
 
