@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from benchmarks.loaders import images_per_s
+from benchmarks.options import at_least, command
 from pipelines import ffcv, reference
 from pipelines.batch import Loader, LoaderSpec
 from pipelines.ffcv import ConvertOptions
@@ -47,7 +48,7 @@ class Options:
     workers: int = 2
     """Threads."""
 
-    rounds: int = 4
+    rounds: int = at_least(2, 4)
     """Epochs of each; the first is not counted."""
 
 
@@ -61,7 +62,7 @@ def error(loader: Loader, exact: Loader) -> float:
     return statistics.mean(differences)
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
     spec = LoaderSpec(o.data, o.sizes, 20, torch.device("cpu"), normalize="unit")
     exact = reference.make_loaders(reference.ReferenceOptions(o.workers), spec)
     rows: dict[str, dict[str, float]] = {}
@@ -88,10 +89,9 @@ def main(o: Options) -> None:
             rows[name][f"images_per_s_{split}"] = round(statistics.median(speeds[name][1:]))
     print(json.dumps(rows, indent=2))
     for pair in [*loaders.values(), exact]:
-        for loader in pair[:2]:
-            assert loader is not None
-            loader.close()
+        pair.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("beton_settings", Options, run))

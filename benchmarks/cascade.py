@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from benchmarks.options import command
+from pipelines.utils.errors import error_context
 from rsnet.inference import cascade_search
 from rsnet.inference.calibration import LabelledLogits, collect_logits, find_labelled_images
 from rsnet.inference.cascade_search import Answers
@@ -87,8 +88,9 @@ def mix(fitted: Answers, other: Answers, ms: Mapping[int, float], limit: float) 
     return max(mixes)[1]
 
 
-def main(o: Options) -> None:
-    classifier = SwitchableClassifier.load(o.release, batch_size=o.batch_size)
+def run(o: Options) -> int:
+    with error_context("--release"):
+        classifier = SwitchableClassifier.load(o.release, batch_size=o.batch_size)
     folder = find_labelled_images(o.data, classifier.config["network"])
     found = collect_logits(classifier, folder)
     ms = classifier.ms_per_image()
@@ -110,7 +112,8 @@ def main(o: Options) -> None:
             f"| {limit:.3f} | {name_of.get(limit, '')} | {sizes} | {size_top1:.2f} | {mixed:.2f} "
             f"| {top1:.2f} | {time:.3f} | {statistics.mean(differences):+.2f} ± {spread:.2f} |"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("cascade", Options, run))

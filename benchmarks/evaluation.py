@@ -11,18 +11,25 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
+from benchmarks.options import at_least, command
 from benchmarks.plain import ListOfResolutions
 from benchmarks.throughput import Options as Workload
-from benchmarks.throughput import device_in_use, make_batches, make_network, make_ours
+from benchmarks.throughput import (
+    device_in_use,
+    make_batches,
+    make_network,
+    make_ours,
+    require_known,
+)
 from pipelines.batch import Batch
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models.autocast import autocast
@@ -43,7 +50,7 @@ class Options:
     batches: int = 12
     """Of each evaluation, which folds BatchNorm once."""
 
-    rounds: int = 4
+    rounds: int = at_least(2, 4)
     """Evaluations of each; the first is not counted."""
 
 
@@ -99,7 +106,8 @@ def make_ways(arch: str, o: Options) -> dict[str, Callable[[], object]]:
     }
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    require_known(o.arch)
     device = device_in_use()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     cpus = len(os.sched_getaffinity(0))
@@ -110,7 +118,8 @@ def main(o: Options) -> None:
     )
     for arch in o.arch:
         print(json.dumps(measure(arch, o), indent=2), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("evaluation", Options, run))

@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
+from benchmarks.options import command
 from rsnet.config.model_config import ModelConfig
 from rsnet.inference.runner import ModelRunner
 from rsnet.models.factory import create_model
@@ -151,8 +152,7 @@ def _megabytes(network: nn.Module) -> float:
     return round(sum(values.values()) / 1e6, 1)
 
 
-if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
+def run(options: Options) -> int:
     warnings.filterwarnings("ignore", ".*torch.ao.quantization.*")
     cpus = len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
@@ -160,3 +160,8 @@ if __name__ == "__main__":
     for arch in options.arch:
         for size in options.sizes:
             print(json.dumps(measure(arch, size, options), indent=1), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("inference", Options, run))

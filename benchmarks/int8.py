@@ -14,6 +14,7 @@ import json
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
+from benchmarks.options import command
 from rsnet.config.model_config import ModelConfig
 from rsnet.export import onnx_export
 from rsnet.export.int8 import quantize
@@ -97,17 +98,18 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
     """Print the figures of all networks at all sizes."""
     import onnxruntime
 
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     print(json.dumps({**machine(), "onnxruntime": onnxruntime.__version__}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for arch in o.arch:
             for size in o.sizes:
                 print(json.dumps(measure(arch, size, o, Path(folder))), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    main(tyro.cli(Options))
+    sys.exit(command("int8", Options, run))

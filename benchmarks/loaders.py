@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from numba import njit
 
+from benchmarks.options import at_least, command, require_beton
 from pipelines import dali, ffcv, reference
 from pipelines.batch import Loader, Loaders, LoaderSpec
 from pipelines.ffcv.beton import Samples, open_beton
@@ -50,7 +51,7 @@ class Options:
     workers: int = 2
     """The reference's processes, DALI's and FFCV's threads."""
 
-    rounds: int = 5
+    rounds: int = at_least(2, 5)
     """Epochs of each; the first is not counted."""
 
 
@@ -105,7 +106,9 @@ def decode_all(file: int, samples: Samples) -> None:
         assert status == FINE
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    for folder in o.beton:
+        require_beton(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = LoaderSpec(o.data, o.sizes, o.batch_size, device)
     sources: dict[str, Loaders] = {
@@ -159,10 +162,9 @@ def main(o: Options) -> None:
         )
     )
     for loaders in sources.values():
-        for loader in loaders[:2]:
-            assert loader is not None
-            loader.close()
+        loaders.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("loaders", Options, run))

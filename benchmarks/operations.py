@@ -12,6 +12,7 @@ one JSON object per network: `benchmarks.plain`, and in bfloat16 `benchmarks.mod
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from benchmarks.options import command
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import (
     make_model,
@@ -35,6 +36,7 @@ from benchmarks.throughput import (
     modern_step,
     our_step,
     plain_step,
+    require_known,
     trainer_of,
 )
 from pipelines.batch import Batch
@@ -136,12 +138,14 @@ def forget_numbers(network: nn.Module, mode: FakeTensorMode) -> None:
             module.register_buffer(name, mode.from_tensor(buffer))
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    require_known(o.arch)
     # Copying a layer looks whether it has memory.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     for arch in o.arch:
         print(json.dumps(measure(arch, o), indent=2), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("operations", Options, run))

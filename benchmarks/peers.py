@@ -28,11 +28,12 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+from benchmarks.gpu.opened import require_photos
+from benchmarks.options import at_least, command, require_beton
 from benchmarks.throughput import ratios
 from pipelines import dali, ffcv
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.normalize import MEAN_STD
-from pipelines.utils.cli import command
 
 MEAN, STD = MEAN_STD["imagenet"]
 Epoch = Callable[[int], Iterable[Any]]  # its number -> batches of images and labels
@@ -55,7 +56,7 @@ class Options:
     workers: int = 2
     """Processes of PyTorch's DataLoader and of timm, threads of the others."""
 
-    rounds: int = 6
+    rounds: int = at_least(2, 6)
     """Epochs of each; the first is not counted."""
 
 
@@ -197,6 +198,9 @@ def name_of(pipeline: str, sizes: tuple[int, ...]) -> str:
 
 
 def run(o: Options) -> int:
+    require_photos(o.data)
+    if o.beton is not None:
+        require_beton(o.beton)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, opened = sources(o, device)
     costs: dict[str, list[Cost]] = {name: [] for name in found}
@@ -233,4 +237,4 @@ def run(o: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command("benchmarks.peers", Options, run))
+    sys.exit(command("peers", Options, run))

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 
+from benchmarks.options import at_least, command
 from benchmarks.throughput import device_in_use
 from pipelines.batch import Batch
 from rsnet.config.model_config import Mode, ModelConfig
@@ -50,7 +51,7 @@ class Options:
     batch_size: int = 16
     """Images a step."""
 
-    rounds: int = 6
+    rounds: int = at_least(2, 6)
     """Steps of each; the first is not counted."""
 
 
@@ -111,7 +112,11 @@ def make_step(arch: str, kind: str, o: Options, device: torch.device) -> Callabl
     return step
 
 
-if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
+def run(options: Options) -> int:
     for name in options.arch:
         print(json.dumps(measure(name, options), indent=1), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("quantized", Options, run))

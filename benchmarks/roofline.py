@@ -22,16 +22,17 @@ network, a table of layer kinds and a line for each way.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from benchmarks.throughput import make_network
+from benchmarks.options import command
+from benchmarks.throughput import make_network, require_known
 from pipelines.utils.tables import text_table
 from rsnet.models.factory import WeightsOnMeta
 
@@ -226,7 +227,8 @@ def _figures(kernels: Sequence[Kernel], o: Options) -> list[str]:
     return [f"{mega / n:.1f}", f"{giga / n:.1f}", f"{1e6 * seconds(kernels, o) / n:.1f}"]
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    require_known(o.arch)
     print(
         f"calculated: {o.terabytes_per_s} TB/s, {o.teraflops:g} TFLOP/s, {o.batch_size} images a step"
     )
@@ -245,7 +247,8 @@ def main(o: Options) -> None:
         titles = [arch, "MB an image", "images/s at most", f"at {100 * o.reached:.0f} %"]
         titles += ["kernels a step", "images/s launched"]
         print(f"\n{text_table(titles, rows, left=(0,))}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(command("roofline", Options, run))

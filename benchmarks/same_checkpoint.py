@@ -8,15 +8,15 @@ Prints one JSON object: for each size the three accuracies, and the largest diff
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from benchmarks.options import command, require_beton
 from pipelines import dali, ffcv, reference
+from pipelines.utils.errors import UsageError
 from rsnet.config.train_config import TrainConfig
-from rsnet.train import run
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ class Options:
     """The reference's processes, DALI's and FFCV's threads."""
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    from rsnet.train import run as evaluate  # most of what trains
+
+    if not o.checkpoint.is_file():
+        raise UsageError(f"--checkpoint: there is no file {o.checkpoint}")
+    require_beton(o.beton, ("val",))
     backends: dict[str, tuple[Any, Any, Path]] = {
         "reference": (reference.ReferenceOptions(o.workers), reference.make_loaders, o.data),
         "dali": (dali.DaliOptions(o.workers), dali.make_loaders, o.data),
@@ -48,11 +53,12 @@ def main(o: Options) -> None:
         config = TrainConfig(
             data=str(data), evaluate=True, resume=str(o.checkpoint), batch_size=o.batch_size
         )
-        for size, scores in run(name, config, options, make_loaders).items():
+        for size, scores in evaluate(name, config, options, make_loaders).items():
             top1.setdefault(str(size), {})[name] = round(scores["top1"], 2)
     differences = [max(row.values()) - min(row.values()) for row in top1.values()]
     print(json.dumps({"top1": top1, "largest_difference": round(max(differences), 2)}, indent=2))
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("same_checkpoint", Options, run))

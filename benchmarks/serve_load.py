@@ -14,6 +14,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -23,9 +24,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, build_opener
 
-import httpx
-import tyro
+from benchmarks.options import command
+from pipelines.utils.errors import RunError, error_context
+from rsnet.inference.calibration import find_labelled_images
+from rsnet.release.source import open_source
 
 Images = list[tuple[bytes, str]]
 
@@ -94,22 +99,26 @@ class Outcome:
 @contextmanager
 def serving(o: Options, *more: str) -> Iterator[str]:
     """The address of a server in a process of its own."""
-    command = [sys.executable, "-m", "rsnet", "serve", str(o.release), "--port", "0"]
-    command += ["--batch-size", str(o.batch_size), *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    words = [sys.executable, "-m", "rsnet", "serve", str(o.release), "--port", "0"]
+    words += ["--batch-size", str(o.batch_size), *more]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield next(word for word in process.stdout.readline().split() if "://" in word)
+            address = re.search(r"\S+://\S+", process.stdout.readline())
+            if address is None:
+                raise RunError("rsnet serve did not start")
+            yield address[0]
         finally:
             process.terminate()
 
 
-async def post(url: httpx.URL, size: int | None, data: bytes) -> tuple[int, dict[str, Any]]:
+async def post(url: str, size: int | None, data: bytes) -> tuple[int, dict[str, Any]]:
     """Status and JSON. By hand: with httpx's pool, runs ended in read errors whose cause is not known."""
     query = "" if size is None else f"?size={size}"
-    reader, writer = await asyncio.open_connection(url.host, url.port)
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    reader, writer = await asyncio.open_connection(host, port)
     writer.write(
-        f"POST /classify{query} HTTP/1.1\r\nHost: {url.host}\r\nConnection: close\r\n"
+        f"POST /classify{query} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
         f"Content-Length: {len(data)}\r\n\r\n".encode()
         + data
     )
@@ -118,9 +127,7 @@ async def post(url: httpx.URL, size: int | None, data: bytes) -> tuple[int, dict
     return int(head.split()[1]), json.loads(body)
 
 
-async def load(
-    url: httpx.URL, size: int | None, rate: float, o: Options, images: Images
-) -> Outcome:
+async def load(url: str, size: int | None, rate: float, o: Options, images: Images) -> Outcome:
     """One turn: requests at `rate` a second for `o.seconds`, all of whose answers are waited for."""
     outcome = Outcome(seconds=o.seconds)
 
@@ -144,11 +151,21 @@ async def load(
     return outcome
 
 
+def labelled_images(o: Options) -> Images:
+    """Raises UsageError if there is no such release, or the images are not of its classes."""
+    with error_context("--release"):
+        network = open_source(o.release).network.to_dict()
+    folder = find_labelled_images(o.data, network)
+    found = zip(folder.paths, folder.names, strict=True)
+    return [(Path(path).read_bytes(), name.split("/")[0]) for path, name in found]
+
+
 def measure(o: Options) -> str:
     """The table."""
-    images = [(path.read_bytes(), path.parent.name) for path in sorted(o.data.glob("*/*"))]
+    images = labelled_images(o)
     with serving(o) as plain, serving(o, "--deadline-ms", str(o.deadline_ms)) as controlled:
-        info = httpx.get(f"{plain}info", trust_env=False).json()
+        with build_opener(ProxyHandler({})).open(f"{plain}info") as answer:
+            info = json.load(answer)
         sizes: list[int] = info["sizes"]
         capacity = 1000 * o.batch_size / info["latency"]["ms"][str(sizes[0])]["median"]
         found: dict[tuple[float, str], Outcome] = {}
@@ -157,7 +174,7 @@ def measure(o: Options) -> str:
                 for name in random.sample([CONTROLLER, *map(str, sizes)], len(sizes) + 1):
                     url = controlled if name == CONTROLLER else plain
                     size = None if name == CONTROLLER else int(name)
-                    turn = asyncio.run(load(httpx.URL(url), size, share * capacity, o, images))
+                    turn = asyncio.run(load(url, size, share * capacity, o, images))
                     whole = found.setdefault((share, name), Outcome())
                     whole.seconds += turn.seconds
                     whole.latencies += turn.latencies
@@ -177,6 +194,11 @@ def measure(o: Options) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def run(o: Options) -> int:
     random.seed(0)
-    print(measure(tyro.cli(Options, description=__doc__)))
+    print(measure(o))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("serve_load", Options, run))

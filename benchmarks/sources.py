@@ -31,22 +31,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import s3fs
 import torch
-import tyro
 from pyarrow import Table, concat_tables, csv
 
 from benchmarks.loaders import images_per_s
+from benchmarks.options import at_least, command
 from pipelines import dali
 from pipelines.batch import Loader, LoaderSpec
-from pipelines.dali.loader import DaliLoader
 from pipelines.sources import shards, tar_index
 from pipelines.sources.folder import scan_train_val
 from pipelines.sources.shards_options import ShardsOptions, write_shards
 from pipelines.sources.source import Source
+from pipelines.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipelines.dali.loader import DaliLoader
 
 COLD = ", cold"
 TIMES = 10  # as large an index, to see what a sample takes
@@ -69,7 +71,7 @@ class Options:
     workers: int = 2
     """DALI's threads."""
 
-    rounds: int = 5
+    rounds: int = at_least(2, 5)
     """Epochs of each; the first is not counted. Every order of turns comes equally often where the others are
     a multiple of twice the number of those that take turns."""
 
@@ -85,7 +87,7 @@ class Options:
     window: int = 4
     """Shards that are mixed in order of shards."""
 
-    samples: int = 100_000
+    samples: int = at_least(0, 100_000)
     """Of the index; 0 leaves it out."""
 
 
@@ -122,10 +124,12 @@ def s3_server(folder: Path) -> Iterator[tuple[str, int]]:
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
+    import s3fs
+
     words = [sys.executable, "-m", "moto.server", "-p", str(port)]
     server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(port)
+        wait_for(port, server)
         storage = s3fs.S3FileSystem()
         storage.mkdir("bucket")
         for path in folder.iterdir():
@@ -136,13 +140,14 @@ def s3_server(folder: Path) -> Iterator[tuple[str, int]]:
         server.wait()
 
 
-def wait_for(port: int) -> None:
-    """Wait until a server listens."""
-    while True:
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server listens. Raises UsageError if it ends instead."""
+    while server.poll() is None:
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
+    raise UsageError("moto's server does not start: pip install 'moto[s3,server]'")
 
 
 class Epoch(NamedTuple):
@@ -304,6 +309,8 @@ def opened(few: Path, many: Path) -> dict[str, float]:
 
 def loader_of(source: Source) -> DaliLoader:
     """Return the training loader, which has what its checkpoints have of the source."""
+    from pipelines.dali.loader import DaliLoader
+
     spec = LoaderSpec(str(source.data), (32,), 32, torch.device("cpu"))
     options = dali.DaliOptions(workers=1, order="shards")
     loader = DaliLoader(options, spec, source, training=True)
@@ -318,17 +325,18 @@ def memory(name: str) -> float:
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(f"{name}:"))
 
 
-def main(options: Options) -> None:
+def run(options: Options) -> int:
     """Measure and print."""
     with redirect_stdout(sys.stderr):
         result = measured(options)
     print(json.dumps(result, indent=2))
+    return 0
 
 
 def measured(options: Options) -> dict[str, dict[str, float]]:
     """Return the figures of the index and of all sources, by name."""
-    result = index_cost(options) if options.samples else {}
     local = prepare(options)
+    result = index_cost(options) if options.samples else {}
     chosen = {name: data for name, data in local.items() if name in ("folder", *options.sources)}
     if "s3" not in options.sources:
         return result | compare(options, chosen, None)
@@ -337,4 +345,4 @@ def measured(options: Options) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("sources", Options, run))

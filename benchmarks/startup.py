@@ -17,7 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from benchmarks.options import command
+from pipelines.utils.errors import UsageError, error_context
 
 WRITTEN = Path(__file__).parents[1] / "tests" / "data" / "written_by_0.1"
 
@@ -44,6 +45,17 @@ class Options:
     """Interpreters that are started for each row."""
 
 
+def require_classifiable(release: Path, image: Path) -> None:
+    """Raise UsageError or DataError, before a minute has passed, for what a row could not classify."""
+    import rsnet
+
+    if not image.is_file():
+        raise UsageError(f"--image: there is no file {image}")
+    with error_context("--release"):
+        classifier = rsnet.SwitchableClassifier.load(release, "cpu")
+    classifier.classify([image])
+
+
 def cpu_seconds(words: list[str], runs: int) -> float:
     """Return the least user and system time of a few runs of Python with these arguments."""
     return min(_once(words) for _ in range(runs))
@@ -56,7 +68,8 @@ def _once(words: list[str]) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    require_classifiable(o.release, o.image)
     rows = {
         "python -c pass": ["-c", "pass"],
         "import rsnet": ["-c", "import rsnet"],
@@ -73,6 +86,7 @@ def main(o: Options) -> None:
         for _ in range(o.runs)
     )
     _print("load and classify one image, beyond these imports", min(map(float, printed)))
+    return 0
 
 
 def _print(what: str, seconds: float) -> None:
@@ -80,4 +94,4 @@ def _print(what: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(command("startup", Options, run))

@@ -22,18 +22,19 @@ import gc
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from benchmarks.options import command
 from benchmarks.throughput import Options as Workload
-from benchmarks.throughput import device_in_use, make_batches, make_ours
+from benchmarks.throughput import device_in_use, make_batches, make_ours, require_known
 from pipelines.batch import Batch
 from rsnet.models.autocast import autocast, cast_weights_once
 from rsnet.models.layers.fused_batchnorm import convert_to_fused_batchnorm
@@ -318,13 +319,15 @@ def workload(o: Options, recompute: Any = "off") -> Workload:
     return Workload(sizes=o.sizes, batch_size=o.batch_size, recompute=recompute)
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    require_known(o.arch)
     device = device_in_use()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(json.dumps({"device": name, "torch": torch.__version__, "batch": o.batch_size}))
     for arch in o.arch:
         print(json.dumps(measure(arch, o), indent=2), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("step_ways", Options, run))

@@ -14,15 +14,16 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 import timeit
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
+from benchmarks.options import at_least, command
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
@@ -39,7 +40,7 @@ class Options:
     batch_size: int = 1
     """Images a forward."""
 
-    rounds: int = 100
+    rounds: int = at_least(4, 100)
     """Forwards of each; a tenth before them is not counted."""
 
 
@@ -106,11 +107,15 @@ def microseconds_of_select(model: ResolutionSwitchable, sizes: tuple[int, int]) 
     return min(timeit.repeat(both, timer=time.process_time, number=1000, repeat=5)) / 1000 / 2 * 1e6
 
 
-if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
+def run(options: Options) -> int:
     cpus = len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     print(json.dumps({"cpus": cpus, "torch": torch.__version__}))
     for arch in options.arch:
         for result in measure(arch, options):
             print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command("switching", Options, run))

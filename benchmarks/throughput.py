@@ -18,21 +18,24 @@ import multiprocessing
 import os
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torchvision
-import tyro
 from torch import Tensor, nn
 
 from benchmarks.modern import ModernStep
+from benchmarks.options import at_least, command
 from benchmarks.plain import PlainStep
 from pipelines import dali
 from pipelines.batch import Batch, LoaderSpec
+from pipelines.sources.splits import open_splits
+from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import TrainConfig
@@ -65,13 +68,13 @@ class Options:
     amp: Amp = "auto"
     """Precision of modern and ours; auto: the trainer's default for the device."""
 
-    rounds: int = 6
+    rounds: int = at_least(2, 6)
     """Steps of each; the first is not counted."""
 
     cpu_time: bool = False
     """Time of this process on the CPU in place of the clock's: for a CPU that others use, with one thread."""
 
-    curve: int = 0
+    curve: int = at_least(0, 0)
     """Steps over which the losses are compared, on four batches in turn."""
 
     recompute: Literal["off", "norm", "blocks"] = "off"
@@ -214,12 +217,25 @@ def our_step(trainer: Trainer) -> Callable[[Batch], float]:
 SIDES = ("plain", "modern", "ours")
 
 
+def require_known(archs: Sequence[str]) -> None:
+    """Raise UsageError for the first that `make_network` does not make."""
+    known = torchvision.models.list_models(torchvision.models)
+    for arch in archs:
+        name = library_name(arch)
+        if not (name in known and re.match(r"(wide_)?res(net|next)|mobilenet_v2", name)):
+            raise UsageError(f"--arch {arch}: it takes torchvision's ResNets and MobileNetV2")
+
+
+def library_name(arch: str) -> str:
+    """Return torchvision's name of a network."""
+    bare = arch.removeprefix("parallel_")
+    return "mobilenet_v2" if bare == "mobilenetv2" else bare
+
+
 def make_network(arch: str) -> nn.Module:
     """torchvision's, initialised alike every time."""
     torch.manual_seed(0)
-    name = {"mobilenetv2": "mobilenet_v2"}.get(
-        arch.removeprefix("parallel_"), arch.removeprefix("parallel_")
-    )
+    name = library_name(arch)
     options = {"dropout": 0.0} if name == "mobilenet_v2" else {}
     network: nn.Module = torchvision.models.get_model(name, num_classes=CLASSES, **options)
     return network
@@ -286,7 +302,10 @@ def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
         return pool.apply(function, arguments)
 
 
-def main(o: Options) -> None:
+def run(o: Options) -> int:
+    require_known(o.arch)
+    if o.data is not None:
+        open_splits(o.data)  # what is wrong with it is found before minutes of work
     device = device_in_use()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     cpus = len(os.sched_getaffinity(0))
@@ -297,7 +316,8 @@ def main(o: Options) -> None:
     )
     for arch in o.arch:
         print(json.dumps(measure(arch, o), indent=2), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command("throughput", Options, run))

@@ -22,13 +22,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from nvidia.dali import fn
 
 from benchmarks.gpu.opened import opened, require_photos
+from benchmarks.options import command
 from benchmarks.throughput import device_in_use
 from pipelines.batch import LoaderSpec
 from pipelines.dali import DaliOptions
-from pipelines.utils.cli import command
 from pipelines.utils.cores import default_workers
 from rsnet.profiler.step_profiler import endless, synchronize
 
@@ -120,6 +119,7 @@ def called_with(module: Any, name: str, **options: Any) -> Iterator[None]:
 @contextmanager
 def cut_after_decoding() -> Iterator[None]:
     """Decode whole photos, where the pipelines have only the crop decoded."""
+    from nvidia.dali import fn
 
     def both(encoded: Any, start: Any, shape: Any, axes: list[int], **options: Any) -> Any:
         return fn.slice(fn.decoders.image(encoded, **options), start=start, shape=shape, axes=axes)
@@ -158,6 +158,8 @@ def run(o: Options) -> int:
 
 def _measure_operators(measure: Callable[..., None], engine: float, o: Options) -> None:
     """What the operators of a GPU have options for, and the pipelines none."""
+    from nvidia.dali import fn
+
     decoder = fn.decoders, "image_slice"
     measure("cut after decoding, engine alone", cut_after_decoding(), decoder_hw_load=1.0)
     for name, change in {
@@ -172,4 +174,4 @@ def _measure_operators(measure: Callable[..., None], engine: float, o: Options) 
 
 
 if __name__ == "__main__":
-    sys.exit(command("benchmarks.gpu.loader_sweep", Options, run))
+    sys.exit(command("gpu.loader_sweep", Options, run))

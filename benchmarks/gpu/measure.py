@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.opened import require_photos
+from benchmarks.options import command
 from benchmarks.throughput import device_in_use
-from pipelines.utils.cli import command
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
 from rsnet.loggers.run_dir import environment
@@ -97,7 +97,7 @@ def step(o: Options, arch: str, batch: str) -> list[str]:
 
 
 def ways(o: Options, arch: str, batch: str) -> list[str]:
-    words = ["--ways", "graph", "graph of all", "recompute norm"]
+    words = ["--ways", "graph", "cuda graphs", "recompute norm"]
     return [*_compared("step_ways", o, arch, batch), *words]
 
 
@@ -249,4 +249,4 @@ def run(o: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command("benchmarks.gpu.measure", Options, run))
+    sys.exit(command("gpu.measure", Options, run))

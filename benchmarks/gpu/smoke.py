@@ -23,10 +23,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from benchmarks.gpu.opened import opened, require_photos
+from benchmarks.options import command
 from benchmarks.throughput import device_in_use
 from pipelines.batch import Batch, Loader, Loaders, LoaderSpec
 from pipelines.dali import DaliOptions
-from pipelines.utils.cli import command
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
 from rsnet.__main__ import main as rsnet
@@ -271,4 +271,4 @@ def run(o: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command("benchmarks.gpu.smoke", Options, run))
+    sys.exit(command("gpu.smoke", Options, run))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from typing import Annotated, NamedTuple
 
 from tyro.conf import Positional, arg
 
-from pipelines.utils.cli import command
+from benchmarks.options import command
 from pipelines.utils.errors import DataError
+from pipelines.utils.schema import parsing
 from pipelines.utils.tables import text_table
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -51,10 +53,14 @@ class Gap(NamedTuple):
 
 
 def read(path: Path) -> list[Kernel]:
-    """Return the kernels of a trace, by their start. Raises DataError if it has none."""
-    with gzip.open(path, "rt") as file:
-        events = json.load(file)["traceEvents"]
-    found = [Kernel(e["ts"], e["dur"], e["name"]) for e in events if e.get("cat") in ON_GPU]
+    """Return the kernels of a trace, by their start. Raises DataError if it has none, or is damaged."""
+    with parsing(path, "give the trace.json.gz of a profile"):
+        try:
+            with gzip.open(path, "rt") as file:
+                events = json.load(file)["traceEvents"]
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:  # the first without a path
+            raise ValueError(error) from error
+        found = [Kernel(e["ts"], e["dur"], e["name"]) for e in events if e.get("cat") in ON_GPU]
     if not found:
         raise DataError(f"{path}: no kernel of a GPU is in it: it was traced on a CPU")
     return sorted(found)
@@ -100,4 +106,4 @@ def run(o: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command("benchmarks.gpu.trace", Options, run))
+    sys.exit(command("gpu.trace", Options, run))

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import command
 from benchmarks.study.report import page
 from benchmarks.study.rows import Job, Options, jobs_of, lr_jobs, teacher_job
 from benchmarks.study.subset import write_tables
 from pipelines.utils.atomic_io import atomic_write
-from pipelines.utils.cli import command
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import parsing, read_json
 from rsnet.evaluation.compare import RunSummary, plot, read_run
@@ -191,4 +191,4 @@ def run(o: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command("benchmarks.study", Options, run))
+    sys.exit(command("study", Options, run))

@@ -198,8 +198,15 @@ def exit_with_help(words: Sequence[str], program: str, groups: Sequence[Any]) ->
     for group in groups:
         for title, options in topics(group):
             titled.setdefault(title, []).extend(options)
-    print(help_page(program or Path(sys.argv[0]).name, inspect.getdoc(groups[0]) or "", titled))
+    print(help_page(program or Path(sys.argv[0]).name, _about(groups[0]), titled))
     raise SystemExit(0)
+
+
+def _about(options: type[Any]) -> str:
+    """Return what a command does: its options' docstring, or, if they have none, that of their script."""
+    text = inspect.getdoc(options) or ""
+    is_made = text.startswith(f"{options.__name__}(")  # by `dataclass`, of the fields
+    return inspect.getdoc(sys.modules[options.__module__]) or "" if is_made else text
 
 
 def with_config(words: Sequence[str], groups: Sequence[Any]) -> list[str]:

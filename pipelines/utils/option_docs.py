@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
+import itertools
 import shutil
 import textwrap
 import typing
@@ -91,7 +93,9 @@ def help_page(program: str, about: str, groups: Mapping[str, Sequence[OptionDoc]
     width = min(shutil.get_terminal_size().columns, MOST_COLUMNS) - 1
     page = [f"usage: {' '.join(words)}", ""]
     for paragraph in about.split("\n\n"):
-        page += [*_wrapped(" ".join(paragraph.split()), width), ""]
+        is_set = paragraph.startswith(("    ", "- "))  # commands, and lists
+        lines = paragraph.splitlines() if is_set else _wrapped(" ".join(paragraph.split()), width)
+        page += [*lines, ""]
     if arguments:
         page += ["Arguments", *(_entry(option, width) for option in arguments), ""]
     for title, group in groups.items():
@@ -130,12 +134,12 @@ def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
-def _option(owner: type[Any], field: dataclasses.Field[Any], hint: Any) -> OptionDoc:
+def _option(owner: Any, field: dataclasses.Field[Any], hint: Any) -> OptionDoc:
     configs = getattr(hint, "__metadata__", ())
     metavar = next((c.metavar for c in configs if getattr(c, "metavar", None)), "")
     is_positional = _is_positional(configs)
     bare = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-    meaning, _, unset = _docstring(owner, field.name).partition("Unset: ")
+    meaning, _, unset = _docstrings(owner).get(field.name, "").partition("Unset: ")
     choices, values = _values(bare, "" if is_positional else metavar)
     return OptionDoc(
         names=(metavar or field.name,) if is_positional else (_flag(field), *_aliases(configs)),
@@ -193,16 +197,15 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return str(field.default)
 
 
-def _docstring(owner: type[Any], name: str) -> str:
-    """Return the string that follows a field in the source of its class, as one line."""
+@functools.cache
+def _docstrings(owner: type[Any]) -> Mapping[str, str]:
+    """Return the strings that follow the fields in the source of their class, each as one line."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
     assert isinstance(body, ast.ClassDef)
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        is_field = isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == name
-        if (
-            is_field
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            return " ".join(str(following.value.value).split())
-    return ""
+    return {
+        ast.unparse(statement.target): " ".join(str(following.value.value).split())
+        for statement, following in itertools.pairwise(body.body)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+    }

@@ -162,14 +162,6 @@ def test_data_without_its_folders_is_one_line_before_anything_is_begun(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_parts_are_commands_that_exist(tmp_path):
-    o = measure.Options(tmp_path, tmp_path / "out", **TINY)
-    for part in measure.PARTS:
-        _, words = measure.words_of(part, o)
-        module = ROOT / (words[0].replace(".", "/") + ".py")
-        assert module.exists() or words[0] in ("rsnet", "pytest")
-
-
 @pytest.mark.slow  # processes that import torch and DALI, a compiler
 def test_parts_run_in_processes_of_their_own(photos, tmp_path):
     parts = ("smoke:4", "profile:resnet10:4:no-kd")
