@@ -62,7 +62,7 @@ ALIASES = {"calibrate": "add-resolution"}
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line, by default this process's, and return its exit code."""
     words = sys.argv[1:] if words is None else words
-    if words and words[0] == "--version":
+    if words and words[0] in ("--version", "-V", "-v", "version"):
         guard_output(False)
         say(f"rsnet {__version__}")
         return 0

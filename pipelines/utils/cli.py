@@ -9,7 +9,6 @@ import importlib
 import inspect
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -18,11 +17,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from pipelines.utils import complaints
 from pipelines.utils.config_file import completed, flag_of, split_config
 from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
 from pipelines.utils.location import url_of
 from pipelines.utils.memory import is_lack_of_memory, memory_line, require_memory
-from pipelines.utils.option_docs import OptionDoc, flags, help_page, topics
+from pipelines.utils.option_docs import OptionDoc, flags, help_page, topics, usage
 from pipelines.utils.output import guard_output, lost_output, say
 from pipelines.utils.synonyms import advice
 
@@ -156,38 +156,63 @@ def parse_options(
 
     Raises UsageError, in one line, for what is mistyped; prints the help and exits for --help.
     """
-    import tyro  # most verbs are found and listed without it; it takes 0.2 s
-
     arguments = expand_home(sys.argv[1:] if argv is None else argv)
     exit_with_help(arguments, program, groups)
     _reject_empty(arguments)
     arguments = _by_todays_names(arguments, getattr(options_type, "FORMER", {}))
     arguments = with_config(arguments, groups)
     _reject_unknown([word for word in arguments if word.startswith("--")], groups)
+    options, extra = _parsed(options_type, arguments, program, groups)
+    if extra:
+        typed = [flag_of(word) for word in arguments]
+        raise UsageError(complaints.of_extra(extra, _docs(groups), typed))
+    output = getattr(options, "output", None)
+    if isinstance(output, Path) and (url := url_of(output)):
+        raise UsageError(
+            f"--output {url}: this command writes on this machine alone: give a folder"
+        )
+    return options
+
+
+def _parsed(
+    options_type: type[Options], words: Sequence[str], program: str, groups: Sequence[Any]
+) -> tuple[Options, list[str]]:
+    """Return a command line as an instance, and its words that belong to no option."""
+    import tyro  # most verbs are found and listed without it; it takes 0.2 s
+
     complaint = io.StringIO()
-    options: Any
-    unknown: list[str]
     try:
         with contextlib.redirect_stderr(complaint):
-            options, unknown = tyro.cli(
+            return tyro.cli(
                 options_type,
                 prog=program or None,
-                args=arguments,
+                args=words,
                 return_unknown_args=True,
                 config=(tyro.conf.HelptextFromCommentsOff,),  # help_page shows the docstrings
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(_message(complaint.getvalue())) from None
-    if unknown:
-        raise UsageError(f"{unknown[0]}: there is no such option; --help lists all options")
-    output = getattr(options, "output", None)
-    if isinstance(output, Path) and (url := url_of(output)):
-        raise UsageError(
-            f"--output {url}: this command writes on this machine alone: give a folder"
-        )
-    return options  # type: ignore[no-any-return]
+    docs = _docs(groups)
+    lacking = complaints.missing(complaint.getvalue(), docs)
+    if not lacking:
+        raise UsageError(complaints.in_plain_words(complaint.getvalue()))
+    extra: list[str] = []
+    if not any(
+        option.is_positional for option in lacking
+    ):  # what is too much shows once all is there
+        anything = [word for o in lacking for word in (o.names[0], "1")]
+        with contextlib.suppress(UsageError):  # of other options
+            _, extra = _parsed(options_type, [*words, *anything], program, groups)
+    raise UsageError(complaints.of_missing(lacking, extra, usage(_name(program), docs)))
+
+
+def _name(program: str) -> str:
+    return program or Path(sys.argv[0]).name
+
+
+def _docs(groups: Sequence[Any]) -> list[OptionDoc]:
+    return [option for group in groups for _, options in topics(group) for option in options]
 
 
 def exit_with_help(words: Sequence[str], program: str, groups: Sequence[Any]) -> None:
@@ -198,7 +223,7 @@ def exit_with_help(words: Sequence[str], program: str, groups: Sequence[Any]) ->
     for group in groups:
         for title, options in topics(group):
             titled.setdefault(title, []).extend(options)
-    print(help_page(program or Path(sys.argv[0]).name, _about(groups[0]), titled))
+    print(help_page(_name(program), _about(groups[0]), titled))
     raise SystemExit(0)
 
 
@@ -236,17 +261,18 @@ def verb_command(
     """Run a verb of `program` and return the exit code. words: from the verb on."""
     guard_output(False)
     verb, *rest = words or ["--help"]
+    if verb == "help" and rest:
+        verb, *rest = rest[0], "--help"
     verb = aliases.get(verb, verb)
     if verb in verbs:
         return run_verb(f"{program} {verb}", verbs[verb], rest)
-    if verb in ("--help", "-h"):
+    if verb in ("--help", "-h", "help"):
         say(f"{program if program == 'rsnet' else f'python -m {program}'} VERB --help")
         width = max(map(len, verbs))
         for name, listed in verbs.items():
             say(f"  {name:{width}}  {listed.summary}")
         return 0
-    known = " ".join(verbs)
-    say(f"{program}: error: {verb}: there is no such verb; one of {known}", sys.stderr)
+    say(f"{program}: error: {complaints.unknown_verb(verb, verbs, aliases)}", sys.stderr)
     return UsageError.exit_code
 
 
@@ -351,32 +377,3 @@ def _reject_unknown(words: Sequence[str], groups: Sequence[Any]) -> None:
 def _fields(groups: Sequence[Any]) -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of dataclasses by the names that their options have on a command line."""
     return {flag: field for group in groups for flag, field in flags(group).items()}
-
-
-# tyro's words, which speak of types and of the None that an unset option has, and what is meant.
-_PLAIN = (
-    (r"^Error parsing (?:\w+: )?(?=--)", ""),
-    (
-        r"no type matching (?:\{None\}\|)?(?:\{\[)?(.+?)(?:\]\})? could be instantiated from \[(.*)\]\.$",
-        r"\1 is needed, not \2",
-    ),
-    (r"'None', |, 'None'(?=\))", ""),
-)
-
-
-def _message(box: str) -> str:
-    """Return the message in the box that tyro draws around an error, as one line.
-
-    The box is of lines where stdout can show them, else of dashes, with one under its title, too.
-    """
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
-    message: list[str] = []
-    for line in lines[1:]:
-        if line.strip("─-"):
-            message.append(line)
-        elif message:
-            break
-    text = " ".join(message)
-    for pattern, plain in _PLAIN:
-        text = re.sub(pattern, plain, text)
-    return f"{text} (--help lists all options)"

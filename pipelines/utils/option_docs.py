@@ -28,7 +28,7 @@ class OptionDoc:
     """An option, as users see it.
 
     names: its flag and its other names, or what stands for an argument. choices: all values, if they are
-    few. values: what it takes otherwise. default: in words; "" if there is none.
+    few. values: what it takes otherwise. default: in words; "" if there is none. place: among the fields.
     """
 
     names: tuple[str, ...]
@@ -37,6 +37,7 @@ class OptionDoc:
     default: str
     is_required: bool
     meaning: str
+    place: int = 0
 
     @property
     def is_positional(self) -> bool:
@@ -55,11 +56,11 @@ def topics(options: type[Any]) -> Iterator[tuple[str, list[OptionDoc]]]:
     """Yield (title, options) of each topic: the class's own fields, and each base's, by its docstring."""
     by_owner: dict[type[Any], list[OptionDoc]] = {}
     hints = typing.get_type_hints(options, include_extras=True)
-    for field in dataclasses.fields(options):
+    for place, field in enumerate(dataclasses.fields(options)):
         owner = next(
             c for c in reversed(options.__mro__) if field.name in vars(c).get("__annotations__", {})
         )
-        by_owner.setdefault(owner, []).append(_option(owner, field, hints[field.name]))
+        by_owner.setdefault(owner, []).append(_option(owner, field, hints[field.name], place))
     for owner, found in sorted(by_owner.items(), key=lambda item: item[0] is not options):
         title = (inspect.getdoc(owner) or owner.__name__).splitlines()[0].rstrip(".")
         yield ("Options" if owner is options else title), found
@@ -68,7 +69,7 @@ def topics(options: type[Any]) -> Iterator[tuple[str, list[OptionDoc]]]:
 def option_docs(options: type[Any]) -> list[OptionDoc]:
     """Return all options of a command, those without a name first."""
     found = [option for _, of_topic in topics(options) for option in of_topic]
-    return sorted(found, key=lambda option: not option.is_positional)
+    return [*_arguments(found), *(option for option in found if not option.is_positional)]
 
 
 def flags(options: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -82,16 +83,24 @@ def flags(options: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     return found
 
 
+def usage(program: str, options: Sequence[OptionDoc]) -> str:
+    """Return a command with what it needs."""
+    given = [o.names[0] if o.is_required else f"[{o.names[0]}]" for o in _arguments(options)]
+    named = [o for o in options if o.is_required and not o.is_positional]
+    return " ".join([program, *given, *(f"{o.names[0]} {o.takes}" for o in named), "[options]"])
+
+
+def _arguments(options: Sequence[OptionDoc]) -> list[OptionDoc]:
+    """Return what has no name, in the order of the command line: a class's own fields follow its bases'."""
+    return sorted((o for o in options if o.is_positional), key=lambda option: option.place)
+
+
 def help_page(program: str, about: str, groups: Mapping[str, Sequence[OptionDoc]]) -> str:
     """Return what `program --help` prints. about: what it does. groups: its options by topic."""
     options = [option for group in groups.values() for option in group]
-    arguments = [option for option in options if option.is_positional]
-    named = [option for option in options if not option.is_positional]
-    needed = [f"{option.names[0]} {option.takes}" for option in named if option.is_required]
-    given = [o.names[0] if o.is_required else f"[{o.names[0]}]" for o in arguments]
-    words = [program, *given, *needed, "[options]"]
+    arguments = _arguments(options)
     width = min(shutil.get_terminal_size().columns, MOST_COLUMNS) - 1
-    page = [f"usage: {' '.join(words)}", ""]
+    page = [f"usage: {usage(program, options)}", ""]
     for paragraph in about.split("\n\n"):
         is_set = paragraph.startswith(("    ", "- "))  # commands, and lists
         lines = paragraph.splitlines() if is_set else _wrapped(" ".join(paragraph.split()), width)
@@ -134,7 +143,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
-def _option(owner: Any, field: dataclasses.Field[Any], hint: Any) -> OptionDoc:
+def _option(owner: Any, field: dataclasses.Field[Any], hint: Any, place: int) -> OptionDoc:
     configs = getattr(hint, "__metadata__", ())
     metavar = next((c.metavar for c in configs if getattr(c, "metavar", None)), "")
     is_positional = _is_positional(configs)
@@ -150,6 +159,7 @@ def _option(owner: Any, field: dataclasses.Field[Any], hint: Any) -> OptionDoc:
         is_required=field.default is dataclasses.MISSING
         and field.default_factory is dataclasses.MISSING,
         meaning=meaning.strip(),
+        place=place,
     )
 
 

@@ -97,6 +97,15 @@ _MEANINGS: dict[tuple[str, ...], str] = {
     ("port",): "server-port",
     ("host",): "server-name bind address ip",
 }
+# Verbs by other names.
+VERBS = {
+    "train": "fit finetune fine-tune run",
+    "evaluate": "test validate val",
+    "predict": "infer inference classify",
+    "report": "compare",
+    "release": "publish push",
+    "list": "ls models networks",
+}
 _TORCHRUN = (
     "n-gpu gpus num-gpus gpu ngpus gpu-ids gpu-id devices nproc nproc-per-node num-processes world-size "
     "nnodes num-nodes nodes rank local-rank dist-url dist-backend multiprocessing-distributed distributed "

@@ -90,7 +90,7 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--on-nonfinite skip 9999999999", "--on-nonfinite skip 9999999999: stop, or skip"),
         ("--schedule 30 2000000", "--schedule 30 2000000: epochs are positive, and 1000000"),
         ("--zzz", "--zzz: there is no such option; --help lists all options"),
-        ("stray", "stray: there is no such option"),
+        ("stray", "stray: it belongs to no option"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_option(line, message):

@@ -275,7 +275,7 @@ def test_the_command_explains_itself():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["verfy"], "pipelines.folder: error: verfy: there is no such verb; one of verify"),
+        (["verfy"], "pipelines.folder: error: verfy: there is no such verb; did you mean verify?"),
         (["verify", "/nowhere"], "there is no folder /nowhere"),
         (["verify", "/nowhere", "--workers", "0"], "--workers 0: at least one thread is needed"),
         (["verify", "/nowhere", "--move", "x"], "did you mean --move-to?"),
