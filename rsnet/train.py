@@ -19,17 +19,13 @@ from pipelines.batch import Loaders, LoaderSpec
 from pipelines.sources.options import SplitOptions
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
-from pipelines.utils.errors import DataError, RunError, UsageError, error_context, first_line
+from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.library_output import apart_from_libraries, keep_library_output
 from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
-from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.checkpoint.weights import load_weights, require_finite, require_match
 from rsnet.config.command_line import parse
-from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
-from rsnet.config.topics import DEFAULT_ARCH
 from rsnet.config.train_config import TrainConfig, to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed import watchdog
@@ -41,19 +37,16 @@ from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir
-from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.autocast import AMP_DTYPES
-from rsnet.models.factory import (
-    create_model,
-    fuse_batchnorm,
-    pretrained_normalize,
-    synchronize_batchnorm,
-)
-from rsnet.models.shapes import check_sizes
-from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
-from rsnet.training.fine_tune import freeze, read_switchable, start_from
+from rsnet.training.fine_tune import freeze
+from rsnet.training.network import (
+    build_network,
+    load_start,
+    normalized_as_pretrained,
+    read_initial,
+)
 from rsnet.training.resume import Start, adopted, find_start
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted
@@ -118,12 +111,12 @@ def run(
     # Before anything that all ranks do together, which depends on the options.
     require_same("options", lambda: _options_of_all(config))
     # A run directory that is given is found without the arch.
-    initial = None if config.arch or config.output else _read_initial(config, Start(), console.say)
+    initial = None if config.arch or config.output else read_initial(config, Start(), console.say)
     if initial is not None:
         config = dataclasses.replace(config, arch=initial.network.arch)
     start = distributed.run_on_main(lambda: find_start(config, console.say))
-    initial = initial or _read_initial(config, start, console.say)
-    config = _normalized_as_pretrained(config, start, initial, console.say)
+    initial = initial or read_initial(config, start, console.say)
+    config = normalized_as_pretrained(config, start, initial, console.say)
     config, taught_by = read_teacher(config, start.options, console.say)
     resolve_here = _resolver(config, start, initial, device)
 
@@ -147,7 +140,7 @@ def run(
             network = resolved.model_config(
                 loaders.classes, _num_classes(config, resolved, loaders)
             )
-            model = _create_model(resolved, network, start, initial, console.say).to(device)
+            model = build_network(resolved, network, start, initial, console.say).to(device)
             model = model.to(memory_format=torch.channels_last)
             teacher = make_teacher(taught_by, resolved, network, device, console.say)
             context = RunContext(
@@ -161,7 +154,7 @@ def run(
                 console=console,
                 teacher=teacher,
             )
-            _load_weights(context, start, initial)
+            load_start(context, start, initial)
             freeze(model, resolved.freeze, network)
             # All ranks built the same network; dropout is each one's own.
             torch.manual_seed(rank_seed(resolved.seed, distributed.rank()))
@@ -198,39 +191,6 @@ def evaluate(context: RunContext, writes: bool) -> Results:
         run_dir.write_json("evaluation.json", {"gmacs": cost, **results})
         report.plot(config.folder / "evaluation.png", config.arch, results, cost)
     return results
-
-
-def _read_initial(
-    config: TrainConfig, start: Start, say: Callable[[str], None]
-) -> Checkpoint | None:
-    """Return the RS-Net that the training starts from, if it is one and there is no checkpoint to resume."""
-    source = config.pretrained or start.config.get("pretrained")
-    if source is None or start.checkpoint is not None or config.evaluate:
-        return None
-    found = distributed.run_on_main(lambda: read_switchable(source, config.arch, config.sizes, say))
-    if found is not None and found.assumes_sizes:
-        say(assumed_sizes(source, found.network, is_start=True))
-    return found
-
-
-def _normalized_as_pretrained(
-    config: TrainConfig, start: Start, initial: Checkpoint | None, say: Callable[[str], None]
-) -> TrainConfig:
-    """Return `config` with the --normalize of an ordinary network's weights, if it starts from some."""
-    source = config.pretrained or start.config.get("pretrained")
-    if source is None or initial is not None or start.checkpoint is not None:
-        return config
-    arch = config.arch or start.config.get("arch", DEFAULT_ARCH)
-    theirs = pretrained_normalize(arch, source)
-    if config.normalize is None and theirs not in (None, "imagenet"):
-        say(f"--pretrained: images are normalised as for these weights: --normalize {theirs}")
-        return dataclasses.replace(config, normalize=theirs)
-    if theirs != (config.normalize or "imagenet"):
-        say(
-            f"note: the weights of --pretrained expect images normalised by {theirs or 'other values'}, not "
-            f"--normalize {config.normalize or 'imagenet'}"
-        )
-    return config
 
 
 def _resolver(
@@ -276,55 +236,12 @@ def _adopted(
         pass
 
     try:
-        initial = _read_initial(config, Start(), silent)
-        config = _normalized_as_pretrained(config, Start(), initial, silent)
+        initial = read_initial(config, Start(), silent)
+        config = normalized_as_pretrained(config, Start(), initial, silent)
         alone = _resolver(config, Start(), initial, device)(config)
     except (UsageError, DataError):  # it needs the run's options, or started from what is gone
         return []
     return adopted(resolved, alone)
-
-
-def _create_model(
-    config: ResolvedConfig,
-    network: ModelConfig,
-    start: Start,
-    initial: Checkpoint | None,
-    say: Callable[[str], None],
-) -> ResolutionSwitchable:
-    is_ordinary = start.checkpoint is None and initial is None
-    pretrained = config.pretrained if is_ordinary else None
-    model = create_model(network, pretrained, config.fixed_qa, say, drop_path=config.drop_path)
-    if config.train_size_scale != 1 and not config.evaluate:
-        option = f"--train-size-scale {config.train_size_scale}"
-        check_sizes(model, config.arch, config.train_sizes, option)
-    if config.sync_bn:
-        synchronize_batchnorm(model, config.arch)
-    if config.recompute != "off":
-        convert_to_checkpointed(model.network, config.recompute)
-    if config.fused_bn and not config.evaluate:
-        say(fuse_batchnorm(model, config.arch))
-    return model
-
-
-def _load_weights(context: RunContext, start: Start, initial: Checkpoint | None) -> None:
-    """Give the model the weights of the checkpoint to resume or evaluate, or those of --pretrained."""
-    config, model, checkpoint = context.config, context.model, start.checkpoint
-    if checkpoint is not None:
-        training = not config.evaluate
-        flag = "--resume: " if context.config.resume else ""
-        with error_context(f"{flag}{start.source} does not fit"):
-            require_match(checkpoint.network, context.network, training)
-            weights = checkpoint.model if training else checkpoint.eval_weights
-            if not training:
-                require_finite(weights)
-            load_weights(model, weights, checkpoint.network.sizes)
-        if training:
-            model.complete_alpha()
-    elif initial is not None:
-        source = str(config.pretrained)
-        notes = distributed.run_on_all(lambda: start_from(model, context.network, initial, source))
-        for line in notes:
-            context.console.say(line)
 
 
 def rank_seed(seed: int, rank: int) -> int:
