@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 from pipelines.sources.folder import ImageFolder, scan_folder
 from pipelines.utils.errors import DataError, UsageError, error_context
 from pipelines.utils.location import local_path
+from pipelines.utils.output import say
 from pipelines.utils.thread_map import ordered_map
+from rsnet.evaluation.label_sets import match_classes
 from rsnet.evaluation.metrics import calibration_error
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.inference.preprocess import eval_pixels
@@ -56,7 +59,7 @@ class LabelledLogits:
 def find_labelled_images(data: str | Path, network: Mapping[str, Any]) -> ImageFolder:
     """Find the labelled images in `data`, or in its `val`; labels are indices of the network's outputs.
 
-    network: "network" of a release's config.json.
+    network: "network" of a release's config.json. What is assumed where it does not name its classes is said.
 
     Raises UsageError if there are none, or the class folders are not the network's classes.
     """
@@ -65,8 +68,15 @@ def find_labelled_images(data: str | Path, network: Mapping[str, Any]) -> ImageF
         data = local_path(data, "these images")
         nested = data / "val"
         folder = scan_folder(nested if nested.is_dir() and "val" not in names else data)
-    if not names and len(folder.classes) == network["num_classes"]:
-        return folder  # in the order of the folders' names, as it was trained
+    if not names:
+        if len(folder.classes) != (number := network["num_classes"]):
+            raise UsageError(
+                f"--data: {folder.root} has {len(folder.classes)} classes, and the release {number} that it "
+                "does not name"
+            )
+        labels = match_classes(folder.classes, names, number)
+        say(f"note: {labels.how}", sys.stderr)
+        return dataclasses.replace(folder, labels=labels.outputs.numpy()[folder.labels])
     unknown, missing = set(folder.classes) - set(names), set(names) - set(folder.classes)
     for what, some in (("has a class", unknown), ("lacks the class", missing)):
         if some:

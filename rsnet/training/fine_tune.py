@@ -89,6 +89,10 @@ def start_from(
             fresh = (f"network.{name}" for name in classifier_names(wanted))
             weights |= {k: own[k] for k in (names.get(name, name) for name in fresh)}
             notes.append(f"the classifier starts anew: {why}")
+        elif not trained.classes:
+            notes.append(
+                "it does not name its classes: they are taken to be --data's, in their order"
+            )
         quantizers = {k: v for k, v in own.items() if k not in names.values()}
         load_weights(model, {**quantizers, **weights}, wanted.sizes)
     model.complete_alpha()

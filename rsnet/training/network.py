@@ -101,6 +101,9 @@ def load_start(context: RunContext, start: Start, initial: Checkpoint | None) ->
             if not training:
                 require_finite(weights)
             load_weights(model, weights, checkpoint.network.sizes)
+        if not checkpoint.network.classes:
+            taken = "they are taken to be --data's, in their order"
+            context.console.say(f"note: {start.source} does not name its classes: {taken}")
         if training:
             model.complete_alpha()
     elif initial is not None:

@@ -180,19 +180,31 @@ def outputs_for(
         )
     in_order = list(range(num_classes))
     if not known:
-        numbers = [int(c) if re.fullmatch("[0-9]{1,7}", c) else -1 for c in classes]
-        if sorted(numbers) == in_order:
-            return numbers, ""
-        is_told = are_wordnet_ids(classes)
-        return in_order, "" if is_told else (
-            f"note: --teacher {name} does not name its classes; they are taken to be --data's, in their order"
-        )
+        return _unnamed(source, classes, in_order, name)
     if lacking := sorted(set(classes) ^ set(known)):
         raise UsageError(
             f"--teacher {name} has other classes than --data: {first_names(list(map(distinct, lacking)))}"
         )
     place = {c: i for i, c in enumerate(known)}
     return [place[c] for c in classes] + in_order[len(classes) :], ""
+
+
+def _unnamed(
+    source: TeacherSource, classes: Sequence[str], in_order: list[int], name: str
+) -> tuple[list[int], str]:
+    """Return what `outputs_for` does of a teacher that does not name its classes."""
+    numbers = [int(c) if re.fullmatch("[0-9]{1,7}", c) else -1 for c in classes]
+    outputs, taken = in_order, "they are taken to be --data's, in their order"
+    if sorted(numbers) == in_order:
+        outputs, taken = numbers, "the folders' names are taken for the numbers of its outputs"
+    is_ours = isinstance(source.network, SavedNetwork)
+    if are_wordnet_ids(classes):
+        if not is_ours:  # a library's thousand are ImageNet's
+            return outputs, ""
+        taken = "they are taken to be ImageNet's, in the order of their WordNet ids"
+    if is_ours:
+        taken += f"; its accuracy shows whether they are: rsnet evaluate {name} --data DATA"
+    return outputs, f"note: --teacher {name} does not name its classes: {taken}"
 
 
 def _open(argument: str, size: str | None) -> tuple[TeacherSource, str]:

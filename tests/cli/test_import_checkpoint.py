@@ -56,6 +56,7 @@ def test_an_imported_run_is_evaluated_as_it_was_trained(
     out = capsys.readouterr().out
     assert "--normalize unit" in out
     assert "--sizes 32 24" in out
+    assert f"note: {best} does not name its classes: they are taken to be --data's" in out
     results = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     # The same from the original's file itself.
     direct = ["--data", photos, "--evaluate", "--resume", original, "--sizes", *SIZES]

@@ -116,13 +116,26 @@ def test_labels_follow_the_releases_classes_by_name(data):
     assert names == [Path(path).parent.name for path in folder.paths]
 
 
-def test_without_names_the_folders_are_the_classes_in_their_order(data):
+def test_without_names_the_folders_are_the_classes_in_their_order_which_is_said(data, capsys):
     folder = find_labelled_images(data, {"classes": [], "num_classes": 7})
     assert [CLASSES[label] for label in folder.labels] == [
         Path(p).parent.name for p in folder.paths
     ]
-    with pytest.raises(UsageError, match=r"has a class 'ant'.* \(7 classes there, 0 here\)"):
+    assert capsys.readouterr().err == (
+        "note: the network does not name its classes: they are taken to be the folders, in the order of "
+        "their names\n"
+    )
+    with pytest.raises(UsageError, match=r"has 7 classes, and the release 8 that it does not name"):
         find_labelled_images(data, {"classes": [], "num_classes": 8})
+
+
+def test_without_names_folders_that_are_numbers_are_outputs_as_in_an_evaluation(tmp_path, capsys):
+    for number in range(11):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "0.jpg").touch()
+    folder = find_labelled_images(tmp_path, {"classes": [], "num_classes": 11})
+    assert folder.labels.tolist() == [int(Path(path).parent.name) for path in folder.paths]
+    assert "the class folders are numbers: outputs of the network" in capsys.readouterr().err
 
 
 def test_one_image_is_too_few():

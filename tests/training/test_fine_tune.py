@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_the_classifier_of_other_classes_starts_anew_and_all_else_is_taken(sourc
     for name, value in model.state_dict().items():
         expected = before if name.startswith("network.fc.") else source.model
         assert torch.equal(value, expected[name]), name
+
+
+def test_the_classifier_of_a_network_without_class_names_is_kept_and_that_is_said(source):
+    unnamed = dataclasses.replace(source, network=_config(classes=()))
+    model = create_model(_config())
+    (note,) = start_from(model, _config(), unnamed, "it")
+    assert note == (
+        "--pretrained: it: it does not name its classes: they are taken to be --data's, in their order"
+    )
+    assert torch.equal(model.state_dict()["network.fc.weight"], source.model["network.fc.weight"])
 
 
 def test_batchnorm_of_other_sizes_is_that_of_the_nearest_which_is_said(source):

@@ -223,7 +223,26 @@ def test_classes_are_matched_by_their_names(known, names, expected):
     source = TeacherSource("", None, {}, (8,), None, count, tuple(known))  # type: ignore[arg-type]
     outputs, note = outputs_for(source, classes, count, "it")
     assert outputs == expected
-    assert bool(note) == ("ant" in names)
+    assert note == (
+        "" if known else f"note: --teacher it does not name its classes: {_TAKEN[names[0]]}"
+    )
+
+
+_TAKEN = {
+    "ant": "they are taken to be --data's, in their order",
+    "0": "the folders' names are taken for the numbers of its outputs",
+}
+
+
+@pytest.mark.parametrize("names", [("ant", "bee", "cat"), ("0", "1", "2")])
+def test_of_a_network_without_names_is_said_what_is_assumed_and_what_shows_it(tmp_path, names):
+    run = write_run(tmp_path / "run", WIDE | {"classes": []})
+    _, source = _read(run)
+    _, note = outputs_for(source, names, 3, str(run))
+    assert note.startswith(f"note: --teacher {run} does not name its classes: {_TAKEN[names[0]]}; ")
+    assert note.endswith(f": rsnet evaluate {run} --data DATA")
+    with pytest.raises(UsageError, match="has 3 classes, and the network that is trained 2;"):
+        outputs_for(source, names[:2], 2, str(run))
 
 
 @pytest.mark.parametrize(
