@@ -12,7 +12,6 @@ from rsnet.config.size_schedule import mean_cost
 from rsnet.distributed import process_group as distributed
 from rsnet.loggers.run_context import RunContext
 from rsnet.losses import ENSEMBLE
-from rsnet.models.shapes import all_gmacs
 from rsnet.models.teacher import Teacher
 
 PRECISION = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
@@ -64,7 +63,7 @@ def _network(context: RunContext) -> str:
 
 
 def _teacher(teacher: Teacher, context: RunContext) -> str:
-    trained = sum(all_gmacs(context.model, context.config.train_sizes))
+    trained = sum(context.training_cost.values())
     sizes = " ".join(map(str, teacher.sizes))
     # A backward is twice a forward; it has none.
     return (
@@ -83,7 +82,7 @@ def _steps(context: RunContext) -> str:
     ends = [phase.start for phase in config.phases[1:]]
     until = [f"{part} up to epoch {end}" for part, end in zip(parts, ends, strict=False)]
     shown = ", ".join([*until, f"then {parts[-1]}" if until else parts[-1]])
-    costs = dict(zip(config.sizes, all_gmacs(context.model, config.train_sizes), strict=True))
+    costs = context.training_cost
     share = 100 * mean_cost(costs, config.phases, k, config.epochs) / sum(costs.values())
     return f"train {shown}; {share:.0f} % of the operations of all sizes in each step"
 

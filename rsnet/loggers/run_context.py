@@ -18,6 +18,7 @@ from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.report import model_cost
 from rsnet.loggers.console import ConsoleLogger
+from rsnet.models.shapes import all_gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
 
@@ -58,6 +59,14 @@ class RunContext:
     def cost(self) -> dict[str, float]:
         """GMACs an image of the network, at every size and of the ensemble."""
         return model_cost(self.model)
+
+    @functools.cached_property
+    def training_cost(self) -> dict[int, float]:
+        """GMACs an image in training, whose images may be smaller, by the size that it is trained for."""
+        sizes, used = self.config.sizes, self.config.train_sizes
+        if used == sizes:
+            return {size: self.cost[str(size)] for size in sizes}
+        return dict(zip(sizes, all_gmacs(self.model, used), strict=True))
 
     def command(self, without: Container[str] = ()) -> str:
         """Return the command line that sets every option but those of these names."""

@@ -27,7 +27,6 @@ from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import environment
 from rsnet.loggers.run_logger import start_wandb
-from rsnet.models.shapes import all_gmacs
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.profiler import report as profile_report
 from rsnet.profiler.step_profiler import Profile, endless, profile
@@ -45,7 +44,7 @@ class ProfileRun:
     def __init__(self, context: RunContext) -> None:
         self.context, self.config, self.say = context, context.config, context.console.say
         self.folder = self.config.folder / "profile"
-        self.cost = sum(all_gmacs(context.model, self.config.train_sizes))
+        self.cost = sum(context.training_cost.values())
 
     def run(
         self,

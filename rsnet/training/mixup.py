@@ -18,6 +18,10 @@ class Mixup:
     mixup: Beta(a, a) of the share (Zhang et al. 2018, section 2). cutmix: of the area that stays (Yun et
     al. 2019, section 3.1). 0 leaves one out; with both, each batch draws one of them. What is drawn
     depends on (seed, batch) alone.
+
+    The box lies at the same place in all sizes' images as they are. Where each size draws a flip of its own
+    (--flip independent), it covers other parts of the picture at sizes that are mirrored: the labels' shares
+    are right there, too, and no box would cover the same of both pictures, whose flips may differ.
     """
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int, seed: int) -> None:

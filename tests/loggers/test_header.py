@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import warnings
@@ -16,7 +17,8 @@ from pipelines import synthetic
 from pipelines.synthetic import SyntheticOptions
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
-from rsnet.loggers import header
+from rsnet.evaluation import report
+from rsnet.loggers import header, run_context
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.header import warn_of_schedule
 from rsnet.loggers.run_context import RunContext
@@ -101,9 +103,22 @@ def test_an_order_that_is_not_the_usual_one_is_shown():
 def test_the_sizes_of_the_steps_are_shown_with_their_share_of_the_operations(
     words, shown, monkeypatch
 ):
-    monkeypatch.setattr(header, "all_gmacs", lambda *_: [4.0, 2.0, 1.0])
+    counted = []
+
+    def count(_model, sizes):
+        counted.append(sizes)
+        return [4.0, 2.0, 1.0]
+
+    for module in (report, run_context):
+        monkeypatch.setattr(module, "all_gmacs", count)
+    model: Any = SimpleNamespace(sizes=(32, 24, 16), count_parameters=lambda: (1, 1))
+    teacher: Any = SimpleNamespace(sizes=(64,), gmacs=2.1, megabytes=1.0)
     context = _context("--sizes", "32", "24", "16", *words.split())
+    context = dataclasses.replace(context, model=model, teacher=teacher)
     assert header._steps(context) == f"{shown} of the operations of all sizes in each step"
+    assert "10 % of a step's" in header._teacher(teacher, context)  # 2.1 of 3 x 7
+    assert "GMACs 4 at 32, 2 at 24, 1 at 16" in header._network(context)
+    assert counted == [(32, 24, 16)]  # once for all lines
 
 
 def test_a_training_begins_with_what_differs_and_what_is_trained_where_on_what(tmp_path, capsys):
