@@ -122,9 +122,10 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
     for split in splits:
         if not (data / split).is_dir():
             found = [Path(path).name for path, is_folder in list_folder(data) if is_folder][:5]
+            others = "; --val-data or --val-fraction give others" if found == ["train"] else ""
             raise UsageError(
                 f"--data: {data} has no folder {split!r} "
-                f"(it has {', '.join(found) if found else 'no folders'})"
+                f"(it has {', '.join(found) if found else 'no folders'}){others}"
             )
     with error_context("--data"):
         val = scan_folder(data / "val")

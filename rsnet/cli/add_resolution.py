@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
+from pipelines.sources.options import SplitOptions
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.location import url_of
 from pipelines.utils.output import say
@@ -41,7 +42,14 @@ class Options:
     """The new resolution, in pixels."""
 
     data: Annotated[str, arg(aliases=("-d",), metavar="DIR")]
-    """Folder with train/ and val/, or with train.beton and val.beton."""
+    """Images as in training: a folder with train/ and val/, or with train.beton and val.beton, a table of
+    paths, or tar shards."""
+
+    val_data: Annotated[str | None, arg(metavar="DIR")] = None
+    """Validation images of their own, as in training."""
+
+    val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Share of the images for validation, as in training, where there are no others."""
 
     how: Annotated[Literal["interpolate", "estimate", "distil"], arg(aliases=("--method",))] = (
         "distil"
@@ -71,6 +79,7 @@ class Options:
         ):  # fmt: skip
             if not least <= value <= most:
                 raise UsageError(f"--{flag} {value}: at least {least}, and {most} at most")
+        SplitOptions(self.val_data, self.val_fraction)  # checks them
         if not 0 < self.lr <= MOST_LR:
             raise UsageError(f"--lr {self.lr}: must be a positive number, {MOST_LR:g} at most")
 
@@ -110,7 +119,7 @@ def _compute(
 ) -> tuple[dict[str, State], dict[str, dict[str, float]]]:
     """Return the network's state by each method, and its evaluation at the new size."""
     from pipelines.batch import LoaderSpec
-    from rsnet.cli.loaders import make_loaders
+    from rsnet.cli.loaders import make_loaders, say_if_trained_on
     from rsnet.evaluation.evaluate import evaluate
     from rsnet.models.state_dict import select_sizes
     from rsnet.training.add_resolution import build_network, candidates
@@ -120,10 +129,12 @@ def _compute(
     spec = LoaderSpec(
         options.data, tuple(sizes), options.batch_size, device,
         normalize=network.normalize, seed=options.seed,
+        splits=SplitOptions(options.val_data, options.val_fraction),
     )  # fmt: skip
     with error_context(f"--size {options.size}"):
         build_network(network, sizes, device)
     say_source(source)
+    say_if_trained_on(source.checkpoint.config, options.data, options.val_fraction)
     results = {}
     with ExitStack() as stack:
         loaders = make_loaders(spec, True)

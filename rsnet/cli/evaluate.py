@@ -24,7 +24,7 @@ from pipelines.sources.cache_options import CacheOptions
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from rsnet.cli.classifier import SOURCE, say_source
-from rsnet.cli.loaders import Pipeline, chosen_pipeline
+from rsnet.cli.loaders import Pipeline, chosen_pipeline, say_if_trained_on
 from rsnet.cli.wandb_table import log_table
 from rsnet.config.bounds import MOST_IMAGES
 
@@ -236,6 +236,7 @@ def _open(options: Options) -> tuple[SavedNetwork, ResolutionSwitchable]:
     model = source.build(sorted(set(options.sizes or known), reverse=True))
     if distributed.is_main():
         say_source(source, sys.stderr)
+        say_if_trained_on(source.checkpoint.config, options.data, options.val_fraction)
     return source, model.to(memory_format=torch.channels_last)
 
 

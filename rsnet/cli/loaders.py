@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.sources.cache_options import DEFAULT_CACHE, CacheOptions
 from pipelines.utils.errors import UsageError
 from pipelines.utils.location import location
+from pipelines.utils.output import say
 
 if TYPE_CHECKING:
     from pipelines.batch import Loaders, LoaderSpec
@@ -24,6 +27,26 @@ def has_beton(data: str | Path) -> bool:
     """Return whether it is a folder of this machine with .beton files."""
     place = location(data)
     return isinstance(place, Path) and any(place.glob("*.beton"))
+
+
+def say_if_trained_on(
+    config: Mapping[str, Any], data: str | Path, val_fraction: float | None
+) -> None:
+    """Say, on stderr, if an evaluation is to have images that the network was trained on.
+
+    config: the options of its training, as far as they are known. val_fraction: of the evaluation; a smaller
+    share than the training's has some of its validation images alone.
+    """
+    left = config.get("val_fraction")
+    if left is None or (val_fraction is not None and val_fraction <= left):
+        return
+    here, there = Path(data).resolve(), Path(config["data"]).resolve()
+    if there in (here, *here.parents):
+        say(
+            f"note: the training left --val-fraction {left:g} of these images for validation, and saw the "
+            "others: give the same here",
+            sys.stderr,
+        )
 
 
 def make_loaders(

@@ -123,7 +123,7 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             "--size-schedule",
             c.size_schedule,
             is_schedule,
-            "give EPOCHS:SIZE[,SIZE...] of each part, as in 0:128 40:160,128 80:all",
+            "give EPOCHS:SIZE[,SIZE...] of each part, a word of its own, as in 0:128 40:160,128 80:all",
         ),
         (
             "--teacher-weight",

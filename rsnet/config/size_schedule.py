@@ -52,6 +52,10 @@ def require_valid(words: Sequence[str], sizes: Sequence[int], epochs: int) -> No
     starts = [phase.start for phase in phases]
     known = " ".join(map(str, sizes))
     if starts[0] != 0:
+        if starts[0] in sizes and starts[0] >= epochs:  # SIZE:EPOCHS
+            raise UsageError(
+                f"{typed}: {starts[0]} is a size; give epochs first, as in 0:{starts[0]}"
+            )
         raise UsageError(
             f"{typed}: say what is trained from the start, as in 0:{min(sizes)} {words[0]}"
         )

@@ -128,6 +128,11 @@ def warn_of_schedule(context: RunContext) -> None:
             f"note: the learning rate only rises, to {last:g} of {config.lr:g}: --warmup {config.warmup} is "
             f"not below --epochs {config.epochs}"
         )
+    if config.layer_decay < 1 and config.pretrained is None and config.resume is None:
+        context.console.say(
+            f"note: --layer-decay {config.layer_decay:g} without --pretrained: the first layers, which have "
+            "everything to learn, learn the least"
+        )
     if config.never_decays:
         context.console.say(
             f"note: the learning rate stays at {config.lr:g}: --epochs {config.epochs} end before "

@@ -213,7 +213,7 @@ def _noted(path: Path) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the options that change what is computed and were given another value, with both values."""
     return [
-        f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
+        f"--{name.replace('_', '-')} {_shown(before[name])} -> {_shown(now[name])}"
         for name in now
         if name not in ASIDE and name in before and now[name] != before[name]
     ]

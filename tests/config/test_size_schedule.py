@@ -44,12 +44,13 @@ def test_a_run_that_goes_on_keeps_its_schedule_unless_another_is_given():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("16 3:all", "--size-schedule 16 3:all: give EPOCHS:SIZE[,SIZE...] of each part, as in"),
+        ("16 3:all", "--size-schedule 16 3:all: give EPOCHS:SIZE[,SIZE...] of each part, "),
         ("0:16, 3:all", "give EPOCHS:SIZE"),
         ("0: 3:all", "give EPOCHS:SIZE"),
         ("0:16 -3:all", "-3:all"),
         ("0:16 3.5:all", "give EPOCHS:SIZE"),
         ("1:16 3:all", "say what is trained from the start, as in 0:16 1:16"),
+        ("16:0 3:all", "16 is a size; give epochs first, as in 0:16"),
         ("0:16 3:24 3:all", "each part must begin after more epochs than the one before"),
         ("0:16 4:24 3:all", "each part must begin after more epochs than the one before"),
         ("0:1 3:all", "1 is none of --sizes 32 24 16"),

@@ -69,6 +69,12 @@ def test_options_are_shown_where_they_are_not_the_recipes(words, shown, monkeypa
         ),
         ("--epochs 6 --warmup 5", ""),
         (
+            "--layer-decay 0.7",
+            "note: --layer-decay 0.7 without --pretrained: the first layers, which have everything to learn, "
+            "learn the least\n",
+        ),
+        ("--layer-decay 0.7 --pretrained default", ""),
+        (
             "--epochs 30 --lr-decay schedule --lr 1",
             "note: the learning rate stays at 1: --epochs 30 end before --schedule's first, 30\n",
         ),

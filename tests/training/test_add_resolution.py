@@ -68,7 +68,10 @@ def _calibrate(saved, photos, tmp_path, *more):
 
 @pytest.mark.parametrize("how", ["interpolate", "estimate", "distil"])
 def test_the_chosen_one_is_saved_and_nothing_else_is_changed(saved, photos, tmp_path, capsys, how):
-    code, output = _calibrate(saved, photos, tmp_path, "--how", how)
+    data, more = photos, []
+    if how == "estimate":  # as after a training on images without a split
+        data, more = photos / "train", ["--val-fraction", 0.3]
+    code, output = _calibrate(saved, data, tmp_path, "--how", how, *more)
     out = capsys.readouterr().out
     assert code == 0
     rows = [line.split()[0] for line in out.partition("\nsize ")[2].splitlines()[1:5]]
@@ -138,6 +141,7 @@ def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path)
         (["--size", "3"], "--size 3: --sizes: 3 is too small"),
         (["--seed", "-1"], "--seed -1: at least 0"),
         (["--lr", "inf"], "--lr inf: must be a positive number"),
+        (["--val-fraction", "30"], "--val-fraction 30: a share above 0 and below 1"),
         (["--output", "/nowhere/out.pt"], "--output: cannot write into /nowhere"),
     ],
 )

@@ -188,6 +188,8 @@ def test_a_resumed_run_has_its_own_decay_unless_another_is_given():
     assert _resolve({k: v for k, v in before.items() if k != "layer_decay"}).layer_decay == 1
     given = _resolve(before, layer_decay=0.9)
     assert resume.changes(before, to_plain_dict(given)) == ["--layer-decay 0.5 -> 0.9"]
+    sizes = {"sizes": [32, 24]}
+    assert resume.changes(sizes, {"sizes": [32]}) == ["--sizes 32 24 -> 32"]
 
 
 @pytest.mark.faults

@@ -295,6 +295,8 @@ def _without_network(*_args, **_more):
         ("timm/resnet10t", None, DataError, "--teacher default: cannot get timm's weights of resnet10t"),
         ("resnet181", None, UsageError, "--teacher resnet181: there is no such run, checkpoint or release, "
          "nor a network of torchvision of that name; did you mean resnet18"),
+        ("RESNET50", None, UsageError, "--teacher RESNET50: there is no such run, checkpoint or release, "
+         "nor a network of torchvision of that name; did you mean resnet50"),
         ("./none.pt", None, UsageError, "--teacher ./none.pt: there is no run, checkpoint or release"),
         ("{wide}", "64", UsageError, "--teacher-size 64: it has 12 10"),
         ("resnet18:none.pth", None, UsageError, "--teacher: there is no file none.pth"),

@@ -53,7 +53,7 @@ def _empty(data):
 
 def _no_val(data):
     shutil.rmtree(data / "val")
-    return f"{data} has no folder 'val' .it has train."
+    return f"{data} has no folder 'val' .it has train.; --val-data or --val-fraction give others"
 
 
 def _val_without_images(data):
