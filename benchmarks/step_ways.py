@@ -36,6 +36,7 @@ from benchmarks.options import command
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import device_in_use, make_batches, make_ours, require_known
 from pipelines.batch import Batch
+from pipelines.utils.errors import UsageError
 from rsnet.models.autocast import autocast, cast_weights_once
 from rsnet.models.layers.fused_batchnorm import convert_to_fused_batchnorm
 from rsnet.models.switchable import ResolutionSwitchable
@@ -321,6 +322,9 @@ def workload(o: Options, recompute: Any = "off") -> Workload:
 
 def run(o: Options) -> int:
     require_known(o.arch)
+    for way in o.ways:
+        if NEEDS_GPU.search(way) and not torch.cuda.is_available():
+            raise UsageError(f"--ways {way!r}: it needs a GPU")
     device = device_in_use()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     print(json.dumps({"device": name, "torch": torch.__version__, "batch": o.batch_size}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -69,8 +70,11 @@ def of_extra(words: Sequence[str], options: Sequence[OptionDoc], typed: Collecti
         return f"{words[0]}: there is no such option; --help lists all options"
     if words[0].endswith(".tar"):
         return f"{words[0]}: it belongs to no option or argument; a pattern needs quotes {HELP}"
-    unset = [o for o in options if o.names[0] in OFTEN_MEANT and not {*o.names} & {*typed}]
-    unset.sort(key=lambda option: OFTEN_MEANT.index(option.names[0]))
+    meant: tuple[str, ...] = ("--resume",) if {"--evaluate", "-e"} & {*typed} else OFTEN_MEANT
+    if any(map(os.path.exists, words)):  # no name for something new
+        meant = tuple(flag for flag in meant if flag != "--output")
+    unset = [o for o in options if o.names[0] in meant and not {*o.names} & {*typed}]
+    unset.sort(key=lambda option: meant.index(option.names[0]))
     given = _with_names(unset[: len(words)], words)
     way_out = f"; did you mean {given}?" if given else ""
     return f"{words[0]}: it belongs to no option or argument{way_out} {HELP}"

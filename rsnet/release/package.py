@@ -183,6 +183,10 @@ def read(folder: str | Path) -> Release:
     folder = local_folder(folder)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
+    if (folder / "checkpoints").is_dir() and not (folder / WEIGHTS).exists():
+        raise UsageError(
+            f"{folder} is a run; rsnet release {folder} --output DIR makes a release of it"
+        )
     with error_context(str(folder / CONFIG)):
         config = release_config.parse(read_file(folder, CONFIG, release_config.MAX_BYTES))
         network = ModelConfig.from_dict(config["network"])

@@ -149,6 +149,13 @@ def test_a_network_that_cannot_be_compared_is_one_line(name, arch, capsys):
     )
 
 
+def test_a_way_that_needs_a_gpu_is_not_begun_without_one(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _run("step_ways", "--ways", "recompute norm", "cuda graphs") == 2
+    said = capsys.readouterr().err
+    assert said == "benchmarks.step_ways: error: --ways 'cuda graphs': it needs a GPU\n"
+
+
 @pytest.mark.parametrize("part", measure.PARTS)
 def test_the_words_of_a_part_are_options_of_its_script(part, tmp_path):
     _, words = measure.words_of(part, measure.Options(tmp_path, tmp_path / "out"))

@@ -176,6 +176,9 @@ def test_a_folder_that_appears_meanwhile_stays(run, tmp_path, monkeypatch, capsy
 def test_what_is_no_folder_is_refused(tmp_path, capsys):
     code, line = refusal(tmp_path / "none", capsys)
     assert (code, line) == (2, f"x: error: there is no folder {tmp_path}/none\n")
+    run = write_run(tmp_path / "run")
+    with pytest.raises(UsageError, match=f"run is a run; rsnet release {run} --output DIR makes"):
+        release.load(run)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -80,6 +80,10 @@ def test_a_word_that_is_too_much_is_named(verb, capsys):
         ("train --data d --epochs 3 4", "4: it belongs to no option or argument"),
         ("train --data a.tar b.tar",
          "b.tar: it belongs to no option or argument; a pattern needs quotes"),
+        ("train --data d new", "new: it belongs to no option or argument; did you mean --output new?"),
+        ("train --data d .", ".: it belongs to no option or argument"),
+        ("train --data d --evaluate best.pt",
+         "best.pt: it belongs to no option or argument; did you mean --resume best.pt?"),
         ("train --data a b c d", "b: it belongs to no option or argument"),
     ],
 )  # fmt: skip
