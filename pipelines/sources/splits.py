@@ -158,8 +158,8 @@ def warn_of_both(train: Source | None, val: Source | None) -> None:
     sources = [source for source in (train, val) if source is not None]
     classes = list(dict.fromkeys(name for source in sources for name in source.classes))
     for source in sources:
-        labels = source.with_classes(classes).labels
-        warn_of_lacking(source.place, classes, labels, is_train=source is train)
+        known = source if source.classes == classes else source.with_classes(classes)
+        warn_of_lacking(source.place, classes, known.labels, is_train=source is train)
     if isinstance(train, manifest.Manifest) and isinstance(val, manifest.Manifest):
         common = manifest.common_paths(train, val)
         if common:
@@ -184,8 +184,9 @@ def warn_of_lacking(
 
 
 def _lacking(classes: Sequence[str], labels: NDArray[np.int64]) -> list[str]:
-    present = set(np.unique(labels).tolist())
-    return [name for label, name in enumerate(classes) if label not in present]
+    present = np.zeros(len(classes), bool)
+    present[labels] = True  # np.unique would take 1 s of 14 million
+    return [classes[i] for i in np.flatnonzero(~present).tolist()]
 
 
 def warn_of_single_class(place: str | Path, name: str, below: Sequence[str] = ()) -> None:

@@ -232,7 +232,7 @@ def replaced(server: WebServer, folder: Path) -> list[bytes]:
     return contents(open_shards(folder, "train", with_sha256=True))
 
 
-@pytest.mark.parametrize("tag", ["ETag", "Last-Modified", ""])
+@pytest.mark.parametrize("tag", ["ETag", ""])
 def test_a_shard_replaced_on_a_web_server_with_its_index_is_fetched_anew(
     web, cache, tmp_path, capsys, tag
 ):
