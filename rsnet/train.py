@@ -121,7 +121,7 @@ def run(
     resolve_here = _resolver(config, start, initial, device)
 
     def checked() -> tuple[ResolvedConfig, list[str]]:
-        resolved = resolve_here(config)
+        resolved = _apart_from_images(resolve_here(config))
         require_trainable(resolved, device)
         swept = names_of(resolved.profile_sweep, options, distributed.world_size())
         start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
@@ -223,6 +223,23 @@ def _options_of_all(config: TrainConfig | ResolvedConfig) -> dict[str, Any]:
     if config.pretrained is not None and Path(config.pretrained).is_file():
         facts["--pretrained"] = sha256_file(Path(config.pretrained))
     return facts
+
+
+def _apart_from_images(config: ResolvedConfig) -> ResolvedConfig:
+    """Return `config`.
+
+    Raises UsageError if the run would lie among the images, where the next command takes it for a class.
+    """
+    data, folder = Path(config.data), config.folder.resolve()
+    images = [data / split for split in ("train", "val") if (data / split).is_dir()]
+    if not images and (config.val_fraction is not None or config.val_data is not None):
+        images = [data]  # the class folders themselves
+    for root in images:
+        if root.resolve() in folder.parents:
+            raise UsageError(
+                f"--output: {config.folder} lies among the images of {root}; give another folder"
+            )
+    return config
 
 
 def _adopted(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from pipelines.synthetic import SyntheticOptions, make_loaders
+from pipelines.utils.errors import UsageError
 from rsnet import train
+from rsnet.config.command_line import parse
+from rsnet.config.resolve import resolve
 from rsnet.distributed import process_group
 
 LINE = [
@@ -45,6 +50,35 @@ def test_ranks_have_the_same_network_and_other_random_numbers(begin):
     assert torch.equal(drawn, same)
     assert torch.equal(first, again)
     assert not torch.equal(drawn, others)
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "among"),
+    [
+        ("d", "d/train/run", "d/train"),
+        ("linked", "d/val/run", "linked/val"),
+        ("d/val --val-fraction 0.5", "d/val/runs/run", "d/val"),
+        ("d", "d/run", None),  # beside train/ and val/
+        ("d", "d/trained", None),
+        ("d/val", "d/val/run", None),  # .beton files, shards
+        ("s3://b/d", "runs/run", None),
+    ],
+)
+def test_a_run_that_would_be_a_class_of_its_images_is_refused(
+    data, output, among, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        Path("d", split).mkdir(parents=True)
+    Path("linked").symlink_to("d")
+    words = ["--data", *data.split(), "--arch", "resnet18", "--output", output]
+    config, _ = parse(SyntheticOptions, words)
+    resolved = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
+    if among is None:
+        assert train._apart_from_images(resolved) is resolved
+        return
+    with pytest.raises(UsageError, match=f"^--output: {output} lies among the images of {among}; "):
+        train._apart_from_images(resolved)
 
 
 def test_neighbouring_seeds_and_ranks_have_different_random_numbers():
