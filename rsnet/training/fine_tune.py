@@ -45,7 +45,7 @@ def read_switchable(
     if pretrained == "default" or not (is_there or is_path(pretrained)):
         return None
     with error_context("--pretrained"):
-        if path.is_file() and not _holds_switchable(path):
+        if path.is_file() and not holds_switchable(path):
             return None
         try:
             source = open_source(path, arch, sizes)
@@ -144,7 +144,8 @@ def _other_classes(trained: ModelConfig, wanted: ModelConfig) -> str:
     return ""
 
 
-def _holds_switchable(path: Path) -> bool:
+def holds_switchable(path: Path) -> bool:
+    """Return whether a file holds an RS-Net: a checkpoint, a release's weights, or the original code's."""
     if release_folder(path) or tf_checkpoint.is_named_by(path):
         return True
     if path.suffix == ".safetensors":

@@ -32,6 +32,7 @@ from rsnet.models.published import Published, find
 from rsnet.models.teacher import Teacher
 from rsnet.release import hub
 from rsnet.release.source import SavedNetwork, open_source
+from rsnet.training.fine_tune import holds_switchable
 
 NONE = "none"
 PIN = "@sha256:"  # between what is given and the first digits of the SHA-256 of its weights
@@ -261,7 +262,13 @@ def _switchable(name: str, size: str | None) -> TeacherSource:
 
 def _published(name: str, size: str | None) -> TeacherSource:
     network = find(name, "--teacher")
-    state, classes = network.read("--teacher")
+    try:
+        state, classes = network.read("--teacher")
+    except (UsageError, DataError) as error:
+        file = Path(name.partition(":")[2])
+        if file.is_file() and holds_switchable(file):
+            raise UsageError(f"--teacher {name}: it holds an RS-Net; give {file} alone") from error
+        raise
     if size == ENSEMBLE:
         raise UsageError(f"--teacher-size ensemble: {name} has one size; give it in pixels")
     words = f"{network.library}'s {network.name}, weights {network.weights}"

@@ -299,6 +299,7 @@ def _without_network(*_args, **_more):
          "nor a network of torchvision of that name; did you mean resnet50"),
         ("./none.pt", None, UsageError, "--teacher ./none.pt: there is no run, checkpoint or release"),
         ("{wide}", "64", UsageError, "--teacher-size 64: it has 12 10"),
+        ("resnet18:{wide}/checkpoints/best.pt", None, UsageError, "best.pt: it holds an RS-Net; give "),
         ("resnet18:none.pth", None, UsageError, "--teacher: there is no file none.pth"),
         ("resnet18.V3", None, UsageError, "--teacher V3: torchvision's resnet18 has IMAGENET1K_V1"),
         (None, "64", UsageError, "--teacher-size: there is no teacher; give one by --teacher"),
