@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from rsnet.checkpoint import io as checkpoint
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
+from rsnet.loggers.console import ConsoleLogger
+from rsnet.loggers.run_context import RunContext
 from rsnet.models.factory import create_model
 from rsnet.models.shapes import gmacs
 from rsnet.models.switchable import ResolutionSwitchable
@@ -58,11 +59,18 @@ def test_a_size_trains_on_its_smaller_images_and_is_evaluated_at_its_own(seen, t
 
 
 def test_a_profile_counts_the_work_of_the_smaller_images():
-    config, _ = parse(SyntheticOptions, ["--data", ".", *SMALLER])
-    model = create_model(ModelConfig("parallel_resnet10", 3, (32, 16), width_mult=0.125))
-    context: Any = SimpleNamespace(
+    config, options = parse(SyntheticOptions, ["--data", ".", *SMALLER])
+    network = ModelConfig("parallel_resnet10", 3, (32, 16), width_mult=0.125)
+    model = create_model(network)
+    unused: Any = None
+    context = RunContext(
+        script="rsnet train",
         config=resolve(config, world_size=1, device_type="cpu", has_bf16=False),
+        options=options,
+        network=network,
         model=model,
-        console=SimpleNamespace(say=print),
+        loaders=unused,
+        device=unused,
+        console=ConsoleLogger(active=False),
     )
     assert ProfileRun(context).cost == gmacs(model, 28) + gmacs(model, 12)
