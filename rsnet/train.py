@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipelines.batch import Loaders, LoaderSpec
+from pipelines.sources.folder import require_apart
 from pipelines.sources.options import SplitOptions
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
@@ -230,15 +231,8 @@ def _apart_from_images(config: ResolvedConfig) -> ResolvedConfig:
 
     Raises UsageError if the run would lie among the images, where the next command takes it for a class.
     """
-    data, folder = Path(config.data), config.folder.resolve()
-    images = [data / split for split in ("train", "val") if (data / split).is_dir()]
-    if not images and (config.val_fraction is not None or config.val_data is not None):
-        images = [data]  # the class folders themselves
-    for root in images:
-        if root.resolve() in folder.parents:
-            raise UsageError(
-                f"--output: {config.folder} lies among the images of {root}; give another folder"
-            )
+    is_split = config.val_data is not None or config.val_fraction is not None
+    require_apart(config.folder, config.data, whole=is_split)
     return config
 
 

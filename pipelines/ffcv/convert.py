@@ -39,12 +39,12 @@ from pipelines.ffcv.sidecar import (
 )
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.sampler import Indices
+from pipelines.sources.folder import require_apart
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_split, open_splits
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
-from pipelines.utils.location import location
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
@@ -63,11 +63,8 @@ def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     a broken image without --skip-bad or a file that cannot be written.
     """
     splits = _scan_splits(options, data)  # before anything is created
-    place = location(data)
-    roots = [place / "train", place / "val"] if isinstance(place, Path) else []
-    for root in roots:
-        if output.resolve().is_relative_to(root.resolve()):
-            raise UsageError(f"--output: {output} lies among the images of {root}")
+    is_split = options.val_data is not None or options.val_fraction is not None
+    require_apart(output, data, whole=is_split)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.image_io import find_images, images_below, list_folder
 from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
 from pipelines.utils.errors import UsageError, error_context
+from pipelines.utils.location import location
 from pipelines.utils.reading import read_file
 from pipelines.utils.text import distinct, first_names
 
@@ -142,6 +143,26 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
             f"only in train: {only_train}; only in val: {only_val}"
         )
     return train, val
+
+
+def require_apart(output: Path, data: str | Path, *, whole: bool) -> None:
+    """Raise UsageError if --output lies among the images of a folder, where it is taken for a class.
+
+    data: of --data; of no folder nothing is said. whole: without train/ and val/ its folders are the classes.
+    """
+    with error_context("--data"):
+        place = location(data)
+    if not isinstance(place, Path) or not place.is_dir():
+        return
+    roots = [place / split for split in ("train", "val") if (place / split).is_dir()]
+    has_files = any(path.suffix in (".beton", ".tar") for path in place.iterdir())
+    if whole and not roots and not has_files:
+        roots = [place]
+    for root in roots:
+        if output.resolve().is_relative_to(root.resolve()):
+            raise UsageError(
+                f"--output: {output} lies among the images of {root}; name another folder"
+            )
 
 
 def _require_different(folders: list[Path]) -> None:

@@ -55,10 +55,13 @@ def write_shards(options: ShardsOptions) -> int:
     Raises UsageError for malformed data or what `write_shards.write_shards` does, and DataError likewise.
     """
     from pipelines.sources import write_shards as writer  # imports torchvision
+    from pipelines.sources.folder import require_apart
     from pipelines.sources.splits import announce, open_splits
 
     train, val = open_splits(options.data, options.placed, cache=options)
     assert train is not None
     announce(train, val)
+    is_split = options.val_data is not None or options.val_fraction is not None
+    require_apart(options.output, options.data, whole=is_split)
     writer.write_shards(train, val, options.output, options.shard_bytes)
     return 0

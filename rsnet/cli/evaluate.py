@@ -207,9 +207,13 @@ def _evaluate(options: Options, device: torch.device) -> DetailedEvaluation | No
 
 def _require_new(options: Options) -> None:
     """Raise UsageError, before minutes have passed, if a file or folder cannot be made."""
+    from pipelines.sources.folder import require_apart
+
     for flag, path in (("--output", options.output), ("--predictions", options.predictions)):
         if path is None:
             continue
+        if flag == "--output":
+            require_apart(path, options.data, whole=True)
         if path.exists() or path.is_symlink():
             raise UsageError(f"{flag}: {path} exists; give another name")
         above = next(folder for folder in path.absolute().parents if folder.exists())

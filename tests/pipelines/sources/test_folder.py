@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from pipelines.image_formats import decode_error
 from pipelines.image_io import images_below
-from pipelines.sources.folder import scan_folder, scan_train_val
+from pipelines.sources.folder import require_apart, scan_folder, scan_train_val
 from pipelines.utils.errors import UsageError
 from tests.conftest import write_folder, write_photo
 
@@ -122,3 +122,34 @@ def test_links_that_lead_back_are_not_followed_and_others_are(data):
 
 def test_a_good_image_is_not_broken(data):
     assert decode_error("", (data / "train" / "ant" / "000.JPEG").read_bytes()) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "whole", "among"),
+    [
+        ("d", "d/train/out", False, "d/train"),
+        ("d", "d/val", False, "d/val"),
+        ("linked", "d/val/a/b", False, "linked/val"),
+        ("d/val", "d/val/out", True, "d/val"),
+        ("d/val", "d/val/out", False, None),
+        ("d", "d/out", True, None),  # beside train/ and val/
+        ("d", "d/trained", False, None),
+        ("tars", "tars/out", True, None),
+        ("labels.csv", "labels.csv.out", True, None),
+        ("s3://b/d", "out", True, None),
+    ],
+)
+def test_what_would_be_taken_for_a_class_is_not_written(
+    data, output, whole, among, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("d/train", "d/val", "tars"):
+        Path(folder).mkdir(parents=True)
+    Path("tars/train-0.tar").touch()
+    Path("labels.csv").touch()
+    Path("linked").symlink_to("d")
+    if among is None:
+        require_apart(Path(output), data, whole=whole)
+        return
+    with pytest.raises(UsageError, match=f"^--output: {output} lies among the images of {among}; "):
+        require_apart(Path(output), data, whole=whole)
