@@ -31,6 +31,7 @@ class Recipe:
     decay: Literal["all", "weights"] = "all"
     sgd: Literal["plain", "nesterov"] = "plain"
     ema: float = 0.0
+    flip: Literal["independent", "shared"] = "independent"
     mixup: float = 0.0
     cutmix: float = 0.0
     auto_augment: Literal["none", "trivial", "rand"] = "none"
@@ -66,12 +67,14 @@ SHORT_SCHEDULES: dict[int, tuple[int, Literal["cosine", "linear"]]] = {
 # images an update, 5 of warm-up, weight decay 2e-5 but none on norms, label smoothing 0.1, mixup 0.2 and
 # CutMix 1.0, one of them each batch, TrivialAugmentWide, random erasing 0.1, repeated augmentation 4, weights
 # averaged, and training at 176 for tests at 224. Chosen over timm's A2 (Wightman et al. 2021: LAMB, BCE, 300
-# epochs), because it keeps the paper's SGD and cross-entropy, with which its losses are balanced. Otherwise
-# than there, biases do not decay either, the warm-up begins at 0, and the average is that of `short`.
+# epochs), because it keeps the paper's SGD and cross-entropy, with which its losses are balanced. All
+# sizes see one picture, so they share its flip. Otherwise than there, biases do not decay either, the warm-up
+# begins at 0, and the average is that of `short`.
 STRONG_EPOCHS, STRONG_LR, STRONG_WEIGHT_DECAY = 600, 0.125, 2e-5
 STRONG: dict[str, Any] = {
     "lr_decay": "cosine",
     "warmup": 5,
+    "flip": "shared",
     "mixup": 0.2,
     "cutmix": 1.0,
     "auto_augment": "trivial",

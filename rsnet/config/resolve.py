@@ -28,6 +28,7 @@ OF_A_RECIPE = {
     "cutmix",
     "decay",
     "ema",
+    "flip",
     "label_smoothing",
     "lr_decay",
     "mixup",

@@ -195,8 +195,11 @@ class ScheduleOptions(Generic[Unset]):
 class AugmentationOptions(Generic[Unset]):
     """Augmentation of images and labels."""
 
-    flip: Literal["independent", "shared"] = "independent"
-    """Each size draws its own flip, as in the original, or all share one."""
+    flip: Annotated[
+        Literal["independent", "shared"] | Unset, arg(metavar="{independent,shared}")
+    ] = UNSET
+    """Each size draws its own flip, as in the original, or all share one. Unset: independent; strong
+    shared."""
 
     auto_augment: Annotated[
         AutoAugmentOption | Unset, arg(aliases=("--aa",), metavar="{none,trivial,rand}")

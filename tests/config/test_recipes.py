@@ -90,7 +90,7 @@ def test_the_strong_recipe_is_torchvisions_new_one_on_the_papers_optimizer():
     c = _resolve("--recipe strong --batch-size 1024")
     assert (c.epochs, c.lr, c.warmup, c.lr_decay, c.sgd) == (600, 0.5, 5, "cosine", "plain")
     assert (c.weight_decay, c.decay, c.label_smoothing) == (2e-5, "weights", 0.1)
-    assert (c.mixup, c.cutmix, c.auto_augment) == (0.2, 1.0, "trivial")
+    assert (c.mixup, c.cutmix, c.auto_augment, c.flip) == (0.2, 1.0, "trivial", "shared")
     assert (c.random_erase, c.ra_reps, c.train_sizes[0]) == (0.1, 4, 176)
     # 2 epochs of 120, as a share of the training.
     assert 1 / (1 - c.ema) == pytest.approx(600 * 1281167 / 1024 / 60, rel=0.03)
