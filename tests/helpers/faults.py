@@ -36,7 +36,8 @@ def command(data: Path, run: Path, *more: str | Path, script: str = "train_dali.
 
 def torchrun(ranks: int, words: Sequence[str], *more: str) -> list[str]:
     """`words`, a command that starts Python, by so many processes, which torchrun forks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    launcher += [] if "--rdzv-endpoint" in more else ["--standalone"]
     launcher += ["--run-path", "--start-method", "fork"]
     return [words[0], *launcher, *more, *words[1:]]
 

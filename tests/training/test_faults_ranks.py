@@ -65,11 +65,17 @@ def _stored(s3) -> int:
     return sum(key.endswith(".pt") for key in s3.keys())  # noqa: SIM118
 
 
-def _rank(pid: int) -> int:
-    """The rank of a process that was started with it in its environment."""
-    environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    (rank,) = (e for e in environ if e.startswith(b"RANK="))
-    return int(rank[5:])
+def _machine(words: list[str], endpoint: int) -> list[str]:
+    """One of two torchruns that find each other at a port of this machine, with a process each."""
+    launcher = ["--nnodes", "2", "--max-restarts", "3"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{endpoint}"]
+    return torchrun(1, words, *launcher)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -243,22 +249,17 @@ def test_two_processes_have_the_gradients_of_one_with_both_batches(tmp_path):
 @pytest.mark.slow
 def test_two_machines_train_one_run_also_when_one_is_lost(photos, pair, tmp_path):
     """As two torchruns that find each other: rank 1 is another machine's first process. When it is lost,
-    both begin anew, though their torchruns count restarts differently. Ranks are fresh interpreters."""
+    both begin anew, though their torchruns count restarts differently."""
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    launcher += ["--max-restarts", "3"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    words = command(photos, run, "-b", "2")
-    words = [words[0], *launcher, *words[1:]]
+    words = _machine(command(photos, run, "-b", "2"), _free_port())
     machines = [start(words), start(words)]
     wait_for(reached(run, 7), machines[0])
-    ranks = [pid for machine in machines for pid in _ranks(machine)]
-    os.kill(max(ranks, key=_rank), signal.SIGKILL)
+    # Torchruns of one host are ordered by their process ids.
+    (second,) = _ranks(max(machines, key=lambda machine: machine.pid))
+    os.kill(second, signal.SIGKILL)
     for machine in machines:
         end(machine)
+    assert "rank 1 ended, or hangs" in (run / "log.txt").read_text()
     assert_same_end(run, pair)
 
 
@@ -279,19 +280,15 @@ def test_a_machine_that_is_lost_with_its_disk_is_replaced_and_the_bucket_has_the
 ):
     """Two torchruns with folders and caches of their own, data and run in a bucket; one is lost."""
     data = upload(s3, source_of("shards", photos))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    launcher += ["--max-restarts", "3"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    port = _free_port()
 
     def machine(name: str) -> subprocess.Popen[str]:
         folder = tmp_path / name
         folder.mkdir()
         words = command(data, "s3://bucket/runs/run", "-b", "2", "--cache", folder / "cache")
+        words = _machine(words, port)
         alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see examples/clusters/torchrun.sh
-        return processes.start([words[0], *launcher, *words[1:]], alone, cwd=folder)
+        return processes.start(words, {"UNDRAWN_PLOTS": "1", **alone}, cwd=folder)
 
     def has_rendezvous() -> bool:
         with socket.socket() as client:
@@ -321,9 +318,7 @@ def test_a_machine_that_is_lost_with_its_disk_is_replaced_and_the_bucket_has_the
 def test_processes_without_torchrun_find_each_other(photos, pair, tmp_path):
     """As under Slurm, which sets what the script makes of it, and signals the processes themselves."""
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
 
     def launch() -> list[subprocess.Popen[str]]:
         ranks = ({**place, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2"} for r in ("0", "1"))
@@ -356,9 +351,7 @@ def test_two_nodes_in_order_of_shards_go_on_where_they_were_killed(photos, tmp_p
     ]
 
     def launch(run: Path) -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
         place |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
         ranks = ({**place, "RANK": r, "GROUP_RANK": r} for r in ("0", "1"))
         return [start(command(data, run, "-b", "2", *order), environ) for environ in ranks]
