@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-import sys
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +19,7 @@ from rsnet.distributed import process_group as distributed
 from rsnet.train import _options_of_all
 from tests.conftest import needs_ffcv, write_folder
 from tests.helpers import betons
-from tests.helpers.faults import command, finish
+from tests.helpers.faults import command, end, start
 
 
 def _agree(monkeypatch, facts: list[dict]) -> None:
@@ -133,11 +133,15 @@ def test_places_may_differ_and_what_is_computed_may_not(monkeypatch):
             _agree(monkeypatch, [first, other])
 
 
-def _two_ranks(words: list[str]) -> list[str]:
-    """Run a shell's words on two ranks, which have $RANK; return the lines of errors."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    _, err = finish([*launcher, "--no-python", "sh", "-c", " ".join(words)], code=None)
-    return [line for line in err.splitlines() if "train_dali.py: error: " in line]
+def _two_ranks(*commands: list[str]) -> list[str]:
+    """Run each rank's command, as torchrun would; return the lines of errors."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = ({**place, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2"} for r in ("0", "1"))
+    processes = [start(words, rank) for words, rank in zip(commands, ranks, strict=True)]
+    errors = [end(process, code=None)[1] for process in processes]
+    return [line for err in errors for line in err.splitlines() if "train_dali.py: error: " in line]
 
 
 @pytest.mark.slow  # two processes
@@ -146,8 +150,8 @@ def test_two_processes_whose_data_differ_end_in_one_line_each(photos, tmp_path):
         shutil.copytree(photos, tmp_path / rank)
     for split in ("train", "val"):
         (tmp_path / "1" / split / "ant").rename(tmp_path / "1" / split / "zebra")
-    lines = _two_ranks(command(tmp_path / "$RANK", tmp_path / "run"))
-    assert lines
+    lines = _two_ranks(*(command(tmp_path / rank, tmp_path / "run") for rank in "01"))
+    assert len(lines) == 2
     assert all("error: rank 1 (on " in line for line in lines)
     assert all("has other data than rank 0 (on " in line for line in lines)
     assert all("classes (number 0) bee there and ant here" in line for line in lines)
@@ -158,7 +162,7 @@ def test_two_processes_whose_data_differ_end_in_one_line_each(photos, tmp_path):
 def test_two_processes_with_other_options_end_before_they_wait_for_each_other(photos, tmp_path):
     """With --pretrained, rank 1 would do more together with the others than they know of."""
     words = command(photos, tmp_path / "run")
-    lines = _two_ranks([*words, "$([ $RANK = 1 ] && echo --pretrained default)"])
-    assert lines
+    lines = _two_ranks(words, [*words, "--pretrained", "default"])
+    assert len(lines) == 2
     assert all("has other options than rank 0 (on " in line for line in lines)
     assert all("--pretrained default there and None here" in line for line in lines)

@@ -12,7 +12,7 @@ import torch
 
 from pipelines.utils.errors import RunError, UsageError
 from rsnet.distributed import process_group
-from tests.helpers import processes
+from tests.helpers import faults, processes
 
 ROOT = processes.ROOT
 # A run, and what it leaves: a thread of gloo may abort a Python that is ending.
@@ -40,14 +40,10 @@ def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
     two, evaluated = tmp_path / "two", tmp_path / "evaluated"
     # Sizes that sit out a step have no gradients to reduce; averaged weights are what is evaluated.
     # Quantizers' bases follow what both ranks see.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     options = ["--sizes-per-step", "2", "--ema", "0.5", "--recompute", "blocks", "--mode", "preact"]
     options += ["--qw", "2", "--qa", "2", "--checkpoint-every", "1", "--keep", "9", "-b", "4"]
-    done = subprocess.run(
-        [*map(str, (sys.executable, *launcher, *words, *options, "--output", two))],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-    )  # fmt: skip
+    command = [sys.executable, script, *words, *options, "--output", two]
+    done = processes.run(faults.torchrun(2, [*map(str, command)]), timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("global batch") == 1  # only one rank speaks
     metrics = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
