@@ -21,7 +21,7 @@ from rsnet.__main__ import main as verbs
 from rsnet.inference.cascade import CascadeStage, Tuned, write_tuned
 from rsnet.inference.preprocess import decode, eval_pixels
 from rsnet.release import package as release
-from tests.helpers import releases
+from tests.helpers import processes, releases
 from tests.helpers.releases import CLASSES, SIZES
 
 ROOT = Path(__file__).parents[2]
@@ -56,9 +56,19 @@ def _functions(name: str) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / name))
 
 
-def _run(command: list[str | Path]) -> str:
-    """Run a command from the repository's root, with this Python as `python`; returns its stdout."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+# The console command, as a fork: see tests.helpers.processes.
+RSNET = f"""#!{sys.executable}
+import sys
+from tests.helpers import processes
+words = [sys.executable, "-m", "rsnet", *sys.argv[1:]]
+sys.exit(processes.start(words, stdin=None, stdout=None, stderr=None).wait())
+"""
+
+
+def _run(command: list[str | Path], programs: Path) -> str:
+    """Run a command from the repository's root, with those of a folder before others; returns its stdout."""
+    processes.run([sys.executable, "-c", ""])  # starts the server, which the command then finds
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     environ = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*map(str, command)], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120
@@ -76,19 +86,25 @@ def test_the_index_lists_every_example_and_nothing_else():
 @pytest.mark.slow  # a training, a release, a prediction
 def test_train_cifar10_trains_and_releases_five_resolutions(photos, tmp_path):
     fast = ["--epochs", "1", "--batch-size", "8", "--wandb", "disabled"]
-    out = _run([EXAMPLES / "train_cifar10.sh", photos, tmp_path / "out", *fast])
+    rsnet = tmp_path / "bin" / "rsnet"
+    rsnet.parent.mkdir()
+    rsnet.write_text(RSNET)
+    rsnet.chmod(0o755)
+    out = _run([EXAMPLES / "train_cifar10.sh", photos, tmp_path / "out", *fast], rsnet.parent)
     model = release.load(tmp_path / "out" / "release")
     assert model.sizes == (32, 28, 24, 20, 16)
     assert re.search(r"\.JPEG.*(ant|bee|cat)", out.splitlines()[-1])
 
 
 @pytest.mark.slow  # two trainings
-def test_fine_tune_starts_from_a_release_of_other_classes(folder, photos, tmp_path):
+def test_fine_tune_starts_from_a_release_of_other_classes(folder, photos, tmp_path, monkeypatch):
     """At a learning rate of next to nothing, the convolutions are those of the release."""
     same = ["--arch", "parallel_resnet10", "--width-mult", "0.25", "--sizes", "48", "32"]
     fast = ["--epochs", "1", "--batch-size", "8", "--lr", "1e-9", "--wandb", "disabled"]
     words = [photos, folder, tmp_path / "out", *same, *fast]
-    _run([sys.executable, EXAMPLES / "fine_tune.py", *words])
+    monkeypatch.setattr(sys, "argv", ["fine_tune.py", *map(str, words)])
+    monkeypatch.setattr(subprocess, "run", lambda words, check: processes.run(words, cwd=ROOT))  # noqa: ARG005
+    runpy.run_path(str(EXAMPLES / "fine_tune.py"), run_name="__main__")
     tuned_model, before = release.load(tmp_path / "out" / "release"), release.load(folder)
     assert tuned_model.network.fc.out_features == 3
     for name, layer in tuned_model.network.named_modules():
@@ -164,7 +180,7 @@ def test_onnx_inference_needs_no_torch_and_gives_the_probabilities_of_predict(
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     words = [sys.executable, "-c", code, EXAMPLES / "onnx_inference.py", model, "48", *photos]
-    lines = _run(words).splitlines()
+    lines = _run(words, Path(sys.executable).parent).splitlines()
     assert verbs(["predict", str(folder), *map(str, photos), "--size", "48", "--top", "1"]) == 0
     expected = capsys.readouterr().out
     for line, photo in zip(lines, photos, strict=True):
