@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch
 from benchmarks.gpu import loader_sweep, measure, smoke, trace
 from pipelines.batch import Batch, Loaders
 from pipelines.utils.errors import DataError, UsageError
+from tests.helpers import processes
 from tests.helpers.servers import until
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +167,11 @@ def test_data_without_its_folders_is_one_line_before_anything_is_begun(tmp_path)
 
 
 @pytest.mark.slow  # processes that import torch and DALI, a compiler
-def test_parts_run_in_processes_of_their_own(photos, tmp_path):
+def test_parts_run_in_processes_of_their_own(photos, tmp_path, monkeypatch):
+    popen = partial(processes.ForkedPopen, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(
+        measure, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen})
+    )
     parts = ("smoke:4", "profile:resnet10:4:no-kd")
     o = measure.Options(photos, tmp_path / "out", parts=parts, rounds=1, **TINY)
     assert measure.run(o) == 0
