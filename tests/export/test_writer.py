@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,14 +111,22 @@ def test_one_onnx_export_has_each_shared_weight_once(one_file, folder):
     assert (one_file / "model.onnx").stat().st_size < sum(map(len, stored)) + 2 * others + 50_000
 
 
-@pytest.mark.slow
-def test_one_onnx_export_classifies_as_the_release_does(one_file, folder):
+def _classify_alike(one: Path, other: Path, sizes: Sequence[int]) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8)
-    exported, written = (SwitchableClassifier.load(path) for path in (one_file, folder))
-    for size in SIZES:
+    exported, written = (SwitchableClassifier.load(path) for path in (one, other))
+    for size in sizes:
         (found,), (expected,) = (c.classify(photo, size) for c in (exported, written))
         assert found.classes == expected.classes
         np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=1e-4)
+
+
+def test_an_onnx_export_classifies_as_the_release_does(files, folder):
+    _classify_alike(files, folder, [48])
+
+
+@pytest.mark.slow
+def test_one_onnx_export_classifies_as_the_release_does(one_file, folder):
+    _classify_alike(one_file, folder, SIZES)
 
 
 def test_other_exports_are_not_computed_by_onnx_runtime(programs):
