@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.utils.errors import UsageError, first_line
@@ -21,7 +22,7 @@ PROBE = 320
 
 # Layers whose output has the shape of their input.
 UNCHANGED = (
-    SwitchableBatchNorm2d, Quantizer, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.ReLU, nn.SiLU,
+    _BatchNorm, SwitchableBatchNorm2d, Quantizer, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.ReLU, nn.SiLU,
 )  # fmt: skip
 
 
