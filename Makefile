@@ -20,9 +20,10 @@ demo-ffcv: install demo/data
 demo/data: | install
 	$(PYTHON) -m pipelines.demo --output $@
 
-# Each of two has one half of the files, and who is ready first takes from the end of the other's.
+# Each has a part of the files, and who is ready first takes from the end of another's. Three processes on two
+# cores, as tests wait for a sixth of their time.
 test: install
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 3 --dist worksteal
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow -n 2 --dist worksteal

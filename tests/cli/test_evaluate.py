@@ -215,6 +215,7 @@ def test_classes_are_named_by_a_file_everywhere(run, photos, tmp_path, evaluate)
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_wandb_key")
 def test_wandb_gets_the_table_and_the_matrix(run, photos, tmp_path, evaluate):
     output = tmp_path / "new"

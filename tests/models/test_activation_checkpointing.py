@@ -51,7 +51,7 @@ def _step(model, amp: bool, sizes=SIZES):
     [
         ("parallel_resnet18", True, "norm"),
         ("parallel_resnet18", False, "blocks"),
-        ("parallel_mobilenetv2", True, "norm"),
+        pytest.param("parallel_mobilenetv2", True, "norm", marks=pytest.mark.slow),
         pytest.param("parallel_mobilenetv2", True, "blocks", marks=pytest.mark.slow),
         # half a minute
         pytest.param("parallel_densenet121", False, "norm", marks=pytest.mark.slow),

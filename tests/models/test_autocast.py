@@ -75,7 +75,7 @@ def _same(found, expected):
         ("parallel_resnet10", {"norm": "shared"}),
         ("parallel_resnet10", {"qw": 2}),
         ("parallel_mobilenetv2", {}),
-        ("parallel_mobilenetv2", {"dtype": torch.float16}),
+        pytest.param("parallel_mobilenetv2", {"dtype": torch.float16}, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_and_buffers_are_the_same_bits(arch, options, by_themselves):

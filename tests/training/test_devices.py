@@ -55,12 +55,13 @@ class _FromTheHost(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by a copy
 @pytest.mark.parametrize(
     ("arch", "amp"),
     [
         ("parallel_resnet10", "bf16"),
-        pytest.param("parallel_mobilenetv2", "fp16", marks=pytest.mark.slow),
+        ("parallel_mobilenetv2", "fp16"),
     ],
 )
 def test_a_step_reads_no_number_and_mixes_no_devices(arch, amp, monkeypatch):
