@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,15 @@ def _module(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@functools.cache
+def _nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def _imports(path: Path) -> set[str]:
     """Absolute names of the imported modules; `from package import module` as package.module."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -40,7 +46,7 @@ def _ours(path: Path) -> set[str]:
 
 def test_what_is_said_is_one_line_for_a_break_would_be_printed_escaped():
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in _nodes(path):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "say":
                 texts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
                 assert not any("\n" in str(text) for text in texts), f"{path}:{node.lineno}"
@@ -60,7 +66,7 @@ def test_lines_with_names_in_them_are_printed_by_what_escapes_them():
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in _nodes(path)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
         if isinstance(node.args[0], ast.JoinedStr) and _module(path) != "rsnet.__main__"
     ]
@@ -85,7 +91,7 @@ def test_entry_scripts_only_compose(path):
     assert _ours(path) <= allowed
     assert not any(
         isinstance(node, ast.For | ast.While | ast.FunctionDef | ast.ClassDef)
-        for node in ast.walk(ast.parse(source))
+        for node in _nodes(path)
     )
 
 
@@ -94,9 +100,7 @@ def _born_outside_init(path: Path) -> list[str]:
 
     A class's bases count where they are in the same file; other bases are taken to declare nothing.
     """
-    classes = {
-        n.name: n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)
-    }
+    classes = {n.name: n for n in _nodes(path) if isinstance(n, ast.ClassDef)}
 
     def assigned(method: ast.AST) -> set[str]:
         return {

@@ -59,9 +59,7 @@ def _load(checkpoint):
     scope="module",
     params=[
         # Two of the three networks with 50 layers: 20 s each.
-        pytest.param(
-            network, marks=pytest.mark.slow if "50 1/2" in name or "50 2/3" in name else ()
-        )
+        pytest.param(network, marks=pytest.mark.slow if "-50" in name else ())
         for name, network in NETWORKS.items()
     ],
     ids=list(NETWORKS),

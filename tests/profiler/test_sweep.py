@@ -116,6 +116,7 @@ def test_what_is_slow_loses_and_what_is_fast_is_kept(sweep, backend):
     assert any(re.fullmatch(r"best, 1[56]\.\d\d times as many .* as given:", s) for s in said)
 
 
+@pytest.mark.slow
 def test_nothing_changes_for_less_than_the_spread(sweep, backend):
     backend.pause = lambda options, _: 0.1 - 0.0001 * options.workers
     said, found = sweep("workers")

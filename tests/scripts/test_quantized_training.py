@@ -96,9 +96,10 @@ def test_one_size_of_a_quantized_network_is_evaluated_alone(train, photos, runs,
     assert one["24"] == everything["24"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "words"),
-    [pytest.param("plain", ["--qw", "2"], marks=pytest.mark.slow), ("preact", BOTH)],
+    [("plain", ["--qw", "2"]), ("preact", BOTH)],
 )
 def test_training_starts_from_a_full_precision_run(train, photos, runs, tmp_path, source, words):
     line = ["--data", photos, *RUN, *words, "--epochs", 1, "--lr", 1e-9, "-c", tmp_path / "run"]

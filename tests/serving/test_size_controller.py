@@ -130,7 +130,9 @@ def test_the_most_accurate_size_is_used_at_low_load(rate):
     assert _simulate(_arrivals([(20.0, rate)]), _controller()).share(64) == 1
 
 
-@pytest.mark.parametrize("rate", [50, 190, 300, 500, 900])
+@pytest.mark.parametrize(
+    "rate", [50, 300, *(pytest.param(rate, marks=pytest.mark.slow) for rate in (190, 500, 900))]
+)
 def test_the_size_stays_as_it_is_at_constant_load(rate):
     assert _simulate(_arrivals([(30.0, rate)]), _controller()).changes(since=10.0) == 0
 

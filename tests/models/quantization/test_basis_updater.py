@@ -192,7 +192,9 @@ def test_all_ranks_count(monkeypatch):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "amp", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 def test_recomputation_changes_no_bit_of_a_quantized_training(amp):
     ends = {}
     for what in ("nothing", "norm", "blocks"):
