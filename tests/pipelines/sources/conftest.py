@@ -103,6 +103,6 @@ def data(request, photos, as_kind) -> str | Path:
 
 @pytest.fixture
 def short_waits(monkeypatch) -> None:
-    """A look at what other processes of a machine do comes soon."""
+    """A look at what other processes of a machine do comes soon, but after threads have had a turn."""
     monkeypatch.setattr(remote_reader, "POLL", 0.002)
-    monkeypatch.setattr(remote_reader, "PIN_EVERY", 0.01)
+    monkeypatch.setattr(remote_reader, "PIN_EVERY", 0.2)
