@@ -17,7 +17,7 @@ import torch
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.sources.folder import require_apart
-from pipelines.sources.options import SplitOptions
+from pipelines.sources.options import NO_OPTIONS
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
@@ -231,8 +231,7 @@ def _apart_from_images(config: ResolvedConfig) -> ResolvedConfig:
 
     Raises UsageError if the run would lie among the images, where the next command takes it for a class.
     """
-    is_split = config.val_data is not None or config.val_fraction is not None
-    require_apart(config.folder, config.data, whole=is_split)
+    require_apart(config.folder, config.data, whole=config.placed != NO_OPTIONS)
     return config
 
 
@@ -280,7 +279,7 @@ def _spec(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         node_of_rank=distributed.node_of_rank(),
-        splits=SplitOptions(config.val_data, config.val_fraction),
+        splits=config.placed,
         class_weights=config.class_weights,
         balanced_sampling=config.balanced_sampling,
         extra_sizes=extra_sizes(teacher, config.train_sizes),

@@ -71,12 +71,11 @@ class Study:
         Raises DataError with the last line of a run that failed.
         """
         jobs = [job for job in jobs if self.summary(job) is None]
-        for teacher in [job.teacher for job in jobs if job.teacher][:1]:  # the same of all
-            if not (self.output / teacher.name / "results.json").is_file():
-                (self.results / f"{teacher.name}.json").unlink(
-                    missing_ok=True
-                )  # of another machine
-                jobs.insert(0, teacher)
+        teacher = next((job.teacher for job in jobs if job.teacher), None)  # the same of all
+        if teacher and not (self.output / teacher.name / "results.json").is_file():
+            of_another_machine = self.results / f"{teacher.name}.json"
+            of_another_machine.unlink(missing_ok=True)
+            jobs.insert(0, teacher)
         self.console.start(title, sum(job.work for job in jobs), images=0)
         done = 0
         with ThreadPoolExecutor(self.options.jobs) as pool:

@@ -63,8 +63,7 @@ def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     a broken image without --skip-bad or a file that cannot be written.
     """
     splits = _scan_splits(options, data)  # before anything is created
-    is_split = options.val_data is not None or options.val_fraction is not None
-    require_apart(output, data, whole=is_split)
+    require_apart(output, data, whole=options.placed != NO_OPTIONS)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

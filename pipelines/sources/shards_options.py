@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from pipelines.sources.cache_options import CacheOptions, size_in_bytes
-from pipelines.sources.options import SplitOptions
+from pipelines.sources.options import NO_OPTIONS, SplitOptions
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ def write_shards(options: ShardsOptions) -> int:
     train, val = open_splits(options.data, options.placed, cache=options)
     assert train is not None
     announce(train, val)
-    is_split = options.val_data is not None or options.val_fraction is not None
-    require_apart(options.output, options.data, whole=is_split)
+    require_apart(options.output, options.data, whole=options.placed != NO_OPTIONS)
     writer.write_shards(train, val, options.output, options.shard_bytes)
     return 0

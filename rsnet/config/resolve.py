@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Never
 
+from pipelines.sources.options import SplitOptions
 from pipelines.sources.patterns import is_pattern
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.location import Location, Url, location, url_of
@@ -64,6 +65,11 @@ class ResolvedConfig(TrainOptions[Never]):
         """Return the description of this run's network. `num_classes` may exceed the known `classes`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return ModelConfig.from_dict(values | {"classes": classes, "num_classes": num_classes})
+
+    @property
+    def placed(self) -> SplitOptions:
+        """Where the validation images are."""
+        return SplitOptions(self.val_data, self.val_fraction)
 
     @property
     def train_sizes(self) -> tuple[int, ...]:
