@@ -3,10 +3,10 @@
     python -m benchmarks.study --data cifar10 --output study --per-class 500 --stem small --width-mult 0.25 \
         --teacher-width 0.5 --jobs 2
 
-Chooses the learning rate of an individual network, on a tenth of the training images; then trains, for every
-seed, the rows of `rows`. Every run is one command of train_dali.py in a directory of its own (run.log), and
-leaves a small file in --results. The same command again goes on where it was stopped, on another machine,
-too, if it has these files. Writes study.md and study.png.
+Chooses two learning rates, on a tenth of the training images: of networks of one size, and of those of
+several, whose losses are summed; then trains, for every seed, the rows of `rows`. Every run is one command of
+train_dali.py in a directory of its own (run.log), and leaves a small file in --results. The same command again
+goes on where it was stopped, on another machine, too, if it has these files. Writes study.md and study.png.
 """
 
 from __future__ import annotations
@@ -17,16 +17,25 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
 from benchmarks.options import command
 from benchmarks.study.report import page
-from benchmarks.study.rows import Job, Options, jobs_of, lr_jobs, teacher_job
+from benchmarks.study.rows import (
+    Job,
+    Options,
+    individual_jobs,
+    jobs_of,
+    joint_lr_jobs,
+    lr_jobs,
+    teacher_job,
+)
 from benchmarks.study.subset import write_tables
 from pipelines.utils.atomic_io import atomic_write
 from pipelines.utils.errors import DataError, UsageError
@@ -138,20 +147,37 @@ class Study:
         atomic_write(self.results / f"{job.name}.json", json.dumps(kept, indent=1).encode() + b"\n")
 
 
-def choose_lr(study: Study) -> tuple[float, str]:
-    """Return the learning rate, and how it was chosen as text. Trains the networks that it takes."""
-    if study.options.lr is not None:
-        return study.options.lr, f"Learning rate {study.options.lr:g}, as given."
-    jobs = lr_jobs(study.options)
-    study.run(list(jobs.values()), "learning rate")
+def choose_lr(study: Study, given: float | None, jobs: Mapping[float, Job]) -> tuple[float, str]:
+    """Return the learning rate that is given, or else the best of the finished `jobs`; and both as text."""
+    if given is not None:
+        return given, f"{given:g}, as given"
     top1 = {}
     for lr, job in jobs.items():
         found = study.summary(job)
         assert found is not None
-        top1[lr] = found.top1[found.sizes[0]]
+        top1[lr] = mean(found.top1[size] for size in found.sizes)
     best = max(top1, key=lambda lr: top1[lr])
     shown = ", ".join(f"{lr:g}: {value:.2f}" for lr, value in top1.items())
-    return best, f"Learning rate {best:g}, by top-1 % of an individual network ({shown})."
+    return best, f"{best:g}, by top-1 % ({shown})"
+
+
+def choose_lrs(study: Study) -> tuple[float, float, str]:
+    """Return the learning rates of one size and of several, and how they were chosen, as text.
+
+    Trains the networks that it takes. With those of several sizes, individual networks are trained, which do
+    not wait for the choice: there are few of the former, and long ones.
+    """
+    o = study.options
+    one, joint = lr_jobs(o), joint_lr_jobs(o)
+    if o.lr is None:
+        study.run(list(one.values()), "learning rate")
+    single_lr, how = choose_lr(study, o.lr, one)
+    if o.joint_lr is None:
+        individual = individual_jobs(o, single_lr, range(o.seeds))
+        study.run([*joint.values(), *individual], "learning rate of several sizes")
+    joint_lr, how_joint = choose_lr(study, o.joint_lr, joint)
+    text = f"Learning rate of networks of one size: {how}. Of those of several, whose losses are summed: "
+    return single_lr, joint_lr, f"{text}{how_joint}."
 
 
 def _where() -> dict[str, str]:
@@ -177,8 +203,8 @@ def run(o: Options) -> int:
     study.output.mkdir(parents=True, exist_ok=True)
     study.results.mkdir(parents=True, exist_ok=True)
     write_tables(o.data.resolve(), study.output, o.per_class)
-    lr, choice = choose_lr(study)
-    jobs, teacher = list(jobs_of(o, lr)), teacher_job(o, lr)
+    single_lr, lr, choice = choose_lrs(study)
+    jobs, teacher = list(jobs_of(o, single_lr, lr)), teacher_job(o, single_lr)
     for job in [teacher, *jobs]:
         study.summary(job)  # what is of another study is found before hours of work
     try:

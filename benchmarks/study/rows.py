@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -107,9 +107,16 @@ class Options:
     """Images a step."""
 
     lr: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Learning rate of all runs. Unset: that of --lrs with which an individual network is best."""
+    """Learning rate of networks of one size. Unset: that of --lrs with which one of the largest is best."""
 
     lrs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4)
+    """Learning rates to choose from."""
+
+    joint_lr: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Learning rate of networks of several sizes, whose losses are summed. Unset: that of --joint-lrs with
+    which shared BatchNorm is best in the mean over --sizes."""
+
+    joint_lrs: tuple[float, ...] = (0.02, 0.05, 0.1)
     """Learning rates to choose from."""
 
     seeds: int = 3
@@ -143,21 +150,28 @@ class Job:
     teacher: Job | None = field(default=None, compare=False)
 
 
-def jobs_of(o: Options, lr: float) -> Iterator[Job]:
+def individual_jobs(o: Options, lr: float, seeds: Iterable[int]) -> Iterator[Job]:
+    """Yield the runs of networks of one size each."""
+    for seed in seeds:
+        for size in o.sizes:
+            yield _job(o, INDIVIDUAL, (size,), seed, lr, ["--no-kd"])
+
+
+def jobs_of(o: Options, single_lr: float, lr: float) -> Iterator[Job]:
     """Yield the runs of the table, seed by seed, so that a study that is cut short has whole seeds.
 
-    Sizes far apart, which the paper has not, come last.
+    single_lr: learning rate of networks of one size. lr: of all others. Sizes far apart, which the paper
+    has not, come last.
     """
     for seed in range(max(o.seeds, o.few_seeds)):
         if seed < o.seeds:
-            for size in o.sizes:
-                yield _job(o, INDIVIDUAL, (size,), seed, lr, ["--no-kd"])
+            yield from individual_jobs(o, single_lr, [seed])
             yield _job(o, SHARED, o.sizes, seed, lr, ["--no-kd", "--norm", "shared"])
             yield _job(o, PRIVATE, o.sizes, seed, lr, ["--no-kd"])
             yield _job(o, ENS, o.sizes, seed, lr, ["--kd-type", "ens"])
             yield _job(o, TOPDOWN, o.sizes, seed, lr, [])
         if seed < o.few_seeds:
-            teacher = teacher_job(o, lr)
+            teacher = teacher_job(o, single_lr)
             yield _job(o, FEW, o.few_sizes, seed, lr, [])
             yield _job(o, TEACHER, o.few_sizes, seed, lr, [], teacher=teacher)
             yield _job(o, STRONG, o.few_sizes, seed, lr, ["--recipe", "strong"])
@@ -192,10 +206,22 @@ def image_gmacs(job: Job) -> float:
 
 
 def lr_jobs(o: Options) -> dict[float, Job]:
-    """Return the runs that choose the learning rate, by it: networks of the largest size alone."""
+    """Return the runs that choose the learning rate of networks of one size, by it: of the largest."""
     size = max(o.sizes)
     return {
         lr: _job(o, f"lr {lr:g}", (size,), LR_SEED, lr, ["--no-kd"], table="lr.csv") for lr in o.lrs
+    }
+
+
+def joint_lr_jobs(o: Options) -> dict[float, Job]:
+    """Return the runs that choose the learning rate of networks of several sizes, by it.
+
+    They have shared BatchNorm, the row that all others are to be better than.
+    """
+    words = ["--no-kd", "--norm", "shared"]
+    return {
+        lr: _job(o, f"joint lr {lr:g}", o.sizes, LR_SEED, lr, words, table="lr.csv")
+        for lr in o.joint_lrs
     }
 
 

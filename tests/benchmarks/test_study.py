@@ -24,18 +24,25 @@ from tests.helpers.processes import ROOT
 
 @pytest.fixture
 def options(photos, tmp_path):
-    return study.Options(photos, tmp_path / "study", seeds=2, few_seeds=1, per_class=6, lr=0.1)
+    return study.Options(
+        photos, tmp_path / "study", seeds=2, few_seeds=1, per_class=6, lr=0.1, joint_lr=0.1
+    )
 
 
 def _jobs(o):
-    return [rows.teacher_job(o, 0.1), *rows.jobs_of(o, 0.1), *rows.lr_jobs(o).values()]
+    return [
+        rows.teacher_job(o, 0.1),
+        *rows.jobs_of(o, 0.1, 0.1),
+        *rows.lr_jobs(o).values(),
+        *rows.joint_lr_jobs(o).values(),
+    ]
 
 
 @pytest.mark.slow
 def test_every_run_is_a_command_of_train_dali(options):
     jobs = _jobs(options)
     configs = [parse(DaliOptions, ["--data", "x", *job.options])[0] for job in jobs]
-    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 4) + 8 + 5
+    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 4) + 8 + 5 + 3
     first = {
         job.row: (c.sizes, c.kd, c.kd_type, c.norm) for job, c in zip(jobs, configs, strict=True)
     }
@@ -53,7 +60,7 @@ def test_every_run_is_a_command_of_train_dali(options):
 def test_rows_of_equal_cost_train_as_many_pixels_as_the_plain_one(options):
     """This network's convolutions cost a pixel the same at 32, 24 and 16: 1024, 576 and 256 of them."""
     small = dataclasses.replace(options, stem="small", width_mult=0.25)
-    jobs = {job.row: job for job in rows.jobs_of(small, 0.1)}
+    jobs = {job.row: job for job in rows.jobs_of(small, 0.1, 0.1)}
     budget = 60 * (1024 + 576 + 256)
     two, few_first = ({} for _ in range(2))
     for found, row in ((two, rows.K_LONGER), (few_first, rows.SCHEDULE)):
@@ -88,14 +95,19 @@ def test_finished_runs_that_are_kept_are_still_of_the_study_that_the_manual_name
     for path in kept:
         options = json.loads(path.read_text())["options"].split()
         lr = float(options[options.index("--lr") + 1])
-        jobs = [rows.teacher_job(o, lr), *rows.jobs_of(o, lr), *rows.lr_jobs(o).values()]
+        jobs = [
+            rows.teacher_job(o, lr),
+            *rows.jobs_of(o, lr, lr),
+            *rows.lr_jobs(o).values(),
+            *rows.joint_lr_jobs(o).values(),
+        ]
         assert [job.options for job in jobs if job.name == path.stem] == [options]
 
 
 def test_the_page_of_some_runs_has_whole_seeds_alone_and_says_what_is_missing(options, tmp_path):
     o = dataclasses.replace(options, sizes=(32, 16), few_seeds=1, stem="small", width_mult=0.25)
     chosen = (rows.INDIVIDUAL, rows.PRIVATE, rows.TEACHER)
-    jobs = [job for job in rows.jobs_of(o, 0.1) if job.row in chosen]
+    jobs = [job for job in rows.jobs_of(o, 0.1, 0.1) if job.row in chosen]
     found = {}
     for job in jobs:
         size = job.options[job.options.index("--sizes") + 1]
@@ -121,7 +133,7 @@ def test_the_page_of_some_runs_has_whole_seeds_alone_and_says_what_is_missing(op
 
 
 def test_whole_seeds_come_first_and_sizes_far_apart_last(options):
-    jobs = list(rows.jobs_of(options, 0.1))
+    jobs = list(rows.jobs_of(options, 0.1, 0.1))
     far = [job.row in (rows.FAR_SHARED, rows.FAR_PRIVATE) for job in jobs]
     assert far == sorted(far)
     for of_far in (False, True):
@@ -206,18 +218,22 @@ def played(options, monkeypatch):
 
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_was_stopped_and_elsewhere(options, played, capsys):
-    options = dataclasses.replace(options, lr=None, seeds=1, stem="small")
+    options = dataclasses.replace(options, lr=None, joint_lr=None, seeds=1, stem="small")
     with pytest.raises(DataError, match=r"shared_BatchNorm_seed0/run\.log: the disk is full"):
         study.run(options)
     assert study.run(options) == 0
     calls = Counter(played.read_text().splitlines())
-    assert set(calls) == {job.name for job in rows.jobs_of(options, 0.1)} | {
-        "teacher_seed0", *(f"lr_{lr:g}_seed{rows.LR_SEED}" for lr in options.lrs)
+    assert set(calls) == {job.name for job in rows.jobs_of(options, 0.1, 0.1)} | {
+        "teacher_seed0", *(f"lr_{lr:g}_seed{rows.LR_SEED}" for lr in options.lrs),
+        *(f"joint_lr_{lr:g}_seed{rows.LR_SEED}" for lr in options.joint_lrs),
     }  # fmt: skip
     # Only what failed was run twice.
     assert {name for name, count in calls.items() if count > 1} == {"shared_BatchNorm_seed0"}
     table = (options.output / "study.md").read_text()
-    assert "Learning rate 0.1, by top-1 % of an individual network (0.02: 59.92" in table
+    assert "Learning rate of networks of one size: 0.1, by top-1 % (0.02: 59.92" in table
+    assert (
+        "whose losses are summed: 0.1, by top-1 % (0.02: 59.92, 0.05: 59.95, 0.1: 60.00)." in table
+    )
     assert "| private + ens_topdown " in table
     assert "17 of 17 runs are finished." in table
     assert (options.output / "study.png").exists()
@@ -235,7 +251,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_elsewhere(options, played, cap
 
 
 def test_a_run_with_other_options_is_not_taken_for_one_of_the_study(options):
-    job = next(rows.jobs_of(options, 0.1))
+    job = next(rows.jobs_of(options, 0.1, 0.1))
     options.output.mkdir()
     run = dataclasses.asdict(_summary(0, {"32": 1.0}, options.output)) | {"path": None}
     text = json.dumps({"options": "--epochs 9", "run": run})
