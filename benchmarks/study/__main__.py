@@ -5,8 +5,8 @@
 
 Chooses two learning rates, on a tenth of the training images: of networks of one size, and of those of
 several, whose losses are summed; then trains, for every seed, the rows of `rows`. Every run is one command of
-train_dali.py in a directory of its own (run.log), and leaves a small file in --results. The same command again
-goes on where it was stopped, on another machine, too, if it has these files. Writes study.md and study.png.
+train_dali.py in a directory of its own (run.log), and leaves a small file in --results. The same command
+again goes on where it was stopped, on another machine, too, if it has these files. Writes study.md and .png.
 """
 
 from __future__ import annotations
