@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BLOCK = """
 import sys
-for name in ("fastapi", "httpx", "onnx", "playwright", "starlette", "timm", "uvicorn", "wandb"):
+for name in (
+    "boto3", "botocore", "fastapi", "httpx", "moto", "onnx", "playwright", "pydantic", "starlette", "timm",
+    "uvicorn", "wandb", "webdataset",
+):
     sys.modules[name] = None
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,9 @@ from pyarrow import csv
 
 from pipelines.sources import remote_reader
 from pipelines.sources.shards_options import ShardsOptions, write_shards
-from tests.helpers.s3_server import S3Server
+
+if TYPE_CHECKING:  # its libraries are not there where the tests for a GPU run
+    from tests.helpers.s3_server import S3Server
 
 
 def rows_of(folder: Path, below: Path) -> list[dict[str, str]]:
