@@ -13,6 +13,7 @@ The loaders have a script of their own, `benchmarks.loaders`.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -90,6 +91,8 @@ class Options:
 def measure(arch: str, o: Options) -> dict[str, Any]:
     """All figures of one network."""
     found: dict[str, Any] = {"arch": arch, "step": compare_steps(arch, o)}
+    gc.collect()
+    torch.cuda.empty_cache()  # else it is not there for the processes that measure memory
     found["peak_memory_mb"] = {
         which: in_new_process(peak_memory_mb, which, arch, o) for which in SIDES
     }

@@ -115,7 +115,8 @@ def peers(o: Options, batch: str = "128") -> list[str]:
 
 
 def tests(_o: Options) -> list[str]:
-    return ["pytest", "-q", "-m", "gpu", "--show-capture=no"]
+    # Warnings are errors to those who write the code, not to who looks whether it runs with other libraries.
+    return ["pytest", "-q", "-m", "gpu", "-W", "default", "--show-capture=no"]
 
 
 def _compared(module: str, o: Options, arch: str, batch: str) -> list[str]:
