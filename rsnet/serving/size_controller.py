@@ -57,13 +57,17 @@ class SizeController:
     def choose(self, now: float, waiting: Mapping[int, int]) -> int | None:
         """Return the size for a request that came `now`; None if none is fast enough, to refuse it.
 
+        With nothing else to do, slow batches are no reason: only a batch shows that they are fast again.
+
         waiting: images by size that came before and have no answer yet.
         """
         self._arrivals.append(now)
         while self._arrivals[0] < now - RATE_S:
             self._arrivals.popleft()
         expected = [self._expected(size, waiting) for size in self._sizes]
-        if expected[-1] > HOPELESS * self._deadline:
+        hopeless = HOPELESS * self._deadline
+        is_needed = not any(waiting.values()) and self._ms(self._sizes[-1], 1) <= hopeless
+        if expected[-1] > hopeless and not is_needed:
             return None
         fits = [ms <= FIT * self._deadline for ms in expected]
         last = len(self._sizes) - 1

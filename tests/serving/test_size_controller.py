@@ -170,6 +170,23 @@ def test_what_cannot_be_answered_in_time_is_refused_and_the_rest_is_in_time():
     assert len(outcome.answers) > 0.9 * 10 * CAPACITY[32]
 
 
+def test_one_batch_that_took_very_long_does_not_end_the_answers():
+    """As the first on a GPU, or one while the process was stopped; batches are as fast as ever later."""
+    controller = _controller()
+    controller.computed(64, 1, 20_000.0)
+    assert controller.choose(0.0, {64: 1}) is None
+    tried = []
+    for second in range(60):
+        tried.append(controller.choose(float(second), {64: 0}))
+        assert tried[-1] is not None
+        controller.computed(tried[-1], 1, _ms(tried[-1], 1))
+    assert (tried[0], tried[-1]) == (32, 64)
+
+
+def test_a_deadline_that_no_size_meets_refuses_all():
+    assert SizeController(1.0, COSTS, (64, 48, 32), BATCH).choose(0.0, {}) is None
+
+
 def test_images_that_wait_at_any_size_count():
     assert _controller().choose(0.0, {}) == 64
     assert _controller().choose(0.0, {64: 8, 48: 9}) == 48  # 64 ms are before it
