@@ -182,9 +182,9 @@ def _size(
         ms_one=one,
         ms_batch=batch,
         images_per_s=1000 * classifier.batch_size / batch["p50"],
-        peak_mb=None
-        if "engine" in classifier.conditions
-        else peak_bytes(lambda: forward(size), classifier.device) / 1e6,
+        peak_mb=peak_bytes(lambda: forward(size), classifier.device) / 1e6
+        if classifier.allocates
+        else None,
     )
 
 

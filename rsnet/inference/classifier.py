@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipelines.normalize import PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.memory import is_lack_of_memory
 from pipelines.utils.output import say
 from rsnet.inference import latency, preprocess
 from rsnet.inference.cascade import (
@@ -267,9 +268,8 @@ class SwitchableClassifier:
         try:
             return self._forward(self.normalized(pixels), size).float()
         except RuntimeError as error:
-            # The CPU's allocator has no type of its own.
-            is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            if not is_memory:
+            # The CPU's allocator has no type of its own, nor have CUDA's libraries.
+            if not (isinstance(error, torch.OutOfMemoryError) or is_lack_of_memory(error)):
                 raise
             raise DataError(
                 f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}; "
@@ -291,6 +291,12 @@ class SwitchableClassifier:
             "torch": torch.__version__,
             "sha256": self._sha256,
         }
+
+    @property
+    def allocates(self) -> bool:
+        """Whether torch allocates what a forward takes: not ONNX Runtime's, nor what a CUDA graph holds."""
+        conditions = self._forward.conditions
+        return not (conditions.get("cuda_graphs") or "engine" in conditions)
 
     @property
     def _latency_file(self) -> Path:

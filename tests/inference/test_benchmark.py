@@ -98,6 +98,16 @@ def test_a_larger_size_takes_more_memory(figures):
     assert peaks[0] > 4 * 64 * 64 * 3 * 4 / 1e6  # the images themselves
 
 
+def test_no_memory_is_reported_of_a_cuda_graph_in_whose_replay_torch_allocates_nothing(
+    written, found, monkeypatch
+):
+    classifier = SwitchableClassifier.load(written, batch_size=4)
+    monkeypatch.setattr(classifier._forward, "_graphs", classifier._forward._eager)
+    assert classifier.conditions["cuda_graphs"]
+    sizes = bench_figures.measure(classifier, found).sizes
+    assert [size.peak_mb for size in sizes] == [None] * len(SIZES)
+
+
 def test_cascades_are_reported_on_the_half_that_is_not_fitted_to(found, figures):
     other = found.halves()[1]
     assert figures.held_out == len(other.labels) == 35
@@ -183,10 +193,12 @@ def test_the_peak_is_what_lies_there_at_once_more_than_before(device):
     before = torch.empty(50 * MEGABYTE, dtype=torch.uint8, device=device)
 
     def computation() -> None:
-        one = torch.empty(4 * MEGABYTE, dtype=torch.uint8, device=device)
-        two = torch.empty(2 * MEGABYTE, dtype=torch.uint8, device=device)
+        one = torch.empty(40 * MEGABYTE, dtype=torch.uint8, device=device)
+        two = torch.empty(20 * MEGABYTE, dtype=torch.uint8, device=device)
         del one
-        three = torch.empty(3 * MEGABYTE, dtype=torch.uint8, device=device)
+        three = torch.empty(30 * MEGABYTE, dtype=torch.uint8, device=device)
         del two, three
 
-    assert peak_bytes(computation, before.device) == 6 * MEGABYTE
+    # A GPU's allocator may give a tensor up to 1 MB more, rather than leave that over.
+    rounded = 2 * MEGABYTE if device == "cuda" else 0
+    assert peak_bytes(computation, before.device) == pytest.approx(60 * MEGABYTE, abs=rounded)

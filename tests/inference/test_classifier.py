@@ -307,6 +307,7 @@ def test_what_cannot_be_computed_with_is_refused(folder, options, message):
     [
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_a_batch_that_does_not_fit_into_memory_is_one_line(folder, monkeypatch, error):

@@ -62,4 +62,6 @@ def test_graphs_compute_what_the_network_does(fold, dtype, gpu):
         answers = [graphs(x, x.shape[-1]) for x in sent]
         for x, answer in zip(sent, answers, strict=True):
             expected = eager(x, x.shape[-1])
-            assert (answer - expected).abs().max() <= 1e-2 * expected.abs().max()
+            # Rounding of the largest logit to bfloat16 alone is 0.4 % of it.
+            off = 1e-2 if dtype is None else 3e-2
+            assert (answer - expected).abs().max() <= off * expected.abs().max()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 
 import pytest
+import torch
 
 from pipelines.utils import memory
 from pipelines.utils.cli import Verb, exit_code, exit_if_not_installed, run_verb
@@ -63,6 +64,9 @@ def test_enough_memory_is_nothing_to_speak_of(limit, addresses, cgroup):
             "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"
         ),
         RuntimeError("can't start new thread"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         OSError(12, "Cannot allocate memory"),
     ],
 )
