@@ -13,6 +13,7 @@ import importlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -35,6 +36,11 @@ def _kernels() -> Any:
     return importlib.import_module("rsnet.models.layers.fused_batchnorm_triton")
 
 
+def _launched_for(x: Tensor) -> AbstractContextManager[None]:
+    """Make the device of `x` the current one, which Triton launches on."""
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+
+
 # Two operations: PyTorch differentiates none that changes its arguments.
 @torch.library.custom_op(
     "rsnet::batch_norm_statistics",
@@ -49,9 +55,9 @@ def batch_norm_statistics(
 
     Moves the running statistics in place, the variance without bias, as `nn.BatchNorm2d` does.
     """
-    return cast(
-        tuple[Tensor, Tensor], _kernels().statistics(x, running_mean, running_var, momentum, eps)
-    )
+    with _launched_for(x):
+        found = _kernels().statistics(x, running_mean, running_var, momentum, eps)
+    return cast(tuple[Tensor, Tensor], found)
 
 
 @batch_norm_statistics.register_fake
@@ -79,7 +85,8 @@ def batch_norm_act(  # noqa: PLR0917 - a custom operation has no keywords
 
     Its gradient is BatchNorm's: that of x goes through mean and rstd, which get none.
     """
-    return cast(Tensor, _kernels().apply(x, (weight, bias, mean, rstd), residual, act))
+    with _launched_for(x):
+        return cast(Tensor, _kernels().apply(x, (weight, bias, mean, rstd), residual, act))
 
 
 @batch_norm_act.register_fake
@@ -104,7 +111,9 @@ def batch_norm_act_backward(  # noqa: PLR0917
     act: str,
 ) -> list[Tensor]:
     """Return the gradients of x, weight and bias, and, given y, in which a residual is, of that, too."""
-    return cast(list[Tensor], _kernels().gradients(of_y, x, y, (weight, bias, mean, rstd), act))
+    with _launched_for(x):
+        found = _kernels().gradients(of_y, x, y, (weight, bias, mean, rstd), act)
+    return cast(list[Tensor], found)
 
 
 @batch_norm_act_backward.register_fake

@@ -19,7 +19,8 @@ def _encode(  # noqa: PLR0917 - a kernel takes no others
     rows, thresholds, levels, coded, parts, n,
     COUNT: tl.constexpr, COUNTING: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    block, row = tl.program_id(0), tl.program_id(1)
+    # 64 bits: activations of a large batch are more than 2^31 values.
+    block, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     # What is outside is below all thresholds, and not counted.
@@ -50,8 +51,10 @@ def encode(
     blocks = triton.cdiv(n, BLOCK)
     shape = (count, 2, number, blocks) if counting else (1,)
     parts = torch.empty(shape, dtype=torch.float64, device=rows.device)
-    _encode[(blocks, count)](
-        rows, thresholds.contiguous(), levels.to(coded.dtype).contiguous(), coded, parts, n,
-        COUNT=number, COUNTING=counting, BLOCK=BLOCK, enable_fp_fusion=True,
-    )  # fmt: skip
+    # Triton launches on the current device.
+    with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        _encode[(blocks, count)](
+            rows, thresholds.contiguous(), levels.to(coded.dtype).contiguous(), coded, parts, n,
+            COUNT=number, COUNTING=counting, BLOCK=BLOCK, enable_fp_fusion=True,
+        )  # fmt: skip
     return parts.sum(3) if counting else None

@@ -11,6 +11,7 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -193,6 +194,32 @@ def test_a_training_step_of_a_fused_network_is_the_networks_own(arch, count, alo
         assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
         torch.testing.assert_close(folded(images[1]), wanted)
     assert gmacs(fused, 32) == gmacs(model, 32)
+
+
+@pytest.mark.usefixtures("formulas")
+def test_the_kernels_are_launched_on_the_device_of_their_values(monkeypatch):
+    """Triton launches on the current device, whatever the tensors are on."""
+    current, launched = [], []
+
+    @contextmanager
+    def device_of(values):
+        current.append(values)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    kernels = vars(fused_batchnorm._kernels())
+    for name, function in list(kernels.items()):
+
+        def launch(*given, name=name, function=function):
+            launched.append((name, len(current)))
+            return function(*given)
+
+        monkeypatch.setitem(kernels, name, launch)
+    layer = FusedBatchNorm2d(8)
+    layer.act = AddActivation("relu")
+    layer(_values((2, 8, 3, 3))).sum().backward()
+    assert launched == [("statistics", 1), ("apply", 1), ("gradients", 1)]
 
 
 @pytest.mark.usefixtures("formulas")

@@ -6,6 +6,8 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +41,29 @@ def test_the_kernel_compiles_for_a_gpu_without_one(counting, tmp_path, monkeypat
     types = {"rows": "*bf16", "coded": "*bf16", "levels": "*bf16", "parts": "*fp64", "n": "i32"}
     constants = {"COUNT": 4, "COUNTING": counting, "BLOCK": kernel.BLOCK}
     assert compile_for_h100(kernel._encode, types, constants, tmp_path, monkeypatch)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no device")
+def test_the_kernel_is_launched_on_the_device_of_the_values(monkeypatch):
+    """Triton launches on the current device, whatever the tensors are on."""
+    kernel = importlib.import_module("rsnet.models.quantization.encode_triton")
+    current = []
+
+    @contextmanager
+    def device_of(values):
+        current.append(values)
+        yield
+        current.pop()
+
+    def launch(rows, *_, **__):
+        assert current[-1] is rows
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kernel, "_encode", mock.MagicMock(__getitem__=lambda *_: launch))
+    values = torch.randn(1, 8)
+    levels = torch.arange(4.0)[None]
+    kernel.encode(values, levels, levels, torch.empty_like(values), False)
+    assert not current
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in a process of its own")
