@@ -138,7 +138,7 @@ KINDS: dict[str, tuple[float, Callable[..., list[str]]]] = {
     "smoke": (240, smoke),
     "sweep": (90, sweep),
     "profile": (300, profile),
-    "step": (200, step),
+    "step": (300, step),
     "ways": (150, ways),
     "evaluation": (120, evaluation),
     "quantized": (120, quantized),
