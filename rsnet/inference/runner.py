@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import UsageError, first_line
+from pipelines.utils.memory import is_lack_of_memory
 from rsnet.models.autocast import store_weights_in
 from rsnet.models.fold import fold_batchnorm, require_foldable
 from rsnet.models.switchable import ResolutionSwitchable
@@ -111,7 +112,10 @@ class CudaGraphRunner:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, size: int) -> Tensor:
-        """Return what `forward` gives, in new memory. The first call of a size and bucket captures."""
+        """Return what `forward` gives, in new memory. The first call of a size and bucket captures.
+
+        Raises UsageError if that cannot be done, as it waits for the device.
+        """
         count = len(images)
         key = size, bucket(count, self._largest)
         if key not in self._captured:
@@ -122,7 +126,7 @@ class CudaGraphRunner:
         return captured.logits[:count].clone()
 
     def _capture(self, images: Tensor, size: int, count: int) -> _Captured:
-        with torch.cuda.device(images.device):
+        with torch.cuda.device_of(images):  # type: ignore[no-untyped-call]
             inputs = images.new_zeros(count, *images.shape[1:])
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             if self._stream is None:
@@ -134,9 +138,26 @@ class CudaGraphRunner:
                     self._forward(inputs, size)
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self._pool, self._stream):  # a pool wants one stream
-                logits = self._forward(inputs, size)
+            try:
+                # A pool wants one stream. What other threads do on a GPU meanwhile, "global" would not allow.
+                with torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ):
+                    logits = self._forward(inputs, size)
+            except RuntimeError as error:
+                raise _reason(error) from error
         return _Captured(inputs, logits, graph.replay)
+
+
+def _reason(error: RuntimeError) -> Exception:
+    """Return what to raise for a capture that failed."""
+    # Ending a broken capture fails, too, and says less.
+    cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+    if isinstance(cause, torch.OutOfMemoryError) or is_lack_of_memory(cause):
+        return cause
+    return UsageError(
+        f"cuda_graphs: a forward of this network cannot be captured ({first_line(cause)}); leave it out"
+    )
 
 
 def bucket(count: int, largest: int) -> int:
