@@ -22,6 +22,7 @@ from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.library_output import apart_from_libraries, keep_library_output
+from pipelines.utils.memory import is_lack_of_gpu_memory
 from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -305,15 +306,15 @@ def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> 
     """Raise RunError, with a way out, if the block has not enough GPU memory or does not compile."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        sizes = " ".join(map(str, config.train_sizes))
-        raise RunError(
-            f"out of GPU memory, {peak_memory_gb(device) or 0.0:.1f} GB were in use; "
-            f"--batch-size {config.batch_size} at sizes {sizes}, amp {config.amp}. Halve --batch-size and "
-            f"double --accumulate ({config.accumulate}), so that an update keeps its images, set --recompute "
-            "norm or blocks, or leave out sizes with --sizes-per-step"
-        ) from error
     except RuntimeError as error:
+        if is_lack_of_gpu_memory(error):
+            sizes = " ".join(map(str, config.train_sizes))
+            raise RunError(
+                f"out of GPU memory, {peak_memory_gb(device) or 0.0:.1f} GB were in use; "
+                f"--batch-size {config.batch_size} at sizes {sizes}, amp {config.amp}. Halve --batch-size "
+                f"and double --accumulate ({config.accumulate}), so that an update keeps its images, set "
+                "--recompute norm or blocks, or leave out sizes with --sizes-per-step"
+            ) from error
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         raise RunError(f"--compile: {first_line(error)}; train without it") from error

@@ -17,10 +17,11 @@ CGROUP_FILES = (  # of versions 2 and 1, as a container sees its own
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 
-# What the loader of libraries, torch's allocator on a CPU, Python's threads, C++ and CUDA's libraries say.
+# What the loader of libraries, torch's allocator on a CPU, Python's threads and C++ say.
 WORDS = ("failed to map segment", "annot allocate memory", "can't allocate memory",
-         "can't start new thread", "bad_alloc", "CUDA out of memory", "CUDA error: out of memory",
-         "STATUS_ALLOC_FAILED")  # fmt: skip
+         "can't start new thread", "bad_alloc")  # fmt: skip
+# What CUDA and its libraries say, in errors for which torch has no type.
+GPU_WORDS = ("CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 
 def require_memory() -> None:
@@ -39,8 +40,17 @@ def require_memory() -> None:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no memory left."""
-    return isinstance(error, MemoryError) or any(word in str(error) for word in WORDS)
+    """Return whether an error says that there is no memory left, of the CPU or of a GPU."""
+    if isinstance(error, MemoryError) or is_lack_of_gpu_memory(error):
+        return True
+    return any(word in str(error) for word in WORDS)
+
+
+def is_lack_of_gpu_memory(error: BaseException) -> bool:
+    """Return whether an error says that a GPU has no memory left."""
+    # By its name, as not all that read this module have torch.
+    is_torchs = type(error).__name__ == "OutOfMemoryError"
+    return is_torchs or any(word in str(error) for word in GPU_WORDS)
 
 
 def memory_line(error: BaseException) -> str:

@@ -148,16 +148,15 @@ def _aside(options: Options) -> AbstractContextManager[object]:
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     """Raise RunError if the block has not enough GPU memory, or another process was lost."""
-    import torch
-
     from pipelines.utils.errors import RunError, first_line
+    from pipelines.utils.memory import is_lack_of_gpu_memory
     from rsnet.distributed import watchdog
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunError("out of GPU memory; give a smaller --batch-size") from error
     except RuntimeError as error:
+        if is_lack_of_gpu_memory(error):
+            raise RunError("out of GPU memory; give a smaller --batch-size") from error
         if not watchdog.is_collective_error(error):
             raise
         raise RunError(f"another process was lost: {first_line(error)}") from error

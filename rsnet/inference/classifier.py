@@ -268,8 +268,7 @@ class SwitchableClassifier:
         try:
             return self._forward(self.normalized(pixels), size).float()
         except RuntimeError as error:
-            # The CPU's allocator has no type of its own, nor have CUDA's libraries.
-            if not (isinstance(error, torch.OutOfMemoryError) or is_lack_of_memory(error)):
+            if not is_lack_of_memory(error):
                 raise
             raise DataError(
                 f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}; "

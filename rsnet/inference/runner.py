@@ -153,7 +153,7 @@ def _reason(error: RuntimeError) -> Exception:
     """Return what to raise for a capture that failed."""
     # Ending a broken capture fails, too, and says less.
     cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-    if isinstance(cause, torch.OutOfMemoryError) or is_lack_of_memory(cause):
+    if is_lack_of_memory(cause):
         return cause
     return UsageError(
         f"cuda_graphs: a forward of this network cannot be captured ({first_line(cause)}); leave it out"

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
+from pipelines.utils.memory import is_lack_of_gpu_memory
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.profiler.report import images_per_s
 from rsnet.profiler.step_profiler import OutOfTimeError, Profile
@@ -111,14 +110,12 @@ class Sweep:
             if time.perf_counter() > self._deadline:
                 raise OutOfTimeError
             found = self._measure(trial.config, trial.options, self._deadline)
-        except torch.OutOfMemoryError:
-            return dataclasses.replace(trial, failure="out of memory")
-        except (
-            UsageError,
-            DataError,
-            RunError,
-        ) as error:  # too few images; too little memory for the loader
+        except (UsageError, DataError, RunError) as error:  # such as of too few images
             return dataclasses.replace(trial, failure=first_line(error))
+        except RuntimeError as error:
+            if not is_lack_of_gpu_memory(error):
+                raise
+            return dataclasses.replace(trial, failure="out of memory")
         trial = dataclasses.replace(trial, found=found)
         return dataclasses.replace(trial, kept=trial.speed > GAIN * self.best.speed)
 

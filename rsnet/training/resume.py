@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines.batch import Loader
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.location import url_of
+from pipelines.utils.memory import is_lack_of_memory
 from pipelines.utils.schema import read_json
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -319,9 +320,11 @@ def _state_in_one_line() -> Iterator[None]:
     """Raise DataError for whatever a state of other shapes, or of no shape at all, makes of PyTorch."""
     try:
         yield
-    except (UsageError, DataError, torch.OutOfMemoryError):
+    except (UsageError, DataError):
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(
             f"--resume: the state beside the weights does not fit ({reason}); --pretrained takes the weights"

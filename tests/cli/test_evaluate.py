@@ -306,6 +306,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, photos, evaluate):
     ("error", "message"),
     [
         (torch.OutOfMemoryError("x"), "out of GPU memory; give a smaller --batch-size"),
+        (
+            RuntimeError("CUDA error: out of memory"),
+            "out of GPU memory; give a smaller --batch-size",
+        ),
         (RuntimeError("Connection closed by peer [127.0.0.1]:5"), "another process was lost: "),
     ],
 )

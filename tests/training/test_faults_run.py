@@ -218,9 +218,16 @@ def test_a_loader_that_raises_ends_the_run_and_it_can_go_on(train, whole, tmp_pa
     assert_same_end(run, whole)
 
 
-def test_too_little_gpu_memory_is_one_line_with_what_to_lower(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ..."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),  # libraries' own have no type
+    ],
+)
+def test_too_little_gpu_memory_is_one_line_with_what_to_lower(train, tmp_path, monkeypatch, error):
     def forward_backward(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ...")
+        raise error
 
     monkeypatch.setattr(engine.Trainer, "forward_backward", forward_backward)
     code, _, err = train(tmp_path / "run")
