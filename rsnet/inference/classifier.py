@@ -32,7 +32,7 @@ from rsnet.inference.cascade import (
 )
 from rsnet.inference.onnx_runner import OnnxRunner, is_export
 from rsnet.inference.preprocess import ImageInput
-from rsnet.inference.runner import ModelRunner
+from rsnet.inference.runner import ModelRunner, bucket
 from rsnet.release import package as release
 from rsnet.release.config import output_names
 
@@ -258,6 +258,13 @@ class SwitchableClassifier:
         """Return a function that computes a batch of black images at a size, from the host and back."""
         pixels = {s: [torch.zeros(s, s, 3, dtype=torch.uint8)] * batch_size for s in self.sizes}
         return lambda size: self.predict(pixels[size], size)
+
+    def capture(self) -> None:
+        """Capture all CUDA graphs now, so that no later batch is the first of its kind."""
+        for count in sorted({bucket(n + 1, self.batch_size) for n in range(self.batch_size)}):
+            forward = self.blank_forward(count)
+            for size in self.sizes:
+                forward(size)
 
     @torch.inference_mode()
     def logits(self, pixels: Tensor, size: int) -> Tensor:

@@ -49,10 +49,13 @@ SAY_AGAIN_S = 60.0
 
 
 def make_service(classifier: SwitchableClassifier, config: ServerConfig) -> Service:
-    """Make the service; measure latencies if none are known, or a deadline needs those of single images.
+    """Make the service; capture CUDA graphs; measure latencies if none are known, or a deadline needs those
+    of single images.
 
     Raises DataError for a damaged table of latencies.
     """
+    if classifier.conditions["cuda_graphs"]:
+        classifier.capture()
     table = classifier.latencies()
     most_bytes, most_pixels = (
         int(1e6 * most) for most in (config.max_megabytes, config.max_megapixels)

@@ -12,9 +12,11 @@ import pytest
 
 from rsnet.__main__ import main
 from rsnet.inference.classifier import Prediction
+from rsnet.inference.runner import CudaGraphRunner
 from rsnet.serving import server as serve
 from rsnet.serving.config import ServerConfig
 from rsnet.serving.service import Service
+from tests.helpers.cuda_graphs import FakeCuda
 from tests.helpers.releases import SIZES
 from tests.helpers.servers import (
     PHOTO,
@@ -293,6 +295,16 @@ def test_a_deadline_chooses_for_those_requests_alone_that_do_not(classifier):
         assert (found.status_code, found.headers["retry-after"]) == (503, "1")
         assert found.json()["detail"].endswith("no size is fast enough for the deadline now")
         assert client.post("/classify?size=64", content=PHOTO).status_code == 200
+
+
+def test_cuda_graphs_are_captured_before_the_first_request(classifier, monkeypatch):
+    FakeCuda(monkeypatch)
+    graphs = CudaGraphRunner(classifier._forward._eager, classifier.batch_size)
+    monkeypatch.setattr(classifier._forward, "_graphs", graphs)
+    with serving(classifier) as client:
+        assert set(graphs._captured) == {(size, n) for size in SIZES for n in (1, 2, 4)}
+        client.post("/classify", content=PHOTO)
+    assert len(graphs._captured) == 9
 
 
 class _Controller:
