@@ -69,6 +69,11 @@ from pipelines.windows import source_schedule
 # Suffixes of formats of which `image_formats` refuses some.
 DIFFERING = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")
 
+# What its allocators say (cuda_error.h): CUDA's own, and those of the pool, which name the bytes.
+OUT_OF_MEMORY = re.compile(
+    r"cudaErrorMemoryAllocation|CUDA allocation failed|Can't allocate \d+ bytes on device"
+)
+
 Taken = TypeVar("Taken", Batch, HostBatch)
 Target = tuple[Tensor, Tensor | None]  # labels and weights of a batch
 
@@ -152,9 +157,7 @@ class DaliLoader(ScheduledLoader):
         Raises DataError, which names the image, if DALI cannot decode one.
         """
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
-            self._pipeline = build(
-                self._graph(), self._feed, self._options, self._spec, self._source.has_files
-            )
+            self._pipeline = self._built()
         self._drain()
         batches = self._expect(self._source, epoch, first_step)
         self._feed.start(iter(batches), epoch)
@@ -173,13 +176,22 @@ class DaliLoader(ScheduledLoader):
                 self.close()
                 raise  # of the source, which names the image
             except RuntimeError as error:
-                _raise_if_of_the_gpu(error)
+                _raise_if_of_the_gpu(error, self._spec.device)
                 suspects = [i for rows in self._feed.in_flight for i in rows.tolist()]
                 self.close()  # DALI's pipelines do not survive an error
                 reason_of = Decoder().reason_of
                 raise self._source.explain_failure(suspects, error, reason_of) from error
             self._feed.in_flight.popleft()
             yield taken
+
+    def _built(self) -> Any:
+        try:
+            return build(
+                self._graph(), self._feed, self._options, self._spec, self._source.has_files
+            )
+        except RuntimeError as error:
+            _raise_if_of_the_gpu(error, self._spec.device)
+            raise
 
     def _graph(self) -> Any:
         if self._on_gpu:
@@ -230,12 +242,15 @@ class DaliLoader(ScheduledLoader):
         )
 
 
-def _raise_if_of_the_gpu(error: RuntimeError) -> None:
+def _raise_if_of_the_gpu(error: RuntimeError, device: torch.device) -> None:
     """Raise an error of DALI's again if it is the GPU's: DALI has one type for all errors."""
-    if re.search(r"cudaErrorMemoryAllocation|CUDA allocation failed", str(error)):
+    if OUT_OF_MEMORY.search(str(error)):
         raise torch.OutOfMemoryError(f"DALI: {dali_error_line(error)}") from error
     if re.search(r"CUDA (runtime|driver) API error", str(error)):
         raise error
+    if device.type == "cuda":
+        # After a kernel's fault each call fails, and the decoder says no more than that it cannot decode.
+        torch.cuda.synchronize(device)
 
 
 class Resizer:

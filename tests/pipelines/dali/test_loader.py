@@ -186,6 +186,11 @@ def _of_dali(reason: str) -> RuntimeError:
             "DALI: CUDA allocation failed",
         ),
         (
+            _of_dali("Can't allocate 67108864 bytes on device 0."),
+            torch.OutOfMemoryError,
+            "DALI: Can't allocate 67108864 bytes on device 0",
+        ),
+        (
             _of_dali("CUDA driver API error CUDA_ERROR_LAUNCH_FAILED (719)"),
             RuntimeError,
             "^Critical error in pipeline",
@@ -207,6 +212,34 @@ def test_an_error_of_the_gpu_is_not_taken_for_an_unreadable_image(
     with pytest.raises(expected, match=message) as raised:
         list(loader)
     assert raised.type is expected
+
+
+def test_a_fault_of_a_kernel_is_not_taken_for_an_unreadable_image(spec, monkeypatch):
+    """After it, all that the decoder says is that it cannot decode."""
+
+    def fail(**_):
+        raise _of_dali("Failed to decode sample #0 : ")
+
+    def synchronize(_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    graph = mock.MagicMock(empty=lambda: True, share_outputs=fail)
+    monkeypatch.setattr(dali_loader, "build", lambda *_: graph)
+    loader = _loaders(spec).train
+    loader._spec = replace(loader._spec, device=torch.device("cuda"))
+    monkeypatch.setattr(loader, "_stream", dict)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        list(loader)
+
+
+def test_too_little_memory_for_the_graph_of_a_gpu_is_told_as_any_other_is(spec, monkeypatch):
+    def build(*_):
+        raise _of_dali("Can't allocate 67108864 bytes on device 0.")
+
+    monkeypatch.setattr(dali_loader, "build", build)
+    with pytest.raises(torch.OutOfMemoryError, match="DALI: Can't allocate 67108864 bytes"):
+        list(_loaders(spec).val)
 
 
 @pytest.mark.parametrize(
