@@ -5,6 +5,7 @@ On a GPU the normalised images of every size come out, on the CPU decoded bytes,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import backend, fn, math, pipeline_def, types
 from nvidia.dali.auto_aug.core import select, signed_bin
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
@@ -132,6 +133,12 @@ def build_decoder(batch_size: int) -> Any:
     )
     pipeline.build()
     return pipeline
+
+
+def release_memory() -> None:
+    """Return to the GPU what DALI keeps of pipelines that are gone, which it alone could use again."""
+    with contextlib.suppress(RuntimeError):  # of a GPU that has failed, which is told already
+        backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
 
 def path_batch(paths: list[str]) -> list[Any]:

@@ -30,6 +30,7 @@ from pipelines.dali.graphs import (
     eval_graph,
     image_graph,
     path_batch,
+    release_memory,
     training_graph,
 )
 from pipelines.dali.options import DaliOptions
@@ -185,6 +186,8 @@ class DaliLoader(ScheduledLoader):
             yield taken
 
     def _built(self) -> Any:
+        if self._on_gpu:
+            torch.cuda.empty_cache()  # DALI cannot ask for what PyTorch keeps of a training's peak
         try:
             return build(
                 self._graph(), self._feed, self._options, self._spec, self._source.has_files
@@ -215,6 +218,8 @@ class DaliLoader(ScheduledLoader):
         self._pipeline, self._resizer, self._started = None, None, False
         self._feed.stop()
         self._source.stop()
+        if self._on_gpu:
+            release_memory()
 
     def _drain(self) -> None:
         """Discard the batches that an earlier, abandoned iteration had asked for."""

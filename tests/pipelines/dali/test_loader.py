@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -240,6 +241,24 @@ def test_too_little_memory_for_the_graph_of_a_gpu_is_told_as_any_other_is(spec, 
     monkeypatch.setattr(dali_loader, "build", build)
     with pytest.raises(torch.OutOfMemoryError, match="DALI: Can't allocate 67108864 bytes"):
         list(_loaders(spec).val)
+
+
+def test_pytorch_lets_go_what_it_keeps_before_a_graph_for_a_gpu_is_built(spec, monkeypatch):
+    done = []
+    build = dali_loader.build
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(dali_loader, "build", lambda *a: done.append("built") or build(*a))
+    next(iter(with_the_graph_of_a_gpu(_loaders(spec)).val))
+    assert done == ["emptied", "built"]
+
+
+def test_a_closed_loader_of_a_gpu_gives_back_the_memory_of_its_graph(spec, monkeypatch):
+    loader = with_the_graph_of_a_gpu(_loaders(spec)).val
+    next(iter(loader))
+    graph, left = weakref.ref(loader._pipeline), []
+    monkeypatch.setattr(dali_loader, "release_memory", lambda: left.append(graph()))
+    loader.close()
+    assert left == [None]
 
 
 @pytest.mark.parametrize(
