@@ -14,12 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from nvidia.dali import fn
 
 from benchmarks.gpu import loader_sweep, measure, smoke, trace
-from pipelines.batch import Batch, Loaders
+from benchmarks.gpu.opened import opened
+from pipelines.batch import Batch, Loaders, LoaderSpec
+from pipelines.dali import DaliOptions
 from pipelines.utils.errors import DataError, UsageError
 from tests.helpers import processes
 from tests.helpers.servers import until
+from tests.pipelines.dali.test_loader import with_the_graph_of_a_gpu
 
 ROOT = Path(__file__).parents[2]
 TINY = {"sizes": (32, 24), "workers": 1}
@@ -86,12 +90,26 @@ def test_every_setting_of_the_loader_is_tried_until_the_time_is_over(photos, cap
     o = loader_sweep.Options(photos, batch_size=4, batches=1, **TINY)
     assert loader_sweep.run(o) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["images_per_s"]
-    assert {"default", "default again", "cut after decoding", "prefetch 1", "evaluation"} <= set(
-        found
-    )
+    assert {"default", "default again", "prefetch 1", "evaluation"} <= set(found)
     late = loader_sweep.Options(photos, seconds=-1, batch_size=4, batches=1, **TINY)
     assert loader_sweep.run(late) == 1
     assert "not tried: out of time" in capsys.readouterr().out
+
+
+def test_the_crop_that_a_decoder_makes_is_the_one_that_a_gpus_graph_cuts_from_the_photo(
+    photos, monkeypatch
+):
+    spec = LoaderSpec(photos, (32, 24), 4, torch.device("cpu"))
+
+    def batches() -> list[Batch]:
+        with opened(spec, DaliOptions(workers=2)) as loaders:
+            return list(with_the_graph_of_a_gpu(loaders).train)
+
+    with loader_sweep.crop_decoded_alone():
+        alone = batches()
+    monkeypatch.setattr(fn.decoders, "image_slice", None)  # which a GPU's graph does without
+    for a, b in zip(alone, batches(), strict=True):
+        assert all(map(torch.equal, a.tensors, b.tensors))
 
 
 def test_the_best_setting_is_taken_only_if_it_is_faster_than_the_default():
