@@ -157,9 +157,9 @@ class DaliLoader(ScheduledLoader):
 
         Raises DataError, which names the image, if DALI cannot decode one.
         """
+        self._drain()
         if self._pipeline is None:  # an evaluation loader that is never read costs no GPU memory
             self._pipeline = self._built()
-        self._drain()
         batches = self._expect(self._source, epoch, first_step)
         self._feed.start(iter(batches), epoch)
         for step in range(first_step, self.schedule.steps):
@@ -222,13 +222,17 @@ class DaliLoader(ScheduledLoader):
             release_memory()
 
     def _drain(self) -> None:
-        """Discard the batches that an earlier, abandoned iteration had asked for."""
+        """Discard the batches that an earlier, abandoned iteration had asked for, whatever became of them."""
         self._feed.stop()
         if not self._started:
             return
-        while not self._pipeline.empty():
-            self._pipeline.share_outputs()
-            self._pipeline.release_outputs()
+        try:
+            while not self._pipeline.empty():
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
+        except RuntimeError:  # DALI's pipelines do not survive an error
+            self._pipeline, self._started = None, False
+            return
         self._pipeline.schedule_run()  # the feed is empty: this marks the end of the epoch
         self._pipeline.reset()
 

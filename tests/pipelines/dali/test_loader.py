@@ -175,6 +175,21 @@ def test_a_broken_image_is_named(tmp_path, backend, damage, split, device):
         list(getattr(loaders, split))
 
 
+@pytest.mark.parametrize("graph", [lambda loaders: loaders, with_the_graph_of_a_gpu])
+def test_a_broken_image_that_an_epoch_was_left_before_is_named_by_the_next(tmp_path, graph):
+    for split in ("train", "val"):
+        for i in range(9):
+            write_photo(tmp_path / split / "a" / f"{i}.JPEG", 60, 60, seed=i)
+    bad = tmp_path / "val" / "a" / "7.JPEG"
+    bad.write_bytes(b"")
+    val = graph(_loaders(_spec(tmp_path))).val
+    next(iter(val))  # the third batch, which has it, is on its way
+    batches = iter(val)
+    next(batches)
+    with pytest.raises(DataError, match=f"broken image {bad}"):
+        list(batches)
+
+
 def _of_dali(reason: str) -> RuntimeError:
     return RuntimeError(
         f"Critical error in pipeline:\nError in GPU operator, encountered:\n\n{reason}"
@@ -216,14 +231,13 @@ def _of_dali(reason: str) -> RuntimeError:
 def test_an_error_of_the_gpu_is_not_taken_for_an_unreadable_image(
     spec, monkeypatch, error, expected, message
 ):
-    monkeypatch.setattr(dali_loader, "build", lambda *_: mock.MagicMock(empty=lambda: True))
-    loader = _loaders(spec).train
-
     def fail(**_):
         raise error
 
-    loader._feed.in_flight.append(np.arange(2))
-    monkeypatch.setattr(loader, "_drain", lambda: setattr(loader._pipeline, "share_outputs", fail))
+    graph = mock.MagicMock(empty=lambda: True, share_outputs=fail)
+    monkeypatch.setattr(dali_loader, "build", lambda *_: graph)
+    loader = _loaders(spec).train
+    monkeypatch.setattr(loader, "_drain", lambda: loader._feed.in_flight.append(np.arange(2)))
     with pytest.raises(expected, match=message) as raised:
         list(loader)
     assert raised.type is expected
