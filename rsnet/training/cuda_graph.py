@@ -7,6 +7,7 @@ against values that are not finite, and the optimizer are one graph. Not measure
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +126,7 @@ class UpdateGraphs:
         graph = torch.cuda.CUDAGraph()
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters]
+        current = torch.cuda.current_stream()
         try:
             # The loader's threads allocate and copy meanwhile, which "global" would not allow.
             with torch.cuda.graph(
@@ -134,14 +136,36 @@ class UpdateGraphs:
         except RuntimeError as error:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            if self._scaler.is_enabled():
-                self._scaler._per_optimizer_states.clear()  # what it did of this update
-            self._failed = True
             # Ending a broken capture fails, too, and says less.
-            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            self._say(
-                f"--cuda-graphs: a step cannot be captured ({first_line(cause)}); training goes on without"
+            reason = first_line(
+                error.__context__ if isinstance(error.__context__, RuntimeError) else error
             )
-            return False
-        self._captured[part] = _Captured(graph.replay, terms)
-        return True
+        else:
+            self._captured[part] = _Captured(graph.replay, terms)
+            return True
+        # Out of the handler, as the error's traceback keeps all that the capture has allocated.
+        self._give_up(graph, current)
+        self._say(f"--cuda-graphs: a step cannot be captured ({reason}); training goes on without")
+        return False
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        """Undo what is left of a capture that was broken off. torch 2.15 does most of it, and 2.11 nothing.
+
+        stream: the current one before it.
+        """
+        self._failed = True
+        self._captured.clear()
+        for name in ("grad_scale", "found_inf"):  # if it ended within the optimizer
+            vars(self._optimizer).pop(name, None)
+        if self._scaler.is_enabled():
+            self._scaler._per_optimizer_states.clear()  # what it did of this update
+        torch.cuda.set_stream(stream)
+        device = stream.device_index
+        graph.reset()
+        with suppress(RuntimeError):  # that it is not allocating: the graph has seen to it
+            # Or the pool's memory would be lost, and no other be freed any more.
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
+        # The generator of dropout takes itself to be captured still, and would refuse.
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())

@@ -55,6 +55,9 @@ class FakeGraph:
         self.calls = []
         self.replays = 0
 
+    def reset(self):
+        self.calls.clear()
+
     @torch.no_grad()
     def replay(self):
         self.replays += 1
@@ -66,25 +69,62 @@ class FakeGraph:
                     kept.copy_(new)
 
 
-class FakeCuda:
-    """Stands in for `torch.cuda`'s graphs; captures in `fail_at` fail, in the optimizer or at their end."""
+class FakeGenerator:
+    """Draws unless it takes itself to be captured; a copy does not."""
 
-    def __init__(self, monkeypatch, fail_at=()):
+    capturing = False
+
+    def clone_state(self):
+        return FakeGenerator()
+
+    def graphsafe_set_state(self, other):
+        self.capturing = other.capturing
+
+
+class FakeCuda:
+    """Stands in for `torch.cuda`'s graphs; captures in `fail_at` fail, in the optimizer or at their end.
+
+    tidy: whether a capture that fails leaves nothing behind, as in torch 2.15. In 2.11 its stream stays the
+    current one, memory comes from its pool (`allocating`), which has a user (`pools`), and the generator is
+    taken for captured.
+    """
+
+    def __init__(self, monkeypatch, fail_at=(), tidy=False):
         self.graphs = []
         self.fail_at = fail_at
+        self.tidy = tidy
         self.captures = 0
+        self.generator = FakeGenerator()
+        self.pools = []
+        self.allocating = []
 
         class Stream:
+            device_index = 0
+
             def __init__(self, _device=None):
                 pass
 
             def wait_stream(self, _other):
                 pass
 
+        self.before = self.current = Stream()
+
+        def end_allocate(_device, pool):
+            if pool not in self.allocating:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            self.allocating.remove(pool)
+
+        for name, stand_in in {
+            "_cuda_endAllocateToPool": end_allocate,
+            "_cuda_releasePool": lambda _device, pool: self.pools.remove(pool),
+        }.items():
+            monkeypatch.setattr(torch._C, name, stand_in)
         for name, stand_in in {
             "Stream": Stream,
             "stream": lambda _stream: nullcontext(),
-            "current_stream": Stream,
+            "current_stream": lambda: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
+            "default_generators": (self.generator,),
             "graph_pool_handle": object,
             "CUDAGraph": FakeGraph,
             "graph": self._capture,
@@ -92,9 +132,12 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, stand_in)
 
     @contextmanager
-    def _capture(self, graph, _pool, _stream, capture_error_mode):
+    def _capture(self, graph, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
         self.captures += 1
+        self.current, self.generator.capturing = stream, True
+        self.pools.append(pool)
+        self.allocating.append(pool)
         fails = self.captures - 1 in self.fail_at
         recorder = _Recorder(graph.calls, fails)
         try:
@@ -102,6 +145,16 @@ class FakeCuda:
                 yield
                 if fails:
                     raise RuntimeError(FAILURE)
+        except RuntimeError:
+            if self.tidy:
+                self._end(pool)
+                self.pools.remove(pool)
+            raise
         finally:
             recorder.undo()
+        self._end(pool)
         self.graphs.append(graph)
+
+    def _end(self, pool):
+        self.current, self.generator.capturing = self.before, False
+        self.allocating.remove(pool)

@@ -6,7 +6,9 @@ step shows in the numbers.
 
 from __future__ import annotations
 
+import gc
 import struct
+import weakref
 
 import pytest
 import torch
@@ -183,6 +185,57 @@ def test_a_capture_that_fails_is_said_once_and_the_numbers_stay(fails, monkeypat
         f"--cuda-graphs: a step cannot be captured ({reason}); training goes on without"
     ]
     assert cuda.captures == fails + 1
+
+
+@pytest.mark.parametrize("tidy", [False, True])
+@pytest.mark.parametrize("fails", [0, 1, 2])
+def test_a_capture_that_fails_leaves_stream_memory_and_generator_as_they_were(
+    fails, tidy, monkeypatch
+):
+    """torch 2.15 sees to them, 2.11 does not. Those captured before, of the same update, are gone, too."""
+    cuda = FakeCuda(monkeypatch, fail_at=[fails], tidy=tidy)
+    trainer = _trainer(_model(), amp=torch.float16, accumulate=3, cuda_graphs=True)
+    _train(trainer, _batches(3 * UPDATES), evaluates=False)
+    assert cuda.captures == fails + 1
+    assert cuda.current is cuda.before
+    assert not cuda.generator.capturing
+    assert not cuda.allocating
+    assert len(cuda.pools) == fails  # of the graphs before
+    assert not trainer.graphs._captured
+
+
+def test_what_a_failed_capture_allocated_is_free_before_the_training_goes_on(monkeypatch):
+    """Without a collection of garbage, which may come late: the eager step needs as much memory again."""
+    FakeCuda(monkeypatch, fail_at=[0])
+    made, left = [], []
+
+    def say(_line):
+        left.extend(ref for ref in made if ref() is not None)
+
+    trainer = _trainer(_model(), cuda_graphs=True, say=say)
+
+    def note(_module, _inputs, terms):
+        made.append(weakref.ref(terms["total"]))
+
+    trainer.objective.register_forward_hook(note)
+    gc.disable()
+    try:
+        _train(trainer, _batches(WARM_UP + 1), evaluates=False)
+    finally:
+        gc.enable()
+    assert len(made) == WARM_UP + 2
+    assert not left
+
+
+def test_an_update_after_a_capture_that_failed_in_the_optimizer_unscales_gradients_once(
+    monkeypatch,
+):
+    """A scaler hands its scale to the optimizer as an attribute, and multiplies by what it finds there."""
+    FakeCuda(monkeypatch, fail_at=[0])
+    batches, more = _batches(UPDATES), {"amp": torch.float16}
+    whole = _train(_trainer(_model(), **more), batches, evaluates=False)
+    trainer = _trainer(_model(), **more, cuda_graphs=True)
+    _assert_same(_train(trainer, batches, evaluates=False), whole)
 
 
 def test_a_step_that_reads_a_number_is_not_captured(monkeypatch):
