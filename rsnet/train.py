@@ -19,7 +19,7 @@ from pipelines.batch import Loaders, LoaderSpec
 from pipelines.sources.folder import require_apart
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.utils.atomic_io import sha256_file
-from pipelines.utils.cli import exit_code
+from pipelines.utils.cli import EXIT_FAILED, exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.library_output import apart_from_libraries, keep_library_output
 from pipelines.utils.memory import is_lack_of_gpu_memory
@@ -88,17 +88,20 @@ def main(
             raise RunError(f"another process was lost: {first_line(error)}") from error
         return 0
 
+    failed = EXIT_FAILED
     with apart_from_libraries():
         try:
-            return exit_code(script, action)
+            failed = exit_code(script, action)
+            return failed
         except TrainingInterrupted as stop:
             # A launcher may kill the others when the first one ends.
             distributed.all_gather_object(None)
+            failed = 0
             if distributed.is_main():
                 say(f"{script}: stopped by {stop}; rerun the same command to resume", sys.stderr)
             return stop.exit_code
         finally:
-            distributed.shutdown()
+            distributed.shutdown(failed)
 
 
 def run(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.synthetic import SyntheticOptions, make_loaders
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import RunError, UsageError
 from rsnet import train
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
 from rsnet.distributed import process_group
+from rsnet.training.signals import TrainingInterrupted
 
 LINE = [
     "--data", "none", "--arch", "parallel_resnet10", "--width-mult", "0.125", "--stem", "small",
@@ -73,3 +75,29 @@ def test_neighbouring_seeds_and_ranks_have_different_random_numbers():
     seeds = {train.rank_seed(seed, rank) for seed in range(8) for rank in range(8)}
     assert len(seeds) == 64
     torch.manual_seed(max(seeds))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (UsageError("--lr"), 2),
+        (RunError("out of GPU memory"), 1),
+        (KeyError("a bug"), 1),
+        (TrainingInterrupted(15, "update 3"), 0),  # all stop together
+    ],
+)
+def test_the_process_group_is_told_of_an_error_that_others_may_not_have_met(
+    error, code, tmp_path, monkeypatch
+):
+    told = []
+
+    def run(*_):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(process_group, "shutdown", told.append)
+    with pytest.raises(KeyError) if isinstance(error, KeyError) else nullcontext():
+        train.main("train", SyntheticOptions, make_loaders, ["--data", str(tmp_path)])
+    assert told == [code]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from pipelines.sources.cache_options import CacheOptions
+from pipelines.utils.cli import EXIT_FAILED, EXIT_INTERRUPTED
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from rsnet.cli.classifier import SOURCE, say_source
@@ -126,6 +127,7 @@ class Options(CacheOptions):
 def run(options: Options) -> int:
     from rsnet.distributed import process_group as distributed
 
+    failed = 0
     try:
         with _errors_in_one_line():
             with _aside(options):
@@ -135,8 +137,12 @@ def run(options: Options) -> int:
                 print(json.dumps(found.to_dict()) if options.json else found.tables())
                 with _aside(options):
                     _write(options, found)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        failed = getattr(error, "exit_code", EXIT_INTERRUPTED if interrupted else EXIT_FAILED)
+        raise
     finally:
-        distributed.shutdown()
+        distributed.shutdown(failed)
     return 0
 
 

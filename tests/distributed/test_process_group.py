@@ -128,6 +128,23 @@ def test_a_node_is_torchruns_or_slurms_or_a_host(start, free_port, monkeypatch, 
     assert process_group.node_of_rank() == (0,)
 
 
+@pytest.mark.parametrize(("backend", "code"), [("nccl", 0), ("gloo", 1), ("nccl", 2)])
+def test_after_an_error_the_processs_end_is_nccls(start, free_port, monkeypatch, backend, code):
+    """To leave, NCCL waits until all ranks have come, who wait for this one's gradients."""
+    at_exit, destroyed, ended = [], [], []
+    start(MASTER_PORT=free_port)
+    with monkeypatch.context() as patch:
+        patch.setattr(process_group.dist, "get_backend", lambda: backend)
+        patch.setattr(process_group.dist, "destroy_process_group", lambda: destroyed.append(True))
+        patch.setattr(process_group.atexit, "register", lambda *call: at_exit.append(call))
+        patch.setattr(process_group.os, "_exit", ended.append)
+        process_group.shutdown(code)
+        assert bool(destroyed) != bool(at_exit)
+        for function, *given in at_exit:
+            function(*given)
+    assert ended == ([code] if backend == "nccl" and code else [])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
