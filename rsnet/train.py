@@ -6,7 +6,10 @@ import dataclasses
 import functools
 import math
 import os
+import re
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -306,10 +309,10 @@ def _num_classes(given: TrainConfig, config: ResolvedConfig, loaders: Loaders) -
 
 @contextmanager
 def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> Iterator[None]:
-    """Raise RunError, with a way out, if the block has not enough GPU memory or does not compile."""
+    """Raise RunError, with a way out, for what a device, or a compiler for it, cannot do in the block."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.CalledProcessError) as error:
         if is_lack_of_gpu_memory(error):
             sizes = " ".join(map(str, config.train_sizes))
             raise RunError(
@@ -318,9 +321,25 @@ def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> 
                 f"and double --accumulate ({config.accumulate}), so that an update keeps its images, set "
                 "--recompute norm or blocks, or leave out sizes with --sizes-per-step"
             ) from error
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RunError(f"--compile: {first_line(error)}; train without it") from error
+        if found := re.search(r"(\S+) does not have a deterministic implementation", str(error)):
+            raise RunError(
+                f"--deterministic: {found[1]} gives other bits each time; leave it out, or take another "
+                "--arch"
+            ) from error
+        if not _is_of_tritons_build(error):
             raise
-        raise RunError(f"--compile: {first_line(error)}; train without it") from error
+        flag = "--fused-bn" if config.fused_bn else "--qw, --qa"
+        raise RunError(
+            f"{flag}: Triton cannot build what starts its kernels ({first_line(error)}): install a C "
+            "compiler and Python's headers (gcc, python3-dev)"
+        ) from error
+
+
+def _is_of_tritons_build(error: Exception) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(f.f_globals.get("__name__") == "triton.runtime.build" for f, _ in frames)
 
 
 def _set_up_torch(config: ResolvedConfig) -> None:

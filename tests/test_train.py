@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ from pipelines.utils.errors import RunError, UsageError
 from rsnet import train
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
+from rsnet.config.train_config import TrainConfig
 from rsnet.distributed import process_group
 from rsnet.training.signals import TrainingInterrupted
+
+GPU = torch.device("cuda", 0)
 
 LINE = [
     "--data", "none", "--arch", "parallel_resnet10", "--width-mult", "0.125", "--stem", "small",
@@ -101,3 +106,49 @@ def test_the_process_group_is_told_of_an_error_that_others_may_not_have_met(
     with pytest.raises(KeyError) if isinstance(error, KeyError) else nullcontext():
         train.main("train", SyntheticOptions, make_loaders, ["--data", str(tmp_path)])
     assert told == [code]
+
+
+def _fail_to_build(monkeypatch, tmp_path, compiler):
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", compiler) if compiler else monkeypatch.delenv("CC", raising=False)
+    build.compile_module_from_src("", "nothing")
+
+
+def _do_nondeterministically(*_):
+    raise RuntimeError(
+        "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fail", "line"),
+    [
+        (
+            _do_nondeterministically,
+            "--deterministic: adaptive_avg_pool2d_backward_cuda gives other",
+        ),
+        (
+            partial(_fail_to_build, compiler=""),
+            r"--fused-bn: Triton .* \(Failed to find C compiler",
+        ),
+        (partial(_fail_to_build, compiler="/bin/false"), "--fused-bn: Triton .*exit status 1"),
+    ],
+)
+def test_what_a_device_or_its_compiler_cannot_do_is_one_line(fail, line, monkeypatch, tmp_path):
+    config = resolve(
+        TrainConfig(data=tmp_path, fused_bn=True), world_size=1, device_type="cuda", has_bf16=True
+    )
+    with pytest.raises(RunError, match=line), train._device_errors_in_one_line(config, GPU):
+        fail(monkeypatch, tmp_path)
+
+
+def test_an_error_of_another_command_stays_what_it_is(tmp_path):
+    config = resolve(TrainConfig(data=tmp_path), world_size=1, device_type="cpu", has_bf16=True)
+    with (
+        pytest.raises(subprocess.CalledProcessError),
+        train._device_errors_in_one_line(config, torch.device("cpu")),
+    ):
+        subprocess.run(["/bin/false"], check=True)
