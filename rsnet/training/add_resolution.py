@@ -89,7 +89,9 @@ class _Distillation(nn.Module):
         trained = [s for s in self.model.sizes if s != self.size]
         with torch.no_grad():
             logits = [self.model(by_size[s], s) for s in trained]
-            alpha = self.model.alpha[[s != self.size for s in self.model.sizes]]
+            # By places in a list, the device would wait for the host to find and send them.
+            alphas = zip(self.model.sizes, self.model.alpha.unbind(), strict=True)
+            alpha = torch.stack([value for s, value in alphas if s != self.size])
             teacher = ensemble_logits(logits, alpha)
         student = self.model(by_size[self.size], self.size)
         loss = distillation([student], teacher, "ens", loss=self.loss)

@@ -37,7 +37,7 @@ class Mixup:
         kind = draws.choice(self.kinds)
         share = draws.betavariate(self.strength[kind], self.strength[kind])
         if kind == "mixup":
-            images = tuple(x.lerp(x.roll(1, 0), 1 - share) for x in batch.images)
+            images = tuple(x.lerp(_partners(x), 1 - share) for x in batch.images)
         else:
             box, share = _box(share, draws.random(), draws.random())
             images = tuple(_paste(x, box) for x in batch.images)
@@ -45,8 +45,13 @@ class Mixup:
         labels.scatter_(1, batch.labels[:, None], 1.0)  # F.one_hot reads them on the host
         weights = batch.weights
         if weights is not None:
-            weights = weights.lerp(weights.roll(1, 0), 1 - share)
-        return Batch(images, labels.lerp(labels.roll(1, 0), 1 - share), weights)
+            weights = weights.lerp(_partners(weights), 1 - share)
+        return Batch(images, labels.lerp(_partners(labels), 1 - share), weights)
+
+
+def _partners(x: Tensor) -> Tensor:
+    """Return each sample's neighbour, in `x`'s layout; a GPU's `roll` would transpose it first."""
+    return torch.cat((x[-1:], x[:-1]))
 
 
 def _box(share: float, x: float, y: float) -> tuple[tuple[float, float, float, float], float]:
@@ -58,9 +63,10 @@ def _box(share: float, x: float, y: float) -> tuple[tuple[float, float, float, f
     return (top, left, bottom, right), 1 - (bottom - top) * (right - left)
 
 
-def _paste(x: Tensor, box: Sequence[float]) -> Tensor:
+def _paste(x: Tensor, edges: Sequence[float]) -> Tensor:
     """Return `x` (N, 3, s, s) with the box of each sample's neighbour; edges at the nearest pixel."""
-    top, left, bottom, right = (round(edge * x.shape[-1]) for edge in box)
+    top, left, bottom, right = (round(edge * x.shape[-1]) for edge in edges)
     mixed = x.clone(memory_format=torch.preserve_format)
-    mixed[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
+    box = (..., slice(top, bottom), slice(left, right))
+    mixed[box] = _partners(x[box])
     return mixed

@@ -14,13 +14,14 @@ from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
-from rsnet.losses import distillation
+from rsnet.losses import distillation, ensemble_logits
 from rsnet.models.factory import create_model
 from rsnet.models.state_dict import add_size, neighbour_shares
 from rsnet.release.from_run import release_run
 from rsnet.train import main as train
-from rsnet.training.add_resolution import candidates
+from rsnet.training.add_resolution import _Distillation, candidates
 from tests.helpers import runs
+from tests.helpers.operations import Operations
 
 SIZES = (48, 40, 24)
 NETWORK = {
@@ -112,6 +113,20 @@ def test_the_new_size_is_distilled_by_the_loss_of_the_training(monkeypatch):
         trained = Checkpoint(network, weights, config=config)
         candidates(trained, 32, [Batch(images, torch.zeros(2))], torch.device("cpu"))
     assert losses == ["bce", "ce"]
+
+
+def test_a_step_of_the_distillation_indexes_by_no_list():
+    """What lies on the host is copied to a GPU, which waits for it."""
+    model = _trained()
+    torch.nn.init.normal_(model.alpha)
+    large, new, small = (torch.randn(2, 3, size, size) for size in SIZES)
+    objective = _Distillation(model, 40).train()
+    with Operations() as operations:
+        terms = objective((large, new, small), torch.zeros(2))
+    assert not {"index", "nonzero"} & {*operations.count}
+    teacher = ensemble_logits([model(large), model(small)], model.alpha[::2])
+    student = model(new)
+    assert torch.equal(terms["total"], distillation([student], teacher, "ens"))
 
 
 def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path):

@@ -10,6 +10,7 @@ from timm.loss import SoftTargetCrossEntropy
 from pipelines.batch import Batch
 from rsnet.losses import loss_terms
 from rsnet.training.mixup import Mixup
+from tests.helpers.operations import Operations
 
 SIZES = (40, 20, 10)
 N, CLASSES = 6, 4
@@ -108,6 +109,16 @@ def test_the_layout_and_the_dtype_stay():
         for x in mixer(batch, 0).images:
             assert x.dtype == torch.bfloat16
             assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_image_is_rolled():
+    """On a GPU `roll` copies what is channels-last into contiguous memory first (torch 2.11 to 2.15)."""
+    batch = _flat_batch()
+    with Operations() as operations:
+        for mixer in (Mixup(0.2, 0, CLASSES, 0), Mixup(0, 1.0, CLASSES, 0)):
+            mixer(batch, 0)
+    assert operations.count["lerp"]
+    assert not operations.count["roll"]
 
 
 def test_draws_depend_on_seed_and_batch_alone():
