@@ -21,7 +21,14 @@ from rsnet.models.factory import create_model
 from rsnet.models.shapes import gmacs
 from rsnet.models.teacher import Teacher
 from rsnet.profiler import report as profile_report
-from rsnet.profiler.step_profiler import WARMUP_STEPS, Profile, Times, profile, time_steps
+from rsnet.profiler.step_profiler import (
+    WARMUP_STEPS,
+    Profile,
+    Times,
+    measure_peak_tflops,
+    profile,
+    time_steps,
+)
 from rsnet.train import main
 from rsnet.training.trainer import make_trainer
 from tests.helpers.clock import Clock, SlowLoader
@@ -130,6 +137,18 @@ def test_what_both_lose_together_is_named(memory, together, found, missing):
     assert lines.startswith("bottleneck: the network (50.0 against 60.0 ms)")
     assert all(text in lines for text in found)
     assert not any(text in lines for text in missing)
+
+
+def test_the_peak_is_of_the_precision_that_a_gpus_convolutions_have(monkeypatch):
+    """Of float32 they are TF32 by default, of eight times the rate, and products are not."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    monkeypatch.setattr(
+        "rsnet.profiler.step_profiler.synchronize", lambda _: seen.append(matmul.fp32_precision)
+    )
+    assert measure_peak_tflops(torch.device("cpu"), None) > 0
+    assert set(seen) == {torch.backends.cudnn.conv.fp32_precision} == {"tf32"}
+    assert matmul.fp32_precision == before != "tf32"
 
 
 def test_a_step_is_not_interrupted_to_read_the_clock(clock, monkeypatch):
