@@ -391,3 +391,24 @@ def test_no_replay_synchronises_on_a_gpu(tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert not said
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_after_a_capture_that_cuda_broke_off_a_gpu_is_as_before(tmp_path):
+    def read(_module, _inputs, output):
+        output.sum().item()
+
+    before, losses = torch.cuda.current_stream(), []
+    for cuda_graphs in (False, True):
+        trainer, said = _on_gpu("parallel_resnet18", tmp_path, amp="fp16", cuda_graphs=cuda_graphs)
+        trainer.objective.model.network.conv1.register_forward_hook(read)
+        losses.append(_train_on_gpu(trainer, WARM_UP + 4))
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=1e-2)
+    (line,) = said
+    assert "a step cannot be captured" in line
+    assert torch.cuda.current_stream() == before
+    assert (
+        torch.rand(2, device=GPU).isfinite().all()
+    )  # a generator that is captured still would raise
+    torch.cuda.empty_cache()  # and so would an allocator in a capture
