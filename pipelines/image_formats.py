@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.utils.errors import DataError, UsageError, first_line
-from pipelines.utils.reading import cannot_read, read_file
+from pipelines.utils.reading import cannot_read
 
 # The formats of IMG_EXTENSIONS, and GIF. PIL goes by the first bytes, whatever the name, and would also take
 # PostScript, on which it runs Ghostscript.
@@ -72,16 +72,6 @@ def decode_rgb(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Ima
         check_image(image, max_megapixels)
         with decode_errors():
             return to_rgb(image)
-
-
-def load_rgb(path: str | Path) -> Image.Image:
-    """Read and decode an image file.
-
-    Raises DataError if it is broken, RunError if the system does not let it be read or decoded.
-    """
-    data = read_file(path)
-    with memory_errors(path):
-        return decode_rgb(data)
 
 
 def decode_error(place: str | Path, data: bytes) -> str | None:

@@ -143,12 +143,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def run_on_main(action: Callable[[], T]) -> T:
     """Return on all ranks what `action` returns on rank 0, or raise there what it raises for the user."""
     if not dist.is_initialized():

@@ -11,7 +11,7 @@ from hypothesis import given
 from pipelines.dali.decoder import Decoder, decoder_messages
 from pipelines.dali.graphs import build_decoder
 from pipelines.ffcv import ConvertOptions
-from pipelines.image_formats import load_rgb
+from pipelines.image_formats import decode_rgb
 from pipelines.utils.errors import DataError
 from rsnet.inference import preprocess
 from tests.conftest import needs_ffcv
@@ -50,7 +50,7 @@ def _check(path: Path, data: bytes) -> bool:
             str(path), path.read_bytes(), messages
         )
         encoded = Encoder(ConvertOptions(write_mode="raw"))(str(path), path.read_bytes, 0)
-        by_pil = _by_pil(load_rgb, path)
+        by_pil = _by_pil(lambda p: decode_rgb(p.read_bytes()), path)
         by_predict = _by_pil(lambda p: preprocess.decode(p, "x", 32), path)
         if not sound:
             return False
