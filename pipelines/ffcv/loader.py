@@ -119,6 +119,7 @@ class FfcvLoader(ScheduledLoader):
         self._normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         self._table = pixel_table(spec) if spec.device.type == "cpu" else None
         self._workers: _Workers | None = None
+        self._copies: torch.cuda.Stream | None = None
 
     @property
     def sample_names(self) -> Sequence[str]:
@@ -207,10 +208,26 @@ class FfcvLoader(ScheduledLoader):
         if (status != FINE).any():
             raise self._broken(rows, status)
         if buffer is not None:
-            pixels = buffer.to(self._spec.device, non_blocking=True).view(-1, 3)
+            pixels = self._on_device(buffer).view(-1, 3)
             numbers = torch.split(self._normalized(pixels).view(-1), [b.numel() for b in blocks])
             blocks = [n.view(b.shape) for n, b in zip(numbers, blocks, strict=True)]
         return Batch(as_images(blocks), *self._targets(rows))
+
+    def _on_device(self, buffer: Tensor) -> Tensor:
+        """Copy on a stream of its own, beside the step before, which the device still computes.
+
+        In its stream the copy would be a gap: 106 MB of 256 images at five sizes take 2 ms at 50 GB/s (not
+        measured), 3 % of a ResNet-18's step on an H100.
+        """
+        device = self._spec.device
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._copies):
+            copied = buffer.to(device, non_blocking=True)
+        current.wait_stream(self._copies)
+        copied.record_stream(current)  # or it would be given to a later copy while it is read
+        return copied
 
     def _broken(self, rows: Indices, status: NDArray[np.uint8]) -> DataError | RunError:
         """Return the error for the first sample that is not FINE, which is read again to tell why."""

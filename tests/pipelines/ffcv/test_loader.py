@@ -64,6 +64,22 @@ def test_a_gpu_gets_the_same_batches_as_the_cpu(photos, split, dtype):
             torch.testing.assert_close(x, y.cpu(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_that_is_behind_reads_whole_batches(photos):
+    """Copies of later batches are done by then, and the memory of read ones is used again."""
+    spec = spec_of(beton_of(photos), batch_size=4, device=torch.device("cuda"))
+
+    def sums(cycles: int) -> torch.Tensor:
+        found = []
+        for batch in make(spec).train:
+            torch.cuda._sleep(cycles)  # of the device, as a step would take
+            found.append(torch.stack([x.double().sum() for x in batch.images]))
+        return torch.stack(found).cpu()
+
+    assert torch.equal(sums(50_000_000), sums(0))
+
+
 def test_odd_files_decode_to_the_same_image(tmp_path):
     """Grayscale, progressive, EXIF-rotated and PNG exactly; CMYK is encoded anew, once."""
     for split in ("train", "val"):
