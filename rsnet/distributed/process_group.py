@@ -44,7 +44,8 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"--device {device}: process {local_rank} has no GPU of its own "
-            f"(there are {torch.cuda.device_count()}); start fewer processes or use --device cpu"
+            f"(there are {torch.cuda.device_count()}); start fewer processes, use --device cpu, or leave "
+            "LOCAL_RANK unset if each process is shown no GPU but its own"
         )
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:

@@ -200,6 +200,19 @@ def test_one_process_with_all_variables_starts(start, free_port):
     assert (process_group.rank(), process_group.world_size()) == (0, 1)
 
 
+def test_a_process_that_is_shown_its_own_gpu_alone_takes_it_without_a_local_rank(monkeypatch):
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UsageError, match=r"process 3 has no GPU .*; .* or leave LOCAL_RANK unset"):
+        process_group.setup("auto")
+    monkeypatch.delenv("LOCAL_RANK")
+    assert process_group.setup("auto") == torch.device("cuda", 0)
+    assert taken == [torch.device("cuda", 0)]
+
+
 def test_slurms_ports_are_none_that_the_system_gives_away():
     """Linux gives away those from 32768 on, by default."""
     (line,) = (
