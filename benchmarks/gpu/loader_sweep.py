@@ -156,9 +156,8 @@ def run(o: Options) -> int:
     measure("evaluation", split="val", decoder_hw_load=engine)
     about = {"sizes": o.sizes, "batch_size": o.batch_size, "workers": o.workers, "cores": cores}
     print(json.dumps(about | {"images_per_s": sweep.found}), flush=True)
-    if (
-        device_in_use().type == "cuda"
-    ):  # the last, as it is reported to end the process on some GPUs
+    # The last, as it is reported to end the process on some GPUs.
+    if device_in_use().type == "cuda":
         measure("crop decoded alone", crop_decoded_alone(), decoder_hw_load=engine)
     return 0 if sweep.found else 1
 

@@ -68,28 +68,23 @@ def crop_graph(
     feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool
 ) -> tuple[Any, Any]:
     """Give training's crops as bytes, (height, width, 3), and int32 flips, one of each size."""
-    encoded, start, shape, flips, numbers = _training_input(feed, spec, with_paths)
     # The decoder reads the rectangle only, which saves most of the inverse transform and all of the copy.
-    crop = fn.decoders.image_slice(
-        encoded, start=start, shape=shape, axes=[0, 1], **_decoder(options, spec.device)
-    )
-    if spec.auto_augment is not None:
-        crop = _augmented(crop, shape, numbers[0], spec)
-    return crop, flips
+    decode = functools.partial(fn.decoders.image_slice, **_decoder(options, spec.device))
+    return _training_crop(feed, spec, with_paths, decode)
 
 
 def training_graph(
     feed: Feed, options: DaliOptions, spec: LoaderSpec, with_paths: bool
 ) -> tuple[Any, ...]:
     """Give training's normalised images, (s, s, 3) of each size."""
-    encoded, start, shape, flips, numbers = _training_input(feed, spec, with_paths)
-    # Whole, as evaluation's. A rectangle of a JPEG whose colours are subsampled, as most are, nvImageCodec
-    # 0.9 leaves to the CPU, with a warning each time, if nvJPEG is older than 13.2, as CUDA 12's is; on
-    # some GPUs, H100s among them, all rectangles are reported to fail or crash.
-    image = fn.decoders.image(encoded, **_decoder(options, spec.device))
-    crop = fn.slice(image, start=start, shape=shape, axes=[0, 1])
-    if spec.auto_augment is not None:
-        crop = _augmented(crop, shape, numbers[0], spec)
+
+    def decode(encoded: Any, **rectangle: Any) -> Any:
+        # Whole, as evaluation's. A rectangle of a JPEG whose colours are subsampled, as most are,
+        # nvImageCodec 0.9 leaves to the CPU, with a warning each time, if nvJPEG is older than 13.2, as CUDA
+        # 12's is; on some GPUs, H100s among them, all rectangles are reported to fail or crash.
+        return fn.slice(fn.decoders.image(encoded, **_decoder(options, spec.device)), **rectangle)
+
+    crop, flips = _training_crop(feed, spec, with_paths, decode)
     return tuple(
         _normalized(_resized(crop, [size, size]), spec, mirror=flips[i])
         for i, size in enumerate(spec.all_sizes)
@@ -149,17 +144,19 @@ def path_batch(paths: list[str]) -> list[Any]:
     return [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
 
 
-def _training_input(
-    feed: Feed, spec: LoaderSpec, with_paths: bool
-) -> tuple[Any, Any, Any, Any, list[Any]]:
-    """Give encoded images, (top, left) and (height, width) of their crops, flips, and augmentation's
-    numbers, if there are any.
-    """
+def _training_crop(
+    feed: Feed, spec: LoaderSpec, with_paths: bool, decode: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """Give what `crop_graph` does. decode: (encoded, start, shape, axes) -> a rectangle of the image."""
     images, area, ratio, position, flips, *numbers = fn.external_source(
         source=feed, num_outputs=5 if spec.auto_augment is None else 6, batch=True
     )
     encoded = _encoded(images, with_paths)
-    return encoded, *_crop_rectangle(encoded, area, ratio, position), flips, numbers
+    start, shape = _crop_rectangle(encoded, area, ratio, position)
+    crop = decode(encoded, start=start, shape=shape, axes=[0, 1])
+    if spec.auto_augment is not None:
+        crop = _augmented(crop, shape, numbers[0], spec)
+    return crop, flips
 
 
 def _encoded(images: Any, with_paths: bool) -> Any:

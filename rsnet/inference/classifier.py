@@ -302,7 +302,7 @@ class SwitchableClassifier:
     def allocates(self) -> bool:
         """Whether torch allocates what a forward takes: not ONNX Runtime's, nor what a CUDA graph holds."""
         conditions = self._forward.conditions
-        return not (conditions.get("cuda_graphs") or "engine" in conditions)
+        return not (conditions["cuda_graphs"] or "engine" in conditions)
 
     @property
     def _latency_file(self) -> Path:
