@@ -223,7 +223,7 @@ def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[
 
 def _label(extension: str, data: bytes) -> str:
     """Return the label of a .cls or .json file, "" if there is none in it."""
-    text = data.decode(errors="replace").strip()
+    text = data.decode("utf-8-sig", errors="replace").strip()  # a byte order mark is no label
     if extension == "cls":
         return text
     try:

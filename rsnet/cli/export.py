@@ -56,6 +56,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.format == "original" and (self.sizes is not None or self.one_file):
             raise UsageError("--sizes and --one-file: --format original takes all sizes")
+        if self.format == "original" and "onnx" in (self.output.name, self.output.suffix[1:]):
+            raise UsageError(
+                f"--output {self.output}: give --format onnx, too; without it the file is for the "
+                "original code"
+            )
         if self.int8 and (self.format != "onnx" or self.one_file):
             raise UsageError("--int8 is of --format onnx, a file for each size")
         if self.int8 and self.calibrate is None:

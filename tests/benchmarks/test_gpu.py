@@ -217,6 +217,23 @@ def test_a_part_is_ended_with_the_processes_that_it_started():
         until(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "XZ")
 
 
+@pytest.mark.slow  # processes that import torch and DALI
+def test_its_part_ends_with_it_when_timeout_ends_it(photos, tmp_path):
+    words = ["--data", str(photos), "--output", str(tmp_path / "out"), "--parts", "smoke:4"]
+    measuring = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu.measure", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    printed = tmp_path / "out" / "printed.txt"
+    until(lambda: measuring.poll() is not None or (printed.exists() and printed.stat().st_size))
+    part = Path(f"/proc/{measuring.pid}/task/{measuring.pid}/children").read_text().split()[0]
+    measuring.terminate()
+    _, err = measuring.communicate(timeout=60)
+    assert err.decode() == "benchmarks.gpu.measure: interrupted\n"
+    assert not (Path("/proc") / part).exists()
+
+
 def write_trace(path: Path, *events: dict) -> Path:
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": list(events)}).encode()))
     return path

@@ -292,6 +292,8 @@ def test_a_missing_library_is_named(folder, tmp_path, monkeypatch, capsys, libra
          "--one-file is for two sizes or more"),
         (["RELEASE", "--format", "torch.export", "--output", "OUT", "--one-file"],
          "--one-file is of --format onnx"),
+        (["RELEASE", "--output", "onnx"], "--output onnx: give --format onnx, too"),
+        (["RELEASE", "--output", "model.onnx"], "--output model.onnx: give --format onnx, too"),
         (["RUN", "--format", "onnx", "--output", "OUT"], "holds neither a run with checkpoints/best.pt"),
         (["NONE", "--format", "onnx", "--output", "OUT"], "there is no run, checkpoint or release"),
         (["RELEASE", "--format", "tflite", "--output", "OUT"], "tflite"),
