@@ -19,6 +19,8 @@ SHARED = "shared BatchNorm"
 PRIVATE = "private BatchNorm"
 ENS = "private + ens"
 TOPDOWN = "private + ens_topdown"
+PRIVATE_NORM = "private, norm-lr-mult"
+TOPDOWN_NORM = "ens_topdown, norm-lr-mult"
 FEW = "ens_topdown, three sizes"
 TEACHER = "the same with a teacher"
 STRONG = "the same, recipe strong"
@@ -35,6 +37,8 @@ MEANING = {
     PRIVATE: "one network, BatchNorm for each size, no distillation",
     ENS: "the same, the sizes' ensemble teaches each size",
     TOPDOWN: "the same, larger sizes teach, too: the paper's RS-Net",
+    PRIVATE_NORM: "as private BatchNorm, whose learning rate is times the number of sizes",
+    TOPDOWN_NORM: "the same, with the paper's distillation",
     FEW: "the paper's RS-Net",
     TEACHER: "a wider network of the largest size, trained before, teaches, too",
     STRONG: "mixup, CutMix, TrivialAugment, erasing, averaged weights, smaller images",
@@ -52,6 +56,11 @@ PAIRS = (
     (ENS, PRIVATE),
     (TOPDOWN, PRIVATE),
     (TOPDOWN, INDIVIDUAL),
+    (PRIVATE_NORM, PRIVATE),
+    (PRIVATE_NORM, SHARED),
+    (PRIVATE_NORM, INDIVIDUAL),
+    (TOPDOWN_NORM, TOPDOWN),
+    (TOPDOWN_NORM, INDIVIDUAL),
     (TEACHER, FEW),
     (STRONG, FEW),
     (K, FEW),
@@ -120,7 +129,7 @@ class Options:
     """Learning rates to choose from."""
 
     seeds: int = 3
-    """Runs of each of the first five rows."""
+    """Runs of each of the first seven rows."""
 
     few_seeds: int = 2
     """Runs of each of the others."""
@@ -170,6 +179,9 @@ def jobs_of(o: Options, single_lr: float, lr: float) -> Iterator[Job]:
             yield _job(o, PRIVATE, o.sizes, seed, lr, ["--no-kd"])
             yield _job(o, ENS, o.sizes, seed, lr, ["--kd-type", "ens"])
             yield _job(o, TOPDOWN, o.sizes, seed, lr, [])
+            norm = ["--norm-lr-mult", str(len(o.sizes))]
+            yield _job(o, PRIVATE_NORM, o.sizes, seed, lr, ["--no-kd", *norm])
+            yield _job(o, TOPDOWN_NORM, o.sizes, seed, lr, norm)
         if seed < o.few_seeds:
             teacher = teacher_job(o, single_lr)
             yield _job(o, FEW, o.few_sizes, seed, lr, [])

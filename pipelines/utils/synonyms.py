@@ -64,6 +64,7 @@ _MEANINGS: dict[tuple[str, ...], str] = {
     ("ra-magnitude",): "randaug-magnitude rand-magnitude",
     ("drop-path",): "drop-path-rate droppath stochastic-depth drop-connect drop-connect-rate",
     ("layer-decay",): "layer-wise-decay layerwise-lr-decay layer-lr-decay llrd lr-layer-decay",
+    ("norm-lr-mult",): "norm-lr-scale norm-lr-factor bn-lr-mult bn-lr-scale bn-lr-factor",
     ("random-erase",): "random-erasing re-prob erase-prob random-erase-prob",
     ("ra-reps",): "ra-sampler repeated-aug repeat-aug repeated-augmentation",
     ("mixup",): "mix-up",

@@ -117,6 +117,7 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             _above_0(1),
             "must be above 0, and 1 at most",
         ),
+        ("--norm-lr-mult", c.norm_lr_mult, _above_0(100), "must be a positive number, 100 at most"),
         ("--clip-grad", c.clip_grad, _not_negative, "must be 0 or a positive number"),
         ("--sizes-per-step", c.sizes_per_step, _positive, "at least 2 sizes are needed"),
         (

@@ -40,16 +40,16 @@ OF_A_RECIPE = {
     "warmup",
 }  # unless the recipe changes; fmt: skip
 TAKEN_OVER = OF_A_RECIPE | {
-    "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "layer_decay", "loss", "pretrained",
-    "ra_magnitude", "recipe", "seed", "size_schedule", "sizes_per_step", "teacher", "teacher_size",
-    "teacher_temperature", "teacher_weight", "weight_decay",
+    "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "layer_decay", "loss", "norm_lr_mult",
+    "pretrained", "ra_magnitude", "recipe", "seed", "size_schedule", "sizes_per_step", "teacher",
+    "teacher_size", "teacher_temperature", "teacher_weight", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
-    "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "layer_decay": 1.0, "loss": "ce",
-    "bce_target_thresh": 0.0, "teacher": "none", "teacher_weight": 1.0, "teacher_temperature": 1.0,
-    "size_schedule": size_schedule.WITHOUT,
+    "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "layer_decay": 1.0, "norm_lr_mult": 1.0,
+    "loss": "ce", "bce_target_thresh": 0.0, "teacher": "none", "teacher_weight": 1.0,
+    "teacher_temperature": 1.0, "size_schedule": size_schedule.WITHOUT,
 }  # fmt: skip
 
 

@@ -148,6 +148,10 @@ class OptimizerOptions(Generic[Unset]):
     """Factor of the learning rate from a layer to the one before it, to fine-tune; the classifier has --lr.
     Unset: 1, the same rate for all."""
 
+    norm_lr_mult: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Factor of BatchNorm's learning rate. A private one learns from the loss of its size alone, all other
+    weights from the sum of all sizes': their number makes up for it. Unset: 1, as in the paper."""
+
     accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
     """Batches whose gradients make up one update. Unset: 1; if a run resumes on another number of
     processes, what keeps the images per update."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rsnet.config.optimizers import OptName
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.training.layer_decay import lr_scales
+from rsnet.training.lr_scales import lr_scales
 
 LrDecay = Literal["cosine", "step", "linear", "schedule"]
 
@@ -66,15 +66,16 @@ def make_optimizer(
     norm_decay: bool = True,
     *,
     layer_decay: float = 1.0,
+    norm_lr_mult: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return an optimizer of every parameter, whose updates `found_inf` skips on the device.
 
     opt: plain and nesterov as `make_sgd`; adamw: torch's, with `momentum` as its beta1; lamb and muon: see
-    `rsnet.training.timm_optimizers`. layer_decay: see `param_groups`.
+    `rsnet.training.timm_optimizers`. layer_decay, norm_lr_mult: see `param_groups`.
 
     Raises ModuleNotFoundError without timm, UsageError for one that is too old.
     """
-    groups = param_groups(model, weight_decay, norm_decay, layer_decay)
+    groups = param_groups(model, weight_decay, norm_decay, layer_decay, norm_lr_mult)
     if opt in ("plain", "nesterov"):
         return _sgd(groups, lr, momentum, nesterov=opt == "nesterov")
     # By a CUDA graph; steps are then counted on the GPU.
@@ -90,16 +91,20 @@ def make_optimizer(
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, norm_decay: bool = True, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    norm_decay: bool = True,
+    layer_decay: float = 1.0,
+    norm_lr_mult: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Return filters, and all that has one dimension: norm layers, biases and alpha, which are without weight
     decay if `norm_decay` is False (He et al. 2019, section 3.1).
 
-    layer_decay: below 1, each of both is divided by the `lr_scale` of `rsnet.training.layer_decay`, by which
-    the trainer multiplies the learning rate, as timm's schedulers do; `model` is then switchable.
+    layer_decay, norm_lr_mult: other than 1, each of both is divided by the `lr_scale` of `lr_scales`, by
+    which the trainer multiplies the learning rate, as timm's schedulers do; `model` is then switchable.
     """
-    if layer_decay != 1:
-        scales = lr_scales(cast(ResolutionSwitchable, model), layer_decay)
+    if (layer_decay, norm_lr_mult) != (1, 1):
+        scales = lr_scales(cast(ResolutionSwitchable, model), layer_decay, norm_lr_mult)
         return [
             # Neighbours alone, so that a state dict numbers the parameters as without: a run that is resumed
             # with another decay finds its momentum.

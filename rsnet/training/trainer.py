@@ -238,6 +238,7 @@ def make_trainer(
             c.weight_decay,
             norm_decay=c.decay == "all",
             layer_decay=c.layer_decay,
+            norm_lr_mult=c.norm_lr_mult,
         ),
         LrSchedule(
             lr=c.lr,

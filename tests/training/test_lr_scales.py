@@ -1,8 +1,9 @@
-"""`--layer-decay`: the factors of timm, a step by hand, and a resume with another decay."""
+"""`--layer-decay` and `--norm-lr-mult`: timm's factors, steps by hand, and a resume with others."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -17,9 +18,10 @@ from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig, to_plain_dict
 from rsnet.models.factory import create_model
+from rsnet.models.state_dict import select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training import resume
-from rsnet.training.layer_decay import lr_scales
+from rsnet.training.lr_scales import lr_scales
 from rsnet.training.optim import make_optimizer, param_groups, set_rate
 from rsnet.training.trainer import Trainer, make_trainer
 from tests.helpers import faults
@@ -98,9 +100,12 @@ def _small() -> ResolutionSwitchable:
     )  # fmt: skip
 
 
-def test_a_step_of_sgd_by_hand():
-    model, rates = _small(), {"0": 0.4 * 0.5**2, "1": 0.4 * 0.5**2, "2": 0.4 * 0.5, "4": 0.4}
-    sgd = make_optimizer(model, "plain", 1.0, 0.9, 0.1, norm_decay=False, layer_decay=0.5)
+@pytest.mark.parametrize("mult", [1.0, 3.0])
+def test_a_step_of_sgd_by_hand(mult):
+    model, rates = _small(), {"0": 0.4 * 0.5**2, "1": 0.4 * 0.5**2 * mult, "2": 0.4 * 0.5, "4": 0.4}
+    sgd = make_optimizer(
+        model, "plain", 1.0, 0.9, 0.1, norm_decay=False, layer_decay=0.5, norm_lr_mult=mult
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -135,15 +140,53 @@ def test_each_layer_moves_as_by_its_own_rate(opt):
         torch.testing.assert_close(p, like)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"norm": "shared"},
+        {"arch": "parallel_timm/test_efficientnet"},  # a subclass of BatchNorm
+        {"mode": "preact", "qw": 4, "qa": 4},
+    ],
+)
+def test_norm_lr_mult_is_of_batchnorm_alone(more):
+    config = {"arch": "parallel_resnet18", "num_classes": 3, "sizes": (64, 48)} | more
+    model = create_model(ModelConfig(**config))
+    scales = lr_scales(model, norm_lr_mult=5)
+    by_name = {name: scales[p] for name, p in model.network.named_parameters()}
+    assert by_name == {name: 5.0 if ".by_resolution." in name else 1.0 for name in by_name}
+    assert set(by_name.values()) == {1.0, 5.0}
+
+
+def test_with_norm_lr_mult_a_private_batchnorm_moves_as_in_a_network_of_its_size():
+    """At half the learning rate, so that the shared weights have the mean of both sizes' gradients."""
+    both = _trainer(lr=0.05, norm_lr_mult=2.0, kd=False, warmup=0)
+    before = copy.deepcopy(both.objective.model.state_dict())
+    both.forward_backward(IMAGES, last=True)
+    both.update()
+    after = both.objective.model.state_dict()
+    for image, size in zip(IMAGES.images, NETWORK.sizes, strict=True):
+        alone = _trainer(lr=0.1, kd=False, warmup=0, sizes=(size,))
+        alone.objective.model.load_state_dict(select_sizes(before, NETWORK.sizes, (size,)))
+        alone.forward_backward(Batch((image,), IMAGES.labels), last=True)
+        alone.update()
+        ours, started = (select_sizes(state, NETWORK.sizes, (size,)) for state in (after, before))
+        for name, p in alone.objective.model.named_parameters():
+            if ".by_resolution." in name:
+                assert not torch.equal(p, started[name])
+                torch.testing.assert_close(ours[name], p.detach())
+
+
 def _resolve(previous=None, **more):
     sizes = {"arch": "parallel_resnet10", "width_mult": 0.125, "stem": "small", "sizes": (32, 24)}
-    config = TrainConfig(data="d", epochs=2, lr=0.01, **sizes, **more)
+    config = TrainConfig(**{"data": "d", "epochs": 2, "lr": 0.01} | sizes | more)
     return resolve(config, world_size=1, device_type="cpu", has_bf16=False, previous=previous)
 
 
 def _trainer(**more) -> Trainer:
     torch.manual_seed(0)
-    return make_trainer(_resolve(**more), create_model(NETWORK), 3, 4, CPU)
+    network = dataclasses.replace(NETWORK, sizes=more.get("sizes", NETWORK.sizes))
+    return make_trainer(_resolve(**more), create_model(network), 3, 4, CPU)
 
 
 def _update(trainer: Trainer, times: int) -> None:
@@ -159,8 +202,9 @@ def _saved(trainer: Trainer) -> Checkpoint:
 
 def test_a_resume_with_another_decay_keeps_each_parameters_momentum():
     """One has more groups than the other, and several layers have filters of the same shape."""
-    for before, after in ((1.0, 0.5), (0.5, 1.0)):
-        trained, again = _trainer(layer_decay=before), _trainer(layer_decay=after)
+    one, other = {}, {"layer_decay": 0.5, "norm_lr_mult": 5.0}
+    for before, after in ((one, other), (other, one)):
+        trained, again = _trainer(**before), _trainer(**after)
         _update(trained, 1)
         assert resume.load_training_state(again, again.objective.model, _saved(trained)) == []
         models = [t.objective.model.named_parameters() for t in (trained, again)]

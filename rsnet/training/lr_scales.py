@@ -1,4 +1,4 @@
-"""Layer-wise decay of the learning rate (`--layer-decay`), as timm has it, for fine-tuning."""
+"""Factors of single parameters' learning rates: `--layer-decay`, as timm has it, and `--norm-lr-mult`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rsnet.models.switchable import ResolutionSwitchable
 
 
-def lr_scales(model: ResolutionSwitchable, layer_decay: float) -> dict[nn.Parameter, float]:
+def lr_scales(
+    model: ResolutionSwitchable, layer_decay: float = 1.0, norm_lr_mult: float = 1.0
+) -> dict[nn.Parameter, float]:
     """Return the factor of the learning rate of each parameter of the network: `layer_decay` to the power of
     the layers behind its own, so that the classifier has 1, and the stem the smallest (Bao et al. 2022,
-    "BEiT", and timm). alpha, which is behind all layers, is left out.
+    "BEiT", and timm), times `norm_lr_mult` in BatchNorm. alpha, which is behind all layers, is left out.
+
+    The losses of all sizes are summed, and a private BatchNorm has the gradient of its size's alone: with the
+    number of sizes for `norm_lr_mult`, it learns as fast, beside the shared weights, as in a network of one
+    size.
     """
     layers = layers_of(model.network)
     last = max(layers.values())
+    norms = [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
+    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     return {
         parameter: layer_decay ** (last - layers.get(name, last))
+        * (norm_lr_mult if id(parameter) in of_norms else 1.0)
         for name, parameter in model.network.named_parameters()
     }
 
