@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ def command(
 
     def checked(options: Options) -> int:
         require_valid(options)
+        # `timeout` and schedulers end it as Ctrl-C does, with the processes that it started.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         return run(options)
 
     return cli.command(f"benchmarks.{name}", options_type, checked, argv)

@@ -251,6 +251,4 @@ def run(o: Options) -> int:
 
 
 if __name__ == "__main__":
-    # Ended, by `timeout` say, it ends its part, too, which would go on with the GPU in a session of its own.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(command("gpu.measure", Options, run))

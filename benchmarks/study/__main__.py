@@ -56,6 +56,7 @@ class Study:
         self.results = (options.results or options.output).resolve()
         self.threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
         self.console = ConsoleLogger(active=True)
+        self._running: set[subprocess.Popen[bytes]] = set()
 
     def summary(self, job: Job) -> RunSummary | None:
         """Return a finished run, None if there is none.
@@ -77,6 +78,7 @@ class Study:
     def run(self, jobs: Sequence[Job], title: str) -> None:
         """Run those that are not finished, and before them the teacher that they need, if it is not there.
 
+        Where it is interrupted, or one of them fails, the others that run save their state and end.
         Raises DataError with the last line of a run that failed.
         """
         jobs = [job for job in jobs if self.summary(job) is None]
@@ -100,7 +102,9 @@ class Study:
                     done += work[future].work
                     self.console.update(done, work[future].name, prints=True)
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in tuple(self._running):
+                    process.terminate()  # it saves its state
                 self.console.stop()
 
     def write(self, jobs: Sequence[Job], choice: str) -> str:
@@ -130,15 +134,17 @@ class Study:
         if job.teacher:
             words += ["--teacher", str(self.output / job.teacher.name)]
         with (path / "run.log").open("a") as log:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "train_dali.py", *words],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                check=False,
             )
-        if done.returncode:
+        self._running.add(process)
+        code = process.wait()
+        self._running.remove(process)
+        if code:
             last = (path / "run.log").read_text().strip().splitlines()[-1:]
             raise DataError(f"{path / 'run.log'}: {''.join(last)}")
         found = dataclasses.asdict(read_run(path))

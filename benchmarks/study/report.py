@@ -37,7 +37,8 @@ def page(command: str, choice: str, jobs: Sequence[Job], found: Finished) -> tup
     if groups:
         text += (
             f"\n## Rows\n\n{_overview(jobs, whole, found)}\n\n## Top-1 and cost\n\n"
-            f"Mean ± standard deviation over the seeds.\n\n{tables(groups)}\n"
+            "Mean ± standard deviation over the seeds. Times are also of what else ran on a machine: compare "
+            f"operations.\n\n{tables(groups)}\n"
         )
     if compared := differences(groups):
         text += (

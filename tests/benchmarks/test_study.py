@@ -5,21 +5,27 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tyro
 
+from benchmarks.options import command
 from benchmarks.study import __main__ as study
 from benchmarks.study import report, rows
 from benchmarks.study.subset import write_tables
 from pipelines.dali import DaliOptions
 from pipelines.sources.manifest import read
+from pipelines.utils.cli import EXIT_INTERRUPTED
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.command_line import parse
 from rsnet.evaluation.compare import RunSummary
 from tests.helpers.processes import ROOT
+from tests.helpers.servers import until
 
 
 @pytest.fixture
@@ -250,6 +256,38 @@ def test_a_study_goes_on_where_it_was_stopped_and_elsewhere(options, played, cap
     assert study.run(elsewhere) == 0
     assert played.read_text().split() == ["teacher_seed0", "the_same_with_a_teacher_seed0"]
     assert "study: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_interrupted_ends_its_runs_and_says_what_is_finished(
+    options, tmp_path, monkeypatch, capsys, number
+):
+    started = tmp_path / "started"
+    (tmp_path / "train_dali.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))\n"
+        f"pathlib.Path({str(started)!r}).touch()\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+
+    def interrupt():
+        until(started.exists)
+        os.kill(os.getpid(), number)
+
+    words = ["--data", str(options.data), "--output", str(options.output), "--per-class", "6"]
+    handler = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor() as pool:
+        interrupting = pool.submit(interrupt)
+        code = command(
+            "study", rows.Options, study.run, [*words, "--lr", "0.1", "--joint-lr", "0.1"]
+        )
+        interrupting.result()
+    signal.signal(signal.SIGTERM, handler)
+    assert code == EXIT_INTERRUPTED
+    (log,) = options.output.glob("*/run.log")
+    assert log.read_text() == "saved\n"
+    assert capsys.readouterr().err.endswith("benchmarks.study: interrupted\n")
 
 
 def test_a_run_with_other_options_is_not_taken_for_one_of_the_study(options):
