@@ -34,8 +34,11 @@ def command(
     def checked(options: Options) -> int:
         require_valid(options)
         # `timeout` and schedulers end it as Ctrl-C does, with the processes that it started.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return run(options)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return run(options)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return cli.command(f"benchmarks.{name}", options_type, checked, argv)
 

@@ -25,10 +25,10 @@ def lr_scales(
     layers = layers_of(model.network)
     last = max(layers.values())
     norms = [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
-    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
+    of_norms = {parameter for norm in norms for parameter in norm.parameters()}
     return {
         parameter: layer_decay ** (last - layers.get(name, last))
-        * (norm_lr_mult if id(parameter) in of_norms else 1.0)
+        * (norm_lr_mult if parameter in of_norms else 1.0)
         for name, parameter in model.network.named_parameters()
     }
 

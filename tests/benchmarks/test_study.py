@@ -283,7 +283,7 @@ def test_a_study_that_is_interrupted_ends_its_runs_and_says_what_is_finished(
             "study", rows.Options, study.run, [*words, "--lr", "0.1", "--joint-lr", "0.1"]
         )
         interrupting.result()
-    signal.signal(signal.SIGTERM, handler)
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert code == EXIT_INTERRUPTED
     (log,) = options.output.glob("*/run.log")
     assert log.read_text() == "saved\n"
