@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.options import command
 from rsnet.config.model_config import ModelConfig
+from rsnet.distributed.device import keep_freed_memory
 from rsnet.inference.runner import ModelRunner
 from rsnet.models.factory import create_model
 from rsnet.models.fold import fold_batchnorm, plain
@@ -51,6 +52,9 @@ class Options:
 
     compiled: bool = True
     """With torch.compile, which needs a C++ compiler, and time for each network and size."""
+
+    keep_memory: bool = True
+    """Keep the memory that tensors free, as all commands do on a CPU, see `keep_freed_memory`."""
 
 
 def measure(arch: str, size: int, o: Options) -> dict[str, Any]:
@@ -156,6 +160,8 @@ def run(options: Options) -> int:
     warnings.filterwarnings("ignore", ".*torch.ao.quantization.*")
     cpus = len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
+    if options.keep_memory:
+        keep_freed_memory(torch.device("cpu"))
     print(json.dumps({"cpus": cpus, "torch": torch.__version__}))
     for arch in options.arch:
         for size in options.sizes:

@@ -40,7 +40,7 @@ from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, resolve
 from rsnet.config.train_config import TrainConfig
-from rsnet.distributed.device import has_bf16, time_convolutions
+from rsnet.distributed.device import has_bf16, keep_freed_memory, time_convolutions
 from rsnet.models.activation_checkpointing import convert_to_checkpointed
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.factory import create_model
@@ -290,7 +290,9 @@ def _config(arch: str, o: Options, amp: Amp) -> ResolvedConfig:
 def device_in_use() -> torch.device:
     """The device, set up for all that is compared on it as a training sets it up."""
     time_convolutions()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory(device)
+    return device
 
 
 def _memory_mb(device: torch.device) -> float:

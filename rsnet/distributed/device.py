@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def time_convolutions(*, deterministic: bool = False) -> None:
@@ -11,6 +15,19 @@ def time_convolutions(*, deterministic: bool = False) -> None:
     deterministic: take the same algorithm in every run.
     """
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process keep the memory that tensors free, for the next ones, if it computes on the CPU.
+
+    glibc returns large blocks to the kernel, which maps and clears their pages anew for every activation: in
+    a forward of MobileNetV2 with 32 images of 224 pixels, 300,000 page faults and half of the time. The
+    process stays as large as it once was. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if device.type == "cpu" and mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def has_bf16(device: torch.device) -> bool:

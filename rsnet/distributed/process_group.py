@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line, os_error_line
+from rsnet.distributed.device import keep_freed_memory
 from rsnet.distributed.rendezvous import integer_variable, open_store
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -50,6 +51,7 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
+    keep_freed_memory(chosen)
     if os.environ.get("WORLD_SIZE") and not dist.is_initialized():
         global _control, _nodes
         # The watchdog, which can name who is late, comes first.

@@ -21,6 +21,7 @@ from pipelines.normalize import PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError, first_line
 from pipelines.utils.memory import is_lack_of_memory
 from pipelines.utils.output import say
+from rsnet.distributed.device import keep_freed_memory
 from rsnet.inference import latency, preprocess
 from rsnet.inference.cascade import (
     Cascade,
@@ -112,6 +113,7 @@ class SwitchableClassifier:
         faster, with a copy of the weights for each size that is used. cuda_graphs: fewer calls from the
         host, on a GPU alone (not measured yet). engine: "onnxruntime" takes a folder that
         `rsnet export --format onnx` wrote, and computes as its files do, on the CPU; None by the folder.
+        On a CPU, this process keeps the memory that it frees from then on, see `keep_freed_memory`.
 
         Raises what `release.read` does, and UsageError, a ValueError, for a device that is not there,
         another dtype, numbers below 1, and a fold of a network whose activations are quantized.
@@ -136,6 +138,7 @@ class SwitchableClassifier:
                 )
         else:
             content = release.read(folder)
+        keep_freed_memory(place)
         return cls(
             content,
             place,
