@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,7 @@ STRONG = "the same, recipe strong"
 K = "the same, two sizes a step"
 K_LONGER = "two sizes a step, equal cost"
 SCHEDULE = "few sizes first, equal cost"
+SCHEDULE_ALL = "all sizes, few of them first"
 FAR_SHARED = "shared, sizes far apart"
 FAR_PRIVATE = "private, sizes far apart"
 
@@ -45,6 +46,7 @@ MEANING = {
     K: "the largest size and one other, drawn at random, for as many epochs",
     K_LONGER: "the largest size and one other, drawn at random, for more epochs",
     SCHEDULE: "the smallest size alone, then one more after each part, for more epochs",
+    SCHEDULE_ALL: "the same, of all sizes",
     FAR_SHARED: "as shared BatchNorm",
     FAR_PRIVATE: "as private BatchNorm",
 }
@@ -67,6 +69,7 @@ PAIRS = (
     (K_LONGER, FEW),
     (SCHEDULE, FEW),
     (SCHEDULE, K_LONGER),
+    (SCHEDULE_ALL, TOPDOWN),
     (FAR_PRIVATE, FAR_SHARED),
 )
 
@@ -110,7 +113,7 @@ class Options:
     """Those of the rows with sizes far apart."""
 
     epochs: int = 60
-    """Epochs of every run but the two that have more at equal cost."""
+    """Epochs of every run but those that have more at equal cost."""
 
     batch_size: int = 64
     """Images a step."""
@@ -188,21 +191,33 @@ def jobs_of(o: Options, single_lr: float, lr: float) -> Iterator[Job]:
             yield _job(o, TEACHER, o.few_sizes, seed, lr, [], teacher=teacher)
             yield _job(o, STRONG, o.few_sizes, seed, lr, ["--recipe", "strong"])
             yield _job(o, K, o.few_sizes, seed, lr, ["--sizes-per-step", "2"])
-            yield from _of_equal_cost(o, seed, lr)
+            yield _two_a_step_longer(o, seed, lr)
+            yield _few_first_longer(o, SCHEDULE, o.few_sizes, seed, lr)
+            yield _few_first_longer(o, SCHEDULE_ALL, o.sizes, seed, lr)
     for seed in range(o.few_seeds):
         yield _job(o, FAR_SHARED, o.far_sizes, seed, lr, ["--no-kd", "--norm", "shared"])
         yield _job(o, FAR_PRIVATE, o.far_sizes, seed, lr, ["--no-kd"])
 
 
-def _of_equal_cost(o: Options, seed: int, lr: float) -> Iterator[Job]:
-    """Yield the runs that take as many operations as FEW for more epochs."""
-    costs = cost.size_costs(o.arch, o.stem, o.width_mult, o.few_sizes)
-    budget = o.epochs * sum(costs.values())
+def _two_a_step_longer(o: Options, seed: int, lr: float) -> Job:
+    """Return the run of two sizes a step that takes as many operations as all in each, for more epochs."""
+    costs, budget = _costs_and_budget(o, o.few_sizes)
     longer = dataclasses.replace(o, epochs=cost.epochs_of(budget, costs, 2))
-    yield _job(longer, K_LONGER, o.few_sizes, seed, lr, ["--sizes-per-step", "2"])
+    return _job(longer, K_LONGER, o.few_sizes, seed, lr, ["--sizes-per-step", "2"])
+
+
+def _few_first_longer(o: Options, row: str, sizes: tuple[int, ...], seed: int, lr: float) -> Job:
+    """Return the run of few sizes first that takes as many operations as all from the start."""
+    costs, budget = _costs_and_budget(o, sizes)
     epochs, words = cost.schedule_of(budget, costs)
     longer = dataclasses.replace(o, epochs=epochs)
-    yield _job(longer, SCHEDULE, o.few_sizes, seed, lr, ["--size-schedule", *words])
+    return _job(longer, row, sizes, seed, lr, ["--size-schedule", *words])
+
+
+def _costs_and_budget(o: Options, sizes: tuple[int, ...]) -> tuple[Mapping[int, float], float]:
+    """Return the costs of each size, and of a training of all of them in each step."""
+    costs = cost.size_costs(o.arch, o.stem, o.width_mult, sizes)
+    return costs, o.epochs * sum(costs.values())
 
 
 def teacher_job(o: Options, lr: float) -> Job:

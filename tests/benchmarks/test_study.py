@@ -89,6 +89,10 @@ def test_rows_of_equal_cost_train_as_many_pixels_as_the_plain_one(options):
         113 * rows.image_gmacs(jobs[rows.SCHEDULE]),
     )
     assert longer == pytest.approx(plain * trained / budget, rel=1e-3)
+    of_all = jobs[rows.SCHEDULE_ALL]
+    assert of_all.options[-5:] == ["0:16", "25:20,16", "50:24,20,16", "76:28,24,20,16", "101:all"]
+    part = 126 * rows.image_gmacs(of_all) / (60 * rows.image_gmacs(jobs[rows.TOPDOWN]))
+    assert 0.99 < part <= 1
 
 
 def test_finished_runs_that_are_kept_are_still_of_the_study_that_the_manual_names():
