@@ -108,13 +108,18 @@ class Study:
                 self.console.stop()
 
     def write(self, jobs: Sequence[Job], choice: str) -> str:
-        """Write the page and the plot of the runs that are finished; return the page."""
+        """Write the page of the runs that are finished, and plot the rows of all sizes; return the page."""
         found = {job.name: run for job in jobs if (run := self.summary(job)) is not None}
         typed = shlex.join(["python", "-m", "benchmarks.study", *sys.argv[1:]])
         text, groups = page(typed, choice, jobs, found)
         if groups:
             (self.results / "study.md").write_text(text, "utf-8")
-            plot(self.results / "study.png", groups)
+            every = {str(size) for size in self.options.sizes}
+            whole = {
+                r: runs for r, runs in groups.items() if every == {n for x in runs for n in x.sizes}
+            }
+            if whole:
+                plot(self.results / "study.png", whole)
         return text
 
     def _train(self, job: Job, teacher: Future[None] | None) -> None:

@@ -38,6 +38,9 @@ class RunSummary:
         return [name for name in self.top1 if name != ENSEMBLE]
 
 
+LEGEND_COLUMNS = 2
+COLOURS, MARKERS = 10, "os^Dv"  # of matplotlib's cycle; a marker of its own for each round of it
+
 # Options that say where and how a run is written, not what it does.
 ASIDE = {
     "allow_change", "checkpoint_every", "evaluate", "keep", "log_interval", "on_save_error", "output",
@@ -129,20 +132,22 @@ def _shown(value: Any) -> str:
 
 def plot(path: Path, groups: Groups) -> None:
     """Plot top-1 over GMACs, one line a group, bars for the standard deviation; a PNG at `path`."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    lines = -(-len(groups) // LEGEND_COLUMNS)
+    figure = Figure(figsize=(7, 5 + 0.25 * lines), layout="constrained")
     axes = figure.subplots()
     points: list[tuple[str, float, float]] = []
-    for label, runs in groups.items():
+    for i, (label, runs) in enumerate(groups.items()):
         names = [n for n in _sizes({label: runs}) if n != ENSEMBLE]
         x = [next(r.gmacs[n] for r in runs if n in r.gmacs) for n in names]
         top1 = [[r.top1[n] for r in runs if n in r.top1] for n in names]
         y = [statistics.mean(values) for values in top1]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1]
-        axes.errorbar(x, y, spread, fmt="o-", capsize=3, label=label)
+        marker = MARKERS[i // COLOURS % len(MARKERS)]
+        axes.errorbar(x, y, spread, fmt=f"{marker}-", capsize=3, label=label)
         points += zip(names, x, y, strict=True)
     axes.set(xlabel="GMACs an image", ylabel="top-1 %")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
     label_points(axes, points)
     figure.savefig(path, dpi=120)
 

@@ -98,7 +98,9 @@ def test_runs_of_different_sizes_share_a_table(tmp_path):
 @pytest.mark.usefixtures("drawn_plots")
 def test_a_plot_is_a_picture(tmp_path):
     run = read_run(_run(tmp_path / "a", {"32": 70.0, "24": 65.0, "ensemble": 71.0}))
-    plot(tmp_path / "plot.png", {"a": [run], "b": [run, run]})
+    plot(
+        tmp_path / "plot.png", {"a": [run], "b": [run, run]} | {key: [run] for key in "cdefghijkl"}
+    )
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
