@@ -118,8 +118,7 @@ class Study:
             whole = {
                 r: runs for r, runs in groups.items() if every == {n for x in runs for n in x.sizes}
             }
-            if whole:
-                plot(self.results / "study.png", whole)
+            plot(self.results / "study.png", whole or groups)
         return text
 
     def _train(self, job: Job, teacher: Future[None] | None) -> None:

@@ -48,7 +48,7 @@ def _jobs(o):
 def test_every_run_is_a_command_of_train_dali(options):
     jobs = _jobs(options)
     configs = [parse(DaliOptions, ["--data", "x", *job.options])[0] for job in jobs]
-    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 6) + 8 + 5 + 3
+    assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 6) + 9 + 5 + 3
     first = {
         job.row: (c.sizes, c.kd, c.kd_type, c.norm) for job, c in zip(jobs, configs, strict=True)
     }
@@ -247,7 +247,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_elsewhere(options, played, cap
         "whose losses are summed: 0.1, by top-1 % (0.02: 59.92, 0.05: 59.95, 0.1: 60.00)." in table
     )
     assert "| private + ens_topdown " in table
-    assert "19 of 19 runs are finished." in table
+    assert "20 of 20 runs are finished." in table
     assert (options.output / "study.png").exists()
     # On another machine, with the small files alone: the teacher is needed for one run that is missing.
     results = options.output.parent / "results"
