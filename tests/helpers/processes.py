@@ -24,7 +24,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,23 @@ def _read_options() -> None:
 
     keep_parsers()
     parse(DaliOptions, ["--data", "none"])
+
+
+def holds_in_fork(check: Callable[[], bool]) -> bool:
+    """Return whether `check` holds in a fork of this process, which itself stays as it is.
+
+    The fork never returns into the tests: it fails by an exception, and after 20 seconds.
+    """
+    if (child := os.fork()) == 0:
+        signal.alarm(20)
+        code = 1
+        try:
+            code = 0 if check() else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def _serve(
