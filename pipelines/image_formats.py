@@ -7,6 +7,7 @@ they decode to different pictures are refused; `verify` lists them. docs/your-da
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,13 @@ DECODES_WITH_ERRORS = "decodes with errors"
 
 ORIENTATION = 274  # TIFF's tag
 
+# Encoders write about ten. Each takes libjpeg up to 0.8 ms a megapixel, of as few as 26 bytes.
+MOST_SCANS = 100
+_SCAN = b"\xff\xda"
+_MARKER = re.compile(
+    rb"\xff+([^\x00\xff\xd0-\xd7])"
+)  # not a byte of a scan, nor a restart within one
+
 
 def open_image(data: bytes) -> Image.Image:
     """Open the content of an image file of one of `FORMATS`; only its header is decoded.
@@ -42,7 +50,24 @@ def open_image(data: bytes) -> Image.Image:
     with decode_errors(), warnings.catch_warnings():
         # PIL's, of half as many pixels as it refuses; our own limit is another one.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    check_scans(image, data)
+    return image
+
+
+def check_scans(image: Image.Image, data: bytes) -> None:
+    """Raise DataError for a JPEG of so many scans that it would be decoded for minutes, or hours.
+
+    data: the file's content. Scans of a thumbnail, or of what stands behind the picture, do not count.
+    """
+    if image.format not in ("JPEG", "MPO") or data.count(_SCAN) <= MOST_SCANS:
+        return
+    scans, at = 0, 2
+    while (marker := _MARKER.search(data, at)) and marker[1] != b"\xd9":  # the picture's end
+        scans += marker[1] == _SCAN[1:]
+        if scans > MOST_SCANS:
+            raise DataError(f"more than {MOST_SCANS} scans; save it anew")
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
 
 
 def check_image(image: Image.Image, max_megapixels: float = MAX_MEGAPIXELS) -> None:
@@ -51,7 +76,9 @@ def check_image(image: Image.Image, max_megapixels: float = MAX_MEGAPIXELS) -> N
         raise DataError(
             f"{image.width} x {image.height} pixels are more than {max_megapixels:g} megapixels"
         )
-    if what := _seen_differently(image):
+    with decode_errors():  # of EXIF, which is read only now
+        what = _seen_differently(image)
+    if what:
         raise DataError(f"decoders do not agree on {what}; save it anew as 8-bit RGB")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.sources.patterns import has_splits, is_pattern
 from pipelines.sources.source import Source, Stamp
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
@@ -36,6 +37,16 @@ class SplitReport:
 
     max_megapixels: float | None = None
     """The limit by which larger images are bad."""
+
+
+def key(source: Source) -> str:
+    """Return the name of a source in its report: its split, or the pattern of shards that has no splits.
+
+    The shards of several patterns lie in one folder, and have one report.
+    """
+    pattern = str(source.data)
+    has_no_splits = is_pattern(pattern) and not has_splits(pattern) and source.shard is not None
+    return source.data.name if has_no_splits else source.split
 
 
 def fingerprint(stamps: dict[str, Stamp]) -> str:
@@ -93,8 +104,10 @@ def skip_bad(
     command = source.verify_command(report)
     if not splits:
         raise UsageError(f"--skip-bad: there is no report {path}; {command} writes it")
-    found = splits.get(source.split)
-    if found is None or found.fingerprint != fingerprint(source.stamps()):
+    state = fingerprint(source.stamps())
+    # By whatever name: what is trained on here may be validated on elsewhere.
+    found = next((one for one in splits.values() if one.fingerprint == state), None)
+    if found is None:
         raise UsageError(
             f"--skip-bad: {path} is of another state of {source.place}; {command} writes it anew"
         )

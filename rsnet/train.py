@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from pipelines.batch import Loaders, LoaderSpec
-from pipelines.sources.folder import require_apart
-from pipelines.sources.options import NO_OPTIONS
+from pipelines.sources.folder import require_apart_of_both
 from pipelines.utils.atomic_io import sha256_file
 from pipelines.utils.cli import EXIT_FAILED, exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
@@ -238,7 +237,7 @@ def _apart_from_images(config: ResolvedConfig) -> ResolvedConfig:
 
     Raises UsageError if the run would lie among the images, where the next command takes it for a class.
     """
-    require_apart(config.folder, config.data, whole=config.placed != NO_OPTIONS)
+    require_apart_of_both(config.folder, config.data, config.placed)
     return config
 
 

@@ -49,16 +49,25 @@ def verify(options: VerifyOptions) -> int:
         _check_target(source, options.move_to)
     by_split = {source.split: source for source in sources}
     announce(by_split.get("train"), by_split.get("val"))
-    report = options.report or sources[0].report
-    known = verify_report.read(report)
-    left = [_verify_split(source, known, report, options) for source in sources]
+    reports = [options.report or source.report for source in sources]
+    known = {report: verify_report.read(report) for report in reports}
+    left = [
+        _verify_split(source, known[report], report, options)
+        for source, report in zip(sources, reports, strict=True)
+    ]
     for source, rest in zip(sources, left, strict=True):
         verify_report.require_every_class(source, rest)
-    if any(known[source.split].bad for source in sources):
-        move = "; verify --move-to moves it" if isinstance(sources[0], ImageFolder) else ""
-        say(f"--skip-bad of a training leaves out what {report} lists{move}")
-        return EXIT_FAILED
-    return 0
+    lists_some = [
+        report
+        for source, report in zip(sources, reports, strict=True)
+        if known[report][verify_report.key(source)].bad
+    ]
+    if not lists_some:
+        return 0
+    move = "; verify --move-to moves it" if isinstance(sources[0], ImageFolder) else ""
+    listed = " and ".join(map(str, dict.fromkeys(lists_some)))
+    say(f"--skip-bad of a training leaves out what {listed} lists{move}")
+    return EXIT_FAILED
 
 
 def _check_target(source: Source, move_to: Path | None) -> None:
@@ -75,17 +84,17 @@ def _verify_split(
     source: Source, known: dict[str, SplitReport], report: Path, options: VerifyOptions
 ) -> Source:
     """Return the split without its bad images; update `known`, by split, and the report."""
-    split, place, stamps = source.split, source.place, source.stamps()
+    key, place, stamps = verify_report.key(source), source.place, source.stamps()
     # Taken before decoding, so that a file that changes meanwhile is noticed.
     fingerprint = verify_report.fingerprint(stamps)
-    if _is_known(known.get(split), fingerprint, options):
+    if _is_known(known.get(key), fingerprint, options):
         say(f"{place}: has not changed since {report} was written")
     else:
         _check_writable(report)  # before it takes hours
         bad, faulty = _decode(source, stamps, options)
-        known[split] = SplitReport(fingerprint, len(stamps), bad, faulty, options.max_megapixels)
+        known[key] = SplitReport(fingerprint, len(stamps), bad, faulty, options.max_megapixels)
         verify_report.write(report, known)
-    bad, faulty = known[split].bad, known[split].faulty or {}
+    bad, faulty = known[key].bad, known[key].faulty or {}
     found = {
         name: source.locate(i) for i, name in enumerate(stamps) if name in bad or name in faulty
     }
@@ -97,10 +106,10 @@ def _verify_split(
     if faulty:
         say(f"{place}: {len(faulty)} more decode with errors; --skip-bad --strict leaves them out")
     if bad and options.move_to and isinstance(source, ImageFolder):
-        _move(source, bad, options.move_to / split)
+        _move(source, bad, options.move_to / source.split)
         stamps = {name: stamp for name, stamp in stamps.items() if name not in bad}
-        known[split] = dataclasses.replace(
-            known[split], fingerprint=verify_report.fingerprint(stamps), images=len(stamps), bad={}
+        known[key] = dataclasses.replace(
+            known[key], fingerprint=verify_report.fingerprint(stamps), images=len(stamps), bad={}
         )
         verify_report.write(report, known)
     return verify_report.without(source, bad)

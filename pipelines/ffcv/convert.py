@@ -14,7 +14,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,10 +39,10 @@ from pipelines.ffcv.sidecar import (
 )
 from pipelines.ffcv.verify import reasons, stored_bytes
 from pipelines.sampler import Indices
-from pipelines.sources.folder import require_apart
+from pipelines.sources.folder import require_apart_of_both
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import Source
-from pipelines.sources.splits import announce, open_split, open_splits
+from pipelines.sources.splits import announce, open_split, open_splits, warn_of_lost_weights
 from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
@@ -63,7 +63,7 @@ def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     a broken image without --skip-bad or a file that cannot be written.
     """
     splits = _scan_splits(options, data)  # before anything is created
-    require_apart(output, data, whole=options.placed != NO_OPTIONS)
+    require_apart_of_both(output, data, options.placed)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,6 +103,12 @@ class _Split:
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    def labels_without(self, skipped: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
+        """Return the labels of the images to be stored, but for those that a sidecar says were not."""
+        names = {item["image"] for item in skipped}
+        kept = [i for i in self.chosen.tolist() if self.names[i] not in names]
+        return self.source.labels[kept]
+
     @property
     def probes(self) -> Indices:
         """A few of the images, spread over the classes."""
@@ -139,6 +145,8 @@ def _scan_splits(options: ConvertOptions, data: str | Path) -> list[_Split]:
         with error_context("--data"):
             sources = {split: open_split(data, split, options) for split in wanted}
     announce(*(sources[split] if split in wanted else None for split in ("train", "val")))
+    if "train" in wanted:
+        warn_of_lost_weights(sources["train"])
     splits = []
     for source in (sources[split] for split in wanted):
         every = np.arange(len(source))
@@ -164,16 +172,17 @@ def _is_there(output: Path, split: _Split, options: ConvertOptions) -> bool:
     if not path.exists():
         return False
     found = read_sidecar(path)
+    others = UsageError(
+        f"--output: {path} exists already, made from other images or with other options; "
+        "remove it, or give another folder"
+    )
     if (
         found is None
         or found.settings != dataclasses.asdict(Settings.of(options))
         or found.source.get("fingerprint") != split.fingerprint
         or found.classes != split.source.classes
     ):
-        raise UsageError(
-            f"--output: {path} exists already, made from other images or with other options; "
-            "remove it, or give another folder"
-        )
+        raise others
     if options.strict and (faulty := found.faulty):
         raise UsageError(
             f"--output: {path} exists already, with {len(faulty)} images that decode with errors; "
@@ -184,7 +193,10 @@ def _is_there(output: Path, split: _Split, options: ConvertOptions) -> bool:
             f"--output: {path} exists already, but {found.lacks}; remove it to have them converted, too, "
             "or add --skip-bad"
         )
-    check_sidecar(found, open_beton(path))
+    beton = open_beton(path)
+    check_sidecar(found, beton)
+    if not np.array_equal(beton.labels, split.labels_without(found.skipped)):
+        raise others
     say(f"{path}: is there already, with the same options, from images of the same names and sizes")
     for line in found.remarks:
         say(f"{path}: {line}")

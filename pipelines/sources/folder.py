@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from pipelines.image_io import find_images, images_below, list_folder
+from pipelines.sources.options import NO_OPTIONS, SplitOptions
 from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.location import location
@@ -57,8 +58,8 @@ class ImageFolder(Source):
 
     @property
     def report(self) -> Path:
-        """verified.json in the folder that has train and val."""
-        return self.root.parent / REPORT
+        """verified.json in the folder that has train and val, or that has the classes."""
+        return Path(self.data) / REPORT
 
     def stamps(self) -> dict[str, Stamp]:
         """Return sizes and times; takes 5 s for a million images. Raises RunError."""
@@ -81,6 +82,8 @@ class ImageFolder(Source):
 def scan_folder(root: Path) -> ImageFolder:
     """Find the images below the class folders of `root`, at any depth.
 
+    Its name tells the split; where it is neither train nor val, `root` has no splits, and is train.
+
     Raises UsageError if `root` is missing, holds no class folders, or a class holds no image; RunError if
     a folder cannot be listed.
     """
@@ -101,9 +104,10 @@ def scan_folder(root: Path) -> ImageFolder:
             raise UsageError(f"the class folder {root / name} holds no image{what}")
     paths = [path for images, _ in found for path in images]
     labels = np.repeat(np.arange(len(classes)), [len(images) for images, _ in found])
+    is_split = root.name in ("train", "val")
     return ImageFolder(
-        data=root.parent,
-        split=root.name,
+        data=root.parent if is_split else root,
+        split=root.name if is_split else "train",
         classes=classes,
         labels=labels,
         root=root,
@@ -145,10 +149,17 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
     return train, val
 
 
+def require_apart_of_both(output: Path, data: str | Path, options: SplitOptions) -> None:
+    """Raise as `require_apart`, for the images of --data and of --val-data."""
+    require_apart(output, data, whole=options != NO_OPTIONS)
+    if options.val_data is not None:
+        require_apart(output, options.val_data, whole=True)
+
+
 def require_apart(output: Path, data: str | Path, *, whole: bool) -> None:
     """Raise UsageError if --output lies among the images of a folder, where it is taken for a class.
 
-    data: of --data; of no folder nothing is said. whole: without train/ and val/ its folders are the classes.
+    data: if it is no folder, nothing is said. whole: without train/ and val/ its folders are the classes.
     """
     with error_context("--data"):
         place = location(data)

@@ -151,7 +151,7 @@ def _pattern(data: Url) -> str:
 
 
 def _names(items: list[RemoteObject]) -> list[str]:
-    return [item.name for item in items]
+    return tar_index.short_names([item.url for item in items])
 
 
 def _listed(remote: Remote, pattern: str, split: str) -> list[RemoteObject]:
@@ -160,7 +160,7 @@ def _listed(remote: Remote, pattern: str, split: str) -> list[RemoteObject]:
     missing = [one for one, items in zip(patterns, found, strict=True) if not items]
     if 0 < len(missing) < len(patterns):
         raise UsageError(f"{pattern} names shards that are not there: {first_names(missing)}")
-    return [item for items in found for item in items]
+    return list({item.url: item for items in found for item in items}.values())
 
 
 def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: str) -> _Opened:
@@ -169,8 +169,10 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
     The shards are fetched whole for it, as the training needs them anyhow: headers alone would take a request
     for each image.
     """
-    fingerprint = tar_index.fingerprint_of([(i.name, i.size, i.tag) for i in items])
-    sizes = [(item.name, item.size) for item in items]
+    names = _names(items)
+    states = [(name, i.size, i.tag) for name, i in zip(names, items, strict=True)]
+    fingerprint = tar_index.fingerprint_of(states)
+    sizes = [(name, size) for name, size, _ in states]
     kept = reader.cache.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.index.parquet"
     has_tags = all(item.tag for item in items)
     # Without tags nothing tells whether the cache's is of these shards; that beside them may.

@@ -127,12 +127,16 @@ def paths_of(data: Path, split: str) -> list[str]:
 
     Raises UsageError if some of a range are missing.
     """
-    pattern = of_split(str(data / PATTERN if data.is_dir() else data), split)
+    if data.is_dir():  # whose own path is no pattern
+        return sorted(
+            str(data / name) for name in glob.glob(of_split(PATTERN, split), root_dir=data)
+        )
+    pattern = of_split(str(data), split)
     found = {one: sorted(glob.glob(one)) for one in expanded(pattern)}
     missing = [one for one, paths in found.items() if not paths]
     if 0 < len(missing) < len(found):
         raise UsageError(f"{pattern} names shards that are not there: {first_names(missing)}")
-    return [path for paths in found.values() for path in paths]
+    return list(dict.fromkeys(path for paths in found.values() for path in paths))
 
 
 def list_shards(data: Path, split: str) -> list[str]:
@@ -157,7 +161,7 @@ def open_shards(data: Path, split: str, *, with_sha256: bool = False) -> TarShar
     damaged; RunError if one cannot be read.
     """
     shards = list_shards(data, split)
-    folder, names = Path(shards[0]).parent, [Path(path).name for path in shards]
+    folder, names = Path(shards[0]).parent, tar_index.short_names(shards)
     states = [(name, *_state(path)) for name, path in zip(names, shards, strict=True)]
     fingerprint = tar_index.fingerprint_of(states)
     path = folder / tar_index.file_name(names)

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from pipelines.sources.cache_options import CacheOptions, size_in_bytes
-from pipelines.sources.options import NO_OPTIONS, SplitOptions
+from pipelines.sources.options import SplitOptions
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ def write_shards(options: ShardsOptions) -> int:
     Raises UsageError for malformed data or what `write_shards.write_shards` does, and DataError likewise.
     """
     from pipelines.sources import write_shards as writer  # imports torchvision
-    from pipelines.sources.folder import require_apart
-    from pipelines.sources.splits import announce, open_splits
+    from pipelines.sources.folder import require_apart_of_both
+    from pipelines.sources.splits import announce, open_splits, warn_of_lost_weights
 
     train, val = open_splits(options.data, options.placed, cache=options)
     assert train is not None
     announce(train, val)
-    require_apart(options.output, options.data, whole=options.placed != NO_OPTIONS)
+    warn_of_lost_weights(train)
+    require_apart_of_both(options.output, options.data, options.placed)
     writer.write_shards(train, val, options.output, options.shard_bytes)
     return 0

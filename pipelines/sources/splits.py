@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import sys
@@ -18,7 +19,7 @@ from pipelines.sources.cache_options import DEFAULT_CACHE, CacheOptions
 from pipelines.sources.folder import ImageFolder, scan_folder, scan_train_val
 from pipelines.sources.options import NO_OPTIONS, SplitOptions
 from pipelines.sources.patterns import is_pattern
-from pipelines.sources.source import Source, ordered_classes
+from pipelines.sources.source import Source
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.location import Location, Url, location
 from pipelines.utils.output import say
@@ -82,27 +83,28 @@ def _open_both(
 
 
 def open_each(data: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> list[Source]:
-    """Return the splits that `data` has, of train and val. Raises UsageError if there is none."""
+    """Return the splits that `data` has, of train and val, or all of it, if it has none.
+
+    Raises UsageError if there are no images.
+    """
     data = location(data)
     if isinstance(data, Url) or kind_of(data) != "folder":
         return [
             open_split(data, "train", cache),
             *([open_split(data, "val", cache)] if _has_val(data) else []),
         ]
-    found: list[Source] = [scan_folder(data / s) for s in ("train", "val") if (data / s).is_dir()]
-    if not found:
-        raise UsageError(f"{data} has neither a folder train nor a folder val")
-    return found
+    splits = [data / split for split in ("train", "val") if (data / split).is_dir()]
+    return [scan_folder(folder) for folder in splits or [data]]
 
 
 def kind_of(data: Location) -> Kind:
     """Return what kind of source a path or URL is. Raises UsageError if it is none."""
     if isinstance(data, Url):
         return "shards"
-    if is_pattern(str(data)):
-        return "shards"
     if data.is_dir():
         return "shards" if shards.has_shards(data) else "folder"
+    if is_pattern(str(data)):
+        return "shards"
     if data.suffix.lower() in manifest.SUFFIXES:
         return "manifest"
     if not data.exists():
@@ -151,6 +153,16 @@ def announce_one(source: Source) -> None:
             inside = (name.split("/")[1:] for name in source.names)
             below = sorted({name[0] for name in inside if len(name) > 1})
         warn_of_single_class(source.place, source.classes[0], below)
+
+
+def warn_of_lost_weights(source: Source) -> None:
+    """Warn that a table's weights do not come along where its images are written to."""
+    if source.weights is not None:
+        say(
+            f"warning: {source.place}: the column weight is not written: a training on what is written "
+            "weighs its images alike",
+            sys.stderr,
+        )
 
 
 def warn_of_both(train: Source | None, val: Source | None) -> None:
@@ -211,7 +223,7 @@ def open_split(data: str | Path, split: str, cache: CacheOptions = DEFAULT_CACHE
         return scan_folder(data / split)
     if split == "train" and (data / "val").is_dir():
         raise UsageError(f"{data} has no folder 'train'")
-    return scan_folder(data)
+    return dataclasses.replace(scan_folder(data), split=split)
 
 
 def _has_val(data: Location) -> bool:
@@ -235,5 +247,4 @@ def _with_common_classes(train: Source, val: Source) -> tuple[Source, Source]:
         raise UsageError(
             f"the classes of {train.place} and {val.place} differ: only in val: {names}"
         )
-    classes = ordered_classes(train.classes)
-    return train.with_classes(classes), val.with_classes(classes)
+    return train, val.with_classes(train.classes)

@@ -22,7 +22,7 @@ from pipelines.image_io import SUFFIXES
 from pipelines.sources.source import indices_of, ordered_classes
 from pipelines.utils.errors import DataError, UsageError, first_line
 from pipelines.utils.reading import reading
-from pipelines.utils.text import first_names
+from pipelines.utils.text import encodable, first_names
 
 LABELS = ("cls", "json")
 NAME = ".{}.index.parquet"  # beside the shards; by the shards' names
@@ -90,8 +90,18 @@ def fingerprint_of(states: Sequence[tuple[Any, ...]]) -> str:
     return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
+def short_names(shards: Sequence[str]) -> list[str]:
+    """Return the ends of paths or URLs by which they differ: the names of the files, if these do."""
+    parts = [shard.split("/") for shard in shards]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        ends = ["/".join(part[-count:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    return list(shards)
+
+
 def file_name(shards: Sequence[str]) -> str:
-    """Return the name of the index of shards of these names."""
+    """Return the name of the index of shards of these `short_names`."""
     return NAME.format(hashlib.sha256("\n".join(shards).encode()).hexdigest()[:12])
 
 
@@ -117,7 +127,8 @@ def scan(
     labels = ordered_classes(sample.label for sample in samples)
     place_of = {label: i for i, label in enumerate(labels)}
     if len({sample.name for sample in samples}) < len(samples):  # each shard counts anew
-        samples = [s._replace(name=f"{Path(shards[s.shard]).name}/{s.name}") for s in samples]
+        names = short_names(shards)
+        samples = [s._replace(name=f"{names[s.shard]}/{s.name}") for s in samples]
     samples.sort(key=lambda sample: (place_of[sample.label], sample.name))
     table = pa.table(
         {
@@ -168,7 +179,8 @@ def samples_of(
             raise UsageError(
                 f"{place}: {member.name} has no label; expected {key}.cls, or {key}.json with a label"
             )
-        samples.append(Sample(member.name, shard, member.offset_data, member.size, label))
+        name = encodable(member.name)
+        samples.append(Sample(name, shard, member.offset_data, member.size, label))
     return samples
 
 

@@ -6,6 +6,7 @@ Shards hold a fixed random order, so that other readers, which take them from fr
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -60,7 +61,7 @@ def _write_all(output: Path, sources: list[Source], shard_bytes: int) -> None:
     plans = {source.split: list(_plan(sizes[source.split], shard_bytes)) for source in sources}
     notes = {
         "shard_size": shard_bytes,
-        "images": {source.split: [len(source), source.fingerprint()] for source in sources},
+        "images": {s.split: [len(s), _digest(s, sizes[s.split])] for s in sources},
     }
     _check_folder(output, notes, total=sum(map(sum, sizes.values())))
     try:
@@ -80,12 +81,14 @@ def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
     """Raise UsageError if the shards do not fit, or the folder has others than the beginning of these."""
     path = output / NOTES
     there = sorted(output.glob("*.tar"))
-    if there and not path.exists():
-        raise UsageError(f"--output: {output} has shards already; name an empty folder")
-    if there and read_json(path, "name an empty folder") != notes:
-        raise UsageError(
-            f"--output: {output} has shards of other images or another size; name an empty folder"
-        )
+    if path.exists():
+        if read_json(path, "name an empty folder") != notes:
+            raise UsageError(
+                f"--output: {output} has shards of other images or another size; name an empty folder"
+            )
+    elif there or (output / CLASSES).exists():
+        what = "shards" if there else CLASSES
+        raise UsageError(f"--output: {output} has {what} already; name an empty folder")
     total, free = total - sum(shard.stat().st_size for shard in there), free_space(output)
     if total > free:
         raise UsageError(
@@ -160,6 +163,14 @@ def _sizes(source: Source) -> list[int]:
     """Return the bytes that each sample takes in a shard, at most."""
     stamps = source.stamps().values()
     return [OVERHEAD + (0 if stamp is None else stamp[0]) for stamp in stamps]
+
+
+def _digest(source: Source, sizes: list[int]) -> str:
+    """Return the SHA-256 of what decides which shard has which samples, and of their labels."""
+    digest = hashlib.sha256(source.fingerprint().encode())
+    digest.update(json.dumps(source.classes).encode())
+    digest.update(np.array(sizes, np.int64).tobytes() + source.labels.tobytes())
+    return digest.hexdigest()
 
 
 def _plan(sizes: list[int], most: int) -> Iterator[list[int]]:

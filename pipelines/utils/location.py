@@ -53,7 +53,10 @@ def location(given: str | Path) -> Location:
     text = re.sub(rf"^((?i:{'|'.join(SCHEMES)})):/(?!/)", r"\1://", str(given))
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
         return Path(given)
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:  # it is not shown: it may have a password
+        raise UsageError(f"{text.partition(':')[0]}://...: no URL: {error}") from None
     if parts.scheme == "file":
         return Path(parts.path)
     host = parts.netloc.rpartition("@")[2]

@@ -38,7 +38,7 @@ def file_state(path: str) -> os.stat_result | None:
     try:
         with reading(path):
             return os.stat(path)  # noqa: PTH116 - pathlib is slow on a million files
-    except OSError:
+    except (OSError, ValueError):  # ValueError: of a zero byte in the path
         return None
 
 

@@ -10,6 +10,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def encodable(text: str) -> str:
+    """Escape the bytes of a file's name that are no UTF-8, which neither Parquet nor JSON takes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def distinct(name: str) -> str:
     """Return a name such that no other looks the same: with its code points, if it is not plain ASCII."""
     plain = name.isascii() and name.isprintable() and name == name.strip()

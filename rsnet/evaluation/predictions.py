@@ -16,6 +16,7 @@ from torch import Tensor
 from pipelines.batch import Loader
 from pipelines.utils.atomic_io import atomic_write
 from pipelines.utils.errors import RunError
+from pipelines.utils.text import encodable
 from rsnet.distributed import process_group as distributed
 from rsnet.evaluation.evaluate import Accuracy, batch_logits
 from rsnet.evaluation.label_sets import LabelSet
@@ -139,7 +140,7 @@ def write_parquet(
 
     labels = predictions.labels
     columns: dict[str, Any] = {
-        "path": pa.array([_encodable(path) for path in predictions.paths]),
+        "path": pa.array([encodable(path) for path in predictions.paths]),
         "label": pa.array(labels[:, 0])
         if labels.shape[1] == 1
         else pa.array([row[row >= 0] for row in labels], pa.list_(pa.int64())),
@@ -150,7 +151,7 @@ def write_parquet(
         else:
             columns[f"classes@{name}"] = _lists(pa, predictions.classes[:, index])
             columns[f"probabilities@{name}"] = _lists(pa, predictions.probabilities[:, index])
-    about = {**source, "classes": list(map(_encodable, class_names))}
+    about = {**source, "classes": list(map(encodable, class_names))}
     table = pa.table(columns).replace_schema_metadata({"rsnet": json.dumps(about)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -160,8 +161,3 @@ def write_parquet(
 def _lists(pa: Any, rows: NDArray[Any]) -> Any:
     """Return (N, K) as N lists of K."""
     return pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(rows).ravel(), rows.shape[1])
-
-
-def _encodable(text: str) -> str:
-    """Return a name or path without bytes that are no text, which Parquet does not take."""
-    return text.encode(errors="backslashreplace").decode()

@@ -17,6 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.utils.text import encodable
 from rsnet.inference.cascade import Prediction
 from rsnet.serving.metrics import CountRequests
 from rsnet.serving.service import Service
@@ -116,5 +117,5 @@ async def _in_one_line(_: Request, error: Exception) -> JSONResponse:
 
 def _json(prediction: Prediction) -> dict[str, Any]:
     """Return what `rsnet predict --json` prints. Names may hold what UTF-8 has no code for."""
-    names = (name.encode("utf-8", "backslashreplace").decode() for name in prediction.classes)
+    names = map(encodable, prediction.classes)
     return replace(prediction, classes=tuple(names)).to_dict()

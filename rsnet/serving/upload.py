@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 from torch import Tensor
 
+from pipelines.image_formats import check_scans
 from pipelines.transforms import eval_view
 from pipelines.utils.errors import DataError, first_line
 from rsnet.inference import preprocess
@@ -87,6 +88,7 @@ def decode(data: bytes, sizes: Sequence[int], most_pixels: int) -> dict[int, Ten
         if max(image.height * image.width, view.height * view.width) > most_pixels:
             raise too_many
         try:
+            check_scans(image, data)
             rgb = preprocess.decode(image, "the image", max(sizes))
         except DataError as error:
             raise HTTPException(400, str(error)) from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 
 from pipelines.dali import verify
 from pipelines.dali.decoder import Decoder
@@ -141,3 +142,28 @@ def test_training_unverified_formats_says_that_decoders_differ(data, run, capsys
     run(data)
     loaders_of(data, skip_bad=True)
     assert not capsys.readouterr().err
+
+
+def test_a_tiff_whose_metadata_pil_cannot_read_is_refused(path):
+    """Its XMP is text, where PIL takes bytes: EXIF's orientation is looked for there, too."""
+    entries = TiffImagePlugin.ImageFileDirectory_v2()
+    entries.tagtype[700] = TiffTags.ASCII
+    entries[700] = "x"
+    Image.new("RGB", (8, 8)).save(path, "TIFF", tiffinfo=entries)
+    assert decode_error(path, path.read_bytes()) is not None
+
+
+def _with_scans(count: int) -> bytes:
+    """A progressive JPEG, with its last scan so many times more: libjpeg decodes each."""
+    file = io.BytesIO()
+    comment = b"\xff\xda" * 200  # no scans
+    Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True, comment=comment)
+    data = file.getvalue()
+    last, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    return data[:end] + data[last:end] * count + data[end:] + comment
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
+    """Each of a few bytes takes libjpeg as long as all of the pixels do: megabytes take hours."""
+    assert decode_error("", _with_scans(20)) is None
+    assert decode_error("", _with_scans(100)) == "more than 100 scans; save it anew"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +15,9 @@ import pytest
 import torch
 
 from pipelines import dali, verify_report
+from pipelines.__main__ import main as folder_main
+from pipelines.sources.options import SplitOptions
+from pipelines.sources.splits import open_splits
 from pipelines.utils.errors import UsageError
 from rsnet.train import main
 from tests.helpers.bad_images import (
@@ -196,3 +201,61 @@ def test_a_run_that_a_broken_image_ended_goes_on_without_it(
     assert code == 0
     assert "--skip-bad: left out 1 of 25 images of train" in out
     assert "after epoch 1" in out
+
+
+def _places(data: Path) -> dict[str, tuple[Path | str, SplitOptions]]:
+    """The same images in other ways: (--data, where the validation images are)."""
+    pattern = f"{data}-shards"
+    for split in ("train", "val"):
+        shutil.copytree(data / split, f"{data}-{split}-images")
+    assert folder_main(["shards", "-d", str(data), "-o", pattern]) == 0
+    for split in ("train", "val"):
+        (Path(pattern) / split).mkdir()
+        shutil.copy(f"{pattern}/{split}-000000.tar", f"{pattern}/{split}/000000.tar")
+    for split in ("train", "val"):
+        rows = [
+            f"{path.relative_to(data)},{path.parent.name}\n"
+            for path in sorted((data / split).rglob("*.JPEG"))
+        ]
+        (data / f"{split}.csv").write_text("path,label\n" + "".join(rows))
+    return {
+        "tables": (data / "train.csv", SplitOptions(val_data=data / "val.csv")),
+        "patterns": (f"{pattern}/train-*.tar", SplitOptions(val_data=f"{pattern}/val-*.tar")),
+        "folders of shards": (f"{pattern}/{{train,val}}/*.tar", SplitOptions()),
+        "folders": (f"{data}-train-images", SplitOptions(val_data=f"{data}-val-images")),
+        "a share": (f"{data}-train-images", SplitOptions(val_fraction=0.5)),
+        "splits as data": (data / "train", SplitOptions(val_data=data / "val")),
+    }
+
+
+@pytest.mark.parametrize(
+    "how", ["tables", "patterns", "folders of shards", "folders", "a share", "splits as data"]
+)
+def test_wherever_images_are_what_is_advised_makes_skip_bad_work(data, run, how):
+    truncate(data / "train" / "ant" / "003.JPEG")
+    truncate(data / "val" / "bee" / "001.JPEG")
+    given, options = _places(data)[how]
+    bad = 1 if how == "a share" else 2
+
+    def skipping() -> int:
+        lost = 0
+
+        def prepare(source):
+            nonlocal lost
+            left = verify_report.skip_bad(source, None)
+            lost += len(source) - len(left)
+            return left
+
+        open_splits(given, options, prepare=prepare)
+        return lost
+
+    for _ in range(2):  # one command for each split's images, at most
+        with pytest.raises(UsageError, match="--skip-bad: ") as end:
+            skipping()
+        (command,) = re.findall(r"; (rsnet verify .*) writes it", str(end.value))
+        assert run(*shlex.split(command)[2:])[0] == 1
+        if how in ("folders of shards", "a share", "splits as data"):
+            break
+    if how == "splits as data":
+        assert (data / "verified.json").exists()
+    assert skipping() == bad

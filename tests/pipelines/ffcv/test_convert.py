@@ -13,6 +13,7 @@ from pipelines.demo import CLASSES
 from pipelines.sources.folder import scan_folder
 from tests.conftest import needs_ffcv, write_folder, write_photo
 from tests.helpers.betons import pixels_of, reader_of, samples_of, sidecar_of
+from tests.pipelines.sources.conftest import write_table
 
 pytestmark = needs_ffcv
 
@@ -152,6 +153,36 @@ def test_a_file_made_differently_is_not_overwritten(demo, tmp_path, convert, cha
     assert code == 2
     assert "val.beton exists already, made from other images or with other options" in err
     assert (tmp_path / "b" / "val.beton").read_bytes() == before
+
+
+def test_a_file_with_labels_that_were_corrected_since_is_not_taken_for_the_tables(
+    tmp_path, convert
+):
+    def table(*labels: str) -> Path:
+        rows = [{"path": f"{i}.jpg", "label": label} for i, label in enumerate(labels)]
+        return write_table(tmp_path / "labels.csv", rows)
+
+    for i in range(3):
+        write_photo(tmp_path / f"{i}.jpg", 40, 40, seed=i)
+    (tmp_path / "2.jpg").write_bytes(b"broken")
+    words = ("--output", tmp_path / "b", "--splits", "train", "--skip-bad")
+    assert convert("--data", table("ant", "bee", "bee"), *words)[0] == 0
+    code, out, _ = convert("--data", table("ant", "bee", "ant"), *words)  # of one that is left out
+    assert code == 0
+    assert "is there already" in out
+    code, _, err = convert("--data", table("bee", "ant", "bee"), *words)
+    assert code == 2
+    assert "exists already, made from other images or with other options" in err
+
+
+def test_the_files_are_named_by_the_splits_whatever_the_folders_are_called(demo, tmp_path, convert):
+    for source, name in (("train", "a/images"), ("val", "b/images")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(demo / source)
+    places = ("--data", tmp_path / "a/images", "--val-data", tmp_path / "b/images")
+    assert convert(*places, "--output", tmp_path / "c")[0] == 0
+    counts = [len(samples_of(tmp_path / "c" / f"{split}.beton")) for split in ("train", "val")]
+    assert counts == [30, 20]
 
 
 def test_verify_finds_the_broken_samples(demo, tmp_path, convert):

@@ -11,7 +11,13 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from pipelines.image_formats import decode_error
 from pipelines.image_io import images_below
-from pipelines.sources.folder import require_apart, scan_folder, scan_train_val
+from pipelines.sources.folder import (
+    require_apart,
+    require_apart_of_both,
+    scan_folder,
+    scan_train_val,
+)
+from pipelines.sources.options import SplitOptions
 from pipelines.utils.errors import UsageError
 from tests.conftest import write_folder, write_photo
 
@@ -153,3 +159,12 @@ def test_what_would_be_taken_for_a_class_is_not_written(
         return
     with pytest.raises(UsageError, match=f"^--output: {output} lies among the images of {among}; "):
         require_apart(Path(output), data, whole=whole)
+
+
+def test_nor_is_it_among_validation_images_of_their_own(tmp_path):
+    for folder in ("t/train", "v/ant"):
+        (tmp_path / folder).mkdir(parents=True)
+    options = SplitOptions(val_data=tmp_path / "v")
+    require_apart_of_both(tmp_path / "out", tmp_path / "t", options)
+    with pytest.raises(UsageError, match=r"^--output: .*/v/run lies among the images of .*/v; "):
+        require_apart_of_both(tmp_path / "v" / "run", tmp_path / "t", options)

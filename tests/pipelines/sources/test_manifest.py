@@ -106,6 +106,12 @@ def test_images_that_are_not_there_are_named(table):
         manifest.read(file, "train")
 
 
+def test_a_path_with_a_zero_byte_is_of_no_file(tmp_path):
+    (tmp_path / "labels.jsonl").write_text('{"path": "a\\u0000.jpg", "label": "x"}\n')
+    with pytest.raises(UsageError, match=r"labels\.jsonl lists files that are not there: "):
+        manifest.read(tmp_path / "labels.jsonl", "train")
+
+
 def test_a_table_that_is_not_there_is_a_mistake_of_the_command(tmp_path):
     for suffix in manifest.SUFFIXES:
         with pytest.raises(UsageError, match=f"^--data: there is no file .*/none{suffix}$"):

@@ -25,10 +25,10 @@ from pipelines.sources import write_shards as writing
 from pipelines.sources.folder import scan_folder
 from pipelines.sources.options import SplitOptions
 from pipelines.sources.shards_options import ShardsOptions, write_shards
-from pipelines.sources.splits import announce, open_splits
+from pipelines.sources.splits import announce, kind_of, open_splits
 from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import write_photo
-from tests.pipelines.sources.conftest import source_of
+from tests.pipelines.sources.conftest import source_of, write_table
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +285,70 @@ def test_an_index_is_opened_in_little_more_memory_than_it_has():
     assert found is not None
     assert found.table.equals(table)
     assert pool.max_memory() - before < 1.4 * table.nbytes
+
+
+def test_shards_of_one_name_in_two_folders_have_their_folders_in_the_images_names(tmp_path, photo):
+    """webdataset counts keys anew in each shard, so that not even the shard's name tells them apart."""
+    for folder in ("p0", "p1"):
+        write_tar(tmp_path / folder / "train-0.tar", [("0.jpg", photo), ("0.cls", b"0")])
+    for _ in range(2):  # the second time by the index
+        train = shards.open_shards(tmp_path / "p*" / "train-0.tar", "train")
+        assert train.names == ["p0/train-0.tar/0.jpg", "p1/train-0.tar/0.jpg"]
+        assert len(train.stamps()) == 2
+
+
+def test_a_shard_that_a_pattern_names_twice_is_read_once(tmp_path, photo):
+    write_tar(tmp_path / "s" / "train-01.tar", [("0.jpg", photo), ("0.cls", b"0")])
+    assert len(shards.open_shards(tmp_path / "s" / "train-*{0..1}*.tar", "train")) == 1
+
+
+def test_a_name_that_is_no_text_is_escaped(tmp_path, photo):
+    name = os.fsdecode(b"caf\xe9")
+    data = write_tar(
+        tmp_path / "s" / "train-0.tar", [(f"{name}.jpg", photo), (f"{name}.cls", b"0")]
+    )
+    for _ in range(2):
+        assert shards.open_shards(data, "train").names == ["caf\\udce9.jpg"]
+
+
+@pytest.mark.parametrize("name", ["out[1]", "a{b", "a*"])
+def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(photos, tmp_path, name):
+    output = tmp_path / name
+    assert main(["shards", "-d", str(photos), "-o", str(output), "--shard-size", "100KB"]) == 0
+    assert len(open_splits(output)[0]) == len(open_splits(photos)[0])
+    assert kind_of(shutil.copytree(photos, tmp_path / f"{name}-images")) == "folder"
+
+
+@pytest.mark.parametrize("own", ["classes.json", "shards.json"])
+def test_files_of_the_users_in_the_folder_are_left_alone(photos, tmp_path, capsys, own):
+    (tmp_path / own).write_text('["mine"]')
+    assert main(["shards", "-d", str(photos), "-o", str(tmp_path)]) == 2
+    assert "name an empty folder" in capsys.readouterr().err
+    assert (tmp_path / own).read_text() == '["mine"]'
+    assert not list(tmp_path.glob("*.tar"))
+
+
+@pytest.mark.parametrize("changed", ["size", "label", "class"])
+def test_shards_are_not_gone_on_with_from_images_that_changed(photo, tmp_path, capsys, changed):
+    """By the sizes it is decided what is in which shard: an image would be there twice, or not at all."""
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.jpg").write_bytes(photo)
+
+    def write(label: str = "ant", other: str = "bee") -> int:
+        rows = [
+            {"path": f"{name}.jpg", "label": label if name == "a" else other, "split": split}
+            for split, names in (("train", "abc"), ("val", "d"))
+            for name in names
+        ]
+        table = write_table(tmp_path / "labels.csv", rows)
+        return main(["shards", "-d", str(table), "-o", str(tmp_path / "s"), "--shard-size", "10KB"])
+
+    assert write() == 0
+    (tmp_path / "s" / "train-000001.tar").unlink()
+    assert write() == 0
+    if changed == "size":
+        (tmp_path / "a.jpg").write_bytes(photo + bytes(3000))
+    names = {"size": (), "label": ("bee",), "class": ("ant", "bear")}[changed]
+    (tmp_path / "s" / "train-000001.tar").unlink()
+    assert write(*names) == 2
+    assert "has shards of other images or another size" in capsys.readouterr().err

@@ -113,3 +113,39 @@ def test_many_classes_are_counted_after_the_first_ones(table, capsys):
     assert (
         "no images of 11 of 12 classes (1, 2, 3, 4, 5 and 6 more): the" in capsys.readouterr().err
     )
+
+
+def test_a_folder_without_splits_is_of_the_split_that_it_is_given_for(photos, tmp_path):
+    (tmp_path / "a").symlink_to(photos / "train")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a").symlink_to(photos / "val")
+    train, val = open_splits(tmp_path / "a", SplitOptions(val_data=tmp_path / "b" / "a"))
+    assert (train.split, val.split) == ("train", "val")
+
+
+def test_the_order_of_the_classes_is_the_training_images_whatever_the_validation_images_lack(
+    tmp_path,
+):
+    """Else numbers, which folders sort as text, would come in another order once a class is there."""
+    for i, name in enumerate(("train/1", "train/2", "train/10", "val/1", "val/2")):
+        (tmp_path / name).mkdir(parents=True)
+        write_photo(tmp_path / name / "0.jpg", 40, 40, seed=i)
+    options = SplitOptions(val_data=tmp_path / "val")
+    lacking, _ = open_splits(tmp_path / "train", options)
+    (tmp_path / "val" / "10").mkdir()
+    write_photo(tmp_path / "val" / "10" / "0.jpg", 40, 40, seed=9)
+    whole, _ = open_splits(tmp_path / "train", options)
+    assert lacking.classes == whole.classes == ["1", "10", "2"]
+
+
+@pytest.mark.usefixtures("table")
+def test_weights_that_are_not_written_are_said(tmp_path, capsys):
+    rows = [
+        {"path": f"{i}.jpg", "label": label, "split": split, "weight": 1 + i}
+        for i, (split, label) in enumerate(ROWS)
+    ]
+    weighted = write_table(tmp_path / "weighted.csv", rows)
+    assert main(["shards", "--data", str(weighted), "--output", str(tmp_path / "shards")]) == 0
+    assert (
+        f"warning: {weighted} (train): the column weight is not written" in capsys.readouterr().err
+    )
