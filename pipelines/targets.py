@@ -30,7 +30,11 @@ class Targets:
         own: NDArray[np.float64] | None = None,
     ) -> None:
         self._device, self._labels = spec.device, labels
-        self._weights = loss_weights(labels, classes, own, spec.class_weights) if training else None
+        self._weights = None
+        if training:
+            self._weights = loss_weights(
+                labels, classes, own, spec.class_weights, spec.balanced_sampling
+            )
 
     def __call__(self, rows: Indices) -> tuple[Tensor, Tensor | None]:
         """Return labels and weights of these samples."""

@@ -22,13 +22,16 @@ def loss_weights(
     classes: Sequence[str],
     own: NDArray[np.float64] | None,
     class_weights: str | None,
+    balanced: bool = False,
 ) -> NDArray[np.float32] | None:
-    """Return the weight of each training sample in the loss, (N,), with mean 1; None if all are equal.
+    """Return the weight of each training sample in the loss, (N,), with mean 1 over an epoch; None if all are
+    equal.
 
     A sample's is its own times its class's. own: (N,), of the source. class_weights: "balanced", the inverse
     of each class's images, as scikit-learn's; or a JSON file, {class: weight}; or None. They are scaled by
     the whole training set, not by each batch as in `torch.nn.CrossEntropyLoss`, so that batches accumulated
-    or spread over processes give the gradient of one large batch.
+    or spread over processes give the gradient of one large batch. balanced: whether an epoch draws of each
+    class as often as of any other.
 
     Raises UsageError if the file lacks a class, DataError if it is damaged.
     """
@@ -39,7 +42,9 @@ def loss_weights(
         weights = weights / np.bincount(labels, minlength=len(classes))[labels]
     elif class_weights is not None:
         weights = weights * _read(Path(class_weights), classes)[labels]
-    scaled: NDArray[np.float32] = (weights / weights.mean()).astype(np.float32)
+    counts = np.bincount(labels, minlength=len(classes))
+    mean = np.average(weights, weights=1 / counts[labels] if balanced else None)
+    scaled: NDArray[np.float32] = (weights / mean).astype(np.float32)
     return scaled
 
 

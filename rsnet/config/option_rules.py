@@ -44,6 +44,10 @@ def _require_combinable(c: Any) -> None:
         )
     if c.fused_bn and c.sync_bn:
         raise UsageError("--fused-bn and --sync-bn: choose one; a fused BatchNorm knows one batch")
+    if c.balanced_sampling and c.class_weights == "balanced":
+        raise UsageError(
+            "--balanced-sampling and --class-weights balanced: choose one; both make up for rare classes"
+        )
     if c.balanced_sampling and (c.ra_reps or 1) > 1:
         raise UsageError(
             f"--balanced-sampling and --ra-reps {c.ra_reps}: choose one; both say how often an image comes"

@@ -17,7 +17,7 @@ from pipelines.utils.location import Location, Url, location, url_of
 from pipelines.utils.schema import read_json
 from rsnet.config import size_schedule
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
-from rsnet.config.optimizers import is_of_other_optimizer, rate_and_decay
+from rsnet.config.optimizers import OWN, is_of_other_optimizer, rate_and_decay
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.size_schedule import Phase
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
@@ -269,6 +269,8 @@ def _given(
         taken = TAKEN_OVER
         if config.recipe not in (None, previous.get("recipe")):
             taken = taken - OF_A_RECIPE
+            if previous.get("sgd") in OWN:  # which is no recipe's
+                taken = taken | {"sgd"}
         if is_of_other_optimizer(config.sgd, previous):
             taken = taken - {"weight_decay"}
         if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
@@ -295,6 +297,8 @@ def _check_sizes_per_step(k: int, sizes: int) -> None:
 def _schedule_of(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return --size-schedule in one spelling, whatever the order of its sizes. Raises UsageError."""
     words, sizes = values["size_schedule"], values["sizes"]
+    if not size_schedule.is_schedule(words):  # of a file that was changed
+        raise UsageError(f"--size-schedule {' '.join(map(str, words))}: is none; give another")
     size_schedule.require_valid(words, sizes, values["epochs"])
     return size_schedule.as_words(size_schedule.phases_of(words, sizes), sizes)
 
@@ -347,7 +351,7 @@ def _spread(
     The batch is the largest possible, up to what it was. What cannot be divided stays, and is refused later.
     """
     batch_size: int | None = previous.get("batch_size")
-    if not global_batch or not batch_size or global_batch % world_size:
+    if not global_batch or not batch_size or batch_size < 1 or global_batch % world_size:
         return {"batch_size": batch_size, "accumulate": previous.get("accumulate")}
     share = global_batch // world_size
     largest = max(n for n in range(1, batch_size + 1) if share % n == 0)

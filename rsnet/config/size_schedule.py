@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -77,6 +78,15 @@ def require_valid(words: Sequence[str], sizes: Sequence[int], epochs: int) -> No
 def sizes_in(phases: Sequence[Phase], epoch: int) -> tuple[int, ...]:
     """Return the sizes that an epoch, counted from 0, trains."""
     return max(phase for phase in phases if phase.start <= epoch).sizes
+
+
+def step_sets(phases: Sequence[Phase], k: int) -> set[tuple[int, ...]]:
+    """Return the sets of sizes that steps train: of each phase the largest, and k - 1 others of it."""
+    return {
+        (max(phase.sizes), *others)
+        for phase in phases
+        for others in itertools.combinations(sorted(phase.sizes)[:-1], min(k, len(phase.sizes)) - 1)
+    }
 
 
 def step_cost(costs: Mapping[int, float], sizes: Sequence[int], k: int) -> float:

@@ -19,6 +19,7 @@ from pipelines.utils.atomic_io import atomic_write, atomic_write_json, fsync
 from pipelines.utils.errors import RunError, UsageError
 from pipelines.utils.location import url_of
 from pipelines.utils.locks import exclusive_lock
+from pipelines.utils.text import first_names
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
 
@@ -35,10 +36,14 @@ PACKAGES = (
 )
 
 
+WRITTEN_WHOLE = ("config.json", "env.json", "command.txt", "results.json", "curves.png")
+
+
 class RunDir:
     """A folder that belongs to one run. `active` is False on ranks that write nothing.
 
-    Raises UsageError if the folder cannot be written, or holds a run that is not to be continued.
+    Raises UsageError if the folder cannot be written, holds a run that is not to be continued, or files of
+    others that would be written over: a release has a config.json, too.
     """
 
     def __init__(self, path: Path, continues: bool, active: bool) -> None:
@@ -49,6 +54,11 @@ class RunDir:
         self.best = path / "checkpoints" / "best.pt"
         if not active:
             return
+        begun = (path / "checkpoints").is_dir() or (path / "metrics.jsonl").exists()
+        if not begun and (others := [name for name in WRITTEN_WHOLE if (path / name).exists()]):
+            raise UsageError(
+                f"--output: {path} holds no run, but {first_names(others)}; give another folder"
+            )
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (path / "metrics.jsonl").touch()

@@ -111,3 +111,8 @@ def load_start(context: RunContext, start: Start, initial: Checkpoint | None) ->
         notes = distributed.run_on_all(lambda: start_from(model, context.network, initial, source))
         for line in notes:
             context.console.say(line)
+    if checkpoint is None:
+        # They tell --size-schedule which sizes this training has trained. Releases have none.
+        for name, counter in model.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                counter.zero_()

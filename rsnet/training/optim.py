@@ -86,8 +86,20 @@ def make_optimizer(
     from rsnet.training import timm_optimizers
 
     if opt == "lamb":
-        return timm_optimizers.make_lamb(groups, lr, momentum)
+        return timm_optimizers.make_lamb(groups, lr, momentum, _owners(model))
     return timm_optimizers.make_muon(groups, lr, momentum, capturable)
+
+
+def _owners(model: nn.Module) -> dict[Tensor, int]:
+    """Return the place, from 1, of the size that each parameter of a private BatchNorm is of."""
+    if not isinstance(model, ResolutionSwitchable):
+        return {}
+    return {
+        parameter: place
+        for place, size in enumerate(model.sizes, 1)
+        for norm in model.norms_of([size])
+        for parameter in norm.parameters()
+    }
 
 
 def param_groups(
@@ -180,11 +192,13 @@ def load_momentum(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) ->
     counts = [group["step"] for group in saved["param_groups"] if "step" in group]
     if any("step" in group and not counts for group in optimizer.param_groups):
         return False
+    # LAMB's counts, which timm would move to the CPU. A group has those of its own parameters, others 0.
+    steps = [group.pop("step", None) for group in optimizer.param_groups]
     own = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
-    for group in optimizer.param_groups:
-        if "step" in group:  # LAMB's, the same in all groups
-            group["step"].copy_(counts[0])
+    for group, step in zip(optimizer.param_groups, steps, strict=True):
+        if step is not None:
+            group["step"] = step.copy_(torch.stack(counts).amax(0))
     return True
 
 

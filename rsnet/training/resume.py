@@ -340,7 +340,7 @@ def load_training_state(
     Return what is not as it was, in words.
     """
     missing = []
-    if checkpoint.scaler is not None:
+    if checkpoint.scaler and trainer.scaler.is_enabled():  # empty but of float16
         trainer.scaler.load_state_dict(checkpoint.scaler)
     saved = checkpoint.optimizer
     if saved is None or not load_momentum(trainer.optimizer, saved):

@@ -16,6 +16,7 @@ from rsnet.checkpoint.checkpoint import BEST_BY, Checkpoint
 from rsnet.checkpoint.manager import CheckpointManager
 from rsnet.checkpoint.uploader import Uploader
 from rsnet.checkpoint.weights import load_weights
+from rsnet.config.size_schedule import sizes_in
 from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.watchdog import Watchdog
@@ -232,13 +233,18 @@ class TrainingRun:
         if self.trainer.ema:
             distributed.broadcast_buffers(self.trainer.ema.model)
 
-    def _follow_nearest(self) -> None:
-        """Give sizes that --size-schedule has not trained yet the BatchNorm of the nearest one."""
-        if len(self.config.phases) == 1:
+    def _follow_nearest(self, within: int | None = None) -> None:
+        """Give sizes that --size-schedule has not trained yet the BatchNorm of the nearest one.
+
+        within: an epoch, whose sizes are left as they are: some may be still to be drawn.
+        """
+        phases = self.config.phases
+        if len(phases) < 2:
             return
-        follow_nearest(self.model)
+        but = () if within is None else sizes_in(phases, within)
+        follow_nearest(self.model, but)
         if self.trainer.ema:
-            follow_nearest(self.trainer.ema.model)
+            follow_nearest(self.trainer.ema.model, but)
 
     def _alpha(self) -> dict[int, float]:
         return dict(zip(self.model.sizes, self.model.ensemble_weights().tolist(), strict=True))
@@ -248,7 +254,7 @@ class TrainingRun:
 
     def _save(self, new_best: list[float] | None = None, stops: bool = False) -> None:
         """Save a checkpoint; new_best: its score, if it is the best so far. stops: whether it is the last."""
-        self._follow_nearest()
+        self._follow_nearest(self.epoch)  # a save must not change what is trained
         checkpoint = Checkpoint(
             network=self.context.network,
             config=to_plain_dict(self.config),

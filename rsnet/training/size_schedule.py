@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -25,16 +25,16 @@ def used_images(
 
 
 @torch.no_grad()
-def follow_nearest(model: ResolutionSwitchable) -> None:
+def follow_nearest(model: ResolutionSwitchable, but: Collection[int] = ()) -> None:
     """Give each size whose BatchNorms saw no batch yet those of the nearest that did, the larger of two.
 
     So it can be evaluated with the shared weights of the moment, and its training begins from there. Its
-    counters stay at 0. Synchronises.
+    counters stay at 0. Synchronises. but: sizes that are left as they are.
     """
     norms = {size: model.norms_of([size]) for size in model.sizes}
     trained = [size for size in model.sizes if _has_counted(norms[size])]
     for size in model.sizes:
-        if size in trained or not trained:
+        if size in trained or size in but or not trained:
             continue
         nearest = min(trained, key=lambda other: (abs(other - size), -other))
         for own, theirs in zip(norms[size], norms[nearest], strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -18,50 +18,67 @@ if not hasattr(timm.optim.lamb, "lamb"):
 
 
 class DeviceLamb(timm.optim.lamb.Lamb):
-    """timm's LAMB, which counts its updates on the device: timm's own reads that number on the host."""
+    """timm's LAMB, which counts updates on the device: timm's own reads that number on the host.
 
-    def __init__(self, groups: list[dict[str, Any]], **more: Any) -> None:
+    owners: which parameters have gradients in the same updates, as a size's BatchNorms; those that are left
+    out are 0's. They are counted by themselves, or the first updates of what joins late would be too large.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], owners: Mapping[Tensor, int], **more: Any
+    ) -> None:
         super().__init__(groups, **more)
         device = next(_parameters(self)).device
+        self._owners = owners
         for group in self.param_groups:
-            group["step"] = torch.zeros((), dtype=torch.float64, device=device)
+            count = 1 + max(owners.values(), default=0)
+            group["step"] = torch.zeros(count, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Do an update. It clips the gradients' norm to 1 beforehand, as timm's does by default."""
         norm = self._get_clip_grad_norm()  # type: ignore[no-untyped-call]
         for group in self.param_groups:
-            group["step"] += 1
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p] = {
-                        name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")
-                    }
-            beta1, beta2 = group["betas"]
-            timm.optim.lamb.lamb(
-                parameters,
-                [p.grad for p in parameters],
-                [self.state[p]["exp_avg"] for p in parameters],
-                [self.state[p]["exp_avg_sq"] for p in parameters],
-                norm,
-                beta1=beta1,
-                beta2=beta2,
-                beta3=1 - beta1,
-                bias_correction1=(1 - beta1 ** group["step"]).float(),
-                bias_correction2=(1 - beta2 ** group["step"]).float(),
-                max_lr=None,
-                **{name: group[name] for name in ("lr", "eps", "weight_decay", "foreach")},
-                **{
-                    name: group[name]
-                    for name in ("decoupled_decay", "trust_clip", "always_adapt", "caution")
-                },
-            )
+            together: dict[int, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    together.setdefault(self._owners.get(p, 0), []).append(p)
+            for owner, parameters in together.items():
+                self._update(group, parameters, group["step"][owner], norm)
+
+    def _update(
+        self, group: dict[str, Any], parameters: list[Tensor], step: Tensor, norm: Tensor | None
+    ) -> None:
+        step += 1
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        beta1, beta2 = group["betas"]
+        timm.optim.lamb.lamb(
+            parameters,
+            [p.grad for p in parameters],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            norm,
+            beta1=beta1,
+            beta2=beta2,
+            beta3=1 - beta1,
+            bias_correction1=(1 - beta1**step).float(),
+            bias_correction2=(1 - beta2**step).float(),
+            max_lr=None,
+            **{name: group[name] for name in ("lr", "eps", "weight_decay", "foreach")},
+            **{
+                name: group[name]
+                for name in ("decoupled_decay", "trust_clip", "always_adapt", "caution")
+            },
+        )
 
 
-def make_lamb(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:
-    """Return LAMB with `momentum` as its beta1."""
-    return _skip_on_device(DeviceLamb(groups, lr=lr, betas=(momentum, 0.999)))
+def make_lamb(
+    groups: list[dict[str, Any]], lr: float, momentum: float, owners: Mapping[Tensor, int]
+) -> torch.optim.Optimizer:
+    """Return LAMB with `momentum` as its beta1. owners: see `DeviceLamb`."""
+    return _skip_on_device(DeviceLamb(groups, owners, lr=lr, betas=(momentum, 0.999)))
 
 
 def make_muon(

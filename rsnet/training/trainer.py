@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.batch import Batch
 from pipelines.utils.errors import RunError, UsageError
 from rsnet.config.resolve import ResolvedConfig
+from rsnet.config.size_schedule import step_sets
 from rsnet.distributed import process_group as distributed
 from rsnet.models.autocast import AMP_DTYPES, autocast
 from rsnet.models.quantization.lq_nets import BasisUpdater
@@ -187,6 +188,13 @@ def require_trainable(config: ResolvedConfig, device: torch.device) -> None:
         )
 
 
+def _allow_compilations(sets: int) -> None:
+    """Let torch compile steps of so many sets of sizes; after eight it would run the rest eagerly."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, sets + 8)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * (sets + 8))
+
+
 def make_trainer(
     config: ResolvedConfig,
     model: ResolutionSwitchable,
@@ -214,6 +222,7 @@ def make_trainer(
         teacher_loss=teacher.loss if teacher else "ce",
     )
     if c.compile:
+        _allow_compilations(len(step_sets(c.phases, c.sizes_per_step)))
         objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
         if teacher is not None:
             teacher.compile(dynamic=False)

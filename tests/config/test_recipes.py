@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.dali import DaliOptions
+from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import parse
 from rsnet.config.recipes import PAPER, Recipe, by_new_names, get_recipe
 from rsnet.config.resolve import resolve
@@ -117,6 +118,15 @@ def test_a_run_with_all_sizes_a_step_bounds_no_other_sizes():
     assert _resolve("--resume auto --sizes 96 64", previous=first).sizes_per_step == 2
 
 
+def test_a_batch_size_that_is_none_in_a_runs_options_is_refused():
+    config, _ = _parse("")
+    with pytest.raises(UsageError, match="--batch-size"):
+        resolve(
+            config, world_size=1, device_type="cpu", has_bf16=True,
+            previous={"batch_size": -4, "epochs": 2}, previous_global_batch=8,
+        )  # fmt: skip
+
+
 def test_another_recipe_on_resume_is_that_recipe():
     first = dataclasses.asdict(_resolve("--recipe short --epochs 30 --weight-decay 0.3"))
     again = _resolve("--resume auto --recipe paper", previous=first)
@@ -187,3 +197,5 @@ def test_the_rate_and_decay_of_a_run_go_on_with_its_optimizer_alone():
     assert ours("--opt adamw") == ("adamw", 2.5e-4, 0.05)
     assert ours("", sgd="adamw") == ("adamw", 0.7, 0.3)
     assert ours("--opt plain", sgd="adamw") == ("plain", 0.1, 1e-4)
+    assert ours("--recipe short", sgd="adamw") == ("adamw", 0.7, 0.3)  # no recipe chooses it
+    assert ours("--recipe short", sgd="nesterov") == ("plain", 0.7, 0.3)

@@ -8,7 +8,8 @@ from pipelines.synthetic import SyntheticOptions
 from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import as_command, parse
 from rsnet.config.resolve import ResolvedConfig, resolve
-from rsnet.config.size_schedule import Phase, mean_cost, sizes_in
+from rsnet.config.size_schedule import Phase, mean_cost, sizes_in, step_sets
+from rsnet.training.objective import SizeSampler
 
 SIZES = "--sizes 32 24 16 --epochs 6 "
 
@@ -65,6 +66,20 @@ def test_a_schedule_that_cannot_be_meant_is_one_line(words, message):
         _resolve(f"--size-schedule {words}")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["abc"], []])
+def test_a_schedule_that_is_none_in_a_runs_options_is_one_line(words):
+    with pytest.raises(UsageError, match=r"--size-schedule .*: is none; give another"):
+        _resolve("", previous={"size_schedule": words, "epochs": 6})
+
+
+def test_the_sets_of_sizes_that_steps_train_are_those_that_are_drawn():
+    phases = _resolve("--size-schedule 0:16 2:24,16 5:all").phases
+    assert step_sets(phases, 3) == {(16,), (24, 16), (32, 16, 24)}
+    sampler = SizeSampler({phase.start: phase.sizes for phase in phases}, 2, seed=0)
+    drawn = {tuple(sorted(sampler.at(step))) for step in range(100)}
+    assert {tuple(sorted(sizes)) for sizes in step_sets(phases, 2)} == drawn
 
 
 def test_the_cost_of_a_schedule_is_the_mean_of_its_steps():

@@ -63,6 +63,10 @@ def _resolve(line: str = "", trained=None, world_size=1, device="cuda"):
         ("--evaluate", "--evaluate: say which checkpoint"),
         ("--evaluate --resume auto --init-from x.pt", "--evaluate takes --resume"),
         ("--evaluate --profile --resume auto", "--evaluate and --profile: choose one"),
+        (
+            "--balanced-sampling --class-weights balanced",
+            "--balanced-sampling and --class-weights balanced: choose one",
+        ),
         ("--balanced-sampling --ra-reps 2", "--balanced-sampling and --ra-reps 2: choose one"),
         ("--auto-augment ra --ra-magnitude 31", "--ra-magnitude 31: must be from 0 to 30"),
         (

@@ -145,3 +145,14 @@ def test_a_run_is_named_by_its_directory_and_by_what_lies_in_it(tmp_path):
         run_directory(tmp_path / "release")
     with pytest.raises(UsageError, match="lies in no run, whose metrics are needed"):
         run_directory(tmp_path / "release" / "config.json")
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_a_folder_of_something_else_is_not_written_into(tmp_path, continues):
+    """A release's config.json was replaced by the run's options."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        UsageError, match=r"--output: .* holds no run, but config.json; give another"
+    ):
+        RunDir(tmp_path, continues=continues, active=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

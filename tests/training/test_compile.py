@@ -18,6 +18,7 @@ from rsnet import train as run
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import FULL
 from rsnet.config.resolve import resolve
+from rsnet.config.size_schedule import step_sets
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.models import resnet
 from rsnet.models.preact_resnet import Activation, Block
@@ -167,3 +168,35 @@ def test_without_a_compiler_there_is_one_line(photos, tmp_path, monkeypatch, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train_dali.py: error: --compile: ")
     assert line.endswith("; train without it")
+
+
+def test_every_set_of_sizes_is_compiled_however_many_there_are(monkeypatch):
+    """torch stops after eight, and runs the rest eagerly: of eleven here."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda m, **more: compile_with(m, backend=backend, **more)
+    )
+    sizes = (14, 12, 10, 8, 6)
+    words = "--compile --sizes 14 12 10 8 6 --sizes-per-step 2 --epochs 5 --size-schedule"
+    words += " 0:6 1:8,6 2:10,8,6 3:12,10,8,6 4:all"
+    config, _ = parse(DaliOptions, ["--data", "d", *words.split(), "--amp", "off"])
+    config = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    trainer = make_trainer(config, ResolutionSwitchable(network, sizes), 3, 40, torch.device("cpu"))
+    images, labels = tuple(torch.randn(2, 3, s, s) for s in sizes), torch.tensor([0, 1])
+    for count, chosen in enumerate(sorted(step_sets(config.phases, 2)), 1):
+        trainer.objective(images, labels, chosen)
+        assert len(compiled) == count
+    assert count == 11

@@ -19,6 +19,7 @@ from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.models.factory import create_model
+from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training import resume
 from rsnet.training.optim import make_optimizer
 from rsnet.training.trainer import Trainer, make_trainer
@@ -139,6 +140,38 @@ def test_a_training_goes_on_to_the_bit(opt):
 
 
 @pytest.mark.parametrize("opt", OPTIMIZERS)
+def test_batchnorm_of_a_size_that_joins_late_moves_as_from_the_start(opt):
+    """Its moments begin at 0: by another count than its own, a step would be up to six times too large."""
+    late, fresh = (ResolutionSwitchable(_net(), (32, 24)) for _ in range(2))
+    late.load_state_dict(fresh.state_dict())
+    ours, theirs = (make_optimizer(m, opt, 0.02, 0.9, 0.0) for m in (late, fresh))
+    (norm,), (other,) = (model.norms_of([24]) for model in (late, fresh))
+    for step in range(40):
+        late.norms_of([32])[0].weight.grad = torch.ones(8)
+        if step >= 30:
+            norm.weight.grad = other.weight.grad = torch.full((8,), 0.1)
+            theirs.step()
+        ours.step()
+    # LAMB clips the norm of all gradients; without it, a constant factor changes nothing.
+    torch.testing.assert_close(norm.weight, other.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_lambs_counts_stay_where_they_are_when_a_run_is_resumed():
+    """timm's moves them to the CPU, for which a GPU's updates would wait."""
+    trainer = _trainer("--opt", "lamb")
+    _update(trainer, 2)
+    saved = copy.deepcopy(
+        Checkpoint(NETWORK, **resume.training_state(trainer, trainer.objective.model))
+    )
+    again = _trainer("--opt", "lamb", "--norm-lr-mult", "2")
+    counts = [group["step"] for group in again.optimizer.param_groups]
+    assert resume.load_training_state(again, again.objective.model, saved) == []
+    for group, count in zip(again.optimizer.param_groups, counts, strict=True):
+        assert group["step"] is count
+        assert count.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
 def test_the_state_of_another_optimizer_is_left_out_with_a_note(opt):
     trained = {name: _trainer("--opt", name) for name in ("plain", opt)}
     for before, after in (("plain", opt), (opt, "plain")):
@@ -148,6 +181,14 @@ def test_the_state_of_another_optimizer_is_left_out_with_a_note(opt):
         fresh = _trainer("--opt", after)
         (note,) = resume.load_training_state(fresh, fresh.objective.model, saved)
         assert "the optimizer starts without" in note
+
+
+@pytest.mark.parametrize(("before", "after"), [("off", "fp16"), ("fp16", "off")])
+def test_a_training_goes_on_with_float16_and_without(before, after):
+    trainer = _trainer("--amp", before)
+    saved = Checkpoint(NETWORK, **resume.training_state(trainer, trainer.objective.model))
+    again = _trainer("--amp", after)
+    assert resume.load_training_state(again, again.objective.model, saved) == []
 
 
 def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch):

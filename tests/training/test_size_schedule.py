@@ -15,7 +15,9 @@ import torch
 from pipelines import synthetic
 from rsnet.checkpoint.io import load
 from rsnet.config.command_line import parse
+from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
+from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.size_schedule import follow_nearest, used_images
 from rsnet.training.trainer import Trainer
@@ -139,6 +141,8 @@ def test_batchnorm_that_was_trained_before_the_schedule_is_left_alone():
         norm.num_batches_tracked += 1
         norm.running_mean.normal_()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    follow_nearest(model, but=[32])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     follow_nearest(model)
     after = model.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
@@ -146,6 +150,38 @@ def test_batchnorm_that_was_trained_before_the_schedule_is_left_alone():
     for layer in (1, 4):  # 32 is as far from both: the larger
         norms = model.network[layer].by_resolution
         assert torch.equal(norms[1].running_mean, norms[0].running_mean)
+
+
+@pytest.mark.slow
+def test_saving_within_an_epoch_changes_nothing_of_sizes_still_to_be_drawn(tmp_path):
+    """With this seed 12 is drawn in the second epoch's second update, for the first time."""
+    words = ["--sizes", "16", "12", "8", "--size-schedule", "0:8", "1:all", "--sizes-per-step", "2"]
+    words += ["--epochs", "2", "--train-images", "12", "--ema", "0.5", "--seed", "1"]
+    for every in ("0", "1"):
+        synthetic_run.train(tmp_path / every, *words, "--checkpoint-every", every)
+    one, other = (load(tmp_path / every / "checkpoints" / "last.pt") for every in ("0", "1"))
+    for name in ("model", "ema", "optimizer"):
+        assert differences(getattr(one, name), getattr(other, name)) == []
+
+
+@pytest.mark.slow
+def test_what_an_ordinary_networks_file_has_counted_is_not_taken_for_this_trainings(tmp_path):
+    """Else a size that waits would keep the file's BatchNorm, while the shared weights change."""
+    network = create_model(
+        ModelConfig("parallel_resnet10", 3, (16,), width_mult=0.125, stem="small")
+    ).network
+    state = {k.replace(".by_resolution.0.", "."): v for k, v in network.state_dict().items()}
+    torch.save(
+        {k: v + 7 if "num_batches" in k else v for k, v in state.items()}, tmp_path / "a.pth"
+    )
+    words = ["--pretrained", str(tmp_path / "a.pth"), "--size-schedule", "0:8", "1:all"]
+    synthetic_run.train(tmp_path / "run", *words, "--epochs", "2", "--keep", "2")
+    first = next(
+        c for c in map(load, (tmp_path / "run" / "checkpoints").glob("last*.pt")) if c.epoch == 1
+    )
+    norms = [first.model[f"network.bn1.by_resolution.{place}.running_mean"] for place in (0, 1)]
+    assert torch.equal(*norms)
+    assert not torch.equal(norms[0], state["bn1.running_mean"])
 
 
 def test_the_loader_makes_what_steps_and_teacher_use():

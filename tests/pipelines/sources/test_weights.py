@@ -36,6 +36,9 @@ def test_a_samples_weight_is_its_own_times_its_classs_with_mean_1(tmp_path):
     np.testing.assert_allclose(weights, np.array([1, 2, 1, 6]) / 2.5)
     np.testing.assert_allclose(loss_weights(LABELS, ["ant", "bee"], own, None), own / 1.5)
     assert loss_weights(LABELS, ["ant", "bee"], None, None) is None
+    # Drawn as often as each other, ants weigh 4 / 3 on average, the bee 6.
+    weights = loss_weights(LABELS, ["ant", "bee"], own, str(tmp_path / "w.json"), balanced=True)
+    np.testing.assert_allclose(weights, np.array([1, 2, 1, 6]) / ((4 / 3 + 6) / 2), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
