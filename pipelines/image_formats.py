@@ -89,7 +89,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I"):  # PIL would clip to 255
         values = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        values += 128  # in place, as images may be large
+        values //= 257
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.mode == "RGB":
+        image.load()
+        return image  # PIL's own conversion would copy it
     return image.convert("RGB")
 
 

@@ -17,9 +17,9 @@ CGROUP_FILES = (  # of versions 2 and 1, as a container sees its own
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 
-# What the loader of libraries, torch's allocator on a CPU, Python's threads and C++ say.
+# What the loader of libraries, torch's allocator on a CPU, Python's threads, C++ and ONNX Runtime say.
 WORDS = ("failed to map segment", "annot allocate memory", "can't allocate memory",
-         "can't start new thread", "bad_alloc")  # fmt: skip
+         "can't start new thread", "bad_alloc", "Failed to allocate memory")  # fmt: skip
 # What CUDA and its libraries say, in errors for which torch has no type.
 GPU_WORDS = ("CUDA out of memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 

@@ -14,7 +14,8 @@ from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import ClassifierOptions, load_classifier, say_source
-from rsnet.cli.wandb_table import log_table
+from rsnet.cli.output import require_new
+from rsnet.cli.wandb_table import log_table, require_wandb
 
 if TYPE_CHECKING:
     from rsnet.inference.benchmark import Figures, SizeFigures, Times
@@ -57,21 +58,23 @@ class Options(ClassifierOptions):
 
 def run(options: Options) -> int:
     from pipelines.utils.progress import ProgressBar
-    from rsnet.inference.benchmark import measure
+    from rsnet.inference.benchmark import measure, tuned_of
     from rsnet.inference.benchmark_report import COLUMNS, rows, section, write_results
     from rsnet.inference.calibration import collect_logits, find_labelled_images
     from rsnet.inference.latency import unsteady
     from rsnet.release.model_card import update_bench
 
     output = options.output
-    if output is not None and (output.exists() or output.is_symlink()):
-        raise UsageError(f"--output: {output} exists; give another name")
+    if output is not None:
+        require_new("--output", output)
+    require_wandb(options)
     classifier, source = load_classifier(options)
     folder = find_labelled_images(options.data, classifier.config["network"])
     if options.card:
         if source.release is None:
             raise UsageError(f"--card: {source.path} is no release, which alone has a README.md")
         update_bench(source.file, None)  # reports what is wrong before minutes have passed
+    tuned_of(classifier)  # a file that is damaged is said before minutes have passed, too
     say_source(source, sys.stderr)
     with ProgressBar("evaluate", len(folder.paths)) as bar:
         scores = collect_logits(classifier, folder, lambda done, size: bar.update(done, size, 0))
@@ -79,13 +82,14 @@ def run(options: Options) -> int:
     times = {s.size: {"median": s.ms_batch["p50"], "p95": s.ms_batch["p95"]} for s in figures.sizes}
     if reason := unsteady(times):
         say(f"note: the device was busy with something else: {reason}", sys.stderr)
+    # Before what is written, as that may fail after minutes.
+    print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
     if output is not None:
         plot = write_results(output, classifier.config["network"]["arch"], figures)
         config = {**figures.conditions, "images": figures.images}
         log_table(options, config, COLUMNS, rows(figures), plot)
     if options.card:
         update_bench(source.file, section(figures))
-    print(json.dumps(figures.to_dict()) if options.json else _tables(figures))
     return 0
 
 

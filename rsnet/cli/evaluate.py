@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import (
@@ -26,7 +25,8 @@ from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from rsnet.cli.classifier import SOURCE, say_source
 from rsnet.cli.loaders import Pipeline, chosen_pipeline, say_if_trained_on
-from rsnet.cli.wandb_table import log_table
+from rsnet.cli.output import require_new
+from rsnet.cli.wandb_table import log_table, require_wandb
 from rsnet.config.bounds import MOST_IMAGES
 
 if TYPE_CHECKING:
@@ -214,16 +214,15 @@ def _require_new(options: Options) -> None:
     """Raise UsageError, before minutes have passed, if a file or folder cannot be made."""
     from pipelines.sources.folder import require_apart
 
+    require_wandb(options)
     for flag, path in (("--output", options.output), ("--predictions", options.predictions)):
         if path is None:
             continue
         if flag == "--output":
             require_apart(path, options.data, whole=True)
-        if path.exists() or path.is_symlink():
-            raise UsageError(f"{flag}: {path} exists; give another name")
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise UsageError(f"{flag}: cannot write into {above}")
+        require_new(flag, path)
+    if options.output is not None and options.output == options.predictions:
+        raise UsageError(f"--predictions: {options.output} is --output's folder; give another name")
 
 
 def _open(options: Options) -> tuple[SavedNetwork, ResolutionSwitchable]:

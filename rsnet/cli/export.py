@@ -13,6 +13,7 @@ from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import SOURCE, say_source
+from rsnet.cli.output import require_new
 
 if TYPE_CHECKING:
     from rsnet.release.source import SavedNetwork
@@ -72,8 +73,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    if options.output.exists() or options.output.is_symlink():
-        raise UsageError(f"--output: {options.output} exists; give another name")
+    require_new("--output", options.output)
     from rsnet.release.source import open_source
 
     source = open_source(options.source)

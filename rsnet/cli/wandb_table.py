@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from pipelines.utils.output import say
+
+
+def require_wandb(options: Any) -> None:
+    """Raise ModuleNotFoundError now, before hours of work, if W&B is asked for and not installed."""
+    if options.wandb != "disabled":
+        importlib.import_module("rsnet.loggers.wandb_logger")
 
 
 def log_table(
@@ -21,11 +28,11 @@ def log_table(
 
     options: with output, wandb, wandb_project and wandb_name.
     """
+    if options.wandb == "disabled" or options.output is None:
+        return
     from rsnet.config.resolve import wandb_project
     from rsnet.loggers.wandb_logger import WandbLogger
 
-    if options.wandb == "disabled" or options.output is None:
-        return
     log = WandbLogger(
         options.wandb,
         options.output,

@@ -94,7 +94,7 @@ class Figures:
 
 def measure(classifier: SwitchableClassifier, scores: LabelledLogits) -> Figures:
     """Measure a release, times and memory included. Raises DataError for a damaged tuned.json."""
-    tuned = _tuned(classifier)
+    tuned = tuned_of(classifier)
     times = {
         kind: latency.sample(classifier.blank_forward(images), classifier.sizes, REPEATS[kind])
         for kind, images in (("one", 1), ("batch", classifier.batch_size))
@@ -153,7 +153,8 @@ def _cascade_figures(
     )
 
 
-def _tuned(classifier: SwitchableClassifier) -> Tuned | None:
+def tuned_of(classifier: SwitchableClassifier) -> Tuned | None:
+    """Return what `rsnet tune` found for a release, None if it has not been. Raises DataError."""
     try:
         return classifier.tuned()
     except UsageError:  # there is none

@@ -83,7 +83,8 @@ class SwitchableClassifier:
         else:
             self._forward, self.sizes, self._sha256 = onnx, onnx.sizes, onnx.sha256
         self.num_classes: int = network["num_classes"]
-        self.accuracy: dict[str, dict[str, float]] | None = content.config["accuracy"]
+        known = content.config["accuracy"] if onnx is None else onnx.accuracy
+        self.accuracy: dict[str, dict[str, float]] | None = known
         self._names = output_names(content.config)
         self.device = device
         self.batch_size, self._top = batch_size, min(top, self.num_classes)

@@ -35,7 +35,8 @@ _FILE = {
 class OnnxRunner:
     """Callable (N, 3, s, s) float32, s -> (N, classes), on the CPU; a file is read when its size is.
 
-    config: what a release's config.json has. sizes: the exported ones, the largest first. sha256: of all
+    config: what a release's config.json has. accuracy: by size, with "top1" in %; of int8 as it was measured
+    at the export; None if it is not known. sizes: the exported ones, the largest first. sha256: of all
     files' hashes, as that of a release's weights.
     """
 
@@ -56,6 +57,7 @@ class OnnxRunner:
             raise DataError(f"{folder / REPORT} has other sizes than {folder / CONFIG}")
         self.sha256 = _joint_hash(report["files"])
         self._folder, self._dtype = folder, report["dtype"]
+        self.accuracy = self.config["accuracy"] if self._dtype == "float32" else _measured(report)
         self._sessions: dict[str, Any] = {}
 
     @property
@@ -77,7 +79,10 @@ class OnnxRunner:
         inputs: dict[str, Any] = {"images": images.contiguous().numpy()}
         if len(file["sizes"]) > 1:
             inputs["size"] = np.array(size)
-        (logits,) = session.run(None, inputs)
+        try:
+            (logits,) = session.run(None, inputs)
+        except Exception as error:  # ONNX Runtime has a class for each of its errors
+            raise RuntimeError(first_line(error)) from error
         return torch.from_numpy(logits)
 
     def _open(self, file: Mapping[str, Any]) -> Any:
@@ -129,6 +134,17 @@ def _read_report(folder: Path) -> dict[str, Any]:
         for file in report["files"]:
             require_fields(file, _FILE, "files.")
     return report
+
+
+def _measured(report: dict[str, Any]) -> dict[str, dict[str, float]] | None:
+    """Return the accuracies of int8, which are other than the network's; None while they are measured."""
+    try:
+        return {
+            size: {"top1": float(found["int8"]["top1"])}
+            for size, found in report["comparison"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _joint_hash(files: list[dict[str, Any]]) -> str:

@@ -204,8 +204,10 @@ def local_folder(source: str | Path) -> Path:
     return hub.download(source, PUBLISHED) if hub.is_address(source) else Path(source)
 
 
-def push(folder: str | Path, name: str) -> str:
+def push(folder: str | Path, name: str, copied: Path | None = None) -> str:
     """Publish the release in `folder` on the hub as `name`, USER/NAME, and return the hash of the commit.
+
+    copied: the release that it is a copy of, whose tuned.json is published with it.
 
     The card there loads it by its address. Raises what `read` and `hub.push` do.
     """
@@ -214,6 +216,8 @@ def push(folder: str | Path, name: str) -> str:
     contents: dict[str, bytes | Path | None] = {
         file: folder / file if (folder / file).is_file() else None for file in PUBLISHED
     }
+    if copied is not None and (copied / TUNED).is_file():
+        contents[TUNED] = copied / TUNED
     if contents[release_card.NAME] is not None:
         card = (folder / release_card.NAME).read_bytes()
         contents[release_card.NAME] = release_card.for_hub(card, name)

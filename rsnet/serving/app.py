@@ -105,7 +105,13 @@ class _Headers:
 
 def _refuse_other_sites(request: Request) -> None:
     """Refuse requests from other sites' pages, which could make visitors' computers work for them."""
-    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+    site, origin = (request.headers.get(name) for name in ("sec-fetch-site", "origin"))
+    if (
+        site is None and origin is not None
+    ):  # browsers send the first by https and to loopback alone
+        is_own = origin.partition("://")[2] == request.headers.get("host")
+        site = "same-origin" if is_own else "cross-site"
+    if site not in (None, "none", "same-origin"):
         raise HTTPException(403, "pages of other sites may not send images")
 
 

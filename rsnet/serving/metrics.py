@@ -88,7 +88,14 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        code, start = LEFT, time.perf_counter()
+        code, has_left, start = LEFT, False, time.perf_counter()
+
+        async def watched_receive() -> Message:
+            nonlocal has_left
+            message = await receive()
+            # After an answer, it is its end.
+            has_left = has_left or (message["type"] == "http.disconnect" and code == LEFT)
+            return message
 
         async def watched_send(message: Message) -> None:
             nonlocal code
@@ -97,6 +104,11 @@ class CountRequests:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched_send)
+            await self._app(scope, watched_receive, watched_send)
+        except Exception:
+            code = "500"
+            raise
         finally:
+            # What is answered to a client that has left is read by nobody.
+            code = LEFT if has_left else code
             self._metrics.answered(scope["path"], code, time.perf_counter() - start)

@@ -90,15 +90,17 @@ def make_app(service: Service, config: ServerConfig, is_loopback: bool) -> FastA
         "deadline_ms": config.deadline_ms,
         "max_bytes": int(1e6 * config.max_megabytes),
     }
-    return routes.make_app(service, info, (*LOOPBACK, *config.allow_host) if is_loopback else None)
+    is_bounded = is_loopback or config.allow_host
+    return routes.make_app(service, info, (*LOOPBACK, *config.allow_host) if is_bounded else None)
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which takes any number of connections, waits for ever for a request's head, and for its
-    body at the end, and reads on after an early answer.
+    """uvicorn's, which takes any number of connections, waits for ever for a request's head, for its body at
+    the end, and for a client that does not read its answers, and reads on after an early answer.
     """
 
     _idle_since = 0.0  # on the loop's clock
+    _stuck: asyncio.TimerHandle | None = None  # while a client does not read its answers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -110,8 +112,19 @@ class Protocol(H11Protocol):
         super().on_response_complete()
         self._expect_request()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(IDLE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stuck is not None:
+            self._stuck.cancel()
+
     def shutdown(self) -> None:
         super().shutdown()
+        if self.flow.write_paused:
+            self.loop.call_later(LAST_BODY_S, self.transport.abort)
         if self._is_busy and self.cycle.more_body:
             self.loop.call_later(LAST_BODY_S, self._cut_off, self.cycle)
 
@@ -126,7 +139,7 @@ class Protocol(H11Protocol):
 
     def _close_if_idle(self, answered: Any) -> None:
         if self.cycle is answered:
-            self.transport.close()
+            self.transport.abort()  # to close it would wait for what the client has not read
 
     def _cut_off(self, cycle: Any) -> None:
         if cycle.more_body:
@@ -136,9 +149,11 @@ class Protocol(H11Protocol):
         """Close the connection that has been idle the longest, or, if all have requests, this one."""
         others = [c for c in self.connections if isinstance(c, Protocol) and c is not self]
         idle = [c for c in others if not (c._is_busy or c.transport.is_closing())]
-        if not idle:
+        if idle:
+            min(idle, key=lambda c: c._idle_since).transport.abort()
+        else:
             self.transport.write(BUSY)
-        min(idle, key=lambda c: c._idle_since, default=self).transport.close()
+            self.transport.close()
 
 
 def most_connections() -> int:
@@ -218,12 +233,20 @@ def make_server(app: FastAPI, on_listening: Callable[[], None] = lambda: None) -
 def serve_forever(
     app: FastAPI, listener: socket.socket, on_listening: Callable[[], None] = lambda: None
 ) -> None:
-    """Serve until SIGINT or SIGTERM. on_listening: called as soon as clients can connect."""
+    """Serve until SIGINT or SIGTERM. on_listening: called as soon as clients are answered.
+
+    Raises DataError if the address has been taken since it was bound.
+    """
     server = make_server(app, on_listening)
 
     def stop(*_: Any) -> None:
         server.should_exit = True
 
+    try:
+        listener.listen(WAITING)  # another server may have come first since it was bound
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise DataError(f"--host {host} --port {port}: {error.strerror}") from error
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it caught anew in the end
         signal.signal(number, stop)
     server.run([listener])

@@ -69,7 +69,7 @@ class Service:
     async def stop(self) -> None:
         """Stop when the batch under way is computed; requests that wait are answered meanwhile."""
         await asyncio.to_thread(self.batches.stop)
-        self._decoders.shutdown(cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def classify(
         self,

@@ -51,6 +51,8 @@ async def read(request: Request, limits: Limits) -> bytes:
             data = await _file(bounded) if is_form else await bounded.body()
     except TimeoutError:
         raise HTTPException(408, f"the image did not come within {limits.body_s:g} s") from None
+    except (UnicodeError, LookupError):  # of a form's charset
+        raise HTTPException(400, "the form's charset is not known") from None
     except ClientDisconnect:  # nobody reads this
         raise HTTPException(400, "the client left") from None
     if not data:

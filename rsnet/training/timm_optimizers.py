@@ -39,7 +39,7 @@ class DeviceLamb(timm.optim.lamb.Lamb):
         """Do an update. It clips the gradients' norm to 1 beforehand, as timm's does by default."""
         norm = self._get_clip_grad_norm()  # type: ignore[no-untyped-call]
         for group in self.param_groups:
-            together: dict[int, list[Tensor]] = {}
+            together: dict[int, list[Any]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     together.setdefault(self._owners.get(p, 0), []).append(p)
@@ -47,7 +47,7 @@ class DeviceLamb(timm.optim.lamb.Lamb):
                 self._update(group, parameters, group["step"][owner], norm)
 
     def _update(
-        self, group: dict[str, Any], parameters: list[Tensor], step: Tensor, norm: Tensor | None
+        self, group: dict[str, Any], parameters: list[Any], step: Tensor, norm: Tensor | None
     ) -> None:
         step += 1
         for p in parameters:

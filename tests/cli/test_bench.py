@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from pipelines.utils.errors import DataError
 from rsnet.__main__ import main
 from rsnet.inference import benchmark as bench_figures
-from rsnet.inference import latency
+from rsnet.inference import calibration, latency
 from rsnet.inference.cascade import CascadeStage, Tuned
 from rsnet.release import model_card as release_card
 from rsnet.release import package as release
@@ -117,8 +118,10 @@ def test_wandb_gets_the_table_and_the_plot(folder, data, tmp_path, capsys):
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(folder, data, tmp_path, capsys):
     (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
     (folder / "README.md").unlink()
     for words, message in (
+        (["--output", tmp_path / "file" / "new"], f"--output: cannot write into {tmp_path}/file"),
         (["--wandb", "offline"], "--wandb: give --output, too, the folder that W&B logs in"),
         (["--output", tmp_path / "there"], f"--output: {tmp_path}/there exists; give another name"),
         (["--card"], f"--card: there is no {folder}/README.md that can be written"),
@@ -127,3 +130,33 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(folder, data
         assert (code, out) == (2, "")
         assert err.startswith(f"rsnet bench: error: {message}")
         assert err.count("\n") == 1
+
+
+def test_a_damaged_table_of_temperatures_is_said_before_images_are_computed(
+    folder, data, monkeypatch, capsys
+):
+    def compute(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(calibration, "collect_logits", compute)
+    (folder / "tuned.json").write_text("{")
+    code, out, err = _bench(capsys, folder, "--data", data)
+    assert (code, out) == (1, "")
+    assert f"{folder}/tuned.json" in err
+
+
+@pytest.mark.usefixtures("drawn_plots")
+def test_without_wandb_results_are_written_and_asked_for_it_is_said_at_once(
+    folder, data, tmp_path, monkeypatch, capsys
+):
+    """wandb is in another extra."""
+    for name in [n for n in sys.modules if n.startswith("rsnet.loggers.wandb")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = ["--data", data, "--output", tmp_path / "b"]
+    code, out, err = _bench(capsys, folder, *words, "--wandb", "offline")
+    assert (code, out, "wandb is not installed" in err) == (2, "", True)
+    code, out, _ = _bench(capsys, folder, *words)
+    assert code == 0
+    assert out
+    assert (tmp_path / "b" / "bench.json").exists()

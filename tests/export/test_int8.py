@@ -126,6 +126,29 @@ def test_the_report_compares_the_precisions_on_the_given_images(exported, data, 
     assert found["float32"]["top1"] == pytest.approx(100 * (answers == labels).mean(), abs=3)
 
 
+def test_the_accuracies_by_which_a_size_is_chosen_are_those_of_eight_bits(exported, data):
+    """config.json has those of the network in float32."""
+    classifier = SwitchableClassifier.load(exported)
+    for size in SIZES:
+        images, labels = _inputs(data, size)
+        right = _logits(exported / f"model-{size}.onnx", images).argmax(1) == labels
+        assert classifier.accuracy[str(size)] == {"top1": pytest.approx(100 * right.mean())}
+
+
+def test_onnx_runtimes_lack_of_memory_is_one_error(exported, monkeypatch):
+    classifier = SwitchableClassifier.load(exported)
+
+    class Session:
+        def run(self, *_):
+            raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(
+                "Failed to allocate memory for requested buffer of size 9"
+            )
+
+    monkeypatch.setattr(OnnxRunner, "_open", lambda *_: Session())
+    with pytest.raises(DataError, match="1 images at size 32 do not fit into the memory of cpu"):
+        classifier.logits(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), 32)
+
+
 def test_eight_bits_are_near_the_network_and_a_quarter_of_its_size(exported, data):
     images, _ = _inputs(data, 48)
     model = SwitchableClassifier.load(exported.parent / "release").model

@@ -35,6 +35,16 @@ def with_broken_huffman_table(jpeg: bytes) -> bytes:
     return jpeg[:at] + b"\xff" * 16 + jpeg[at + 16 :]
 
 
+def jpeg_with_scans(count: int) -> bytes:
+    """A progressive JPEG, with its last scan so many times more: libjpeg decodes each."""
+    file = io.BytesIO()
+    comment = b"\xff\xda" * 200  # no scans
+    Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True, comment=comment)
+    data = file.getvalue()
+    last, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    return data[:end] + data[last:end] * count + data[end:] + comment
+
+
 def fuzzed_jpegs(count: int, seed: int = 0) -> list[bytes]:
     """Damaged files: missing and broken tables, flipped bytes anywhere, cuts and holes."""
     rng = np.random.default_rng(seed)

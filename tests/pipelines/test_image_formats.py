@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from rsnet.inference import preprocess
 from tests.conftest import needs_ffcv
 from tests.helpers.bad_images import loaders_of
 from tests.helpers.formats import GRAY, PICTURE, REFUSED, SAME, H, W
-from tests.helpers.fuzzed import small_jpeg
+from tests.helpers.fuzzed import jpeg_with_scans, small_jpeg
 
 
 def _encoder(max_megapixels: float = 100):
@@ -153,17 +152,7 @@ def test_a_tiff_whose_metadata_pil_cannot_read_is_refused(path):
     assert decode_error(path, path.read_bytes()) is not None
 
 
-def _with_scans(count: int) -> bytes:
-    """A progressive JPEG, with its last scan so many times more: libjpeg decodes each."""
-    file = io.BytesIO()
-    comment = b"\xff\xda" * 200  # no scans
-    Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True, comment=comment)
-    data = file.getvalue()
-    last, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
-    return data[:end] + data[last:end] * count + data[end:] + comment
-
-
 def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
     """Each of a few bytes takes libjpeg as long as all of the pixels do: megabytes take hours."""
-    assert decode_error("", _with_scans(20)) is None
-    assert decode_error("", _with_scans(100)) == "more than 100 scans; save it anew"
+    assert decode_error("", jpeg_with_scans(20)) is None
+    assert decode_error("", jpeg_with_scans(100)) == "more than 100 scans; save it anew"

@@ -237,6 +237,19 @@ def test_a_release_on_the_hub_is_published_under_another_name(pushed):
     assert len(set(weights)) == 1
 
 
+def test_a_release_is_pushed_with_other_names_by_any_of_its_files_and_with_its_tuning(
+    hub, folder, tmp_path
+):
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\nthree\n")
+    (folder / "tuned.json").write_text("{}")
+    assert main(["release", str(folder / "model.safetensors"), "--push", NAME]) == 0
+    assert set(_files(hub)) >= {"config.json", "model.safetensors", "README.md", "tuned.json"}
+    assert main(["release", str(folder), "--push", NAME, "--class-names", str(names)]) == 0
+    assert json.loads(_files(hub)["config.json"])["class_names"] == ["one", "two", "three"]
+    assert _files(hub)["tuned.json"] == b"{}"
+
+
 def test_a_damaged_card_is_not_pushed(hub, folder):
     (folder / "README.md").write_text("---\nlicense: [\n---\nnew")
     with pytest.raises(UsageError, match=rf"--push {NAME}: Invalid metadata in README.md"):

@@ -9,11 +9,12 @@ import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
 
+from pipelines.utils.errors import DataError
 from rsnet.__main__ import main
 from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.serving import server as serve
@@ -224,6 +225,60 @@ def test_an_answer_that_takes_longer_than_an_idle_connection_may_is_not_cut_off(
         time.sleep(0.2)
         gate.is_open.set()
         assert found.result().status_code == 200
+
+
+@pytest.fixture
+def stuck(monkeypatch) -> threading.Event:
+    """Set once a connection has more answers than are sent to a client that reads none of them."""
+    found, pause = threading.Event(), serve.Protocol.pause_writing
+
+    def noted(protocol: serve.Protocol) -> None:
+        pause(protocol)
+        found.set()
+
+    monkeypatch.setattr(serve.Protocol, "pause_writing", noted)
+    return found
+
+
+def _ask_and_read_nothing(connection: socket.socket) -> None:
+    connection.settimeout(0.2)
+    with suppress(OSError):  # the server reads no further requests
+        for _ in range(20_000):
+            connection.sendall(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+def test_a_client_that_does_not_read_its_answers_gives_its_place_back(
+    classifier, monkeypatch, stuck
+):
+    monkeypatch.setattr(serve, "IDLE_S", 0.1)
+    monkeypatch.setattr(serve, "most_connections", lambda: 1)
+    with serving(classifier) as client, connect(client) as unread:
+        _ask_and_read_nothing(unread)
+        assert stuck.wait(30)
+        time.sleep(0.5)
+        assert client.get("/health").status_code == 200
+
+
+def test_nor_does_it_hold_the_end(classifier, monkeypatch, caplog, stuck):
+    monkeypatch.setattr(serve, "LAST_BODY_S", 0.05)
+    with ExitStack() as stack, serving(classifier) as client:
+        _ask_and_read_nothing(stack.enter_context(connect(client)))
+        assert stuck.wait(30)
+    assert caplog.messages == []
+
+
+def test_an_address_that_another_server_took_meanwhile_is_one_line(classifier, caplog):
+    """While one measures, another can bind the same address, and is the first to listen."""
+    first = serve.bind("127.0.0.1", 0)
+    second = serve.bind(*first.getsockname())
+    first.listen()
+    options = ServerConfig(batch_size=4)
+    app = serve.make_app(serve.make_service(classifier, options), options, True)
+    host, port = first.getsockname()
+    with first, second, pytest.raises(DataError) as end:
+        serve.serve_forever(app, second)
+    assert str(end.value) == f"--host {host} --port {port}: Address already in use"
+    assert caplog.messages == []
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.helpers.servers import encoded, photo, serving
+from rsnet.serving import upload
+from tests.helpers.servers import connect, encoded, photo, request_head, serving, until
 
 PHOTO = encoded(photo(1))
 
@@ -75,3 +76,29 @@ def test_the_requests_under_way_are_those_that_wait(classifier, gate, pool):
 def test_another_hosts_page_is_refused_and_counted(counted):
     assert counted.get("/metrics", headers={"host": "evil.example"}).status_code == 400
     assert _samples(counted)["rsnet_requests_total", "400", "/metrics"] == 1
+
+
+def test_what_its_client_has_left_is_counted_as_that(classifier, gate, pool):
+    with serving(classifier, batch_size=1) as client:
+        first = pool.submit(client.post, "/classify", content=PHOTO)
+        assert gate.entered.wait(30)
+        with connect(client) as computing, connect(client) as sending:
+            computing.sendall(request_head(len(PHOTO)) + PHOTO)
+            sending.sendall(request_head(100) + b"begin")
+            until(lambda: client.service._under_way == 3)
+        until(lambda: client.service._under_way == 1)
+        gate.is_open.set()
+        assert first.result().status_code == 200
+        counts = {k[1]: n for k, n in _samples(client).items() if k[0] == "rsnet_requests_total"}
+        assert counts == {"200": 1, "499": 2}
+
+
+def test_an_error_of_the_servers_own_is_counted_as_that(classifier, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no decoder")
+
+    monkeypatch.setattr(upload, "decode", fail)
+    with serving(classifier, batch_size=1) as client:
+        closing = {"Connection": "close"}  # as the server does then
+        assert client.post("/classify", content=PHOTO, headers=closing).status_code == 500
+        assert _samples(client)["rsnet_requests_total", "500", "/classify"] == 1

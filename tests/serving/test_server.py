@@ -17,6 +17,7 @@ from rsnet.serving import server as serve
 from rsnet.serving.config import ServerConfig
 from rsnet.serving.service import Service
 from tests.helpers.cuda_graphs import FakeCuda
+from tests.helpers.fuzzed import jpeg_with_scans
 from tests.helpers.releases import SIZES
 from tests.helpers.servers import (
     PHOTO,
@@ -159,6 +160,7 @@ BMP_HEADER = encoded(photo(0), "BMP")[:54]
         ("", png_of(1, 2_000), 413, "the image is too large: 1 million pixels"),
         ("", png_of(0, 5), 415, "this is no image"),
         ("", encoded(photo(0), "JPEG")[:200], 400, "the image is damaged: "),
+        ("", jpeg_with_scans(101), 400, "more than 100 scans; save it anew"),
         ("", bytes(100_001), 413, "the image is too large: 0.1 MB are allowed"),
         ("", 40 * [bytes(10_000)], 413, "the image is too large: 0.1 MB are allowed"),
     ],
@@ -194,6 +196,15 @@ def test_a_form_without_one_image_is_refused(client, sent, message):
     assert found.json()["detail"].startswith(message)
 
 
+def test_a_form_of_an_unknown_charset_is_refused(client, caplog):
+    """A codec of Python's that raises UnicodeError whatever it is given."""
+    head = b'--x\r\nContent-Disposition: form-data; name="\xff"; filename="a"\r\n\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}
+    found = client.post("/classify", content=head + PHOTO + b"\r\n--x--\r\n", headers=kind)
+    assert (found.status_code, "charset" in found.json()["detail"]) == (400, True)
+    assert caplog.messages == []
+
+
 def test_a_form_that_is_too_large_is_refused(client):
     found = client.post("/classify", files={"image": ("a.jpg", bytes(100_001))})
     assert found.status_code == 413
@@ -212,6 +223,24 @@ def test_a_page_of_another_name_or_site_gets_nothing(classifier, client):
         assert other.get("/health", headers={"Host": "photos.example"}).status_code == 200
     with serving(classifier, is_loopback=False) as other:
         assert other.get("/health", headers={"Host": "any.example"}).status_code == 200
+    with serving(classifier, is_loopback=False, allow_host=("photos.example",)) as other:
+        for host, status in (("photos.example", 200), ("any.example", 400)):
+            assert other.get("/health", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://10.0.0.5:8000", 200), ("http://evil.example", 403), ("null", 403),
+        ("http://10.0.0.5", 403), ("http://10.0.0.5:8000.evil.example", 403),
+    ],
+)  # fmt: skip
+def test_by_http_a_page_of_another_origin_gets_nothing(classifier, origin, status):
+    """Browsers say where a request comes from by Sec-Fetch-Site to loopback and by https alone."""
+    with serving(classifier, is_loopback=False) as other:
+        headers = {"Host": "10.0.0.5:8000", "Origin": origin}
+        found = other.post("/classify", content=PHOTO, headers=headers)
+        assert found.status_code == status
 
 
 @pytest.mark.parametrize("path", ["/", "/page.js", "/info", "/nowhere", "/..%2fapp.py"])
