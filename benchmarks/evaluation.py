@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.options import at_least, command
+from benchmarks.options import at_least, command, note
 from benchmarks.plain import ListOfResolutions
 from benchmarks.throughput import Options as Workload
 from benchmarks.throughput import (
@@ -64,6 +64,7 @@ def measure(arch: str, o: Options) -> dict[str, object]:
             profile.synchronize(device_in_use())
             if i > 0:
                 taken[name].append(time.perf_counter() - start)
+        note(f"{arch}, seconds", taken)
     medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
     images = o.batches * o.batch_size
     return {

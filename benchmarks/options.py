@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.utils import cli
 from pipelines.utils.errors import UsageError
+from pipelines.utils.output import say
 from rsnet.config.train_config import TrainConfig
 
 Options = TypeVar("Options")
@@ -41,6 +44,11 @@ def command(
             signal.signal(signal.SIGTERM, before)
 
     return cli.command(f"benchmarks.{name}", options_type, checked, argv)
+
+
+def note(what: str, found: Any) -> None:
+    """Print on stderr what is known by now: a benchmark that is ended early has printed nothing else."""
+    say(f"{what}: {json.dumps(found)}", sys.stderr)
 
 
 def require_valid(options: Any) -> None:

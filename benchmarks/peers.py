@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.gpu.opened import require_photos
-from benchmarks.options import at_least, command, require_beton
+from benchmarks.options import at_least, command, note, require_beton
 from benchmarks.throughput import ratios
 from pipelines import dali, ffcv
 from pipelines.batch import Loaders, LoaderSpec
@@ -209,6 +209,7 @@ def run(o: Options) -> int:
             cost = cost_of(epoch(number), device)
             if number > 0:
                 costs[name].append(cost)
+        note("images/s", {n: [round(c.images_per_s, 1) for c in each] for n, each in costs.items()})
     for loaders in opened:
         loaders.close()
     speeds = {name: [cost.images_per_s for cost in each] for name, each in costs.items()}

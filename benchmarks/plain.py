@@ -52,7 +52,9 @@ class PlainStep:
         self, network: nn.Module, resolutions: int, lr: float, momentum: float, weight_decay: float
     ) -> None:
         self._network = ListOfResolutions(network.train(), resolutions)
-        self._alpha = nn.Parameter(torch.ones(resolutions))
+        self._alpha = nn.Parameter(
+            torch.ones(resolutions, device=next(network.parameters()).device)
+        )
         norms = {
             id(p)
             for m in network.modules()

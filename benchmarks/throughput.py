@@ -31,7 +31,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.modern import ModernStep
-from benchmarks.options import at_least, command
+from benchmarks.options import at_least, command, note
 from benchmarks.plain import PlainStep
 from pipelines import dali
 from pipelines.batch import Batch, LoaderSpec
@@ -91,11 +91,13 @@ class Options:
 def measure(arch: str, o: Options) -> dict[str, Any]:
     """All figures of one network."""
     found: dict[str, Any] = {"arch": arch, "step": compare_steps(arch, o)}
+    note(f"{arch}, step", found["step"])
     gc.collect()
     torch.cuda.empty_cache()  # else it is not there for the processes that measure memory
     found["peak_memory_mb"] = {
         which: in_new_process(peak_memory_mb, which, arch, o) for which in SIDES
     }
+    note(f"{arch}, peak memory", found["peak_memory_mb"])
     if o.curve:
         found["loss"] = compare_losses(arch, o)
     if o.data:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,7 +94,7 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _convolution_before(network: nn.Module, size: int) -> dict[Any, nn.Conv2d]:
     """Return {BatchNorm: the convolution that it can be folded into}, as a forward shows."""
     first = next(network.parameters())
-    with torch.autocast(first.device.type, enabled=False), _Uses() as uses:
+    with _untimed(), torch.autocast(first.device.type, enabled=False), _Uses() as uses:
         network(torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device))
     count = Counter(id(t) for _, read, _ in uses.calls for t in read)
     convs = {id(m.weight): m for m in network.modules() if isinstance(m, nn.Conv2d)}
@@ -108,6 +110,17 @@ def _convolution_before(network: nn.Module, size: int) -> dict[Any, nn.Conv2d]:
             if id(read[0]) in made and count[id(norm.running_mean)] == 1:
                 found[norm] = made[id(read[0])]
     return found
+
+
+@contextmanager
+def _untimed() -> Iterator[None]:
+    """Let cuDNN choose without timing: that takes seconds, for a forward that is thrown away."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _can_be_folded(module: Any) -> bool:

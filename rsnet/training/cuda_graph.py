@@ -6,6 +6,7 @@ against values that are not finite, and the optimizer are one graph. Not measure
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from pipelines.batch import Batch, copy_batch
 from pipelines.utils.errors import first_line
+
+AHEAD = 2  # updates that the host may be ahead of the device
 
 # Updates before the capture: what libraries choose and allocate at their first calls must not be captured.
 # PyTorch's notes take three; DDP alone needs more. They are updates of the training as any other.
@@ -58,6 +61,9 @@ class UpdateGraphs:
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._batch: Batch | None = None
         self._captured: dict[Part, _Captured] = {}
+        self._ends: deque[torch.cuda.Event] = (
+            deque()
+        )  # of updates that the device may still compute
         self._updates = 0
         self._is_eager = True  # this update
         self._failed = False
@@ -86,7 +92,20 @@ class UpdateGraphs:
             return self._beside(compute, batch)
         captured = self._captured[part]
         captured.replay()
+        if last:
+            self._wait_for_device()
         return captured.terms
+
+    def _wait_for_device(self) -> None:
+        """Wait until the device is no more than `AHEAD` updates behind.
+
+        Else the loader's batches would pile up in its memory, as to launch an update takes a few calls alone.
+        """
+        end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > AHEAD:
+            self._ends.popleft().synchronize()
 
     def _takes(self, batch: Batch) -> bool:
         """Return whether a batch has the shapes of the captured ones, as all of a training's have."""

@@ -119,8 +119,18 @@ class FakeCuda:
             "_cuda_releasePool": lambda _device, pool: self.pools.remove(pool),
         }.items():
             monkeypatch.setattr(torch._C, name, stand_in)
+        unfinished = self.unfinished = []  # what was recorded, and nobody has waited for
+
+        class Event:
+            def record(self):
+                unfinished.append(self)
+
+            def synchronize(self):
+                unfinished.remove(self)
+
         for name, stand_in in {
             "Stream": Stream,
+            "Event": Event,
             "stream": lambda _stream: nullcontext(),
             "current_stream": lambda: self.current,
             "set_stream": lambda stream: setattr(self, "current", stream),

@@ -204,3 +204,15 @@ def test_what_a_network_or_device_cannot_is_refused_at_the_start(options, messag
     )
     with pytest.raises(UsageError, match=re.escape(message)):
         ModelRunner(model.eval(), CPU, None, batch_size=4, **options)
+
+
+def test_cudnn_is_not_timed_for_the_forward_that_finds_the_convolutions(monkeypatch):
+    model = create_model(ModelConfig("parallel_resnet10", 3, (32,), width_mult=0.125))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen = []
+    model.network.conv1.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.benchmark)
+    )
+    fold_batchnorm(model.eval(), 32)
+    assert seen == [False]
+    assert torch.backends.cudnn.benchmark

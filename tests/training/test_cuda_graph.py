@@ -25,7 +25,7 @@ from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
 from rsnet.profiler.step_profiler import time_steps
 from rsnet.training import resume
-from rsnet.training.cuda_graph import WARM_UP
+from rsnet.training.cuda_graph import AHEAD, WARM_UP
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective
 from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer
@@ -142,6 +142,7 @@ def test_replayed_updates_are_the_eager_ones_to_the_bit(name, monkeypatch):
     _assert_same(ends[1], ends[0])
     assert not said
     assert [g.replays for g in cuda.graphs] == [UPDATES - WARM_UP] * graphs
+    assert len(cuda.unfinished) == min(AHEAD, UPDATES - WARM_UP)
     assert ends[0]["guard"][1] == len(bad)
     assert {type(group["lr"]) for group in ends[1]["optimizer"]["param_groups"]} == {float}
 
