@@ -35,9 +35,7 @@ ORIENTATION = 274  # TIFF's tag
 # Encoders write about ten. Each takes libjpeg up to 0.8 ms a megapixel, of as few as 26 bytes.
 MOST_SCANS = 100
 _SCAN = b"\xff\xda"
-_MARKER = re.compile(
-    rb"\xff+([^\x00\xff\xd0-\xd7])"
-)  # not a byte of a scan, nor a restart within one
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those that have a length, and the end
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -39,14 +39,18 @@ class SplitReport:
     """The limit by which larger images are bad."""
 
 
-def key(source: Source) -> str:
+def key(source: Source, is_named: bool) -> str:
     """Return the name of a source in its report: its split, or the pattern of shards that has no splits.
 
-    The shards of several patterns lie in one folder, and have one report.
+    The shards of several patterns lie in one folder, and have one report. is_named: whether --report names
+    it, which may be one for several data sets.
     """
-    pattern = str(source.data)
-    has_no_splits = is_pattern(pattern) and not has_splits(pattern) and source.shard is not None
-    return source.data.name if has_no_splits else source.split
+    if is_named:
+        return f"{source.split} of {source.data}"
+    pattern, is_folder = str(source.data), isinstance(source.data, Path) and source.data.is_dir()
+    if source.shard is None or is_folder or not is_pattern(pattern) or has_splits(pattern):
+        return source.split
+    return source.data.name
 
 
 def fingerprint(stamps: dict[str, Stamp]) -> str:
@@ -105,8 +109,10 @@ def skip_bad(
     if not splits:
         raise UsageError(f"--skip-bad: there is no report {path}; {command} writes it")
     state = fingerprint(source.stamps())
-    # By whatever name: what is trained on here may be validated on elsewhere.
-    found = next((one for one in splits.values() if one.fingerprint == state), None)
+    own = splits.get(key(source, report is not None))
+    # Else by whatever name: what is trained on here may be validated on elsewhere.
+    known = [one for one in (own, *splits.values()) if one and one.fingerprint == state]
+    found = next(iter(known), None)
     if found is None:
         raise UsageError(
             f"--skip-bad: {path} is of another state of {source.place}; {command} writes it anew"

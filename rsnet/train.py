@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch
 
 from pipelines.batch import Loaders, LoaderSpec
 from pipelines.sources.folder import require_apart_of_both
-from pipelines.utils.atomic_io import sha256_file
+from pipelines.utils.atomic_io import atomic_write_json, sha256_file
 from pipelines.utils.cli import EXIT_FAILED, exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.library_output import apart_from_libraries, keep_library_output
@@ -40,7 +41,6 @@ from rsnet.evaluation.report import Results
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
-from rsnet.loggers.run_dir import RunDir
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.profiler.run import ProfileRun
 from rsnet.profiler.sweep import names_of
@@ -184,6 +184,8 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     """Evaluate the network and print the table; with `writes`, leave it and a plot in --output, too."""
     config, console = context.config, context.console
     say_header(context)
+    if writes:
+        distributed.run_on_main(lambda: _make_folder(config.folder))
     results = evaluate_with_progress(context, context.model)
     for size, found in results.items():
         if not math.isfinite(found["loss"]):
@@ -193,11 +195,20 @@ def evaluate(context: RunContext, writes: bool) -> Results:
     cost = context.cost
     console.say_table(report.table(results, cost))
     if writes and distributed.is_main():
-        run_dir = RunDir(config.folder, continues=True, active=True)
         keep_library_output(config.folder / "libraries.log")
-        run_dir.write_json("evaluation.json", {"gmacs": cost, **results})
+        atomic_write_json(config.folder / "evaluation.json", {"gmacs": cost, **results})
         report.plot(config.folder / "evaluation.png", config.arch, results, cost)
     return results
+
+
+def _make_folder(folder: Path) -> None:
+    """Raise UsageError if it cannot be made, or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output: cannot write to {folder}: {error.strerror}") from error
 
 
 def _resolver(

@@ -68,7 +68,7 @@ class Options:
     """Input sizes."""
 
     rounds: int = 15
-    """Steps, or evaluations, of each way that is compared."""
+    """Steps of each way that is compared; an evaluation has eight times as many batches."""
 
     workers: int = field(default_factory=default_workers)
     """DALI's threads."""

@@ -60,7 +60,7 @@ def verify(options: VerifyOptions) -> int:
     lists_some = [
         report
         for source, report in zip(sources, reports, strict=True)
-        if known[report][verify_report.key(source)].bad
+        if known[report][verify_report.key(source, options.report is not None)].bad
     ]
     if not lists_some:
         return 0
@@ -84,7 +84,8 @@ def _verify_split(
     source: Source, known: dict[str, SplitReport], report: Path, options: VerifyOptions
 ) -> Source:
     """Return the split without its bad images; update `known`, by split, and the report."""
-    key, place, stamps = verify_report.key(source), source.place, source.stamps()
+    key = verify_report.key(source, options.report is not None)
+    place, stamps = source.place, source.stamps()
     # Taken before decoding, so that a file that changes meanwhile is noticed.
     fingerprint = verify_report.fingerprint(stamps)
     if _is_known(known.get(key), fingerprint, options):

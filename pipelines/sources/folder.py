@@ -153,15 +153,16 @@ def require_apart_of_both(output: Path, data: str | Path, options: SplitOptions)
     """Raise as `require_apart`, for the images of --data and of --val-data."""
     require_apart(output, data, whole=options != NO_OPTIONS)
     if options.val_data is not None:
-        require_apart(output, options.val_data, whole=True)
+        require_apart(output, options.val_data, whole=True, flag="--val-data")
 
 
-def require_apart(output: Path, data: str | Path, *, whole: bool) -> None:
+def require_apart(output: Path, data: str | Path, *, whole: bool, flag: str = "--data") -> None:
     """Raise UsageError if --output lies among the images of a folder, where it is taken for a class.
 
-    data: if it is no folder, nothing is said. whole: without train/ and val/ its folders are the classes.
+    data: of the option `flag`; if it is no folder, nothing is said. whole: without train/ and val/ its
+    folders are the classes.
     """
-    with error_context("--data"):
+    with error_context(flag):
         place = location(data)
     if not isinstance(place, Path) or not place.is_dir():
         return

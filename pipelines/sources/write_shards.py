@@ -79,16 +79,15 @@ def _write_all(output: Path, sources: list[Source], shard_bytes: int) -> None:
 
 def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
     """Raise UsageError if the shards do not fit, or the folder has others than the beginning of these."""
-    path = output / NOTES
+    path, advice = output / NOTES, "name an empty folder"
     there = sorted(output.glob("*.tar"))
-    if path.exists():
-        if read_json(path, "name an empty folder") != notes:
-            raise UsageError(
-                f"--output: {output} has shards of other images or another size; name an empty folder"
-            )
-    elif there or (output / CLASSES).exists():
-        what = "shards" if there else CLASSES
-        raise UsageError(f"--output: {output} has {what} already; name an empty folder")
+    known = read_json(path, advice) if path.exists() else {}
+    is_ours = isinstance(known, dict) and known.keys() == notes.keys()
+    if there and is_ours and known != notes:
+        raise UsageError(f"--output: {output} has shards of other images or another size; {advice}")
+    taken = ["shards"] if there else [n for n in (NOTES, CLASSES) if (output / n).exists()]
+    if taken and not is_ours:
+        raise UsageError(f"--output: {output} has {taken[0]} already; {advice}")
     total, free = total - sum(shard.stat().st_size for shard in there), free_space(output)
     if total > free:
         raise UsageError(

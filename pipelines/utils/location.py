@@ -55,8 +55,9 @@ def location(given: str | Path) -> Location:
         return Path(given)
     try:
         parts = urlsplit(text)
-    except ValueError as error:  # it is not shown: it may have a password
-        raise UsageError(f"{text.partition(':')[0]}://...: no URL: {error}") from None
+    except ValueError:  # which quotes what may be a password
+        scheme = text.partition(":")[0]
+        raise UsageError(f"{scheme}://...: its host is none; mind brackets and odd signs") from None
     if parts.scheme == "file":
         return Path(parts.path)
     host = parts.netloc.rpartition("@")[2]

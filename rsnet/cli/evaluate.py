@@ -178,6 +178,7 @@ def _evaluate(options: Options, device: torch.device) -> DetailedEvaluation | No
     from rsnet.evaluation.detailed import evaluate_in_detail
     from rsnet.models.autocast import AMP_DTYPES
 
+    require_wandb(options)
     distributed.run_on_main(lambda: _require_new(options))
     source, model = distributed.run_on_all(lambda: _open(options))
     amp = AMP_DTYPES[options.amp or ("bf16" if has_bf16(device) else "off")]
@@ -214,7 +215,6 @@ def _require_new(options: Options) -> None:
     """Raise UsageError, before minutes have passed, if a file or folder cannot be made."""
     from pipelines.sources.folder import require_apart
 
-    require_wandb(options)
     for flag, path in (("--output", options.output), ("--predictions", options.predictions)):
         if path is None:
             continue

@@ -48,11 +48,11 @@ def run(options: Options) -> int:
         hub.require_pushable(options.push)
     found = release_folder(package.local_folder(options.source))
     if found and options.output is None and options.class_names is None:
-        return _push(found, options, found)
+        return _push(found, options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output or Path(temporary) / "release"
         _write(folder, options)
-        return _push(folder, options, found)
+        return _push(folder, options)
 
 
 def _write(folder: Path, options: Options) -> None:
@@ -77,13 +77,13 @@ def _described(release: Release) -> str:
     return f"{network['arch']}, sizes {sizes}, {weights['bytes'] / 1e6:.1f} MB{unpacked}"
 
 
-def _push(folder: Path, options: Options, copied: Path | None) -> int:
+def _push(folder: Path, options: Options) -> int:
     from rsnet.release import package
 
     if options.push is None:
         return 0
     try:
-        commit = package.push(folder, options.push, copied)
+        commit = package.push(folder, options.push)
     except (UsageError, RunError) as error:
         if options.output is None:
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -80,13 +80,10 @@ def sizes_in(phases: Sequence[Phase], epoch: int) -> tuple[int, ...]:
     return max(phase for phase in phases if phase.start <= epoch).sizes
 
 
-def step_sets(phases: Sequence[Phase], k: int) -> set[tuple[int, ...]]:
-    """Return the sets of sizes that steps train: of each phase the largest, and k - 1 others of it."""
-    return {
-        (max(phase.sizes), *others)
-        for phase in phases
-        for others in itertools.combinations(sorted(phase.sizes)[:-1], min(k, len(phase.sizes)) - 1)
-    }
+def step_sets(phases: Sequence[Phase], k: int) -> int:
+    """Return how many sets of sizes steps train: of each phase the largest, and k - 1 others of it."""
+    counts = [len(sizes) for sizes in {phase.sizes for phase in phases}]
+    return sum(math.comb(count - 1, min(k, count) - 1) for count in counts)
 
 
 def step_cost(costs: Mapping[int, float], sizes: Sequence[int], k: int) -> float:

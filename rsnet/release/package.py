@@ -121,7 +121,7 @@ def copy(release: Release, folder: str | Path, class_names: Sequence[str] = ()) 
     folder = Path(folder)
     _require_new(folder)
     with atomic_directory(folder) as temporary:
-        for name in (WEIGHTS, CONFIG, release_card.NAME):
+        for name in PUBLISHED:
             if (release.folder / name).is_file():
                 atomic_write(temporary / name, (release.folder / name).read_bytes())
         if class_names:
@@ -204,10 +204,8 @@ def local_folder(source: str | Path) -> Path:
     return hub.download(source, PUBLISHED) if hub.is_address(source) else Path(source)
 
 
-def push(folder: str | Path, name: str, copied: Path | None = None) -> str:
+def push(folder: str | Path, name: str) -> str:
     """Publish the release in `folder` on the hub as `name`, USER/NAME, and return the hash of the commit.
-
-    copied: the release that it is a copy of, whose tuned.json is published with it.
 
     The card there loads it by its address. Raises what `read` and `hub.push` do.
     """
@@ -216,8 +214,6 @@ def push(folder: str | Path, name: str, copied: Path | None = None) -> str:
     contents: dict[str, bytes | Path | None] = {
         file: folder / file if (folder / file).is_file() else None for file in PUBLISHED
     }
-    if copied is not None and (copied / TUNED).is_file():
-        contents[TUNED] = copied / TUNED
     if contents[release_card.NAME] is not None:
         card = (folder / release_card.NAME).read_bytes()
         contents[release_card.NAME] = release_card.for_hub(card, name)

@@ -199,6 +199,7 @@ def load_momentum(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) ->
     for group, step in zip(optimizer.param_groups, steps, strict=True):
         if step is not None:
             group["step"] = step.copy_(torch.stack(counts).amax(0))
+            cast(Any, optimizer).forget_counts_of_unknown(step)
     return True
 
 

@@ -46,6 +46,12 @@ class DeviceLamb(timm.optim.lamb.Lamb):
             for owner, parameters in together.items():
                 self._update(group, parameters, group["step"][owner], norm)
 
+    def forget_counts_of_unknown(self, step: Tensor) -> None:
+        """Set to 0 what was counted for parameters without state: earlier versions had one count for all."""
+        known = {self._owners.get(p, 0) for p in self.state}
+        for owner in {*range(len(step))} - known:
+            step[owner] = 0
+
     def _update(
         self, group: dict[str, Any], parameters: list[Any], step: Tensor, norm: Tensor | None
     ) -> None:

@@ -222,7 +222,7 @@ def make_trainer(
         teacher_loss=teacher.loss if teacher else "ce",
     )
     if c.compile:
-        _allow_compilations(len(step_sets(c.phases, c.sizes_per_step)))
+        _allow_compilations(step_sets(c.phases, c.sizes_per_step))
         objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
         if teacher is not None:
             teacher.compile(dynamic=False)

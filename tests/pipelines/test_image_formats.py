@@ -156,3 +156,13 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
     """Each of a few bytes takes libjpeg as long as all of the pixels do: megabytes take hours."""
     assert decode_error("", jpeg_with_scans(20)) is None
     assert decode_error("", jpeg_with_scans(100)) == "more than 100 scans; save it anew"
+
+
+def test_scans_are_counted_in_linear_time_and_none_is_hidden_by_a_marker_without_a_length():
+    """Such as FF 01, which decoders step over; what seems to be its length would hide what follows."""
+    data = small_jpeg(0, progressive=True)
+    last, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    hidden = data[:end] + b"\xff\x01\xff\xff" + data[last:end] * 101 + data[end:]
+    assert decode_error("", hidden) == "more than 100 scans; save it anew"
+    few = data[:end] + b"\xff" * 10**6 + b"\x00" + data[end:] + b"\xff\xda" * 200
+    assert decode_error("", few) is None

@@ -256,6 +256,28 @@ def test_wherever_images_are_what_is_advised_makes_skip_bad_work(data, run, how)
         assert run(*shlex.split(command)[2:])[0] == 1
         if how in ("folders of shards", "a share", "splits as data"):
             break
-    if how == "splits as data":
-        assert (data / "verified.json").exists()
     assert skipping() == bad
+
+
+@pytest.mark.parametrize("how", ["tables", "folders"])
+def test_one_report_may_be_of_several_data_sets(data, run, tmp_path, how):
+    truncate(data / "train" / "ant" / "003.JPEG")
+    truncate(data / "val" / "bee" / "001.JPEG")
+    given, options = _places(data)[how]
+    report, left = tmp_path / "report.json", []
+    for place in (given, options.val_data):
+        assert run(place, "--report", report)[0] == 1
+    open_splits(
+        given,
+        options,
+        prepare=lambda source: left.append(verify_report.skip_bad(source, report)) or left[-1],
+    )
+    assert [len(source) for source in left] == [24, 24]
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_has_a_result_for_each_split(data, run):
+    truncate(data / "train" / "ant" / "003.JPEG")
+    shards = data.with_name("fold{1}")
+    assert folder_main(["shards", "-d", str(data), "-o", str(shards)]) == 0
+    assert run(shards)[0] == 1
+    assert set(verify_report.read(shards / "verified.json")) == {"train", "val"}

@@ -352,3 +352,17 @@ def test_shards_are_not_gone_on_with_from_images_that_changed(photo, tmp_path, c
     (tmp_path / "s" / "train-000001.tar").unlink()
     assert write(*names) == 2
     assert "has shards of other images or another size" in capsys.readouterr().err
+
+
+def test_what_an_interrupted_command_left_before_its_first_shard_is_no_obstacle(
+    photos, tmp_path, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_write_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(ShardsOptions(photos, tmp_path / "s", shard_size="1GB"))
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["classes.json", "shards.json"]
+    assert write_shards(ShardsOptions(photos, tmp_path / "s", shard_size="100KB")) == 0
