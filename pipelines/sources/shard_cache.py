@@ -100,6 +100,10 @@ class ShardCache:
             raise UsageError(
                 f"--cache: {folder} cannot be used: {os_error_line(error)}; name a folder on a local disk"
             ) from None
+        if limit is None and math.isinf(free):
+            raise UsageError(
+                f"--cache: the file system of {folder} does not tell its free space; give --cache-size"
+            )
         self.limit = int((free + kept) / 2) if limit is None else limit
 
     def path_of(self, item: RemoteObject) -> Path:

@@ -38,6 +38,7 @@ class ObjectStore:
     def get(self, name: str, target: Path) -> None:
         """Write an object to a local file, which may be left incomplete."""
         item = self._remote.info(self._url(name))
+        target.unlink(missing_ok=True)  # which may be a link to a checkpoint
         with target.open("wb") as file:
             self._remote.copy(item, file.fileno(), threading.Event())
 

@@ -58,7 +58,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     not empty; it is left as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Not by the process's number, which is always 1 in a container: a killed one's would be in the way.
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
         yield temporary

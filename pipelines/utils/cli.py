@@ -161,6 +161,7 @@ def parse_options(
     _reject_empty(arguments)
     arguments = _by_todays_names(arguments, getattr(options_type, "FORMER", {}))
     arguments = with_config(arguments, groups)
+    _reject_empty(arguments)
     _reject_unknown([word for word in arguments if word.startswith("--")], groups)
     options, extra = _parsed(options_type, arguments, program, groups)
     if extra:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ def split_config(words: Sequence[str]) -> tuple[list[str], Path | None]:
         path = value if equals else next(remaining, "")
         if not path:
             raise UsageError(f"{FLAG}: the value is empty")
-    return rest, None if path is None else Path(path).expanduser()
+    # Path's own raises RuntimeError for a user who does not exist.
+    return rest, None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def flag_of(word: str) -> str:
     """Return the flag in a word of a command line, by its name with hyphens and without --no-."""
     name = word.split("=", 1)[0]
     if not name.startswith("--"):
-        return name
+        return name[:2]  # its value may be attached, as in -j8
     return name.replace("_", "-").replace("--no-", "--", 1)
 
 

@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     config = {} if path is None else read_config(path)
     data = _last_value(given, "--data", "-d") or config.get("data")
     pipeline = _last_value(given, "--pipeline")
-    if pipeline is None and data is not None and has_beton(Path(str(data)).expanduser()):
+    if pipeline is None and data is not None and has_beton(Path(*expand_home([str(data)]))):
         pipeline = "ffcv"
     pipeline = pipeline or config.get("pipeline")
     options: Any = FfcvTrainOptions if pipeline == "ffcv" else DaliTrainOptions
@@ -65,6 +65,8 @@ def _last_value(words: Sequence[str], *flags: str) -> str | None:
         name, equals, attached = word.partition("=")
         if name in flags and equals:
             value = attached
+        elif word[:2] in flags and len(word) > 2:  # as in -d/imagenet
+            value = word[2:]
         elif name in flags and i + 1 < len(words):
             value = words[i + 1]
     return value

@@ -143,11 +143,15 @@ def plot(path: Path, groups: Groups) -> None:
         y = [statistics.mean(values) for values in top1]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1]
         marker = MARKERS[i // COLOURS % len(MARKERS)]
-        axes.errorbar(x, y, spread, fmt=f"{marker}-", capsize=3, label=label)
+        # A path, which is no formula; matplotlib leaves out what begins with an underscore.
+        shown = f"./{label}" if label.startswith("_") else label
+        axes.errorbar(x, y, spread, fmt=f"{marker}-", capsize=3, label=shown)
         points += zip(names, x, y, strict=True)
     axes.set(xlabel="GMACs an image", ylabel="top-1 %")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
+    legend = figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     label_points(axes, points)
     figure.savefig(path, dpi=120)
 

@@ -98,10 +98,15 @@ class RunDir:
         """
         if not self.active:
             return
+        before = None
         try:
             with (self.path / name).open("a", encoding="utf-8", errors="surrogateescape") as file:
+                before = file.tell()
                 file.write(text)
         except OSError as error:
+            if before is not None:  # what was written of it would be in the way of what follows
+                with suppress(OSError):
+                    os.truncate(self.path / name, before)
             line = f"cannot write to {self.path / name}: {error.strerror}"
             if self.on_error is None:
                 raise RunError(f"{line}; free some space and run the same command") from error
@@ -136,7 +141,22 @@ class RunDir:
         if abandoned:
             text = b"".join(abandoned).decode(errors="replace")
             self.append_text("metrics.abandoned.jsonl", text)
+            self._note_that_wandb_has_others()
             atomic_write(path, b"".join(kept))
+
+    def _note_that_wandb_has_others(self) -> None:
+        """Let W&B's run count as one without the lines of before: it may have those that are abandoned."""
+        path = self.path / "wandb.json"
+        with suppress(
+            FileNotFoundError, ValueError, TypeError
+        ):  # a damaged one is said where it is read
+            self.write_json("wandb.json", json.loads(path.read_bytes()) | {"lines": 0})
+
+    def set_aside(self, name: str) -> None:
+        """Rename a file of an earlier end of the run, if there is one: NAME.earlier."""
+        if self.active:
+            with suppress(FileNotFoundError):
+                (self.path / name).replace(self.path / f"{name}.earlier")
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append one line to metrics.jsonl; return it, with its time."""

@@ -72,6 +72,7 @@ class RunLogger:
         """Write down and say what runs where."""
         typed = printable(shlex.join(sys.argv))
         self.run_dir.append_text("command.txt", f"# typed: {typed}\n{context.command()}\n")
+        self.run_dir.set_aside("results.json")  # with fewer epochs
         self.run_dir.write_json("config.json", context.to_plain_dict())
         self.run_dir.write_json("env.json", environment(self.device, distributed.world_size()))
         say_header(context, self.steps_per_epoch)

@@ -7,7 +7,10 @@ written here, because tensorboard's writer holds them back for two minutes, whic
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -118,7 +121,12 @@ def _event(line: Mapping[str, Any]) -> Any:
 
 
 def _write(file: BinaryIO, event: Any) -> None:
-    """Append a record, by one write."""
+    """Append a record, by one write: whole, or not at all. Raises OSError."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    RecordWriter(file).write(event.SerializeToString())
+    record = io.BytesIO()
+    RecordWriter(record).write(event.SerializeToString())
+    written = file.write(record.getbuffer())
+    if written < len(record.getbuffer()):  # of a raw file that is no error
+        file.truncate(file.tell() - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -62,7 +62,7 @@ class WandbLogger:
         tags: Sequence[str] = (),
         remedy: str | None = None,
     ) -> None:
-        self.run_id: str | None = None
+        self.run_id = run_id
         self._run: Any = None
         self._is_whole = False
         self._directory, self._say = directory, say
@@ -75,7 +75,6 @@ class WandbLogger:
         if mode == "disabled":
             say(f"W&B: disabled ({reason})")
             return
-        self.run_id = run_id
 
         def start(mode: Mode) -> Any:
             return wandb_service.start(
@@ -147,7 +146,9 @@ class WandbLogger:
         """Write down which W&B run it is; return whether that has all lines up to now."""
         lines = count_lines(self._directory)
         sent = read_sent(self._directory) if run_id else None
-        has_all = lines <= (sent.lines if sent else 0)
+        has_all = lines == (sent.lines if sent else 0)
+        if sent and lines == 0:  # W&B has none, either, unless they are abandoned
+            has_all = not (self._directory / "metrics.abandoned.jsonl").exists()
         self._note(lines if has_all else 0)
         return has_all
 
@@ -182,6 +183,12 @@ def read_sent(directory: Path) -> Sent | None:
         sent = json.loads(path.read_bytes())
         require_fields(sent, _SENT)
         return Sent(**sent)
+
+
+def known_run_id(directory: Path) -> str | None:
+    """Return the W&B run of a run directory, as `rsnet sync` may have made it; None if there is none."""
+    sent = read_sent(directory)
+    return None if sent is None else sent.id
 
 
 def write_sent(directory: Path, sent: Sent) -> None:

@@ -33,7 +33,9 @@ def send_run(path: Path) -> str:
     console = wandb_service.Console()
     mode, reason = wandb_service.choose_mode(None)
     if mode != "online":
-        raise UsageError(f"W&B is {mode} ({reason}); call `wandb login`, or set WANDB_API_KEY")
+        raise UsageError(
+            f"W&B is {mode} ({reason}); unset WANDB_MODE, call `wandb login`, or set WANDB_API_KEY"
+        )
     try:
         url = _send(path, rows, config, table, sent, console)
     except Exception as error:

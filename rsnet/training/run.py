@@ -25,6 +25,7 @@ from rsnet.evaluation.report import Results
 from rsnet.loggers.run_context import RunContext
 from rsnet.loggers.run_dir import RunDir
 from rsnet.loggers.run_logger import RunLogger
+from rsnet.loggers.wandb_logger import known_run_id
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.loop import train_one_epoch
@@ -121,7 +122,7 @@ class TrainingRun:
         if start.checkpoint is not None:
             self._restore(start, start.checkpoint)
             if start.continues:
-                wandb_id = start.checkpoint.wandb_id
+                wandb_id = start.checkpoint.wandb_id or known_run_id(self.config.folder)
         if start.continues:
             self._restore_best()
             run_dir.rewind(self.epoch + self.done / self.steps_per_epoch, self.epoch)

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import json
 import os
+import resource
+import signal
 import subprocess
 from pathlib import Path
 
@@ -72,6 +74,38 @@ def test_metrics_that_a_full_disk_does_not_take_end_the_run_or_are_said(tmp_path
     run.on_error = said.append
     run.append_metrics({"step": 1})
     assert said == [f"cannot write to {tmp_path / 'metrics.jsonl'}: No space left on device"]
+
+
+def test_what_a_full_disk_took_of_a_line_is_not_in_the_way_of_the_next(tmp_path):
+    """A file that may not grow further takes a part of a write, as a full disk does."""
+    run = RunDir(tmp_path, continues=False, active=True)
+    said: list[str] = []
+    run.on_error = said.append
+    run.append_metrics({"step": 1})
+    path = tmp_path / "metrics.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+        run.append_metrics({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    run.append_metrics({"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    assert len(said) == 1
+
+
+def test_what_wandb_has_of_abandoned_lines_is_not_counted_as_the_runs(tmp_path):
+    run = RunDir(tmp_path, continues=False, active=True)
+    for step in (1, 2):
+        run.append_metrics({"step": step, "epoch": step})
+    content = {"id": "x", "entity": None, "lines": 2}
+    run.write_json("wandb.json", content)
+    run.rewind(2, 2)
+    assert json.loads((tmp_path / "wandb.json").read_text()) == content
+    run.rewind(1, 1)
+    assert json.loads((tmp_path / "wandb.json").read_text()) == content | {"lines": 0}
 
 
 def _no_space(*_, **__):

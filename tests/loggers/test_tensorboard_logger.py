@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -161,3 +162,15 @@ def test_sync_refuses_what_is_no_run_is_damaged_or_is_being_trained(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(damage)
         with pytest.raises(DataError, match="damaged"):
             rewrite(tmp_path)
+
+
+def test_a_record_that_a_full_disk_takes_a_part_of_is_not_there_at_all(tmp_path):
+    path = tmp_path / "events"
+
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data)[:5])
+
+    with Full(path, "ab") as file, pytest.raises(OSError, match="No space left"):
+        tensorboard_logger._write(file, Event(wall_time=1.0, step=2))
+    assert path.read_bytes() == b""

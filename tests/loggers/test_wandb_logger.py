@@ -18,7 +18,8 @@ from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from pipelines.utils.errors import UsageError
 from rsnet.loggers import wandb_service
-from rsnet.loggers.wandb_logger import WandbLogger, read_sent
+from rsnet.loggers.run_dir import RunDir
+from rsnet.loggers.wandb_logger import Sent, WandbLogger, known_run_id, read_sent, write_sent
 from tests.helpers.wandb_run import interrupted, log, rows
 
 pytestmark = pytest.mark.usefixtures("no_wandb_key")
@@ -349,6 +350,32 @@ def test_an_online_run_whose_earlier_lines_wandb_lacks_says_so(tmp_path):
     sent = read_sent(tmp_path)
     assert sent
     assert sent.lines == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("wandb_server")
+def test_a_run_that_was_resumed_before_what_wandb_has_says_so(tmp_path):
+    """Lines after its last checkpoint are logged again: W&B would have them twice."""
+    run_dir = RunDir(tmp_path, continues=False, active=True)
+    first = _start(tmp_path, "online", [])
+    log(first, tmp_path, rows(1, 6))
+    first.finish()
+    run_dir.rewind(rows(4, 4)[0]["epoch"], 0)
+    said: list[str] = []
+    again = _start(tmp_path, "online", said, first.run_id)
+    log(again, tmp_path, rows(5, 6))
+    again.finish()
+    assert "without earlier lines; `python -m rsnet sync" in said[0]
+    sent = read_sent(tmp_path)
+    assert sent
+    assert sent.lines == 0
+
+
+def test_a_disabled_part_of_a_run_keeps_its_wandb_run(tmp_path):
+    assert _start(tmp_path, "disabled", [], "abc").run_id == "abc"
+    write_sent(tmp_path, Sent("xyz", None, 0))
+    assert known_run_id(tmp_path) == "xyz"
+    assert known_run_id(tmp_path / "other") is None
 
 
 @pytest.mark.slow

@@ -226,6 +226,15 @@ def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path):
         ShardCache(tmp_path / "file", SIZE)
 
 
+def test_a_disk_that_does_not_tell_its_space_needs_a_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "free_space", lambda _: float("inf"))
+    with pytest.raises(
+        UsageError, match=r"--cache: .* does not tell its free space; give --cache-size"
+    ):
+        ShardCache(tmp_path, None)
+    assert ShardCache(tmp_path, SIZE).limit == SIZE
+
+
 def test_shards_are_fetched_in_the_order_of_their_use_and_no_more_than_fit(cache):
     reader, storage = reader_of(cache, 8)
     order = np.repeat([5, 0, 7, 1, 2, 6], 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -73,6 +74,18 @@ def test_a_file_system_that_does_not_tell_its_space_has_enough(tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", _fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         free_space(tmp_path)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(tmp_path, monkeypatch):
+    """In a container it is always 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with contextlib.suppress(KeyboardInterrupt), atomic_directory(tmp_path / "x") as temporary:
+        shutil.copytree(temporary, tmp_path / "kept")
+        raise KeyboardInterrupt
+    (tmp_path / "kept").rename(temporary)
+    with atomic_directory(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").is_dir()
 
 
 def test_a_link_under_the_temporary_name_leads_to_no_other_file(tmp_path):

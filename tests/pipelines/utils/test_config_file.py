@@ -56,6 +56,7 @@ def test_a_file_gives_what_the_command_line_does_not(tmp_path):
     assert _parsed(path, text, "--sizes", "16", "--no-fold", "--lr=2", "-b", "2") == Options(
         "it", 2, (16,), "off", False, 2.0
     )
+    assert _parsed(path, text, "-b2").batch_size == 2
     assert _parsed(path, text, "--batch_size", "3", "--resolutions", "16") == Options(
         "it", 3, (16,), "off", True, 1e-4
     )
@@ -84,6 +85,17 @@ def test_what_is_wrong_in_a_file_is_one_line_with_its_name(tmp_path, text, error
     assert str(caught.value).startswith(f"--config {path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_value_in_a_file_is_refused(tmp_path):
+    """As a path it would be the current folder."""
+    with pytest.raises(UsageError, match=r"^--name: the value is empty$"):
+        _parsed(tmp_path / "a.yaml", 'name: ""\n')
+
+
+def test_the_home_of_a_user_who_does_not_exist_is_a_file_that_is_not_there():
+    with pytest.raises(UsageError, match=r"--config: there is no file ~nobody-here/x\.yaml"):
+        parse_options(Options, [Options], ["it", "--config", "~nobody-here/x.yaml"])
 
 
 def test_a_file_that_is_not_there_is_named():
