@@ -217,7 +217,7 @@ def _resolver(
     """Return what resolves options on this machine, for a run that begins with `start`."""
     checkpoint = start.checkpoint
     previous = start.options
-    if checkpoint and (decay := weight_decay(checkpoint)):
+    if checkpoint and (decay := weight_decay(checkpoint)) is not None:
         previous = {"weight_decay": decay}
     return functools.partial(
         resolve,

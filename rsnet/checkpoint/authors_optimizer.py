@@ -24,12 +24,13 @@ def to_original_optimizer(checkpoint: Checkpoint, names: Names) -> dict[str, Any
     config = checkpoint.config
     parameters = _in_their_order(names)
     paper = get_recipe("paper", checkpoint.network.arch, None, 256)
+    decay = weight_decay(checkpoint)
     group = {
         "params": list(range(len(parameters))),
         "lr": config.get("lr", 0.0),
         "momentum": config.get("momentum", 0.9),
         "dampening": 0,
-        "weight_decay": weight_decay(checkpoint) or config.get("weight_decay", paper.weight_decay),
+        "weight_decay": config.get("weight_decay", paper.weight_decay) if decay is None else decay,
         "nesterov": config.get("sgd") == "nesterov",
     }
     saved = checkpoint.optimizer if checkpoint.ema is None else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint.authors_optimizer import from_original_optimizer, to_original_optimizer
 from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.config.bounds import MOST_PIXELS
 from rsnet.config.model_config import (
     DEFAULT_SIZES,
     MODEL_DEFAULTS,
@@ -47,6 +48,25 @@ def is_original(content: Any) -> bool:
     )
 
 
+def _copies(state: Mapping[str, Tensor]) -> int:
+    """Return how many sizes have BatchNorm of their own. Raises DataError if there is none."""
+    found = (re.search(r"\.bn_(\d+)\.", key) for key in state)
+    copies = 1 + max((int(m[1]) for m in found if m), default=-1)
+    if copies == 0:
+        raise DataError("it has no BatchNorm weights that are tensors")
+    return copies
+
+
+def _valid(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return --sizes. Raises UsageError for what no network may have."""
+    if not (min(sizes) >= 1 and max(sizes) <= MOST_PIXELS and len({*sizes}) == len(sizes)):
+        raise UsageError(
+            f"--sizes {' '.join(map(str, sizes))}: they are to be all different, and of {MOST_PIXELS} pixels "
+            "at most"
+        )
+    return tuple(sizes)
+
+
 def from_original(
     content: Mapping[str, Any], arch: str | None = None, sizes: Sequence[int] | None = None
 ) -> Checkpoint:
@@ -68,8 +88,8 @@ def from_original(
     arch = canonical_arch(str(arch))
     if arch not in ARCHS:
         raise UsageError(f"--arch {arch}: the original has no such network; one of {_known()}")
-    copies = 1 + max(int(m[1]) for k in state if (m := re.search(r"\.bn_(\d+)\.", k)))
-    sizes = tuple(sizes or DEFAULT_SIZES)
+    copies = _copies(state)
+    sizes = _valid(sizes or DEFAULT_SIZES)
     if len(sizes) != copies:
         raise UsageError(
             f"--sizes: this file was trained for {copies} sizes; name them, in the order in which they "

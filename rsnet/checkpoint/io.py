@@ -15,6 +15,7 @@ from pipelines.utils.atomic_io import atomic_write, sha256_file
 from pipelines.utils.errors import DataError, UsageError, error_context
 from rsnet.checkpoint import authors_pytorch as original
 from rsnet.checkpoint.checkpoint import FORMAT, Checkpoint
+from rsnet.config.model_rules import require_network
 from rsnet.models.safe_load import safe_load
 
 
@@ -23,7 +24,10 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
     PATH.sha256 names the hash of the new file and that of the one it replaces, because two files
     cannot be renamed at once: a crash in between leaves an old file that is still known.
+
+    Raises DataError, before anything is written, for a network that `load` would refuse.
     """
+    require_network(checkpoint.network.to_dict(), "network.")
     data = _serialized(checkpoint.to_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
     older = [sha256(path)] if path.exists() else []

@@ -5,3 +5,6 @@ MOST_PIXELS = 4096  # of a side
 MOST_IMAGES = 65536  # of a batch
 MOST_LR = 1000.0
 MOST_KEPT = 100  # checkpoints: as many names are looked for, and renamed at each save
+
+# Of networks, also of those in files.
+MIN_WIDTH, MAX_WIDTH, MOST_SIZES = 0.01, 16, 32

@@ -18,16 +18,17 @@ from pipelines.utils.schema import (
     require,
     require_fields,
 )
+from rsnet.config.bounds import MAX_WIDTH, MIN_WIDTH, MOST_PIXELS, MOST_SIZES
 from rsnet.config.model_config import BITS, FULL, Mode, NormalizeName
 
 _BITS = Rule("from 1 to 8, or 32", lambda v: type(v) is int and (v in BITS or v == FULL))
 
 
 def _are_sizes(value: Any) -> bool:
-    rule = integer(1, 4096)
+    rule = integer(1, MOST_PIXELS)
     return (
         isinstance(value, list)
-        and 1 <= len(value) <= 32
+        and 1 <= len(value) <= MOST_SIZES
         and all(map(rule.holds, value))
         and value == sorted(set(value), reverse=True)
     )
@@ -35,7 +36,7 @@ def _are_sizes(value: Any) -> bool:
 
 _NETWORK = {
     "arch": pattern("a name such as parallel_resnet50", r"parallel_[\w./-]{1,100}"),
-    "width_mult": number(0.01, 16),
+    "width_mult": number(MIN_WIDTH, MAX_WIDTH),
     "stem": one_of("imagenet", "small"),
     "norm": one_of("private", "shared"),
     "blurpool": one_of(False, True),

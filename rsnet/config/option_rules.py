@@ -9,7 +9,16 @@ from typing import Any
 
 from pipelines.sources.options import SplitOptions
 from pipelines.utils.errors import UsageError
-from rsnet.config.bounds import MANY, MOST_IMAGES, MOST_KEPT, MOST_LR, MOST_PIXELS
+from rsnet.config.bounds import (
+    MANY,
+    MAX_WIDTH,
+    MIN_WIDTH,
+    MOST_IMAGES,
+    MOST_KEPT,
+    MOST_LR,
+    MOST_PIXELS,
+    MOST_SIZES,
+)
 from rsnet.config.model_config import BITS, FULL
 from rsnet.config.size_schedule import is_schedule
 
@@ -61,10 +70,15 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
             "--sizes",
             c.sizes,
             _distinct_positive,
-            "give one or more sizes, positive and all different, of 4096 pixels at most",
+            "give one or more sizes, positive and all different, 32 of 4096 pixels at most",
         ),
         ("--num-classes", c.num_classes, _within(2, MANY), "at least 2, and 1000000 at most"),
-        ("--width-mult", c.width_mult, _above_0(100), "must be a positive number, 100 at most"),
+        (
+            "--width-mult",
+            c.width_mult,
+            lambda x: MIN_WIDTH <= x <= MAX_WIDTH,
+            "must be from 0.01 to 16",
+        ),
         ("--qw", c.qw, _bits, "from 1 to 8, or 32 for full precision"),
         ("--qa", c.qa, _bits, "from 1 to 8, or 32 for full precision"),
         ("--ema", c.ema, _share, "must be at least 0 and less than 1"),
@@ -247,5 +261,6 @@ def _distinct_positive(sizes: tuple[int, ...]) -> bool:
         bool(sizes)
         and min(sizes) > 0
         and max(sizes) <= MOST_PIXELS
+        and len(sizes) <= MOST_SIZES
         and len(set(sizes)) == len(sizes)
     )

@@ -19,7 +19,8 @@ from torchvision.models import get_model_builder
 from torchvision.models import list_models as list_torchvision_models
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pipelines.utils.errors import UsageError
+from pipelines.utils.errors import UsageError, first_line
+from pipelines.utils.text import first_names
 from rsnet.config.model_config import (
     AUTHORS_NAMES,
     FULL,
@@ -305,6 +306,11 @@ def _build_timm(
         if "drop_path_rate" not in str(error):
             raise
         network = timm.create_model(name, **options)
+    except RuntimeError as error:
+        if "tag" not in str(error):
+            raise
+        tags = first_names(timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise UsageError(f"--arch {arch}: {first_line(error)}; timm has {tags}") from error
     return network
 
 

@@ -15,6 +15,7 @@ from torchvision.models import get_model_weights
 
 from pipelines.normalize import MEAN_STD
 from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.text import first_names
 from rsnet.config.model_config import NormalizeName
 from rsnet.models.safe_load import safe_load
 from rsnet.models.state_dict import describe_mismatch
@@ -108,7 +109,13 @@ def expected_mean_std(library: Literal["torchvision", "timm"], name: str, weight
     import timm
 
     tagged = name if weights == "default" or is_path(weights) else f"{name}.{weights}"
-    config = timm.models.get_pretrained_cfg(tagged, allow_unregistered=True)
+    try:
+        config = timm.models.get_pretrained_cfg(tagged, allow_unregistered=True)
+    except RuntimeError as error:  # there is no such tag
+        known = first_names(timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise UsageError(
+            f"--pretrained: timm has no weights {tagged} ({first_line(error)}); it has {known}"
+        ) from error
     if config is None:
         return MEAN_STD["imagenet"]
     mean, std = (tuple(255 * value for value in values) for values in (config.mean, config.std))
@@ -148,7 +155,9 @@ def _is_extra(key: str) -> bool:
 
 def is_path(weights: str) -> bool:
     """Return whether --pretrained names a file, and not weights of a library."""
-    return "/" in weights or Path(weights).suffix in (".pth", ".pt", ".tar", ".safetensors")
+    has_suffix = Path(weights).suffix in (".pth", ".pt", ".tar", ".safetensors")
+    is_there = weights != "default" and Path(weights).is_file()
+    return "/" in weights or has_suffix or is_there
 
 
 def _read(path: Path, option: str) -> Mapping[str, Any]:

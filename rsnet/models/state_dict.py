@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pipelines.utils.errors import DataError
+
 LISTED = 12  # names in a message
 
 # In the names of private layers: LAYER.by_resolution.INDEX.NAME, see `SwitchableBatchNorm2d`.
@@ -39,7 +41,10 @@ def take_sizes(
     and, by size, the trained one whose BatchNorm it gets: its own, or else that of the nearest.
 
     The alpha of a size that was not trained is -inf, see `ResolutionSwitchable.complete_alpha`.
+
+    Raises DataError if the state is not one of the sizes `trained`.
     """
+    _require_of(state, len(trained), shared_norm)
     sources = {}
     for size in sorted(wanted, reverse=True):
         shares = {size: 1.0} if size in trained else neighbour_shares(trained, size)
@@ -64,6 +69,17 @@ def take_sizes(
     ):  # sizes that were added, whose weight is 0 beside others
         taken["alpha"] = torch.ones_like(taken["alpha"])
     return taken, sources
+
+
+def _require_of(state: Mapping[str, Tensor], count: int, shared_norm: bool) -> None:
+    """Raise DataError if a state dict is not one of so many sizes: others' BatchNorm would be taken."""
+    alpha = state.get("alpha")
+    if alpha is None or alpha.shape != (count,):
+        found = "no alpha" if alpha is None else f"an alpha of shape {tuple(alpha.shape)}"
+        raise DataError(f"it has {found}, for {count} sizes")
+    places = {key.partition(_INFIX)[2].partition(".")[0] for key in state if _INFIX in key}
+    if places and not shared_norm and places != set(map(str, range(count))):
+        raise DataError(f"it has BatchNorm of {len(places)} sizes, not {count}")
 
 
 def neighbour_shares(trained: Sequence[int], size: int) -> dict[int, float]:

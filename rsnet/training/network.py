@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from pipelines.utils.errors import error_context
+from pipelines.utils.errors import UsageError, error_context
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.checkpoint.weights import load_weights, require_finite, require_match
@@ -83,7 +83,12 @@ def build_network(
     if config.sync_bn:
         synchronize_batchnorm(model, config.arch)
     if config.recompute != "off":
-        convert_to_checkpointed(model.network, config.recompute)
+        count = convert_to_checkpointed(model.network, config.recompute)
+        if count == 0 and not config.evaluate:
+            raise UsageError(
+                f"--recompute {config.recompute}: {config.arch} has no blocks that could be computed again; "
+                "leave it out"
+            )
     if config.fused_bn and not config.evaluate:
         say(fuse_batchnorm(model, config.arch))
     return model

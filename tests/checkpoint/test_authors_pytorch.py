@@ -287,3 +287,21 @@ def test_what_lies_among_the_weights_is_left_out():
     content["state_dict"]["module.fc.module.weight"] = torch.zeros(())
     with pytest.raises(DataError, match="there is no classifier"):
         from_original(content, sizes=SIZES)
+
+
+def test_a_weight_decay_of_0_is_taken_along_both_ways():
+    network = ModelConfig("parallel_resnet18", 2, (32,))
+    model = create_model(network)
+    group = {"params": [0], "weight_decay": 0.0}
+    imported = Checkpoint(
+        network, model.state_dict(), optimizer={"state": {}, "param_groups": [group]}
+    )
+    assert weight_decay(imported) == 0.0
+    written = to_original(imported)["optimizer"]["param_groups"][0]
+    assert written["weight_decay"] == 0.0
+
+
+def test_batchnorm_weights_that_are_no_tensors_are_one_line():
+    content = {"arch": "parallel_resnet18", "state_dict": {"bn1.bn_0.weight": [1.0]}}
+    with pytest.raises(DataError, match="it has no BatchNorm weights that are tensors"):
+        from_original(content)

@@ -198,3 +198,12 @@ def test_weights_that_do_not_fit_are_listed_by_name_and_shape():
     with pytest.raises(DataError, match=r"conv1.weight.*fc.weight.*\[4, 512\]") as error:
         load_weights(model, state, (48, 32))
     assert "\n" not in str(error.value)
+
+
+def test_what_could_not_be_loaded_is_not_written(tmp_path):
+    network = ModelConfig("parallel_resnet18", 2, (32,), width_mult=0.001)
+    with pytest.raises(
+        DataError, match=r"network\.width_mult is 0\.001, must be a number from 0\.01"
+    ):
+        checkpoint.save(tmp_path / "x.pt", Checkpoint(network, {}))
+    assert not list(tmp_path.iterdir())

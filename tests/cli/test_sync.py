@@ -181,8 +181,8 @@ def test_without_a_key_it_says_how_to_get_one(tmp_path, call):
     code, out, err = call(tmp_path)
     assert (code, out) == (2, "")
     assert err == (
-        f"rsnet sync: error: {tmp_path}: W&B is offline (no key is configured); call `wandb login`, or set "
-        "WANDB_API_KEY\n"
+        f"rsnet sync: error: {tmp_path}: W&B is offline (no key is configured); unset WANDB_MODE, call "
+        "`wandb login`, or set WANDB_API_KEY\n"
     )
 
 

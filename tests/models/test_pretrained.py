@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from pipelines.normalize import MEAN_STD, PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model, pretrained_normalize
-from rsnet.models.pretrained import load_pretrained
+from rsnet.models.pretrained import expected_normalize, is_path, load_pretrained
 from rsnet.models.resnet import scaled_resnet
 
 SIZES = (48, 32)
@@ -262,3 +263,21 @@ def test_weights_that_are_not_there_are_named(tmp_path):
     torch.save({"model": _Own()}, tmp_path / "own.pth")
     with pytest.raises(DataError, match=r"it holds code: \S*_Own$"):
         _load(tmp_path / "own.pth")
+
+
+@pytest.mark.parametrize("tag", ["a9_in1k", "nonsense"])
+def test_a_tag_that_timm_does_not_have_is_one_line_with_those_it_has(tag):
+    with pytest.raises(
+        UsageError, match=rf"--pretrained: timm has no weights resnet18\.{tag} .*a1_in1k"
+    ):
+        expected_normalize("timm", "resnet18", tag)
+    with pytest.raises(UsageError, match=rf"--arch parallel_timm/resnet18\.{tag}: .*; timm has .*a1_in1k"):
+        create_model(ModelConfig(f"parallel_timm/resnet18.{tag}", 3, (32,)))
+
+
+def test_a_file_of_any_suffix_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pytorch_model.bin", "default"):
+        Path(name).touch()
+    assert is_path("pytorch_model.bin")
+    assert not is_path("default")

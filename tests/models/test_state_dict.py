@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
+from pipelines.utils.errors import DataError
 from rsnet.models.resnet import scaled_resnet
-from rsnet.models.state_dict import add_size, neighbour_shares, select_sizes
+from rsnet.models.state_dict import add_size, neighbour_shares, select_sizes, take_sizes
 from rsnet.models.switchable import ResolutionSwitchable
 
 SIZES = (48, 40, 24)
@@ -86,3 +87,25 @@ def test_other_sizes_and_the_ensemble_stay_bit_equal(trained, size):
     weights = dict(zip(extended.sizes, extended.ensemble_weights().tolist(), strict=True))
     assert weights.pop(size) == 0
     assert list(weights.values()) == trained.ensemble_weights().tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("alpha"), "it has no alpha, for 2 sizes"),
+        (lambda s: s.update(alpha=torch.ones(5)), r"it has an alpha of shape \(5,\), for 2 sizes"),
+        (lambda s: s.update(alpha=torch.ones(())), r"it has an alpha of shape \(\), for 2 sizes"),
+        (
+            lambda s: s.update({"bn.by_resolution.2.weight": torch.ones(1)}),
+            "it has BatchNorm of 3 sizes, not 2",
+        ),
+    ],
+)
+def test_a_state_of_other_sizes_than_are_said_is_refused(change, message):
+    """Else the BatchNorm of some would be left out, and that of others taken for theirs."""
+    state = {f"bn.by_resolution.{i}.weight": torch.ones(1) for i in range(2)}
+    state |= {"alpha": torch.ones(2)}
+    assert take_sizes(state, [32, 24], [24])[1] == {24: 24}
+    change(state)
+    with pytest.raises(DataError, match=message):
+        take_sizes(state, [32, 24], [24])

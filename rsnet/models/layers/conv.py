@@ -17,16 +17,22 @@ from rsnet.models.layers.onednn_workarounds import SinglePixelConv2d
 LEAST_CHANNELS = 16
 
 
-class BlurredConv2d(SinglePixelConv2d):
-    """A convolution after a 3 x 3 binomial filter (Zhang 2019, section 3.2), in the order of ffcv-imagenet:
-    blur, then the strided convolution. Its parameters have the convolution's names."""
+class _Blur(nn.Module):
+    """A mixin before a convolution's class: a 3 x 3 binomial filter comes first (Zhang 2019, section 3.2).
+
+    In the order of ffcv-imagenet. The parameters have the convolution's names.
+    """
 
     blur: Tensor  # (channels, 1, 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != (1, 1):  # else there is nothing to blur
             x = F.conv2d(x, self.blur, padding=1, groups=x.shape[1])
-        return super().forward(x)
+        return cast(Tensor, super().forward(x))
+
+
+class BlurredConv2d(_Blur, SinglePixelConv2d):
+    """A convolution after a blur."""
 
 
 def convert_to_blurpool(network: nn.Module) -> None:
@@ -37,7 +43,12 @@ def convert_to_blurpool(network: nn.Module) -> None:
             and max(module.stride) > 1
             and module.in_channels >= LEAST_CHANNELS
         ):
-            module.__class__ = BlurredConv2d
+            kind = type(module)
+            if kind in (nn.Conv2d, SinglePixelConv2d):
+                module.__class__ = BlurredConv2d
+            else:  # such as timm's, which pads in its forward; from its module, as `autocast` goes by that
+                own = {"__module__": kind.__module__}
+                module.__class__ = type(f"Blurred{kind.__name__}", (_Blur, kind), own)
             line = torch.tensor([0.25, 0.5, 0.25], device=module.weight.device)
             kernel = (line[:, None] * line).repeat(module.in_channels, 1, 1, 1)
             module.register_buffer("blur", kernel, persistent=False)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 
 import pytest
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
-from rsnet.models.layers.conv import convert_to_same_padding
+from rsnet.models.layers.conv import convert_to_blurpool, convert_to_same_padding
 
 # {(size, kernel): output}: of 0, 1, 2, ... row by row, with a filter of 0, 1, 2, ..., at stride 2.
 CONVOLVED = {
@@ -96,3 +98,18 @@ def test_blurpool_blurs_before_every_strided_convolution_but_the_first():
             torch.testing.assert_close(module(x), ordinary(x_blurred), rtol=1e-4, atol=1e-5)
         else:
             torch.testing.assert_close(module(x), ordinary(x))
+
+
+def test_blurpool_keeps_the_padding_that_a_convolution_does_itself():
+    """timm's SAME convolutions have a padding of 0, and pad in their forward."""
+    torch.manual_seed(0)
+    layer = Conv2dSame(16, 4, 3, stride=2, bias=False)
+    x = torch.randn(1, 16, 15, 14)
+    line = torch.tensor([1.0, 2, 1]) / 4
+    filters = torch.outer(line, line).expand(16, 1, 3, 3)
+    blurred = nn.functional.conv2d(x, filters, padding=1, groups=16)
+    expected = copy.deepcopy(layer)(blurred)
+    convert_to_blurpool(layer)
+    torch.testing.assert_close(layer(x), expected)
+    assert expected.shape[2:] == (8, 7)
+    assert type(layer).__module__ == Conv2dSame.__module__
