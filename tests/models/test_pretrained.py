@@ -271,7 +271,9 @@ def test_a_tag_that_timm_does_not_have_is_one_line_with_those_it_has(tag):
         UsageError, match=rf"--pretrained: timm has no weights resnet18\.{tag} .*a1_in1k"
     ):
         expected_normalize("timm", "resnet18", tag)
-    with pytest.raises(UsageError, match=rf"--arch parallel_timm/resnet18\.{tag}: .*; timm has .*a1_in1k"):
+    with pytest.raises(
+        UsageError, match=rf"--arch parallel_timm/resnet18\.{tag}: .*; timm has .*a1_in1k"
+    ):
         create_model(ModelConfig(f"parallel_timm/resnet18.{tag}", 3, (32,)))
 
 
