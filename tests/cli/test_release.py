@@ -78,7 +78,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, words, code, messa
     config = ModelConfig.from_dict(NETWORK)
     checkpoint.save(Path("small.pt"), Checkpoint(config, {"alpha": torch.ones(3)}))
     odd = dataclasses.replace(config, classes=("ant",) * 4)
-    checkpoint.save(Path("odd.pt"), Checkpoint(odd, trained(NETWORK, 1)))
+    checkpoint.write(Path("odd.pt"), Checkpoint(odd, trained(NETWORK, 1)).to_dict())
     assert main(["release", *words]) == code
     err = capsys.readouterr().err
     assert message in err
