@@ -329,3 +329,14 @@ def test_damaged_notes_of_the_owner_and_of_the_best_are_none(s3, tmp_path):
         with contextlib.suppress(_TakenOver):
             run.uploader._require_own()
         assert run.uploader.remote.best() is None
+
+
+@pytest.mark.usefixtures("s3")
+def test_metrics_are_uploaded_however_many_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploader, "MOST_BYTES", 10)
+    run = Run(tmp_path / "run")
+    for name in ("metrics.jsonl", "notes.json"):
+        (run.folder / name).write_text("a line of more\n")
+    run.upload(b"1")
+    assert run.uploader.remote.store.read("metrics.jsonl") == b"a line of more\n"
+    assert run.uploader.remote.store.read("notes.json") is None

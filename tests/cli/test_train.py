@@ -76,3 +76,8 @@ def test_a_run_notes_a_command_that_names_rsnet_train_and_rerun_finds_that_all_i
     capsys.readouterr()
     assert main(command[1:]) == 0
     assert "epoch 1/1 " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["-d", "x"], ["-d=x"], ["-dx"], ["--data=x"], ["-dy", "-dx"]])
+def test_the_data_is_known_however_it_is_given(words):
+    assert train._last_value(words, "--data", "-d") == "x"

@@ -190,3 +190,12 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path, continues):
     ):
         RunDir(tmp_path, continues=continues, active=True)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_file_of_an_earlier_end_is_set_aside(tmp_path):
+    run = RunDir(tmp_path, continues=False, active=True)
+    run.set_aside("results.json")  # there is none
+    run.write_json("results.json", {"32": 1})
+    run.set_aside("results.json")
+    assert not (tmp_path / "results.json").exists()
+    assert json.loads((tmp_path / "results.json.earlier").read_text()) == {"32": 1}
