@@ -111,8 +111,8 @@ def skip_bad(
     state = fingerprint(source.stamps())
     own = splits.get(key(source, report is not None))
     # Else by whatever name: what is trained on here may be validated on elsewhere.
-    known = [one for one in (own, *splits.values()) if one and one.fingerprint == state]
-    found = next(iter(known), None)
+    known = (one for one in (own, *splits.values()) if one and one.fingerprint == state)
+    found = next(known, None)
     if found is None:
         raise UsageError(
             f"--skip-bad: {path} is of another state of {source.place}; {command} writes it anew"

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,8 @@ def ways(o: Options, arch: str, batch: str) -> list[str]:
 
 def evaluation(o: Options, arch: str, batch: str) -> list[str]:
     # So many batches that the folding of BatchNorm, once an evaluation, weighs as little as in a real one.
-    words = ["--arch", f"parallel_{arch}", "--batch-size", batch, *_sizes(o)]
-    return ["benchmarks.evaluation", *words, "--batches", str(8 * o.rounds), "--rounds", "4"]
+    few = replace(o, rounds=4)
+    return [*_compared("evaluation", few, arch, batch), "--batches", str(8 * o.rounds)]
 
 
 def quantized(o: Options) -> list[str]:

@@ -49,25 +49,22 @@ def verify(options: VerifyOptions) -> int:
         _check_target(source, options.move_to)
     by_split = {source.split: source for source in sources}
     announce(by_split.get("train"), by_split.get("val"))
-    reports = [options.report or source.report for source in sources]
-    known = {report: verify_report.read(report) for report in reports}
-    left = [
-        _verify_split(source, known[report], report, options)
-        for source, report in zip(sources, reports, strict=True)
-    ]
+    reports = {source.split: options.report or source.report for source in sources}
+    known = {report: verify_report.read(report) for report in reports.values()}
+    left = [_verify_split(s, known[reports[s.split]], reports[s.split], options) for s in sources]
     for source, rest in zip(sources, left, strict=True):
         verify_report.require_every_class(source, rest)
-    lists_some = [
-        report
-        for source, report in zip(sources, reports, strict=True)
-        if known[report][verify_report.key(source, options.report is not None)].bad
-    ]
-    if not lists_some:
+    with_bad = [r for s in sources if known[r := reports[s.split]][_key(s, options)].bad]
+    if not with_bad:
         return 0
     move = "; verify --move-to moves it" if isinstance(sources[0], ImageFolder) else ""
-    listed = " and ".join(map(str, dict.fromkeys(lists_some)))
+    listed = " and ".join(map(str, dict.fromkeys(with_bad)))
     say(f"--skip-bad of a training leaves out what {listed} lists{move}")
     return EXIT_FAILED
+
+
+def _key(source: Source, options: VerifyOptions) -> str:
+    return verify_report.key(source, options.report is not None)
 
 
 def _check_target(source: Source, move_to: Path | None) -> None:
@@ -84,7 +81,7 @@ def _verify_split(
     source: Source, known: dict[str, SplitReport], report: Path, options: VerifyOptions
 ) -> Source:
     """Return the split without its bad images; update `known`, by split, and the report."""
-    key = verify_report.key(source, options.report is not None)
+    key = _key(source, options)
     place, stamps = source.place, source.stamps()
     # Taken before decoding, so that a file that changes meanwhile is noticed.
     fingerprint = verify_report.fingerprint(stamps)

@@ -38,11 +38,11 @@ def loss_weights(
     if own is None and class_weights is None:
         return None
     weights = np.ones(len(labels)) if own is None else own
+    counts = np.bincount(labels, minlength=len(classes))
     if class_weights == BALANCED:
-        weights = weights / np.bincount(labels, minlength=len(classes))[labels]
+        weights = weights / counts[labels]
     elif class_weights is not None:
         weights = weights * _read(Path(class_weights), classes)[labels]
-    counts = np.bincount(labels, minlength=len(classes))
     mean = np.average(weights, weights=1 / counts[labels] if balanced else None)
     scaled: NDArray[np.float32] = (weights / mean).astype(np.float32)
     return scaled

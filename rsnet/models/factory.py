@@ -20,7 +20,6 @@ from torchvision.models import list_models as list_torchvision_models
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipelines.utils.errors import UsageError, first_line
-from pipelines.utils.text import first_names
 from rsnet.config.model_config import (
     AUTHORS_NAMES,
     FULL,
@@ -42,7 +41,7 @@ from rsnet.models.layers.onednn_workarounds import (
     convert_single_pixel_convs,
 )
 from rsnet.models.preact_resnet import init_classifier
-from rsnet.models.pretrained import expected_normalize, load_pretrained
+from rsnet.models.pretrained import expected_normalize, load_pretrained, timm_tags
 from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quantize
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
 from rsnet.models.shapes import check_sizes
@@ -309,8 +308,8 @@ def _build_timm(
     except RuntimeError as error:
         if "tag" not in str(error):
             raise
-        tags = first_names(timm.list_pretrained(f"{name.partition('.')[0]}.*"))
-        raise UsageError(f"--arch {arch}: {first_line(error)}; timm has {tags}") from error
+        line = first_line(error)
+        raise UsageError(f"--arch {arch}: {line}; timm has {timm_tags(name)}") from error
     return network
 
 

@@ -112,14 +112,20 @@ def expected_mean_std(library: Literal["torchvision", "timm"], name: str, weight
     try:
         config = timm.models.get_pretrained_cfg(tagged, allow_unregistered=True)
     except RuntimeError as error:  # there is no such tag
-        known = first_names(timm.list_pretrained(f"{name.partition('.')[0]}.*"))
         raise UsageError(
-            f"--pretrained: timm has no weights {tagged} ({first_line(error)}); it has {known}"
+            f"--pretrained: timm has no weights {tagged} ({first_line(error)}); it has {timm_tags(name)}"
         ) from error
     if config is None:
         return MEAN_STD["imagenet"]
     mean, std = (tuple(255 * value for value in values) for values in (config.mean, config.std))
     return mean, std
+
+
+def timm_tags(name: str) -> str:
+    """Return the weights that timm has of a network as text. name: with a tag or without."""
+    import timm
+
+    return first_names(timm.list_pretrained(f"{name.partition('.')[0]}.*"))
 
 
 def _name(key: str) -> str:

@@ -30,8 +30,8 @@ class DeviceLamb(timm.optim.lamb.Lamb):
         super().__init__(groups, **more)
         device = next(_parameters(self)).device
         self._owners = owners
+        count = 1 + max(owners.values(), default=0)
         for group in self.param_groups:
-            count = 1 + max(owners.values(), default=0)
             group["step"] = torch.zeros(count, dtype=torch.float64, device=device)
 
     @torch.no_grad()

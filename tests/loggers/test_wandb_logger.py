@@ -336,20 +336,25 @@ def test_a_lost_run_keeps_its_id(tmp_path):
     assert run.run_id == before is not None
 
 
+def _go_on_without_earlier_lines(run: Path, run_id: str | None, lines: list[dict]) -> None:
+    """The run says so, and does not count as sent whole."""
+    said: list[str] = []
+    again = _start(run, "online", said, run_id)
+    log(again, run, lines)
+    again.finish()
+    assert "without earlier lines; `python -m rsnet sync" in said[0]
+    sent = read_sent(run)
+    assert sent
+    assert sent.lines == 0
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("wandb_server")
 def test_an_online_run_whose_earlier_lines_wandb_lacks_says_so(tmp_path):
     first = _start(tmp_path, "offline", [])
     log(first, tmp_path, rows(1, 3))
     first.finish()
-    said: list[str] = []
-    again = _start(tmp_path, "online", said, first.run_id)
-    log(again, tmp_path, rows(4, 6))
-    again.finish()
-    assert "without earlier lines; `python -m rsnet sync" in said[0]
-    sent = read_sent(tmp_path)
-    assert sent
-    assert sent.lines == 0
+    _go_on_without_earlier_lines(tmp_path, first.run_id, rows(4, 6))
 
 
 @pytest.mark.slow
@@ -361,14 +366,7 @@ def test_a_run_that_was_resumed_before_what_wandb_has_says_so(tmp_path):
     log(first, tmp_path, rows(1, 6))
     first.finish()
     run_dir.rewind(rows(4, 4)[0]["epoch"], 0)
-    said: list[str] = []
-    again = _start(tmp_path, "online", said, first.run_id)
-    log(again, tmp_path, rows(5, 6))
-    again.finish()
-    assert "without earlier lines; `python -m rsnet sync" in said[0]
-    sent = read_sent(tmp_path)
-    assert sent
-    assert sent.lines == 0
+    _go_on_without_earlier_lines(tmp_path, first.run_id, rows(5, 6))
 
 
 def test_a_disabled_part_of_a_run_keeps_its_wandb_run(tmp_path):
