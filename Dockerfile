@@ -1,7 +1,7 @@
 # Training on NVIDIA's PyTorch container:
 #
 #     docker build -t rsnet .
-#     docker run --gpus all --ipc=host -v /data:/data rsnet train --data /data/imagenet
+#     docker run --gpus all --ipc=host -v /data:/data rsnet train --data /data/imagenet --output /data/runs/first
 #
 # It has not been built: it was written where there is no Docker. Set PYTORCH to a release whose torch is 2.12
 # or newer: the container's builds are numbered as pre-releases (2.12.0a0), which pip takes to be older than

@@ -2,10 +2,10 @@
 
     python examples/cascade.py RELEASE DATA [CONFIDENCE]
 
-RELEASE: folder written by `rsnet release`. DATA: labelled images, DATA/CLASS/*.jpg, with the
-release's class names. CONFIDENCE: probability below which an image goes on to the next larger size; 0.8 if
-not given. If `rsnet tune RELEASE --data DATA --target-top1 PERCENT` was run before, the thresholds
-that it found are shown, too.
+RELEASE: folder written by `rsnet release`. DATA: labelled images, DATA/CLASS/*.jpg, named like
+the folders that it was trained on. CONFIDENCE: probability below which an image goes on to the next larger
+size; 0.8 if not given. If `rsnet tune RELEASE --data DATA --target-top1 PERCENT` was run before, the
+thresholds that it found are shown, too.
 
 Expected: a table of top-1, computing time and deciding sizes: each size alone, the cascade, the tuned one.
 On one half of CIFAR-10's test images, on one of two shared CPU cores
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.release.config import output_names
 
 
 def main(release: str, data: str, confidence: str = "0.8") -> None:
@@ -29,6 +30,11 @@ def main(release: str, data: str, confidence: str = "0.8") -> None:
     paths = sorted(p for p in Path(data).glob("*/*") if p.is_file())
     if not paths:
         sys.exit(f"{data}: there are no images in class folders (DATA/CLASS/*.jpg)")
+
+    # Predictions have readable names, where the release has them.
+    folders = classifier.config["network"]["classes"]
+    names = dict(zip(folders, output_names(classifier.config), strict=False))
+    truth = [names.get(path.parent.name, path.parent.name) for path in paths]
 
     # One network, one set of weights: each call says how it is to be used.
     calls: dict[str, dict[str, Any]] = {f"size {s}": {"size": s} for s in classifier.sizes}
@@ -39,8 +45,7 @@ def main(release: str, data: str, confidence: str = "0.8") -> None:
     print(f"{'':16} {'top-1 %':>8} {'ms/image':>9}   images decided at each size")
     for name, options in calls.items():
         predictions = classifier.classify(paths, **options)
-        answers = zip(predictions, paths, strict=True)
-        right = sum(p.classes[0] == path.parent.name for p, path in answers)
+        right = sum(p.classes[0] == true for p, true in zip(predictions, truth, strict=True))
         # ms: computation alone, summed over all sizes that an image went through.
         ms = sum(p.ms for p in predictions) / len(paths)
         decided = Counter(p.size for p in predictions)

@@ -5,7 +5,7 @@
 DATA      folder with DATA/train/CLASS/*.jpg and DATA/val/CLASS/*.jpg
 WEIGHTS   "default" (torchvision's current ones, downloaded once), a name such as IMAGENET1K_V1, the file of a
           state dict (resnet18-f37072fd.pth), or a run, a checkpoint or a release of an earlier training, of
-          the same or of other classes and sizes
+          the same or of other classes and sizes (of another network than a ResNet-18 with its --arch)
 OUTPUT    folder to write: the run and the release
 OPTION    any option of `rsnet train`; it replaces the one below, e.g. --sizes 224 160 96 --epochs 10
 

@@ -10,14 +10,14 @@ from pipelines.utils.cli import Verb, verb_command
 VERBS = {
     "verify": Verb(
         "pipelines.dali.verify",
-        "find the broken images of an image folder",
+        "find the images that cannot be decoded",
         "VerifyOptions",
         "verify",
         extra="train",
     ),
     "convert": Verb(
         "pipelines.ffcv",
-        "convert an image folder to .beton files",
+        "convert images to .beton files",
         "ConvertOptions",
         "convert_or_verify",
         extra="ffcv",

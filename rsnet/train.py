@@ -82,12 +82,8 @@ def main(
 
     def action() -> int:
         config, options = parse(options_type, argv, script)
-        try:
+        with watchdog.lost_process_as_run_error():
             run(script, config, options, make_loaders)
-        except RuntimeError as error:
-            if not watchdog.is_collective_error(error):
-                raise
-            raise RunError(f"another process was lost: {first_line(error)}") from error
         return 0
 
     failed = EXIT_FAILED

@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -26,7 +25,7 @@ from pipelines.image_formats import (
 from pipelines.sources.source import dali_error_line
 from pipelines.utils.errors import DataError
 from pipelines.utils.output import guard_output
-from pipelines.utils.reading import cannot_read, read_file
+from pipelines.utils.reading import cannot_read
 
 # Where an encoded image lies, and what reads its bytes. Raises DataError, RunError.
 Encoded = tuple[str, Callable[[], bytes]]
@@ -102,11 +101,6 @@ class Decoder:
 
     def _one_by_one(self, images: Sequence[Encoded]) -> list[str | None]:
         return [reason for image in images for reason in self.reasons([image])]
-
-    def reason(self, path: str) -> str | None:
-        """Return what is wrong with a file, None if nothing is. Raises RunError if it cannot be read."""
-        (reason,) = self.reasons([(path, partial(read_file, path))])
-        return reason
 
     def reason_of(self, place: str, data: bytes) -> str | None:
         """Return what is wrong with an image's bytes, None if nothing is. place: where they lie."""

@@ -51,7 +51,7 @@ class DaliOptions(CacheOptions):
     """With --skip-bad: leave out images, too, that decode with errors."""
 
     skip_bad_report: Annotated[Path | None, arg(metavar="FILE")] = None
-    """File that `rsnet verify --report` wrote. Unset: verified.json in --data."""
+    """File that `rsnet verify --report` wrote. Unset: where it writes it by itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,14 +75,15 @@ class DaliOptions(CacheOptions):
 
 @dataclass(frozen=True)
 class VerifyOptions(CacheOptions):
-    """Decode every image of DIR/train and DIR/val with DALI, and list those that it cannot decode.
+    """Decode every image with DALI, and list those that it cannot decode.
 
-    The result is kept in a report, which --skip-bad of a training reads; as long as the folder does not
+    The result is kept in a report, which --skip-bad of a training reads; as long as the images do not
     change, nothing is decoded again. Exit code: 0 if no bad image is left, 1 if there is one.
     """
 
     data: Positional[Annotated[str, arg(metavar="DIR")]]
-    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of the two."""
+    """Folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of the two; folder of classes, table of
+    paths, or tar shards, also in object storage (s3://...)."""
 
     workers: Annotated[int, arg(aliases=("-j",))] = field(
         default_factory=lambda: len(os.sched_getaffinity(0))
@@ -90,7 +91,7 @@ class VerifyOptions(CacheOptions):
     """Threads that read and decode."""
 
     report: Annotated[Path | None, arg(metavar="FILE")] = None
-    """File for the result. Unset: DIR/verified.json."""
+    """File for the result. Unset: verified.json in or beside the data, of a table TABLE.verified.json."""
 
     move_to: Annotated[Path | None, arg(metavar="DIR")] = None
     """Move the bad images to this folder, below which they keep their paths."""

@@ -52,7 +52,6 @@ from pipelines.utils.reading import cannot_read
 from pipelines.utils.thread_map import ordered_map
 
 PROBES = 64  # images that are encoded for the estimate, and compared after writing
-MAX_SIDE = 65500  # libjpeg's limit; FFCV's table has 16 bits for it
 LOCK = ".lock"  # in the output folder while a conversion writes into it
 
 

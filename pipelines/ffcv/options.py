@@ -58,8 +58,8 @@ class FfcvOptions:
 def not_installed(error: ImportError) -> UsageError:
     """Return the error for a machine on which FFCV is not installed."""
     return UsageError(
-        f"FFCV cannot be imported ({error}); install it with ./install.sh, "
-        "or use train_dali.py, which needs no FFCV"
+        f"FFCV cannot be imported ({error}); install it with make install in a "
+        "checkout, or use --pipeline dali, which needs no FFCV"
     )
 
 

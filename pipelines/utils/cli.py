@@ -296,14 +296,13 @@ def run_verb(name: str, verb: Verb, words: Sequence[str]) -> int:
 def exit_code(
     name: str,
     action: Callable[[], int],
-    advice: str = "",
     *,
     extra: str = "cli",
     prints: bool = False,
 ) -> int:
     """Return what `action` returns, or, after one line on stderr, the code of the error that ended it.
 
-    advice: follows the line that says that the action was interrupted. extra, prints: as of a `Verb`.
+    extra, prints: as of a `Verb`.
     """
     guard_output(prints)
     try:
@@ -332,7 +331,7 @@ def exit_code(
         say(f"{name}: error: {os_error_line(error)}{way_out(error)}", sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        say(f"{name}: interrupted{advice}", sys.stderr)
+        say(f"{name}: interrupted", sys.stderr)
         return EXIT_INTERRUPTED
     finally:
         guard_output(False)  # at the end of Python nothing can be told any longer

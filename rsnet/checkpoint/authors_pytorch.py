@@ -96,14 +96,12 @@ def from_original(
             f"were given to the original (not {' '.join(map(str, sizes))}); for some of them alone "
             "first make a run of it, with `python -m rsnet import`"
         )
-    if len(set(sizes)) != len(sizes) or min(sizes) < 1:
-        raise UsageError(f"--sizes {' '.join(map(str, sizes))}: positive and all different")
     classifier = state.get(
         "classifier.module.weight" if "mobilenet" in arch else "fc.module.weight"
     )
     if classifier is None or classifier.ndim != 2:
         raise DataError(f"there is no classifier of {arch} in this file; is --arch right?")
-    names = _names(arch, len(classifier), tuple(sizes))
+    names = _names(arch, len(classifier), sizes)
     shapes = {theirs: shape for theirs, (_, shape) in names.items()}
     if problems := describe_mismatch(shapes, state):
         raise DataError(f"the weights do not fit {arch}: {problems}")
@@ -112,7 +110,7 @@ def from_original(
         if theirs not in state:  # PyTorch before 0.4.1 did not count batches
             model[ours] = torch.zeros(shape, dtype=torch.int64)
     model["alpha"] = model["alpha"][_order(sizes)]
-    config = ModelConfig(arch, len(classifier), tuple(sizes), normalize="unit")
+    config = ModelConfig(arch, len(classifier), sizes, normalize="unit")
     optimizer = from_original_optimizer(content.get("optimizer"), names, _order(sizes))
     return Checkpoint(config, model, epoch=_epoch(content), optimizer=optimizer, of_authors=True)
 

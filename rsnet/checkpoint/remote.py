@@ -27,7 +27,7 @@ DOWNLOADS = 3  # of an object, before it is taken for damaged
 
 
 class Stored(NamedTuple):
-    """A checkpoint in object storage: the how manieth of the run, its place in the training, its hash."""
+    """A checkpoint in object storage: its number in the run, its place in the training, its hash."""
 
     number: int
     epoch: int

@@ -19,7 +19,7 @@ from rsnet.checkpoint.remote import FOLDER, OWNER, RemoteRun, Stored, is_small_f
 
 MOST_BYTES = 64 << 20  # of what is taken for a small file
 METRICS = "metrics.jsonl"  # a gigabyte, with a line of each of a million steps
-PATIENCE = 3  # checkpoints in a row that are not uploaded, after which `late` says so
+PATIENCE = 3  # checkpoints in a row that are not uploaded, after which `add` returns a line
 
 
 class _TakenOver(Exception):  # noqa: N818

@@ -154,18 +154,17 @@ def _aside(options: Options) -> AbstractContextManager[object]:
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     """Raise RunError if the block has not enough GPU memory, or another process was lost."""
-    from pipelines.utils.errors import RunError, first_line
+    from pipelines.utils.errors import RunError
     from pipelines.utils.memory import is_lack_of_gpu_memory
     from rsnet.distributed import watchdog
 
     try:
-        yield
+        with watchdog.lost_process_as_run_error():
+            yield
     except RuntimeError as error:
-        if is_lack_of_gpu_memory(error):
-            raise RunError("out of GPU memory; give a smaller --batch-size") from error
-        if not watchdog.is_collective_error(error):
+        if not is_lack_of_gpu_memory(error):
             raise
-        raise RunError(f"another process was lost: {first_line(error)}") from error
+        raise RunError("out of GPU memory; give a smaller --batch-size") from error
 
 
 def _evaluate(options: Options, device: torch.device) -> DetailedEvaluation | None:

@@ -52,7 +52,7 @@ def run(options: Options) -> int:
         f"{' '.join(map(str, network.sizes))} (as its bn_0, bn_1, ... are of {order}), "
         "--normalize unit; evaluate it with"
     )
-    say(f"python train_dali.py --data DATA --evaluate --resume {shlex.quote(str(best))}")
+    say(f"rsnet train --data DATA --evaluate --resume {shlex.quote(str(best))}")
     decay = weight_decay(checkpoint)
     if checkpoint.optimizer is None or decay is None:
         say(

@@ -39,7 +39,7 @@ def run(options: Options) -> int:
         f"{network.num_classes} classes, sizes {' '.join(map(str, network.sizes))}, "
         "--normalize imagenet, its first layer for RGB; evaluate it with"
     )
-    say(f"python train_dali.py --data DATA --evaluate --resume {shlex.quote(str(best))}")
+    say(f"rsnet train --data DATA --evaluate --resume {shlex.quote(str(best))}")
     say(
         "note: the original makes the largest image by cubic interpolation and all others of that one, by "
         "nearest neighbour; here they are resized as in all runs, and accuracy may differ"

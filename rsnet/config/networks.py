@@ -23,7 +23,7 @@ PIXELS = 224
 
 @dataclass(frozen=True)
 class Network:
-    """A network by its name, with all numbers of parameters, and GMACs of an image of 224 pixels.
+    """A network by its name, with its number of parameters, and GMACs of an image of 224 pixels.
 
     gmacs: None where the network takes no such image. weights: names of its library's weights.
     """

@@ -23,7 +23,8 @@ from rsnet.config.size_schedule import Phase
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
 from rsnet.config.train_config import TrainConfig, TrainOptions
 
-# Options that a resumed run takes from its earlier part, unless they are given again.
+# Options that a resumed run takes from its earlier part, unless they are given again; those of a recipe only
+# as long as that stays the same.
 OF_A_RECIPE = {
     "auto_augment",
     "cutmix",
@@ -38,7 +39,7 @@ OF_A_RECIPE = {
     "sgd",
     "train_size_scale",
     "warmup",
-}  # unless the recipe changes; fmt: skip
+}
 TAKEN_OVER = OF_A_RECIPE | {
     "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "layer_decay", "loss", "norm_lr_mult",
     "pretrained", "ra_magnitude", "recipe", "seed", "size_schedule", "sizes_per_step", "teacher",
@@ -276,9 +277,8 @@ def _given(
         if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
             taken = taken - {"sizes_per_step"}  # all, also of other --sizes
         if config.sizes and {*config.sizes} != {*previous.get("sizes", config.sizes)}:
-            taken = taken - {
-                "size_schedule"
-            }  # it names those; a network refuses others, and says so
+            # It names those; a network refuses others, and says so.
+            taken = taken - {"size_schedule"}
         given |= {k: previous.get(k) for k in taken if given[k] is None}
         if config.batch_size is None and config.accumulate is None:
             given |= _spread(previous_global_batch, world_size, previous)

@@ -1,4 +1,4 @@
-"""Precision that a device supports, how it is set up, and memory that it has used."""
+"""Precision that a device supports, how it is set up, memory that it has used, and what broke a capture."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def has_bf16(device: torch.device) -> bool:
     # The oldest torch that is supported may not have it.
     can: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def capture_error(error: RuntimeError) -> RuntimeError:
+    """Return the error that broke the capture of a CUDA graph: ending that fails, too, and says less."""
+    return error.__context__ if isinstance(error.__context__, RuntimeError) else error
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

@@ -113,6 +113,17 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {' and '.join(map(str, ranks))}"
 
 
+@contextmanager
+def lost_process_as_run_error() -> Iterator[None]:
+    """Raise RunError if the block fails because another process was lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_collective_error(error):
+            raise
+        raise RunError(f"another process was lost: {first_line(error)}") from error
+
+
 # How gloo's errors begin, which have no type of their own: with the file of its source that raised them.
 OF_GLOO = re.compile(r"\[\S*\bgloo/")
 # What calls gloo: torch's collectives, DDP, its hooks in a backward; and here, what waits for one.

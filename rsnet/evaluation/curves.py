@@ -44,10 +44,15 @@ def curves_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def plot_curves(path: Path, title: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Plot cross-entropy in training and validation, top-1, and the learning rate; a PNG at `path`."""
+    """Plot losses in training and validation, top-1, and the learning rate; a PNG at `path`.
+
+    A training by binary cross-entropy has an axis of its own for it: validation has cross-entropy.
+    """
     curves = curves_of(rows)
     results = [name.split("@")[1] for name in curves if name.startswith("val/top1@")]
-    trained = [name.removeprefix("train/ce/") for name in curves if name.startswith("train/ce/")]
+    trained = [
+        name.split("/")[2] for name in curves if name.startswith(("train/ce/", "train/bce/"))
+    ]
     names = list(dict.fromkeys([*results, *trained]))
     sizes = sorted((name for name in names if name != ENSEMBLE), key=int, reverse=True)
     colors: dict[str, Any] = dict(
@@ -56,13 +61,17 @@ def plot_curves(path: Path, title: str, rows: Iterable[Mapping[str, Any]]) -> No
     colors[ENSEMBLE] = "tab:red"
     figure = Figure(figsize=(8, 8), layout="constrained")
     losses, accuracy, rate = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
+    binary = losses.twinx() if any(name.startswith("train/bce/") for name in curves) else None
     for name in [*sizes, ENSEMBLE]:
         if name != ENSEMBLE:  # which trains its weights alone
             _draw(losses, curves.get(f"train/ce/{name}"), color=colors[name], lw=1)
+            _draw(binary, curves.get(f"train/bce/{name}"), color=colors[name], lw=1)
             _draw(losses, curves.get(f"val/loss@{name}"), color=colors[name], lw=1.5, ls="--")
         _draw(accuracy, curves.get(f"val/top1@{name}"), color=colors[name], label=name, marker=".")
     _draw(rate, curves.get("lr"), color="black", lw=1)
     losses.set(ylabel="cross-entropy", title=title)
+    if binary is not None:
+        binary.set(ylabel="binary cross-entropy, training")
     accuracy.plot([], [], color="gray", lw=1, label="training")
     accuracy.plot([], [], color="gray", lw=1.5, ls="--", label="validation")
     accuracy.set(ylabel="top-1 %")

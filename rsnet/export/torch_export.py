@@ -40,11 +40,6 @@ class Levels(nn.Module):
         return self.levels[number]
 
 
-def has_levels(model: nn.Module) -> bool:
-    """Return whether activations are quantized, so that folding would change some of them."""
-    return any(isinstance(m, ActivationQuantizer) for m in model.modules())
-
-
 def traceable(model: ResolutionSwitchable, size: int, fold: bool) -> nn.Module:
     """Return the network of one size, (N, 3, size, size) -> (N, classes), of ordinary operations.
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from pipelines.utils.atomic_io import atomic_directory, atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, first_line
 from rsnet.export import library_weights, onnx_export, torch_export
-from rsnet.export.torch_export import has_levels, traceable
+from rsnet.export.torch_export import traceable
 from rsnet.inference.onnx_runner import REPORT
-from rsnet.models.fold import plain
+from rsnet.models.fold import is_foldable, plain
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package as release
 
@@ -110,7 +110,7 @@ def _write(
     named = "" if one_file else f"-{sizes[0]}"
     path = folder / f"model{named}{writer.SUFFIX}"
     # In one file for all sizes, they share the weights.
-    fold = not one_file and not has_levels(model)
+    fold = not one_file and is_foldable(model)
     try:
         networks = {size: traceable(model, size, fold) for size in sizes}
         if one_file:
@@ -198,7 +198,7 @@ def _errors(
 
 
 def _bound(model: ResolutionSwitchable) -> float:
-    return BOUND_OF_LEVELS if has_levels(model) else BOUND
+    return BOUND if is_foldable(model) else BOUND_OF_LEVELS
 
 
 def _first_cause(error: BaseException) -> BaseException:

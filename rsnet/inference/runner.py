@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pipelines.utils.errors import UsageError, first_line
 from pipelines.utils.memory import is_lack_of_memory
-from rsnet.models.autocast import store_weights_in
+from rsnet.distributed.device import capture_error
+from rsnet.models.autocast import autocast, store_weights_in
 from rsnet.models.fold import fold_batchnorm, require_foldable
 from rsnet.models.switchable import ResolutionSwitchable
 
@@ -60,10 +61,8 @@ class ModelRunner:
         return (self._graphs or self._eager)(images, size)
 
     def _eager(self, images: Tensor, size: int) -> Tensor:
-        # A graph must not read what autocast's cache held while it was captured.
-        with torch.autocast(
-            self._device.type, self._dtype, enabled=self._dtype is not None, cache_enabled=False
-        ):
+        # Without its cache: a graph must not read what that held while it was captured.
+        with autocast(self._device, self._dtype):
             if not self._fold:
                 return self._model(images, size)  # type: ignore[no-any-return]
             if size not in self._folded:
@@ -151,8 +150,7 @@ class CudaGraphRunner:
 
 def _reason(error: RuntimeError) -> Exception:
     """Return what to raise for a capture that failed."""
-    # Ending a broken capture fails, too, and says less.
-    cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+    cause = capture_error(error)
     if is_lack_of_memory(cause):
         return cause
     return UsageError(

@@ -19,6 +19,7 @@ from pipelines.utils.atomic_io import atomic_write, atomic_write_json, fsync
 from pipelines.utils.errors import RunError, UsageError
 from pipelines.utils.location import url_of
 from pipelines.utils.locks import exclusive_lock
+from pipelines.utils.schema import parsing
 from pipelines.utils.text import first_names
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -163,6 +164,17 @@ class RunDir:
         line = {"time": time.time(), **metrics}
         self.append_text("metrics.jsonl", json.dumps(line) + "\n")
         return line
+
+
+def whole_metrics(path: Path, remedy: str) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl, none if there is no file.
+
+    A line without an end is left out: it is still being written, or was cut short by a crash. Raises
+    DataError, with `remedy`, if another is damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    with parsing(path, remedy):
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def run_directory(path: Path) -> Path:

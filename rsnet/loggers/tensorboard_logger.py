@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import socket
 import time
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 from pipelines.utils.errors import UsageError, os_error_line
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.schema import parsing
+from rsnet.loggers.run_dir import whole_metrics
 
 FOLDER = "tensorboard"  # in the run directory
 _MINE = ".rsnet"  # ends the names of the files that may be replaced
@@ -85,10 +85,10 @@ def write_events(directory: Path) -> tuple[Path, int]:
 
     metrics, folder = directory / "metrics.jsonl", directory / FOLDER
     folder.mkdir(exist_ok=True)
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
-    with parsing(metrics, "TensorBoard's files cannot be written"):
-        # A line without an end was cut short by a crash.
-        events = [_event(json.loads(line)) for line in lines if line.endswith(b"\n")]
+    remedy = "TensorBoard's files cannot be written"
+    rows = whole_metrics(metrics, remedy)
+    with parsing(metrics, remedy):
+        events = [_event(row) for row in rows]
     now = time.time()
     version = event_pb2.Event(wall_time=now, file_version="brain.Event:2")
     # A TensorBoard that shows the run drops what it had read of the earlier file.

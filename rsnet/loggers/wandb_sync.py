@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pipelines.utils.schema import parsing, read_json
 from rsnet.config.costs import require_gmacs
 from rsnet.evaluation import report
 from rsnet.loggers import wandb_service
+from rsnet.loggers.run_dir import whole_metrics
 from rsnet.loggers.wandb_logger import Sent, read_sent, write_sent
 from rsnet.loggers.wandb_service import Console, Table
 
@@ -46,11 +46,7 @@ def send_run(path: Path) -> str:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Table | None]:
     """Return metrics, options, and the final table if the run is finished."""
-    metrics = path / "metrics.jsonl"
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
-    with parsing(metrics, _REMEDY):
-        # A line without an end is still being written, or was cut short by a crash.
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    rows = whole_metrics(path / "metrics.jsonl", _REMEDY)
     if not rows:
         return [], {}, None
     config = read_json(path / "config.json", _REMEDY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ def take_sizes(
     _require_of(state, len(trained), shared_norm)
     sources = {}
     for size in sorted(wanted, reverse=True):
-        shares = {size: 1.0} if size in trained else neighbour_shares(trained, size)
-        sources[size] = max(shares, key=lambda s: (shares[s], s))
+        sources[size] = nearest_size(trained, size)
     taken: dict[str, Tensor] = {}
     for key, value in state.items():
         layer, infix, tail = key.partition(_INFIX)
@@ -80,6 +79,11 @@ def _require_of(state: Mapping[str, Tensor], count: int, shared_norm: bool) -> N
     places = {key.partition(_INFIX)[2].partition(".")[0] for key in state if _INFIX in key}
     if places and not shared_norm and places != set(map(str, range(count))):
         raise DataError(f"it has BatchNorm of {len(places)} sizes, not {count}")
+
+
+def nearest_size(sizes: Iterable[int], size: int) -> int:
+    """Return that of `sizes` which is nearest to `size`; of two, the larger."""
+    return min(sizes, key=lambda other: (abs(other - size), -other))
 
 
 def neighbour_shares(trained: Sequence[int], size: int) -> dict[int, float]:

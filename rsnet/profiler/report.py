@@ -68,7 +68,7 @@ def _for_loader(p: Profile, options: Any) -> list[str]:
     flags = [f"--workers up to {cores}"] if getattr(options, "workers", 0) < cores else []
     if p.peak_memory_gb is not None and hasattr(options, "decoder_hw_load"):
         flags.append("--decoder-hw-load")
-    return [*flags, "smaller images (rsnet convert --max-resolution), or train_ffcv.py"]
+    return [*flags, "smaller images (rsnet convert --max-resolution), or --pipeline ffcv"]
 
 
 def images_per_s(p: Profile) -> dict[str, float]:

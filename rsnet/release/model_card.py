@@ -38,9 +38,7 @@ resolutions, chosen at run time. They share {shared:,} parameters; {private:,} a
 
 ## Usage
 
-```sh
-pip install rsnet-trainer
-```
+With the RS-Net trainer installed (in a checkout of it: `pip install .`):
 
 ```python
 import rsnet
@@ -97,7 +95,7 @@ def for_hub(card: bytes, name: str) -> bytes:
     """Return a card whose example loads the release from the hub, where it is `name`."""
     return card.replace(
         b'rsnet.load(".")  # this folder', f'rsnet.load("hf://{name}")'.encode()
-    ).replace(b"pip install rsnet-trainer\n", b'pip install "rsnet-trainer[hub]"\n')
+    ).replace(b"`pip install .`", b'`pip install ".[hub]"`')
 
 
 def with_bench(card: str, section: str) -> str:

@@ -85,9 +85,6 @@ class SavedNetwork:
         return model.eval()
 
 
-Source = SavedNetwork  # its older name
-
-
 def open_source(
     argument: str | Path,
     arch: str | None = None,

@@ -16,8 +16,8 @@ from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.losses import LossName, distillation, ensemble_logits
 from rsnet.models.factory import create_model
-from rsnet.models.state_dict import add_size, neighbour_shares
-from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
+from rsnet.models.state_dict import add_size, nearest_size, neighbour_shares
+from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.loop import train_one_epoch
 from rsnet.training.optim import LrSchedule, make_sgd
 from rsnet.training.trainer import Trainer
@@ -41,9 +41,8 @@ def candidates(
     network, weights = checkpoint.network, dict(checkpoint.eval_weights)
     trained = network.sizes
     shares = neighbour_shares(trained, size)
-    nearest = max(shares, key=lambda s: (shares[s], s))
     states = {
-        "nearest": add_size(weights, trained, size, {nearest: 1.0}),
+        "nearest": add_size(weights, trained, size, {nearest_size(trained, size): 1.0}),
         "interpolate": add_size(weights, trained, size, shares),
     }
     model = build_network(network, sorted([*trained, size], reverse=True), device)
@@ -69,7 +68,7 @@ class _Distillation(nn.Module):
         self.loss: LossName = loss
         self.model = model
         self.size = size
-        self.norms = nn.ModuleList(_norms_of(model, size))
+        self.norms = nn.ModuleList(model.norms_of([size]))
 
     def train(self, mode: bool = True) -> _Distillation:
         super().train(False)
@@ -114,7 +113,7 @@ def _distil(
 
 @torch.no_grad()
 def _estimate(model: ResolutionSwitchable, size: int, loader: Loader) -> None:
-    norms = _norms_of(model, size)
+    norms = cast(list[_BatchNorm], model.norms_of([size]))
     momentum = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:
@@ -144,13 +143,6 @@ class _FirstBatches:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
-
-
-def _norms_of(model: ResolutionSwitchable, size: int) -> list[_BatchNorm]:
-    """Return the BatchNorm layers that `size` has for itself."""
-    index = model.sizes.index(size)
-    layers = (m for m in model.modules() if isinstance(m, SwitchableBatchNorm2d))
-    return [cast(_BatchNorm, layer.by_resolution[index]) for layer in layers]
 
 
 def build_network(

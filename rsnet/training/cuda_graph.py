@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipelines.batch import Batch, copy_batch
 from pipelines.utils.errors import first_line
+from rsnet.distributed.device import capture_error
 
 AHEAD = 2  # updates that the host may be ahead of the device
 
@@ -155,10 +156,7 @@ class UpdateGraphs:
         except RuntimeError as error:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            # Ending a broken capture fails, too, and says less.
-            reason = first_line(
-                error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            )
+            reason = first_line(capture_error(error))
         else:
             self._captured[part] = _Captured(graph.replay, terms)
             return True

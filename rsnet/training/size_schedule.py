@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rsnet.config.resolve import ResolvedConfig
+from rsnet.models.state_dict import nearest_size
 from rsnet.models.switchable import ResolutionSwitchable
 
 
@@ -36,8 +37,8 @@ def follow_nearest(model: ResolutionSwitchable, but: Collection[int] = ()) -> No
     for size in model.sizes:
         if size in trained or size in but or not trained:
             continue
-        nearest = min(trained, key=lambda other: (abs(other - size), -other))
-        for own, theirs in zip(norms[size], norms[nearest], strict=True):
+        theirs_of = norms[nearest_size(trained, size)]
+        for own, theirs in zip(norms[size], theirs_of, strict=True):
             for name, value in own.state_dict().items():
                 if name != "num_batches_tracked":
                     value.copy_(theirs.state_dict()[name])

@@ -129,7 +129,7 @@ class Trainer:
             left_out = self.guard.check(terms)
             loss = terms["total"] / self.accumulate
             if self.scaler.is_enabled():
-                # The scaler skips an update whose gradients are NaN; without one see `update`.
+                # The scaler skips an update whose gradients are NaN; without one `found_inf` does.
                 loss = loss * torch.where(left_out > 0, torch.nan, 1.0)
             else:
                 self.optimizer.found_inf = left_out  # type: ignore[attr-defined]

@@ -320,7 +320,9 @@ def test_a_device_or_a_process_that_fails_is_one_line(
         raise error
 
     monkeypatch.setattr("rsnet.evaluation.predictions.batch_logits", fail)
-    monkeypatch.setattr("rsnet.distributed.watchdog.is_collective_error", lambda _: True)
+    monkeypatch.setattr(
+        "rsnet.distributed.watchdog.is_collective_error", lambda e: "peer" in str(e)
+    )
     code, _, err = evaluate(run, "--data", photos)
     assert code == 1
     assert err.splitlines()[-1].startswith(f"rsnet evaluate: error: {message}")

@@ -47,7 +47,7 @@ def test_an_imported_run_is_evaluated_as_it_was_trained(
         main(["import", str(original), "--output", str(tmp_path / "run"), "--sizes", *sizes]) == 0
     )
     best = tmp_path / "run" / "checkpoints" / "best.pt"
-    command = f"python train_dali.py --data DATA --evaluate --resume {best}"
+    command = f"rsnet train --data DATA --evaluate --resume {best}"
     assert command in capsys.readouterr().out.splitlines()
     assert (
         _train(monkeypatch, "--data", photos, "--evaluate", "--resume", best, "-c", tmp_path / "e")

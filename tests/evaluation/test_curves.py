@@ -62,6 +62,17 @@ def test_losses_accuracies_and_learning_rate_are_drawn_over_epochs(tmp_path, dra
     ]  # fmt: skip
 
 
+def test_a_training_by_binary_cross_entropy_has_its_curves_on_an_axis_of_their_own(tmp_path, drawn):
+    rows = [
+        {key.replace("train/ce/", "train/bce/"): v for key, v in row.items()} for row in _rows()
+    ]
+    plot_curves(tmp_path / "curves.png", "net", rows)
+    losses, _, _, binary = drawn[0].axes
+    assert [line.get_ydata()[-1] for line in binary.lines] == pytest.approx([1.0] * len(SIZES))
+    assert [line.get_ydata()[-1] for line in losses.lines] == pytest.approx([2 / 3] * len(SIZES))
+    assert binary.get_ylabel() == "binary cross-entropy, training"
+
+
 def test_the_legend_stands_beside_the_curves_and_no_label_on_another(tmp_path, drawn):
     rows = _rows()
     for size in range(32, 480, 32):

@@ -166,6 +166,17 @@ def test_cascade_shows_what_each_way_answers(folder, labelled, capsys):
     assert rows["tuned"] == rows["size 32"]
 
 
+def test_cascade_knows_folders_whose_classes_have_readable_names(folder, labelled, capsys):
+    main = _functions("cascade.py")["main"]
+    main(str(folder), str(labelled))
+    expected = _table(capsys.readouterr().out)
+    named = folder.parent / "named"
+    release.copy(release.read(folder), named, [f"a {name}" for name in [*CLASSES, "7"]])
+    main(str(named), str(labelled))
+    assert _table(capsys.readouterr().out) == expected
+    assert max(float(top1) for top1, _ in expected.values()) > 0
+
+
 @pytest.mark.slow
 def test_onnx_inference_needs_no_torch_and_gives_the_probabilities_of_predict(
     folder, labelled, capsys

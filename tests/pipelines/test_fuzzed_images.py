@@ -46,8 +46,8 @@ def _check(path: Path, data: bytes) -> bool:
     path.write_bytes(data)
     with decoder_messages() as messages:
         decoder = Decoder()
-        sound = decoder.reason(str(path)) is None and not decoder.words(
-            str(path), path.read_bytes(), messages
+        sound = decoder.reason_of(str(path), data) is None and not decoder.words(
+            str(path), data, messages
         )
         encoded = Encoder(ConvertOptions(write_mode="raw"))(str(path), path.read_bytes, 0)
         by_pil = _by_pil(lambda p: decode_rgb(p.read_bytes()), path)

@@ -15,7 +15,7 @@ from rsnet.checkpoint import io
 from rsnet.checkpoint.authors_pytorch import to_original
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
-from rsnet.release import package, source
+from rsnet.release import package
 from rsnet.release.from_run import release_run, released
 from rsnet.release.source import open_source
 from tests.helpers.runs import NETWORK, SIZES, assert_same_logits, reference, trained, write_run
@@ -160,7 +160,3 @@ def test_a_copied_release_is_the_same_and_what_was_measured_on_a_machine_is_left
     assert copied.folder == tmp_path / "copy"
     with pytest.raises(UsageError, match="exists; give another name"):
         release_run(written, tmp_path / "copy")
-
-
-def test_the_class_has_its_older_name_too():
-    assert source.Source is source.SavedNetwork

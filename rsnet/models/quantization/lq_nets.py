@@ -117,18 +117,18 @@ def quantize(
     qw: int,
     qa: int = FULL,
     *,
-    skip: Sequence[str] | None = None,
     fixed_qa: bool = False,
 ) -> nn.Module:
     """Quantize the weights of the convolutions of `network` to `qw` bits, in place.
 
+    The first convolution and the last layer stay as they are.
+
     qa: bits of the activations, at the `QuantStub`s of `network`. FULL, of either: none.
-    skip: names of the layers that stay; None for the first convolution and the last layer.
     fixed_qa: the activations' bases follow the largest resolution alone.
 
     Raises ValueError for other numbers of bits, for activations of a network without `QuantStub`s, for
-    weights of one without convolutions, for names in `skip` that are no layers', for weights that are
-    parametrized, and for a network that is quantized already.
+    weights of one without convolutions, for weights that are parametrized, and for a network that is
+    quantized already.
     """
     if any(isinstance(m, Quantizer) for m in network.modules()):
         raise ValueError("the network is quantized already")
@@ -138,7 +138,7 @@ def quantize(
     if qa != FULL and not stubs:
         raise ValueError(f"{type(network).__name__} has no places to quantize activations at")
     if qw != FULL:
-        for layer in _layers_to_quantize(network, skip):
+        for layer in _layers_to_quantize(network):
             height, width = layer.kernel_size
             quantizer = WeightQuantizer(qw, layer.out_channels, height * width)
             # Unsafe is only that it is not tried out, which would count as a forward.
@@ -267,17 +267,14 @@ def _first_basis(deviation: Tensor, bits: int) -> Tensor:
     return _QUARTILE * deviation * 2.0 ** torch.arange(1 - bits, 1, device=deviation.device)
 
 
-def _layers_to_quantize(network: nn.Module, skip: Sequence[str] | None) -> list[nn.Conv2d]:
-    """Return the convolutions of `network` but those in `skip`; raises as `quantize` does."""
+def _layers_to_quantize(network: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions that `quantize` quantizes; raises as it does."""
     layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     convolutions = {n: m for n, m in layers if isinstance(m, nn.Conv2d)}
     if not convolutions:
         raise ValueError(f"{type(network).__name__} has no convolution to quantize")
-    if skip is None:
-        skip = [*convolutions][:1] + [name for name, _ in layers[-1:]]
-    if unknown := set(skip) - {name for name, _ in layers}:
-        raise ValueError(f"no layers to skip: {' '.join(sorted(unknown))}")
-    chosen = {name: m for name, m in convolutions.items() if name not in skip}
+    kept = {next(iter(convolutions)), layers[-1][0]}
+    chosen = {name: m for name, m in convolutions.items() if name not in kept}
     for name, layer in chosen.items():
         if parametrize.is_parametrized(layer, "weight"):
             raise ValueError(f"the weight of {name} is parametrized already")

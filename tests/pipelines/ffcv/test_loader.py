@@ -301,7 +301,7 @@ def test_a_machine_without_ffcv_is_told_so_in_one_line(tmp_path, command):
     )  # fmt: skip
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "FFCV cannot be imported (No module named 'ffcv'); install it with ./install.sh" in line
+    assert "FFCV cannot be imported (No module named 'ffcv'); install it with make install" in line
 
 
 @pytest.mark.parametrize(
