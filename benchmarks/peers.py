@@ -178,7 +178,11 @@ def sources(o: Options, device: torch.device) -> tuple[dict[str, Epoch], list[Lo
     if importlib.util.find_spec("timm"):
         found["timm"] = timm_loader(o, device)
     with_ffcv = o.beton is not None and importlib.util.find_spec("ffcv") is not None
-    if with_ffcv:
+    if with_ffcv and device.type == "cuda" and not importlib.util.find_spec("cupy"):
+        print(
+            "FFCV's own loader is left out: it normalises on a GPU by cupy, which is not installed"
+        )
+    elif with_ffcv:
         found["FFCV's own"] = ffcv_loader(o, device)
     opened = []
     for sizes in (o.sizes[:1], o.sizes):

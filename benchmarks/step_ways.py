@@ -205,9 +205,9 @@ def graph_with_streams(trainer: Trainer, model: ResolutionSwitchable, batch: Bat
 
     def forward_all(images: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, ...]:
         main = torch.cuda.current_stream()
-        for stream in streams:
-            stream.wait_stream(main)
         with cast_weights_once(model._layers, len(sizes)) as begin:
+            for stream in streams:
+                stream.wait_stream(main)  # for the weights, which are cast there
             begin(0)
             logits = [model(images[0], sizes[0])]
             for number, (stream, x) in enumerate(zip(streams, images[1:], strict=True), start=1):

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.sources.options import NO_OPTIONS, SplitOptions
@@ -54,6 +56,11 @@ class Loader(Protocol):
     @property
     def sample_names(self) -> Sequence[str]:
         """Where each sample of all ranks lies, in the order of the evaluation."""
+        ...
+
+    @property
+    def sample_weights(self) -> NDArray[np.float32] | None:
+        """What each sample of all ranks weighs in the loss, (samples,); None if all are equal."""
         ...
 
     def set_epoch(self, epoch: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -89,6 +90,10 @@ class ReferenceLoader(ScheduledLoader):
     @property
     def sample_names(self) -> Sequence[str]:
         return [self._source.locate(index) for index in range(len(self._source))]
+
+    @property
+    def sample_weights(self) -> NDArray[np.float32] | None:
+        return self._targets.weights
 
     def _fingerprint(self) -> str:
         return self._source.fingerprint()

@@ -303,6 +303,11 @@ class ScheduledLoader(ABC):
         """Where each sample of all ranks lies, in the order of the evaluation."""
         return [str(index) for index in range(self.schedule.samples)]
 
+    @property
+    def sample_weights(self) -> NDArray[np.float32] | None:
+        """What each sample of all ranks weighs in the loss, (samples,); None if all are equal."""
+        return None
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of names or sizes, not of the files' content, by which changed data is noticed."""

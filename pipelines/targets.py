@@ -30,15 +30,15 @@ class Targets:
         own: NDArray[np.float64] | None = None,
     ) -> None:
         self._device, self._labels = spec.device, labels
-        self._weights = None
+        self.weights: NDArray[np.float32] | None = None
         if training:
-            self._weights = loss_weights(
+            self.weights = loss_weights(
                 labels, classes, own, spec.class_weights, spec.balanced_sampling
             )
 
     def __call__(self, rows: Indices) -> tuple[Tensor, Tensor | None]:
         """Return labels and weights of these samples."""
-        weights = self._weights
+        weights = self.weights
         return self._moved(self._labels[rows]), None if weights is None else self._moved(
             weights[rows]
         )

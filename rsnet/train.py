@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,16 +25,18 @@ from pipelines.utils.atomic_io import atomic_write_json, sha256_file
 from pipelines.utils.cli import EXIT_FAILED, exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.library_output import apart_from_libraries, keep_library_output
+from pipelines.utils.location import url_of
 from pipelines.utils.memory import is_lack_of_gpu_memory
 from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.command_line import parse
-from rsnet.config.resolve import ResolvedConfig, resolve
+from rsnet.config.resolve import ResolvedConfig, output_directory, resolve
+from rsnet.config.topics import DEFAULT_ARCH
 from rsnet.config.train_config import TrainConfig, to_plain_dict
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed import watchdog
-from rsnet.distributed.agreement import data_facts, require_same
+from rsnet.distributed.agreement import data_facts, require_on_rank_0, require_same
 from rsnet.distributed.device import has_bf16, peak_memory_gb, time_convolutions
 from rsnet.evaluation import report
 from rsnet.evaluation.report import Results
@@ -53,7 +55,7 @@ from rsnet.training.network import (
 )
 from rsnet.training.resume import Start, adopted, find_start
 from rsnet.training.run import evaluate_with_progress, train
-from rsnet.training.signals import TrainingInterrupted
+from rsnet.training.signals import TrainingInterrupted, handlers_put_back
 from rsnet.training.size_schedule import used_images
 from rsnet.training.teacher import TeacherSource, extra_sizes, make_teacher, read_teacher
 from rsnet.training.trainer import require_trainable
@@ -87,14 +89,16 @@ def main(
         return 0
 
     failed = EXIT_FAILED
-    with apart_from_libraries():
+    with handlers_put_back(), apart_from_libraries():
         try:
             failed = exit_code(script, action)
             return failed
         except TrainingInterrupted as stop:
-            # A launcher may kill the others when the first one ends.
-            distributed.all_gather_object(None)
-            failed = 0
+            failed = stop.exit_code
+            with suppress(RuntimeError):  # another was killed meanwhile
+                # A launcher may kill the others when the first one ends.
+                distributed.all_gather_object(None)
+                failed = 0
             if distributed.is_main():
                 say(f"{script}: stopped by {stop}; rerun the same command to resume", sys.stderr)
             return stop.exit_code
@@ -113,14 +117,7 @@ def run(
     console = ConsoleLogger(distributed.is_main())
     # Before anything that all ranks do together, which depends on the options.
     require_same("options", lambda: _options_of_all(config))
-    # A run directory that is given is found without the arch.
-    initial = None if config.arch or config.output else read_initial(config, Start(), console.say)
-    if initial is not None:
-        config = dataclasses.replace(config, arch=initial.network.arch)
-    start = distributed.run_on_main(lambda: find_start(config, console.say))
-    initial = initial or read_initial(config, start, console.say)
-    config = normalized_as_pretrained(config, start, initial, console.say)
-    config, taught_by = read_teacher(config, start.options, console.say)
+    config, start, initial, taught_by = _read_start(config, console.say)
     resolve_here = _resolver(config, start, initial, device)
 
     def checked() -> tuple[ResolvedConfig, list[str]]:
@@ -174,6 +171,26 @@ def run(
     finally:
         console.stop()
         loaders.close()
+
+
+def _read_start(
+    config: TrainConfig, say: Callable[[str], None]
+) -> tuple[TrainConfig, Start, Checkpoint | None, TeacherSource | None]:
+    """Return the options, with what the weights say of them, and what the training begins with: a
+    checkpoint, other weights, a teacher.
+    """
+    # A run directory that is given is found without the arch.
+    initial = None if config.arch or config.output else read_initial(config, Start(), say)
+    if initial is not None:
+        config = dataclasses.replace(config, arch=initial.network.arch)
+    start = distributed.run_on_main(lambda: find_start(config, say))
+    if start.checkpoint is None and not config.is_profile:
+        folder = output_directory(config, config.arch or DEFAULT_ARCH)
+        require_on_rank_0(folder / "checkpoints" / "last.pt")
+    initial = initial or read_initial(config, start, say)
+    config = normalized_as_pretrained(config, start, initial, say)
+    config, taught_by = read_teacher(config, start.options, say)
+    return config, start, initial, taught_by
 
 
 def evaluate(context: RunContext, writes: bool) -> Results:
@@ -234,8 +251,12 @@ def _options_of_all(config: TrainConfig | ResolvedConfig) -> dict[str, Any]:
         for name, value in to_plain_dict(config).items()
         if name not in OWN_OF_A_NODE
     }
-    if config.pretrained is not None and Path(config.pretrained).is_file():
-        facts["--pretrained"] = sha256_file(Path(config.pretrained))
+    for name in ("pretrained", "class_weights"):
+        value = getattr(config, name)
+        if value is not None and Path(value).is_file():
+            facts[f"--{name.replace('_', '-')}"] = sha256_file(Path(value))
+    # Where it lies is a node's own, but not whether it is uploaded, nor whether it is given.
+    facts["--output"] = url_of(config.output) or ("a folder" if config.output else "unset")
     return facts
 
 

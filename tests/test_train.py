@@ -76,6 +76,19 @@ def test_a_run_among_the_images_that_it_is_trained_on_is_refused(tmp_path, monke
     assert train._apart_from_images(beside) is beside
 
 
+def test_a_stop_is_one_even_if_another_process_was_killed_meanwhile(monkeypatch, capsys):
+    def lost(_):
+        raise RuntimeError("Connection closed by peer")
+
+    def stopped(*_):
+        raise TrainingInterrupted(15, "update 3")
+
+    monkeypatch.setattr(process_group, "all_gather_object", lost)
+    monkeypatch.setattr(train, "run", stopped)
+    assert train.main("rsnet train", SyntheticOptions, make_loaders, LINE) == 143
+    assert "rsnet train: stopped by SIGTERM: saved after update 3" in capsys.readouterr().err
+
+
 def test_neighbouring_seeds_and_ranks_have_different_random_numbers():
     seeds = {train.rank_seed(seed, rank) for seed in range(8) for rank in range(8)}
     assert len(seeds) == 64

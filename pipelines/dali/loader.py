@@ -208,6 +208,10 @@ class DaliLoader(ScheduledLoader):
     def sample_names(self) -> Sequence[str]:
         return [self._source.locate(index) for index in range(len(self._source))]
 
+    @property
+    def sample_weights(self) -> NDArray[np.float32] | None:
+        return self._targets.weights
+
     def _fingerprint(self) -> str:
         return self._source.fingerprint()
 

@@ -125,6 +125,10 @@ class FfcvLoader(ScheduledLoader):
     def sample_names(self) -> Sequence[str]:
         return [f"{self._beton.path}#{index}" for index in range(len(self._beton))]
 
+    @property
+    def sample_weights(self) -> NDArray[np.float32] | None:
+        return self._targets.weights
+
     def _fingerprint(self) -> str:
         columns = self._beton.labels, self._beton.samples.size, self._beton.samples.height
         return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
@@ -255,7 +259,10 @@ def _checked_sidecar(options: FfcvOptions, spec: LoaderSpec, beton: Beton) -> Si
                 "(--trust leaves that out)",
                 sys.stderr,
             )
-        share = np.arange(spec.rank, len(beton), spec.world_size)
+        # Each node has its own copy, perhaps, of which its processes check all.
+        nodes = spec.node_of_rank or (0,) * spec.world_size
+        here = [rank for rank, node in enumerate(nodes) if node == nodes[spec.rank]]
+        share = np.arange(here.index(spec.rank), len(beton), len(here))
         for index, reason in zip(
             share.tolist(), reasons(beton, share, options.workers), strict=True
         ):

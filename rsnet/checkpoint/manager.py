@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.utils.atomic_io import fsync_directory
+from pipelines.utils.atomic_io import fsync, fsync_directory
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -112,3 +112,5 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            fsync(file.fileno(), target)

@@ -176,11 +176,16 @@ def _evaluate(options: Options, device: torch.device) -> DetailedEvaluation | No
     from rsnet.distributed.device import has_bf16, time_convolutions
     from rsnet.evaluation.detailed import evaluate_in_detail
     from rsnet.models.autocast import AMP_DTYPES
+    from rsnet.models.state_dict import state_digest
 
     require_wandb(options)
     distributed.run_on_main(lambda: _require_new(options))
     source, model = distributed.run_on_all(lambda: _open(options))
     amp = AMP_DTYPES[options.amp or ("bf16" if has_bf16(device) else "off")]
+    facts = {"--sizes": model.sizes, "--amp": str(amp)}
+    require_same(
+        "networks", lambda: facts | {"weights": state_digest(source.checkpoint.eval_weights)}
+    )
     spec = _loader_spec(options, source.network, model.sizes, device, amp)
     time_convolutions()
     main, world = distributed.is_main(), distributed.world_size()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipelines.batch import Loaders
@@ -31,6 +33,22 @@ def require_same(what: str, facts_here: Callable[[], Mapping[str, Any]]) -> None
                 )
 
 
+def require_on_rank_0(path: Path) -> None:
+    """Raise UsageError, on all ranks, if another's machine has `path`, and that of rank 0 has not.
+
+    path: what rank 0 resumes from, where it is. Which machine that is may change when torchrun starts all
+    again: the training would begin anew without a word.
+    """
+    (host, has), *others = distributed.all_gather_object((socket.gethostname(), path.exists()))
+    for rank, (other_host, other_has) in enumerate(others, start=1):
+        if other_has and not has:
+            raise UsageError(
+                f"{path} is on the disk of rank {rank} (on {other_host}), but not of rank 0 (on {host}), "
+                "which resumes and saves: copy the run there, give a folder that all share, or, to begin "
+                "anew, another --output"
+            )
+
+
 def data_facts(loaders: Loaders) -> dict[str, Any]:
     """Return what ranks must read alike, the plainest fact first."""
     facts: dict[str, Any] = {"classes": loaders.classes}
@@ -40,6 +58,9 @@ def data_facts(loaders: Loaders) -> dict[str, Any]:
             facts[f"number of {split} images"] = state["samples"]
             facts[f"fingerprint of the {split} images"] = state["data"]
             facts[f"order of the {split} images"] = state["order"]
+            weights = loader.sample_weights
+            digest = None if weights is None else hashlib.sha256(weights.tobytes()).hexdigest()
+            facts[f"weights of the {split} images"] = digest
     return facts
 
 

@@ -57,9 +57,12 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
         # The watchdog, which can name who is late, comes first.
         timeout = timedelta(seconds=2 * timeout_s)
         try:
+            store = open_store(own, world, timeout)
+            # Before the groups, which would wait for each other: gloo and NCCL do not meet.
+            _require_same_device(store, own, world, chosen.type)
             dist.init_process_group(
                 "nccl" if use_cuda else "gloo",
-                store=open_store(own, world, timeout),
+                store=store,
                 rank=own,
                 world_size=world,
                 timeout=timeout,
@@ -74,6 +77,22 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
                 "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network"
             ) from error
     return chosen
+
+
+def _require_same_device(store: Any, own: int, world: int, kind: str) -> None:
+    """Raise UsageError, on all ranks, if one computes on a GPU and another does not."""
+    store.set(f"device/{own}", f"{kind} {socket.gethostname()}")
+    if own == 0:
+        found = [store.get(f"device/{rank}").decode().split(" ", 1) for rank in range(world)]
+        others = (rank for rank, (other, _) in enumerate(found) if other != kind)
+        other = next(others, None)
+        line = "" if other is None else (
+            f"--device: rank {other} (on {found[other][1]}) computes on {found[other][0]}, rank 0 (on "
+            f"{found[0][1]}) on {kind}: mend the machine without GPUs, or give all --device cpu"
+        )  # fmt: skip
+        store.set("device", line)
+    if line := store.get("device").decode():
+        raise UsageError(line)
 
 
 def _place() -> tuple[int, int]:

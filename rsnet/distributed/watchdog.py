@@ -78,6 +78,8 @@ class Watchdog:
                     continue
                 self._log(f"rank {self._rank}: {line}")
                 say(f"rank {self._rank}: error: {line}", sys.stderr)
+                if self._rank == 0:  # which may have the store that others are asking
+                    time.sleep(4 * self._interval)
                 os._exit(RunError.exit_code)  # the main thread may wait for the rank that is stuck
 
     def _tell(self) -> None:
@@ -96,7 +98,9 @@ class Watchdog:
         """Return a description of the rank that makes no progress. Takes three intervals."""
         try:
             before = self._told()
-            time.sleep(3 * self._interval)
+            for _ in range(3):  # others, who ask at the same time, are told that this one lives
+                time.sleep(self._interval)
+                self._tell()
             after = self._told()
         except RuntimeError as error:
             return f"rank 0's machine does not answer: {first_line(error)}"

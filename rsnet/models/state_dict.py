@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -79,6 +80,18 @@ def _require_of(state: Mapping[str, Tensor], count: int, shared_norm: bool) -> N
     places = {key.partition(_INFIX)[2].partition(".")[0] for key in state if _INFIX in key}
     if places and not shared_norm and places != set(map(str, range(count))):
         raise DataError(f"it has BatchNorm of {len(places)} sizes, not {count}")
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of weights on the CPU, whatever file holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.endswith("num_batches_tracked"):  # releases have none
+            continue
+        value = state[name].detach().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def nearest_size(sizes: Iterable[int], size: int) -> int:

@@ -18,9 +18,12 @@ def train_one_epoch(
     on_progress: Callable[[TrainingProgress], None],
     done: int = 0,
     after_update: Callable[[], None] = lambda: None,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Train on every batch that fills an update. Calls `on_progress`, and synchronises, every
-    `log_interval` updates and after the last; and `after_update`, which may end the epoch by raising.
+    `log_interval` updates and after the last; `on_batch` when one arrives; and `after_update`, which may end
+    the epoch by raising.
 
     done: updates of this epoch that were done before; the loader continues after them.
 
@@ -32,6 +35,7 @@ def train_one_epoch(
     reported = done
     images = 0
     for i, batch in enumerate(islice(clock, (steps - done) * trainer.accumulate), start=1):
+        on_batch()
         last = i % trainer.accumulate == 0
         trainer.means.add(trainer.forward_backward(batch, last))
         images += len(batch.labels)

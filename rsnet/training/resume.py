@@ -379,7 +379,8 @@ def _load_of_this_rank(
 ) -> None:
     device = model.alpha.device
     if state["buffers"]:
-        for buffer, value in zip(_buffers(trainer, model), state["buffers"], strict=True):
+        # Averages are there both then and now, or they were turned on or off.
+        for buffer, value in zip(_buffers(trainer, model), state["buffers"], strict=False):
             buffer.copy_(value)
     trainer.means.load(state["means"], device)
     torch.set_rng_state(state["rng"])

@@ -159,6 +159,7 @@ class TrainingRun:
                 lambda p: self.logger.log_progress(p, self.epoch, self._alpha()),
                 self.done,
                 self._after_update,
+                on_batch=self.watchdog.tick,  # so that who waits for data is behind who waits for others
             )
             self.logger.end_epoch()
             self._act_on(self.vote.count())
@@ -216,10 +217,10 @@ class TrainingRun:
 
         def after_batch() -> None:
             nonlocal batches
-            self.watchdog.tick()
             batches += 1
-            # Ranks may have one batch more than others, which they cannot vote on.
+            # Ranks may have one batch more than others, which they cannot vote on; nor are those behind.
             if batches < least:
+                self.watchdog.tick()
                 self._act_on(self.vote.cast(self._asked()))
 
         if model is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 # Ctrl-C, what schedulers send before they kill, what Slurm and others are told to send some time before the
@@ -30,6 +30,18 @@ class TrainingInterrupted(Exception):  # noqa: N818 - it is what was asked for
         self.exit_code = 128 + number
 
 
+@contextmanager
+def handlers_put_back() -> Iterator[None]:
+    """Put back, at the end of the block, the handlers that signals have now."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not signal.getsignal(number):
+                signal.signal(number, handler)
+
+
 class StopRequest:
     """The first signal that came, or 0."""
 
@@ -41,18 +53,19 @@ class StopRequest:
         """Note signals in this block, but for those that were ignored before, as nohup and shells do.
 
         The second ends the process: renaming is all that a save does to files that are there, so a
-        checkpoint is whole at any moment.
+        checkpoint is whole at any moment. A training that was stopped goes on to note them, while it
+        uploads, and waits for other ranks: to this one the signal may come later.
         """
-        before = {
-            number: signal.signal(number, self._note)
-            for number in SIGNALS
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with ExitStack() as stack:
+            stack.enter_context(handlers_put_back())
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._note)
+            try:
+                yield
+            except TrainingInterrupted:
+                stack.pop_all()
+                raise
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.number and number in REPEATED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from rsnet.losses import ENSEMBLE, LossName
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.pretrained import MeanStd
 from rsnet.models.published import Published, find
+from rsnet.models.state_dict import state_digest
 from rsnet.models.teacher import Teacher
 from rsnet.release import hub
 from rsnet.release.source import SavedNetwork, open_source
@@ -59,14 +59,7 @@ class TeacherSource:
     @property
     def digest(self) -> str:
         """The first digits of the SHA-256 of the weights, which do not depend on the file that holds them."""
-        digest = hashlib.sha256()
-        for name in sorted(self.state):
-            if name.endswith("num_batches_tracked"):  # releases have none
-                continue
-            value = self.state[name].detach().contiguous()
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:DIGITS]
+        return state_digest(self.state)[:DIGITS]
 
     def build(self) -> nn.Module:
         """Build the network with its weights, on the CPU, in eval mode."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import timm
@@ -15,6 +16,9 @@ from pipelines.utils.errors import UsageError
 # As timm 1.0.31 has it: with `lamb` as a function, and a Muon that can be captured.
 if not hasattr(timm.optim.lamb, "lamb"):
     raise UsageError(f"--opt: timm {timm.__version__} is too old for it: pip install -U timm")
+
+
+GROUP = 128  # tensors that are put back together
 
 
 class DeviceLamb(timm.optim.lamb.Lamb):
@@ -100,7 +104,8 @@ def make_muon(
 def _skip_on_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let `found_inf` skip updates, and `grad_scale` unscale gradients, as torch's fused optimizers do.
 
-    By a copy of weights and state, which is put back: it takes as much memory as they do.
+    By a copy of weights and state, which is put back: it takes as much memory as they do. In few kernels: one
+    for each tensor would keep the host of a ResNet-50 longer than the update itself.
     """
     kept: dict[int, Tensor] = {}
 
@@ -111,16 +116,22 @@ def _skip_on_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if scale is not None:
             torch._foreach_mul_(gradients, scale.reciprocal())
         if hasattr(optimizer, "found_inf"):
-            kept.update((id(t), t.clone()) for t in _tensors(optimizer))
+            tensors = list(_tensors(optimizer))
+            copies = [torch.empty_like(_flat(t)) for t in tensors]
+            torch._foreach_copy_(copies, [_flat(t) for t in tensors])
+            kept.update(zip(map(id, tensors), copies, strict=True))
 
     @torch.no_grad()
     def put_back(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if not kept:
             return
         bad = optimizer.found_inf > 0  # type: ignore[attr-defined]
-        for t in _tensors(optimizer):
+        for group in _groups(_tensors(optimizer)):
+            now = [_flat(t) for t in group]
             # State that the update has made began with zeros.
-            t.copy_(torch.where(bad, kept.get(id(t), 0), t))
+            before = [kept[id(t)] if id(t) in kept else torch.zeros_like(_flat(t)) for t in group]
+            chosen = torch.where(bad, torch.cat(before), torch.cat(now))
+            torch._foreach_copy_(now, torch.split(chosen, [len(x) for x in now]))
         kept.clear()
 
     optimizer.register_step_pre_hook(keep)
@@ -132,6 +143,21 @@ def _skip_on_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return a view of all numbers of a tensor, in the order in which they lie, channels-last or not."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors of the same precision, as many at a time as bound the memory of what is made of them."""
+    by_dtype = defaultdict(list)
+    for tensor in tensors:
+        by_dtype[tensor.dtype].append(tensor)
+    for same in by_dtype.values():
+        for i in range(0, len(same), GROUP):
+            yield same[i : i + GROUP]
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

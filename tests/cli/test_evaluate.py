@@ -328,6 +328,28 @@ def test_a_device_or_a_process_that_fails_is_one_line(
     assert err.splitlines()[-1].startswith(f"rsnet evaluate: error: {message}")
 
 
+def test_ranks_have_to_evaluate_the_same_weights_alike(
+    run, photos, tmp_path, monkeypatch, evaluate
+):
+    """Their copies of a run may be of other epochs."""
+    found = []
+    monkeypatch.setattr(
+        "rsnet.distributed.agreement.require_same",
+        lambda what, facts: found.append((what, facts())),
+    )
+    other = tmp_path / "other.pt"
+    content = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    for weights in filter(None, (content["model"], content.get("ema"))):
+        weights["network.conv1.weight"] += 1
+    torch.save(content, other)
+    for words in ((run,), (run, "--sizes", "32"), (other,)):
+        assert evaluate(words[0], "--data", photos, *words[1:])[0] == 0
+    assert main(["evaluate", str(run), "--data", str(photos), *AS_TRAINING, "--amp", "bf16"]) == 0
+    networks = [facts for what, facts in found if what == "networks"]
+    changed = [[name for name in networks[0] if networks[0][name] != its[name]] for its in networks]
+    assert changed == [[], ["--sizes"], ["weights"], ["--amp"]]
+
+
 def test_a_table_is_not_lost_with_a_full_disk(run, photos, tmp_path, monkeypatch, evaluate):
     def fail(path, *_):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 import socket
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -110,7 +111,7 @@ def test_beton_files_are_compared_too(copies, tmp_path, monkeypatch):
 
 
 def _config(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"pretrained": None, **changes})
+    return SimpleNamespace(**{"pretrained": None, "class_weights": None, "output": None, **changes})
 
 
 def test_files_are_compared_by_their_content(tmp_path, monkeypatch):
@@ -131,6 +132,56 @@ def test_places_may_differ_and_what_is_computed_may_not(monkeypatch):
         other = _options_of_all(_config(**({"lr": 0.1, "sizes": [3]} | {name: value})))
         with pytest.raises(UsageError, match=f"has other data than .*: {words}"):
             _agree(monkeypatch, [first, other])
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ({"output": "s3://bucket/run"}, {"output": "run"}),
+        ({"output": "s3://bucket/run"}, {}),
+        ({"output": "run"}, {}),
+    ],
+)
+def test_what_is_done_together_for_an_output_may_not_differ(monkeypatch, here, there):
+    """Ranks that upload meet where others do not."""
+    monkeypatch.setattr("rsnet.train.to_plain_dict", vars)
+    facts = [_options_of_all(_config(**changes)) for changes in (here, there)]
+    with pytest.raises(UsageError, match=r"has other data than .*: --output "):
+        _agree(monkeypatch, facts)
+
+
+def test_weights_of_samples_are_compared(copies, tmp_path, monkeypatch):
+    """They are in no name and no label; of a file, nodes have copies."""
+
+    def make(spec: LoaderSpec):
+        file = spec.data.with_suffix(".json")
+        file.write_text('{"ant": 1, "bee": 2}' if spec.data.name == "0" else '{"ant": 1, "bee": 3}')
+        spec = dataclasses.replace(spec, class_weights=str(file))
+        return dali.make_loaders(dali.DaliOptions(), spec)
+
+    same, other = copies(lambda _: None, make)
+    with pytest.raises(UsageError, match=r"weights of the train images [0-9a-f]+"):
+        _agree(monkeypatch, [same, other])
+    monkeypatch.setattr("rsnet.train.to_plain_dict", vars)
+    one, another = (
+        _options_of_all(_config(class_weights=str(tmp_path / f"{name}.json"))) for name in "01"
+    )
+    with pytest.raises(UsageError, match=r"--class-weights [0-9a-f]+"):
+        _agree(monkeypatch, [one, another])
+
+
+@pytest.mark.parametrize(
+    ("found", "is_refused"), [("10", False), ("11", False), ("00", False), ("01", True)]
+)
+def test_a_run_that_only_another_rank_has_is_not_begun_anew(
+    monkeypatch, tmp_path, found, is_refused
+):
+    hosts = [(f"node{rank}", has == "1") for rank, has in enumerate(found)]
+    monkeypatch.setattr(distributed, "all_gather_object", lambda own: hosts)  # noqa: ARG005
+    last = tmp_path / "last.pt"
+    words = f"{last} is on the disk of rank 1 (on node1), but not of rank 0 (on node0)"
+    with pytest.raises(UsageError, match=re.escape(words)) if is_refused else nullcontext():
+        agreement.require_on_rank_0(last)
 
 
 def _two_ranks(*commands: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -71,6 +72,34 @@ def test_two_processes_train_and_evaluate_every_image_once(photos, tmp_path):
     assert len(matrices) > 60
     assert all(torch.equal(first[i], second[i]) for i in matrices)
     assert not all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "line"),
+    [
+        (["cuda", "cuda", "cuda"], None),
+        (["cuda", "cuda", "cpu"], "rank 2 (on {host}) computes on cpu, rank 0 (on {host}) on cuda"),
+        (["cpu", "cuda", "cpu"], "rank 1 (on {host}) computes on cuda, rank 0 (on {host}) on cpu"),
+    ],
+)
+def test_ranks_with_and_without_a_gpu_end_at_once(kinds, line):
+    """Gloo and NCCL would wait for each other."""
+    store = torch.distributed.HashStore()
+
+    def join(rank: int) -> str | None:
+        try:
+            process_group._require_same_device(store, rank, len(kinds), kinds[rank])
+        except UsageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(kinds)) as threads:
+        found = list(threads.map(join, range(len(kinds))))
+    if line is None:
+        assert found == [None] * len(kinds)
+    else:
+        assert len({*found}) == 1
+        assert f"--device: {line.format(host=socket.gethostname())}: " in found[0]
 
 
 VARIABLES = {

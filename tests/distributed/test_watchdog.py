@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch.distributed as dist
 
 from pipelines.utils.errors import DataError, RunError
-from rsnet.distributed.watchdog import is_collective_error
+from rsnet.distributed.watchdog import Watchdog, is_collective_error
 
 LOST = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:5"
@@ -72,3 +74,36 @@ def test_words_alone_are_no_loss(words):
 def test_alone_there_is_no_process_to_lose():
     for error in (RuntimeError(LOST), dist.DistNetworkError("x")):
         assert not is_collective_error(_raised(error, "torch.distributed.distributed_c10d"))
+
+
+def _watchdogs(ranks: int) -> list[Watchdog]:
+    """Those of as many ranks, which tell each other in one store; none watches by itself."""
+    store, found = dist.HashStore(), []
+    for rank in range(ranks):
+        dog = Watchdog(3.2, lambda _: None)  # asks for 1.2 s
+        dog._store, dog._rank = store, rank
+        dog._others = [r for r in range(ranks) if r != rank]
+        dog._tell()
+        found.append(dog)
+    return found
+
+
+def _asked_together(dogs: list[Watchdog]) -> list[str]:
+    """What each says at the same time, as all run into the same timeout."""
+    with ThreadPoolExecutor(len(dogs)) as threads:
+        return list(threads.map(lambda dog: dog._who(), dogs))
+
+
+def test_ranks_that_ask_at_the_same_time_do_not_take_each_other_for_lost():
+    *asking, _silent = _watchdogs(4)
+    lines = _asked_together(asking)
+    assert lines == ["rank 3 ended, or hangs, or is not connected any longer"] * 3
+
+
+def test_the_rank_that_has_no_data_is_behind_those_that_wait_for_it():
+    dogs = _watchdogs(3)
+    for rank in (0, 2):
+        dogs[rank].tick()  # their batches arrived
+    lines = _asked_together(dogs)
+    assert lines[0] == lines[2] == "rank 1 does not go on, but lives: its data?"
+    assert lines[1] == "rank 1 itself does not go on: its data?"

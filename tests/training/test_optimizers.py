@@ -83,7 +83,7 @@ def test_steps_are_timms_with_the_same_parameters_without_decay(opt, norm_decay)
 def test_skipped_updates_leave_no_trace_also_the_first(opt):
     ends = []
     for skipped in ((), (0, 1, 4)):
-        model, updates = _net(), 0
+        model, updates = _net().to(memory_format=torch.channels_last), 0
         optimizer = make_optimizer(model, opt, 0.02, 0.9, 0.3)
         for step in range(4 + len(skipped)):
             is_bad = step in skipped

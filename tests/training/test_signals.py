@@ -62,3 +62,21 @@ def test_the_second_signal_ends_unless_it_is_one_that_is_repeated(number):
             with pytest.raises(_Ended, match=str(128 + number)):
                 _send(number)
     assert stop.number == signal.SIGTERM
+
+
+@pytest.mark.usefixtures("exits")
+def test_signals_are_noted_after_a_stop_until_all_is_done():
+    """Another rank's signal stopped this one, whose own comes while it uploads."""
+    before, stop = signal.getsignal(signal.SIGTERM), StopRequest()
+    with signals.handlers_put_back():
+        with pytest.raises(TrainingInterrupted), stop.listening():
+            raise TrainingInterrupted(signal.SIGTERM, "x")
+        _send(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        _send(signal.SIGXCPU)
+        with pytest.raises(_Ended, match="143"):
+            _send(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(KeyError), stop.listening():
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -74,6 +74,21 @@ def test_the_state_of_other_ranks_is_not_taken_for_this_ones():
     )
 
 
+@pytest.mark.parametrize(("before", "now"), [((), ("--ema", "0.9")), (("--ema", "0.9"), ())])
+def test_ranks_go_on_with_averaged_weights_turned_on_or_off(before, now, monkeypatch):
+    """Each rank has BatchNorm statistics of its own, and those of the averages behind them."""
+    monkeypatch.setattr(state.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(state.distributed, "rank", lambda: 1)
+    trainer, model = _trainer(*before)
+    for i, buffer in enumerate(model.buffers()):
+        buffer.fill_(i)
+    content = Checkpoint(NETWORK, **state.training_state(trainer, model))
+    content = dataclasses.replace(content, ranks=2 * content.ranks)
+    again, other = _trainer(*now)
+    assert state.load_training_state(again, other, content) == []
+    assert [int(b.flatten()[0]) for b in other.buffers()] == list(range(len([*model.buffers()])))
+
+
 THERE = {
     "pipeline": "DALI", "samples": 25, "data": "ab12", "seed": 0, "order": "random",
 }  # fmt: skip

@@ -16,6 +16,8 @@ Norm = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, mean, rstd, each (
 
 TILE = 4096  # values that a program holds at once
 PROGRAMS = 1024  # of a first stage: about eight for each multiprocessor of an H100
+# Triton 3.9 warns unless it is told, as its default is to change: then figures would, too.
+FUSION = {"enable_fp_fusion": True}
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
 
@@ -209,7 +211,7 @@ def statistics(
     _statistics[(splits, blocks)](x, means, squares, rows, channels, part, **tile)
     _combine_statistics[(triton.cdiv(channels, 32),)](
         means, squares, mean, rstd, running_mean, running_var, rows, channels, part, splits, momentum, eps,
-        ROWS=32, COLUMNS=32,
+        ROWS=32, COLUMNS=32, **FUSION,
     )  # fmt: skip
     return mean, rstd
 
@@ -236,7 +238,7 @@ def gradients(of_y: Tensor, x: Tensor, y: Tensor | None, norm: Norm, act: str) -
     _backward_sums[(splits, blocks)](*given, parts, rows, channels, part, **kind, **tile)
     of_weight, of_bias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     second = triton.cdiv(channels, 32), 2
-    _add_up[second](parts, of_weight, of_bias, splits, channels, ROWS=32, COLUMNS=32)
+    _add_up[second](parts, of_weight, of_bias, splits, channels, ROWS=32, COLUMNS=32, **FUSION)
     of_x = torch.empty_like(x)
     of_residual = of_x if y is None else torch.empty_like(x)
     _backward[_every_tile(rows, channels)](
@@ -265,8 +267,9 @@ def _matching(given: Tensor, x: Tensor) -> Tensor:
 
 
 def _tile(channels: int) -> dict[str, int]:
+    """Return what a kernel over tiles is compiled with: their shape, and as every one, `FUSION`."""
     columns = min(128, triton.next_power_of_2(channels))
-    return {"ROWS": TILE // columns, "COLUMNS": columns}
+    return {"ROWS": TILE // columns, "COLUMNS": columns, **FUSION}
 
 
 def _every_tile(rows: int, channels: int) -> tuple[int, int]:

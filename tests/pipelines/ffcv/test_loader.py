@@ -380,3 +380,21 @@ def test_pages_come_in_an_order_of_their_own_each_epoch_and_seed(page_order):
     assert first[0, 0] != first[1, 0]
     assert first[0, 0] != first[0, 1]
     np.testing.assert_array_equal(page_order(3), page_order(3))
+
+
+def test_without_a_sidecar_each_nodes_processes_check_all_of_its_copy(beton, monkeypatch):
+    (beton / "val.beton.json").unlink()
+    shares = {}
+
+    def note(_beton, share, _workers):
+        shares[rank] = share.tolist()
+        return [None] * len(share)
+
+    monkeypatch.setattr("pipelines.ffcv.loader.reasons", note)
+    for rank in range(5):
+        node_of_rank = (0, 1, 0, 1, 1)
+        spec = replace(spec_of(beton), rank=rank, world_size=5, node_of_rank=node_of_rank)
+        make(spec)
+    assert (
+        sorted(shares[0] + shares[2]) == sorted(shares[1] + shares[3] + shares[4]) == [*range(17)]
+    )

@@ -1,0 +1,25 @@
+"""What a checkpoint's files are on file systems of all kinds."""
+
+from __future__ import annotations
+
+import os
+
+from rsnet.checkpoint import manager
+
+
+def test_a_copy_where_there_are_no_hard_links_is_on_the_disk_before_it_gets_its_name(
+    tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise OSError("Operation not supported")
+
+    synced = []
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(
+        manager, "fsync", lambda number, path: synced.append((path, os.fstat(number)))
+    )
+    (tmp_path / "next.pt").write_bytes(b"weights")
+    manager.link_or_copy(tmp_path / "next.pt", tmp_path / "last.pt.tmp")
+    copy = tmp_path / "last.pt.tmp"
+    assert copy.read_bytes() == b"weights"
+    assert [(path, found.st_ino) for path, found in synced] == [(copy, copy.stat().st_ino)]
