@@ -31,7 +31,7 @@ _MEANINGS: dict[tuple[str, ...], str] = {
     ): "gradient-accumulation-steps accumulate-grad-batches accum-iter accum-steps grad-accum",
     ("clip-grad",): "max-grad-norm gradient-clip-val grad-clip clip grad-clip-norm clip-norm",
     ("weight-decay",): "l2 weightdecay",
-    ("sgd",): "optimizer optim",
+    ("opt",): "optimizer optim",
     ("ema",): "model-ema ema-decay use-ema",
     (
         "sizes",

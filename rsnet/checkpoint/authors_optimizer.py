@@ -31,7 +31,7 @@ def to_original_optimizer(checkpoint: Checkpoint, names: Names) -> dict[str, Any
         "momentum": config.get("momentum", 0.9),
         "dampening": 0,
         "weight_decay": config.get("weight_decay", paper.weight_decay) if decay is None else decay,
-        "nesterov": config.get("sgd") == "nesterov",
+        "nesterov": config.get("opt") == "nesterov",
     }
     saved = checkpoint.optimizer if checkpoint.ema is None else None
     found = saved["state"] if saved is not None else {}

@@ -13,9 +13,10 @@ FORMER_NAMES: dict[str, RecipeName] = {"modern": "short"}
 
 
 def by_new_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's options, as a file has them, with the recipe's name of today."""
-    new = FORMER_NAMES.get(str(options.get("recipe")))
-    return {**options, "recipe": new} if new else dict(options)
+    """Return a run's options, as a file has them, with the names of today."""
+    named = {"opt" if name == "sgd" else name: value for name, value in options.items()}
+    new = FORMER_NAMES.get(str(named.get("recipe")))
+    return named | {"recipe": new} if new else named
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Recipe:
     warmup: int = 0
     label_smoothing: float = 0.0
     decay: Literal["all", "weights"] = "all"
-    sgd: Literal["plain", "nesterov"] = "plain"
+    opt: Literal["plain", "nesterov"] = "plain"
     ema: float = 0.0
     flip: Literal["independent", "shared"] = "independent"
     mixup: float = 0.0
@@ -45,7 +46,7 @@ PAPER = Recipe(epochs=120, lr=0.1, weight_decay=1e-4)
 PAPER_MOBILENET = Recipe(epochs=150, lr=0.05, weight_decay=4e-5)
 # The authors' code for quantized networks: with --schedule, a tenth at epochs 30, 60, 85, 95 and 105.
 PAPER_QUANTIZED = Recipe(
-    epochs=120, lr=0.1, weight_decay=5e-5, lr_decay="schedule", decay="weights", sgd="nesterov"
+    epochs=120, lr=0.1, weight_decay=5e-5, lr_decay="schedule", decay="weights", opt="nesterov"
 )
 
 # By the epochs that it is at least for. Label smoothing 0.1, warm-up of 5 epochs and no decay of
@@ -117,7 +118,7 @@ def get_recipe(
         warmup=warmup,
         label_smoothing=0.1,
         decay="weights",
-        sgd=paper.sgd,
+        opt=paper.opt,
         ema=round(1 - min(step, 0.1), 6),
     )
     if not is_strong:

@@ -17,7 +17,7 @@ from pipelines.utils.location import Location, Url, location, url_of
 from pipelines.utils.schema import read_json
 from rsnet.config import size_schedule
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
-from rsnet.config.optimizers import OWN, is_of_other_optimizer, rate_and_decay
+from rsnet.config.optimizers import LR_AND_WEIGHT_DECAY, is_of_other_optimizer, rate_and_decay
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.size_schedule import Phase
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
@@ -34,9 +34,9 @@ OF_A_RECIPE = {
     "label_smoothing",
     "lr_decay",
     "mixup",
+    "opt",
     "ra_reps",
     "random_erase",
-    "sgd",
     "train_size_scale",
     "warmup",
 }
@@ -180,7 +180,7 @@ def resolve(
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
     global_batch = batch_size * world_size * accumulate
-    is_same = previous and not is_of_other_optimizer(given["sgd"], previous)
+    is_same = previous and not is_of_other_optimizer(given["opt"], previous)
     if previous and is_same and given["lr"] is None and global_batch == previous_global_batch:
         given["lr"] = previous.get("lr")  # it belongs to the images of an update
     recipe_name: RecipeName = given["recipe"] or "paper"
@@ -188,7 +188,7 @@ def resolve(
     recipe = get_recipe(
         recipe_name, arch, given["epochs"], global_batch, quantized=min(bits) < FULL
     )
-    own = rate_and_decay(given["sgd"] or recipe.sgd, recipe)
+    own = rate_and_decay(given["opt"] or recipe.opt, recipe)
     sizes = config.sizes or known.get("sizes", DEFAULT_SIZES)
     _check_sizes_per_step(given["sizes_per_step"] or len(sizes), len(sizes))
     defaults = {
@@ -239,7 +239,7 @@ def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
         get_recipe(config.recipe, config.arch, epochs, global_batch, quantized=quantized)
         for epochs in (None, config.epochs)
     )
-    optimizers = rate_and_decay(config.sgd, fitted)
+    optimizers = rate_and_decay(config.opt, fitted)
     fields = {f.name: f.default for f in dataclasses.fields(config)}
     return (
         fields
@@ -270,9 +270,9 @@ def _given(
         taken = TAKEN_OVER
         if config.recipe not in (None, previous.get("recipe")):
             taken = taken - OF_A_RECIPE
-            if previous.get("sgd") in OWN:  # which is no recipe's
-                taken = taken | {"sgd"}
-        if is_of_other_optimizer(config.sgd, previous):
+            if previous.get("opt") in LR_AND_WEIGHT_DECAY:  # which is no recipe's
+                taken = taken | {"opt"}
+        if is_of_other_optimizer(config.opt, previous):
             taken = taken - {"weight_decay"}
         if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
             taken = taken - {"sizes_per_step"}  # all, also of other --sizes

@@ -132,8 +132,8 @@ class OptimizerOptions(Generic[Unset]):
     weight_decay: Annotated[float | Unset, arg(aliases=("--wd",), metavar="FLOAT")] = UNSET
     """Weight decay. Unset: the recipe's (1e-4, MobileNets 4e-5, quantized 5e-5; strong 2e-5; see --opt)."""
 
-    sgd: Annotated[
-        OptName | Unset, arg(aliases=("--opt",), metavar="{plain,nesterov,adamw,lamb,muon}")
+    opt: Annotated[
+        OptName | Unset, arg(aliases=("--sgd",), metavar="{plain,nesterov,adamw,lamb,muon}")
     ] = UNSET
     """Optimizer: SGD with plain or Nesterov's momentum; or, with a learning rate per 256 images and a weight
     decay of their own, AdamW (2.5e-4, 0.05), and timm's LAMB (6.25e-4, 0.02) and Muon (2.5e-4, 0.05). Unset:

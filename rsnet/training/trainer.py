@@ -241,7 +241,7 @@ def make_trainer(
         ),
         make_optimizer(
             model,
-            c.sgd,
+            c.opt,
             c.lr,
             c.momentum,
             c.weight_decay,

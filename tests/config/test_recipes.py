@@ -47,7 +47,7 @@ def test_the_papers_recipe_is_plain_sgd():
 def test_what_is_quantized_has_the_recipe_of_the_authors_quantized_code(bits):
     c = _resolve(f"{bits} --arch parallel_mobilenetv2" if "preact" not in bits else bits)
     assert (c.epochs, c.lr, c.weight_decay, c.decay) == (120, 0.1, 5e-5, "weights")
-    assert (c.lr_decay, c.sgd, c.momentum) == ("schedule", "nesterov", 0.9)
+    assert (c.lr_decay, c.opt, c.momentum) == ("schedule", "nesterov", 0.9)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_each_option_wins_over_the_recipe_and_changes_nothing_else(option):
 
 def test_the_strong_recipe_is_torchvisions_new_one_on_the_papers_optimizer():
     c = _resolve("--recipe strong --batch-size 1024")
-    assert (c.epochs, c.lr, c.warmup, c.lr_decay, c.sgd) == (600, 0.5, 5, "cosine", "plain")
+    assert (c.epochs, c.lr, c.warmup, c.lr_decay, c.opt) == (600, 0.5, 5, "cosine", "plain")
     assert (c.weight_decay, c.decay, c.label_smoothing) == (2e-5, "weights", 0.1)
     assert (c.mixup, c.cutmix, c.auto_augment, c.flip) == (0.2, 1.0, "trivial", "shared")
     assert (c.random_erase, c.ra_reps, c.train_sizes[0]) == (0.1, 4, 176)
@@ -102,6 +102,7 @@ def test_modern_is_a_former_name_of_the_short_recipe(capsys):
     assert config.recipe == TrainConfig(data=Path("/d"), recipe="modern").recipe == "short"
     assert capsys.readouterr().err == "note: --recipe modern is now --recipe short\n"
     assert by_new_names({"recipe": "modern", "lr": 1}) == {"recipe": "short", "lr": 1}
+    assert by_new_names({"sgd": "nesterov"}) == {"opt": "nesterov"}
 
 
 def test_a_continued_run_keeps_its_recipe():
@@ -175,13 +176,13 @@ def test_another_optimizer_has_a_rate_and_decay_of_its_own():
     c = _resolve("--opt lamb --batch-size 2048")
     assert (c.lr, c.weight_decay) == (5e-3, 0.02)
     c = _resolve("--opt adamw --batch-size 1024")
-    assert (c.sgd, c.lr, c.weight_decay, c.momentum) == ("adamw", 1e-3, 0.05, 0.9)
+    assert (c.opt, c.lr, c.weight_decay, c.momentum) == ("adamw", 1e-3, 0.05, 0.9)
     c = _resolve("--opt adamw --lr 3 --wd 2")
     assert (c.lr, c.weight_decay) == (3, 2)
 
 
 def test_the_rate_and_decay_of_a_run_go_on_with_its_optimizer_alone():
-    previous = {"recipe": "paper", "sgd": "plain", "lr": 0.7, "weight_decay": 0.3, "epochs": 9}
+    previous = {"recipe": "paper", "opt": "plain", "lr": 0.7, "weight_decay": 0.3, "epochs": 9}
     previous |= {"batch_size": 256, "accumulate": 1}
 
     def ours(line: str, **more: str):
@@ -190,12 +191,12 @@ def test_the_rate_and_decay_of_a_run_go_on_with_its_optimizer_alone():
             config, world_size=1, device_type="cuda", has_bf16=True,
             previous=previous | more, previous_global_batch=256,
         )  # fmt: skip
-        return c.sgd, c.lr, c.weight_decay
+        return c.opt, c.lr, c.weight_decay
 
     assert ours("") == ("plain", 0.7, 0.3)
     assert ours("--opt nesterov") == ("nesterov", 0.7, 0.3)
     assert ours("--opt adamw") == ("adamw", 2.5e-4, 0.05)
-    assert ours("", sgd="adamw") == ("adamw", 0.7, 0.3)
-    assert ours("--opt plain", sgd="adamw") == ("plain", 0.1, 1e-4)
-    assert ours("--recipe short", sgd="adamw") == ("adamw", 0.7, 0.3)  # no recipe chooses it
-    assert ours("--recipe short", sgd="nesterov") == ("plain", 0.7, 0.3)
+    assert ours("", opt="adamw") == ("adamw", 0.7, 0.3)
+    assert ours("--opt plain", opt="adamw") == ("plain", 0.1, 1e-4)
+    assert ours("--recipe short", opt="adamw") == ("adamw", 0.7, 0.3)  # no recipe chooses it
+    assert ours("--recipe short", opt="nesterov") == ("plain", 0.7, 0.3)

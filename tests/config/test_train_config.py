@@ -139,9 +139,9 @@ def test_the_originals_short_names_work():
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [
-        ("--opt nesterov", "sgd", "nesterov"),
-        ("--opt momentum", "sgd", "plain"),
-        ("--sgd=sgd_nesterov", "sgd", "nesterov"),
+        ("--opt nesterov", "opt", "nesterov"),
+        ("--opt momentum", "opt", "plain"),
+        ("--sgd=sgd_nesterov", "opt", "nesterov"),
         ("--sched linear", "lr_decay", "linear"),
         ("--lr-decay cos", "lr_decay", "cosine"),
         ("--sched=cos", "lr_decay", "cosine"),

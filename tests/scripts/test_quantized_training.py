@@ -53,11 +53,11 @@ def _last(run):
 def test_a_quantized_run_has_the_originals_recipe(runs):
     config = json.loads((runs / "weights" / "config.json").read_text())
     found = {
-        k: config[k] for k in ("lr_decay", "weight_decay", "decay", "sgd", "schedule", "gamma")
+        k: config[k] for k in ("lr_decay", "weight_decay", "decay", "opt", "schedule", "gamma")
     }
     assert config["lr"] == pytest.approx(0.1 * 8 / 256)
     assert found == {
-        "lr_decay": "schedule", "weight_decay": 5e-5, "decay": "weights", "sgd": "nesterov",
+        "lr_decay": "schedule", "weight_decay": 5e-5, "decay": "weights", "opt": "nesterov",
         "schedule": [30, 60, 85, 95, 105], "gamma": 0.1,
     }  # fmt: skip
 

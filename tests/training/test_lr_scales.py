@@ -214,7 +214,7 @@ def test_a_resume_with_another_decay_keeps_each_parameters_momentum():
 
 
 def test_a_training_goes_on_to_the_bit():
-    whole, again = (_trainer(layer_decay=0.5, sgd="nesterov") for _ in range(2))
+    whole, again = (_trainer(layer_decay=0.5, opt="nesterov") for _ in range(2))
     _update(whole, 2)
     saved = _saved(whole)
     _update(whole, 2)
