@@ -24,8 +24,8 @@ from pipelines.utils.reading import cannot_read
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 # Takes 0.3 GB decoded. A file of kilobytes can claim more; no photo has more. PIL itself takes 178.
-MAX_MEGAPIXELS = 100.0
-MOST_MEGAPIXELS = 178.0
+DEFAULT_MAX_MEGAPIXELS = 100.0
+PIL_MAX_MEGAPIXELS = 178.0
 
 # Of a file of which the decoder made a picture nevertheless.
 DECODES_WITH_ERRORS = "decodes with errors"
@@ -33,7 +33,7 @@ DECODES_WITH_ERRORS = "decodes with errors"
 ORIENTATION = 274  # TIFF's tag
 
 # Encoders write about ten. Each takes libjpeg up to 0.8 ms a megapixel, of as few as 26 bytes.
-MOST_SCANS = 100
+MAX_SCANS = 100
 _SCAN = b"\xff\xda"
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those that have a length, and the end
 
@@ -58,17 +58,17 @@ def check_scans(image: Image.Image, data: bytes) -> None:
 
     data: the file's content. Scans of a thumbnail, or of what stands behind the picture, do not count.
     """
-    if image.format not in ("JPEG", "MPO") or data.count(_SCAN) <= MOST_SCANS:
+    if image.format not in ("JPEG", "MPO") or data.count(_SCAN) <= MAX_SCANS:
         return
     scans, at = 0, 2
     while (marker := _MARKER.search(data, at)) and marker[1] != b"\xd9":  # the picture's end
         scans += marker[1] == _SCAN[1:]
-        if scans > MOST_SCANS:
-            raise DataError(f"more than {MOST_SCANS} scans; save it anew")
+        if scans > MAX_SCANS:
+            raise DataError(f"more than {MAX_SCANS} scans; save it anew")
         at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
 
 
-def check_image(image: Image.Image, max_megapixels: float = MAX_MEGAPIXELS) -> None:
+def check_image(image: Image.Image, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> None:
     """Raise DataError, by the header alone, for an image too large or that decoders see differently."""
     if image.width * image.height > 1e6 * max_megapixels:
         raise DataError(
@@ -96,7 +96,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_rgb(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+def decode_rgb(data: bytes, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> Image.Image:
     """Decode the content of an image file. Raises DataError if it is broken or refused."""
     with open_image(data) as image:
         check_image(image, max_megapixels)
@@ -119,8 +119,8 @@ def decode_error(place: str | Path, data: bytes) -> str | None:
 
 def require_megapixels(limit: float) -> None:
     """Raise UsageError for a --max-megapixels that PIL does not take."""
-    if not 0 < limit <= MOST_MEGAPIXELS:
-        raise UsageError(f"--max-megapixels {limit:g}: above 0, and at most {MOST_MEGAPIXELS:g}")
+    if not 0 < limit <= PIL_MAX_MEGAPIXELS:
+        raise UsageError(f"--max-megapixels {limit:g}: above 0, and at most {PIL_MAX_MEGAPIXELS:g}")
 
 
 def require_strict_of_skip_bad(strict: bool, skip_bad: bool) -> None:

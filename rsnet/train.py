@@ -26,7 +26,7 @@ from pipelines.utils.cli import EXIT_FAILED, exit_code
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
 from pipelines.utils.library_output import apart_from_libraries, keep_library_output
 from pipelines.utils.location import url_of
-from pipelines.utils.memory import is_lack_of_gpu_memory
+from pipelines.utils.memory import is_out_of_gpu_memory
 from pipelines.utils.output import say
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -340,7 +340,7 @@ def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> 
     try:
         yield
     except (RuntimeError, subprocess.CalledProcessError) as error:
-        if is_lack_of_gpu_memory(error):
+        if is_out_of_gpu_memory(error):
             sizes = " ".join(map(str, config.train_sizes))
             raise RunError(
                 f"out of GPU memory, {peak_memory_gb(device) or 0.0:.1f} GB were in use; "

@@ -32,7 +32,7 @@ from pipelines.utils.errors import UsageError
 from rsnet.__main__ import main as rsnet
 
 CPU = torch.device("cpu")
-MOST_OFF = 3.0  # of 255, a picture's mean difference: decoders of JPEG may round, and no more
+MAX_OFF = 3.0  # of 255, a picture's mean difference: decoders of JPEG may round, and no more
 SAME_SUMS = 1e-3  # relative; a photo may go to another of the GPU's decoders each time
 CLASSES, PHOTOS = 64, {"train": 16, "val": 4}  # of a class, for the trainings
 
@@ -90,7 +90,7 @@ def pictures(o: Options, split: str, engine: float, dtype: torch.dtype = torch.f
             worst = torch.maximum(worst, off.amax(1))
             mean += (off.mean(1) - mean) / count
     said = f"mean {rounded(mean)}, worst {rounded(worst)} of 255"
-    assert worst.max() < MOST_OFF, said
+    assert worst.max() < MAX_OFF, said
     return said
 
 

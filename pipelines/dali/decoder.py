@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.dali.graphs import build_decoder
 from pipelines.image_formats import (
-    MAX_MEGAPIXELS,
+    DEFAULT_MAX_MEGAPIXELS,
     check_image,
     decode_error,
     decode_rgb,
@@ -73,7 +73,7 @@ class Decoder:
     would have accepted 8 bad ones, and rejected 170 that DALI reads.
     """
 
-    def __init__(self, batch_size: int = 1, max_megapixels: float = MAX_MEGAPIXELS) -> None:
+    def __init__(self, batch_size: int = 1, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> None:
         self._batch_size, self._max_megapixels = batch_size, max_megapixels
         self._pipeline: Any = None
 

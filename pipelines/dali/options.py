@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from pipelines.image_formats import (
-    MAX_MEGAPIXELS,
+    DEFAULT_MAX_MEGAPIXELS,
     require_megapixels,
     require_strict_of_skip_bad,
 )
@@ -96,7 +96,7 @@ class VerifyOptions(CacheOptions):
     move_to: Annotated[Path | None, arg(metavar="DIR")] = None
     """Move the bad images to this folder, below which they keep their paths."""
 
-    max_megapixels: float = MAX_MEGAPIXELS
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
     """Larger images are bad: a file of kilobytes can claim gigabytes."""
 
     def __post_init__(self) -> None:

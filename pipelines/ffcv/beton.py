@@ -29,7 +29,7 @@ from pipelines.ffcv.layout import (
     name_of,
     row_type,
 )
-from pipelines.image_formats import MOST_MEGAPIXELS
+from pipelines.image_formats import PIL_MAX_MEGAPIXELS
 from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.utils.reading import reading
 
@@ -103,7 +103,7 @@ def open_beton(path: Path) -> Beton:
     wrong = raw & (samples.size != (3 * samples.height * samples.width).astype(np.uint64))
     wrong |= (samples.mode != RAW) & (samples.mode != JPG)
     wrong |= (
-        samples.height * samples.width > 1e6 * MOST_MEGAPIXELS
+        samples.height * samples.width > 1e6 * PIL_MAX_MEGAPIXELS
     )  # before memory is taken for them
     wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():

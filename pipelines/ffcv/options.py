@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from pipelines.image_formats import (
-    MAX_MEGAPIXELS,
+    DEFAULT_MAX_MEGAPIXELS,
     require_megapixels,
     require_strict_of_skip_bad,
 )
@@ -112,7 +112,7 @@ class ConvertOptions(CacheOptions):
     strict: bool = False
     """With --skip-bad: leave out JPEGs, too, that decode with errors."""
 
-    max_megapixels: float = MAX_MEGAPIXELS
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
     """Larger images are broken: a file of kilobytes can claim gigabytes."""
 
     verify: Annotated[Path | None, arg(metavar="FILE")] = None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.ffcv.layout import Bytes
-from pipelines.image_formats import MOST_MEGAPIXELS
+from pipelines.image_formats import PIL_MAX_MEGAPIXELS
 from pipelines.utils.errors import DataError
 
 
@@ -78,7 +78,7 @@ def decode_jpeg(jpeg: Bytes) -> Bytes:
         places = [numbers[i:].ctypes.data for i in range(4)]
         _check(handle, read_header(handle, jpeg.ctypes.data, jpeg.size, *places))
         width, height = int(numbers[0]), int(numbers[1])
-        if height * width > 1e6 * MOST_MEGAPIXELS:
+        if height * width > 1e6 * PIL_MAX_MEGAPIXELS:
             raise DataError(f"its header says {height} x {width} pixels, which is too large")
         pixels = np.empty((height, width, 3), np.uint8)
         code = decompress(

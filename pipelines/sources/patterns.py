@@ -32,8 +32,8 @@ def expanded(pattern: str) -> list[str]:
     if found is None:
         return [pattern]
     first, last = int(found[1]), int(found[2])
-    if not first <= last < first + MOST_SHARDS:
-        raise UsageError(f"{pattern}: {found[0]} is no range of up to {MOST_SHARDS} numbers")
+    if not first <= last < first + MAX_SHARDS:
+        raise UsageError(f"{pattern}: {found[0]} is no range of up to {MAX_SHARDS} numbers")
     rest = expanded(pattern[found.end() :])
     width = len(found[1])
     return [
@@ -43,7 +43,7 @@ def expanded(pattern: str) -> list[str]:
     ]
 
 
-MOST_SHARDS = 10**6
+MAX_SHARDS = 10**6
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as webdataset writes them
 _PART = r"((?:[^{},]|\{[^{},]*\})*)"  # it may have a range
 _BOTH = re.compile(rf"\{{{_PART},{_PART}\}}")

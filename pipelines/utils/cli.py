@@ -21,7 +21,7 @@ from pipelines.utils import complaints
 from pipelines.utils.config_file import completed, flag_of, split_config
 from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
 from pipelines.utils.location import url_of
-from pipelines.utils.memory import is_lack_of_memory, memory_line, require_memory
+from pipelines.utils.memory import is_out_of_memory, memory_line, require_memory
 from pipelines.utils.option_docs import OptionDoc, flags, help_page, topics, usage
 from pipelines.utils.output import guard_output, lost_output, say
 from pipelines.utils.synonyms import advice
@@ -319,7 +319,7 @@ def exit_code(
         say(f"{name}: error: {message}", sys.stderr)
         return message.exit_code
     except (MemoryError, ImportError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         say(f"{name}: error: {memory_line(error)}", sys.stderr)
         return EXIT_FAILED

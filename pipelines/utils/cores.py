@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # The most that one GPU is likely to need, which has not been measured yet; and where there is none.
-MOST_WORKERS, WORKERS_WITHOUT_GPU = 16, 4
+MAX_WORKERS, WORKERS_WITHOUT_GPU = 16, 4
 
 
 def default_workers() -> int:
@@ -18,4 +18,4 @@ def default_workers() -> int:
     gpus = torch.cuda.device_count()
     if not gpus:
         return WORKERS_WITHOUT_GPU
-    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // gpus))
+    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // gpus))

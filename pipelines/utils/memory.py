@@ -39,14 +39,14 @@ def require_memory() -> None:
         )
 
 
-def is_lack_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that there is no memory left, of the CPU or of a GPU."""
-    if isinstance(error, MemoryError) or is_lack_of_gpu_memory(error):
+    if isinstance(error, MemoryError) or is_out_of_gpu_memory(error):
         return True
     return any(word in str(error) for word in WORDS)
 
 
-def is_lack_of_gpu_memory(error: BaseException) -> bool:
+def is_out_of_gpu_memory(error: BaseException) -> bool:
     """Return whether an error says that a GPU has no memory left."""
     # By its name, as not all that read this module have torch.
     is_torchs = type(error).__name__ == "OutOfMemoryError"

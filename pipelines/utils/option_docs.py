@@ -20,7 +20,7 @@ _NAMES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 SWITCH = "switch"  # what an option takes that is on or off
 
 # Columns of the names, and of a page of help.
-INDENT, MOST_COLUMNS = 26, 110
+INDENT, MAX_COLUMNS = 26, 110
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def help_page(program: str, about: str, groups: Mapping[str, Sequence[OptionDoc]
     """Return what `program --help` prints. about: what it does. groups: its options by topic."""
     options = [option for group in groups.values() for option in group]
     arguments = _arguments(options)
-    width = min(shutil.get_terminal_size().columns, MOST_COLUMNS) - 1
+    width = min(shutil.get_terminal_size().columns, MAX_COLUMNS) - 1
     page = [f"usage: {usage(program, options)}", ""]
     for paragraph in about.split("\n\n"):
         is_set = paragraph.startswith(("    ", "- "))  # commands, and lists

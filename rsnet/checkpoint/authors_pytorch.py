@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.checkpoint.authors_optimizer import from_original_optimizer, to_original_optimizer
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.config.bounds import MOST_PIXELS
+from rsnet.config.bounds import MAX_PIXELS
 from rsnet.config.model_config import (
     DEFAULT_SIZES,
     MODEL_DEFAULTS,
@@ -59,9 +59,9 @@ def _copies(state: Mapping[str, Tensor]) -> int:
 
 def _valid(sizes: Sequence[int]) -> tuple[int, ...]:
     """Return --sizes. Raises UsageError for what no network may have."""
-    if not (min(sizes) >= 1 and max(sizes) <= MOST_PIXELS and len({*sizes}) == len(sizes)):
+    if not (min(sizes) >= 1 and max(sizes) <= MAX_PIXELS and len({*sizes}) == len(sizes)):
         raise UsageError(
-            f"--sizes {' '.join(map(str, sizes))}: they are to be all different, and of {MOST_PIXELS} pixels "
+            f"--sizes {' '.join(map(str, sizes))}: they are to be all different, and of {MAX_PIXELS} pixels "
             "at most"
         )
     return tuple(sizes)

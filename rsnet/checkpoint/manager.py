@@ -11,7 +11,7 @@ from pipelines.utils.atomic_io import fsync, fsync_directory
 from pipelines.utils.errors import DataError
 from rsnet.checkpoint import io
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.config.bounds import MOST_KEPT
+from rsnet.config.bounds import MAX_KEPT
 
 
 class CheckpointManager:
@@ -52,7 +52,7 @@ class CheckpointManager:
 
     def lasts(self) -> list[Path]:
         """Return the last checkpoints that are there, newest first."""
-        return [p for age in range(MOST_KEPT) if (p := self._aged(age)).exists()]
+        return [p for age in range(MAX_KEPT) if (p := self._aged(age)).exists()]
 
     def newest(
         self, say: Callable[[str], None], moves: bool = True

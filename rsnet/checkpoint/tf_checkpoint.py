@@ -42,7 +42,7 @@ def read(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def is_named_by(path: Path) -> bool:
+def is_tf_checkpoint(path: Path) -> bool:
     """Return whether a path names something that `read` takes, however damaged it is."""
     if path.is_dir():
         return any(path.glob("*.index"))

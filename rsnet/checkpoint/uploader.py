@@ -17,7 +17,7 @@ from rsnet.checkpoint import io
 from rsnet.checkpoint.manager import CheckpointManager, link_or_copy
 from rsnet.checkpoint.remote import FOLDER, OWNER, RemoteRun, Stored, is_small_file
 
-MOST_BYTES = 64 << 20  # of what is taken for a small file
+MAX_BYTES = 64 << 20  # of what is taken for a small file
 METRICS = "metrics.jsonl"  # a gigabyte, with a line of each of a million steps
 PATIENCE = 3  # checkpoints in a row that are not uploaded, after which `add` returns a line
 
@@ -145,7 +145,7 @@ class Uploader:
         for path in sorted(paths):
             if not (is_small_file(path.name) and path.is_file()):
                 continue
-            if path.name == METRICS or path.stat().st_size <= MOST_BYTES:
+            if path.name == METRICS or path.stat().st_size <= MAX_BYTES:
                 yield path.relative_to(self.folder).as_posix(), path
 
     def _send(self, stored: list[Stored], epoch: int, done: int) -> None:

@@ -18,7 +18,7 @@ from pipelines.utils.location import url_of
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import SOURCE, say_source
-from rsnet.config.bounds import MANY, MOST_IMAGES, MOST_LR, MOST_PIXELS
+from rsnet.config.bounds import MANY, MAX_IMAGES, MAX_LR, MAX_PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -74,14 +74,14 @@ class Options:
 
     def __post_init__(self) -> None:
         for flag, value, least, most in (
-            ("size", self.size, 1, MOST_PIXELS), ("steps", self.steps, 1, MANY),
-            ("batch-size", self.batch_size, 2, MOST_IMAGES), ("seed", self.seed, 0, 2**63 - 1),
+            ("size", self.size, 1, MAX_PIXELS), ("steps", self.steps, 1, MANY),
+            ("batch-size", self.batch_size, 2, MAX_IMAGES), ("seed", self.seed, 0, 2**63 - 1),
         ):  # fmt: skip
             if not least <= value <= most:
                 raise UsageError(f"--{flag} {value}: at least {least}, and {most} at most")
         SplitOptions(self.val_data, self.val_fraction)  # checks them
-        if not 0 < self.lr <= MOST_LR:
-            raise UsageError(f"--lr {self.lr}: must be a positive number, {MOST_LR:g} at most")
+        if not 0 < self.lr <= MAX_LR:
+            raise UsageError(f"--lr {self.lr}: must be a positive number, {MAX_LR:g} at most")
 
 
 def run(options: Options) -> int:

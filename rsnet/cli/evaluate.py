@@ -27,7 +27,7 @@ from rsnet.cli.classifier import SOURCE, say_source
 from rsnet.cli.loaders import Pipeline, chosen_pipeline, say_if_trained_on
 from rsnet.cli.output import require_new
 from rsnet.cli.wandb_table import log_table, require_wandb
-from rsnet.config.bounds import MOST_IMAGES
+from rsnet.config.bounds import MAX_IMAGES
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +118,9 @@ class Options(CacheOptions):
             raise UsageError("--wandb: give --output, too, the folder that W&B logs in")
         if self.logits and self.predictions is None:
             raise UsageError("--logits: give --predictions, too, the file that they go to")
-        if self.batch_size is not None and not 1 <= self.batch_size <= MOST_IMAGES:
+        if self.batch_size is not None and not 1 <= self.batch_size <= MAX_IMAGES:
             raise UsageError(
-                f"--batch-size {self.batch_size}: at least 1, and {MOST_IMAGES} at most"
+                f"--batch-size {self.batch_size}: at least 1, and {MAX_IMAGES} at most"
             )
 
 
@@ -155,14 +155,14 @@ def _aside(options: Options) -> AbstractContextManager[object]:
 def _errors_in_one_line() -> Iterator[None]:
     """Raise RunError if the block has not enough GPU memory, or another process was lost."""
     from pipelines.utils.errors import RunError
-    from pipelines.utils.memory import is_lack_of_gpu_memory
+    from pipelines.utils.memory import is_out_of_gpu_memory
     from rsnet.distributed import watchdog
 
     try:
         with watchdog.lost_process_as_run_error():
             yield
     except RuntimeError as error:
-        if not is_lack_of_gpu_memory(error):
+        if not is_out_of_gpu_memory(error):
             raise
         raise RunError("out of GPU memory; give a smaller --batch-size") from error
 

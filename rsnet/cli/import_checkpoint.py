@@ -33,7 +33,7 @@ class Options:
 def run(options: Options) -> int:
     from rsnet.checkpoint import tf_checkpoint
 
-    if tf_checkpoint.is_named_by(options.original):
+    if tf_checkpoint.is_tf_checkpoint(options.original):
         return _import_tensorflow(options)
     from rsnet.checkpoint.authors_optimizer import weight_decay
     from rsnet.config.model_config import DEFAULT_SIZES

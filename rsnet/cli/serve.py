@@ -54,7 +54,7 @@ def run(options: Options) -> int:
 # Beyond, Python's clocks and threads overflow.
 MOST = {"timeout": 1e6, "max_megabytes": 1e6, "max_megapixels": 1e6, "deadline_ms": 1e9,
         "batch_wait_ms": 1e9}  # fmt: skip
-MOST_REQUESTS = 10**6
+MAX_REQUESTS = 10**6
 
 
 def _require_valid(options: Options, most_megapixels: float) -> None:
@@ -75,8 +75,8 @@ def _require_valid(options: Options, most_megapixels: float) -> None:
             raise UsageError(
                 f"--allow-host {name}: give a name alone, as photos.example or *.example"
             )
-    if not 1 <= options.queue <= MOST_REQUESTS:
-        raise UsageError(f"--queue {options.queue}: at least 1 is needed, {MOST_REQUESTS} at most")
+    if not 1 <= options.queue <= MAX_REQUESTS:
+        raise UsageError(f"--queue {options.queue}: at least 1 is needed, {MAX_REQUESTS} at most")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: a number from 0 to 65535 is needed")
 

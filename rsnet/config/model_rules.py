@@ -18,17 +18,17 @@ from pipelines.utils.schema import (
     require,
     require_fields,
 )
-from rsnet.config.bounds import MAX_WIDTH, MIN_WIDTH, MOST_PIXELS, MOST_SIZES
+from rsnet.config.bounds import MAX_PIXELS, MAX_SIZES, MAX_WIDTH, MIN_WIDTH
 from rsnet.config.model_config import BITS, FULL, Mode, NormalizeName
 
 _BITS = Rule("from 1 to 8, or 32", lambda v: type(v) is int and (v in BITS or v == FULL))
 
 
 def _are_sizes(value: Any) -> bool:
-    rule = integer(1, MOST_PIXELS)
+    rule = integer(1, MAX_PIXELS)
     return (
         isinstance(value, list)
-        and 1 <= len(value) <= MOST_SIZES
+        and 1 <= len(value) <= MAX_SIZES
         and all(map(rule.holds, value))
         and value == sorted(set(value), reverse=True)
     )

@@ -11,13 +11,13 @@ from pipelines.sources.options import SplitOptions
 from pipelines.utils.errors import UsageError
 from rsnet.config.bounds import (
     MANY,
+    MAX_IMAGES,
+    MAX_KEPT,
+    MAX_LR,
+    MAX_PIXELS,
+    MAX_SIZES,
     MAX_WIDTH,
     MIN_WIDTH,
-    MOST_IMAGES,
-    MOST_KEPT,
-    MOST_LR,
-    MOST_PIXELS,
-    MOST_SIZES,
 )
 from rsnet.config.model_config import BITS, FULL
 from rsnet.config.size_schedule import is_schedule
@@ -66,144 +66,57 @@ def _require_combinable(c: Any) -> None:
 def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
     """Return (flag, value, predicate, rule) of all that can be checked without data or network."""
     return [
-        (
-            "--sizes",
-            c.sizes,
-            _distinct_positive,
-            "give one or more sizes, positive and all different, 32 of 4096 pixels at most",
-        ),
+        ("--sizes", c.sizes, _distinct_positive,
+         "give one or more sizes, positive and all different, 32 of 4096 pixels at most"),
         ("--num-classes", c.num_classes, _within(2, MANY), "at least 2, and 1000000 at most"),
-        (
-            "--width-mult",
-            c.width_mult,
-            lambda x: MIN_WIDTH <= x <= MAX_WIDTH,
-            "must be from 0.01 to 16",
-        ),
+        ("--width-mult", c.width_mult, lambda x: MIN_WIDTH <= x <= MAX_WIDTH, "must be from 0.01 to 16"),
         ("--qw", c.qw, _bits, "from 1 to 8, or 32 for full precision"),
         ("--qa", c.qa, _bits, "from 1 to 8, or 32 for full precision"),
         ("--ema", c.ema, _share, "must be at least 0 and less than 1"),
         ("--mixup", c.mixup, _of_a_beta, "must be from 0 to 100"),
         ("--cutmix", c.cutmix, _of_a_beta, "must be from 0 to 100"),
         ("--ra-magnitude", c.ra_magnitude, lambda n: 0 <= n <= 30, "must be from 0 to 30"),
-        (
-            "--train-size-scale",
-            c.train_size_scale,
-            lambda x: 0.25 <= x <= 1,
-            "must be from 0.25 to 1",
-        ),
+        ("--train-size-scale", c.train_size_scale, lambda x: 0.25 <= x <= 1, "must be from 0.25 to 1"),
         ("--random-erase", c.random_erase, _from_0(1), "must be a share from 0 to 1"),
         ("--ra-reps", c.ra_reps, _within(1, 100), "at least 1, and 100 at most"),
         ("--epochs", c.epochs, _within(1, MANY), "at least 1 epoch is needed, and 1000000 at most"),
-        (
-            "--batch-size",
-            c.batch_size,
-            _within(1, MOST_IMAGES),
-            "at least 1 image is needed, and 65536 at most",
-        ),
-        (
-            "--accumulate",
-            c.accumulate,
-            _within(1, MANY),
-            "at least 1 batch is needed, and 1000000 at most",
-        ),
-        ("--lr", c.lr, _above_0(MOST_LR), "must be a positive number, 1000 at most"),
+        ("--batch-size", c.batch_size, _within(1, MAX_IMAGES),
+         "at least 1 image is needed, and 65536 at most"),
+        ("--accumulate", c.accumulate, _within(1, MANY), "at least 1 batch is needed, and 1000000 at most"),
+        ("--lr", c.lr, _above_0(MAX_LR), "must be a positive number, 1000 at most"),
         ("--momentum", c.momentum, _share, "must be at least 0 and less than 1"),
-        (
-            "--weight-decay",
-            c.weight_decay,
-            _from_0(1000),
-            "must be 0 or a positive number, 1000 at most",
-        ),
+        ("--weight-decay", c.weight_decay, _from_0(1000), "must be 0 or a positive number, 1000 at most"),
         ("--step", c.step, _within(1, MANY), "at least 1 epoch, and 1000000 at most"),
-        (
-            "--schedule",
-            c.schedule,
-            lambda s: all(0 < e <= MANY for e in s),
-            "epochs are positive, and 1000000 at most",
-        ),
+        ("--schedule", c.schedule, lambda s: all(0 < e <= MANY for e in s),
+         "epochs are positive, and 1000000 at most"),
         ("--gamma", c.gamma, _above_0(100), "must be a positive number, 100 at most"),
-        (
-            "--warmup",
-            c.warmup,
-            _within(0, MANY),
-            "must be 0 or a number of epochs, 1000000 at most",
-        ),
+        ("--warmup", c.warmup, _within(0, MANY), "must be 0 or a number of epochs, 1000000 at most"),
         ("--drop-path", c.drop_path, _share, "must be at least 0 and less than 1"),
-        (
-            "--layer-decay",
-            c.layer_decay,
-            _above_0(1),
-            "must be above 0, and 1 at most",
-        ),
+        ("--layer-decay", c.layer_decay, _above_0(1), "must be above 0, and 1 at most"),
         ("--norm-lr-mult", c.norm_lr_mult, _above_0(100), "must be a positive number, 100 at most"),
         ("--clip-grad", c.clip_grad, _not_negative, "must be 0 or a positive number"),
-        ("--sizes-per-step", c.sizes_per_step, _positive, "at least 2 sizes are needed"),
-        (
-            "--size-schedule",
-            c.size_schedule,
-            is_schedule,
-            "give EPOCHS:SIZE[,SIZE...] of each part, a word of its own, as in 0:128 40:160,128 80:all",
-        ),
-        (
-            "--teacher-weight",
-            c.teacher_weight,
-            _above_0(1000),
-            "must be a positive number, 1000 at most",
-        ),
-        (
-            "--teacher-temperature",
-            c.teacher_temperature,
-            _above_0(100),
-            "must be a positive number, 100 at most",
-        ),
-        (
-            "--teacher-size",
-            c.teacher_size,
-            _is_size,
-            "a size from 8 to 4096 pixels, or ensemble",
-        ),
+        ("--sizes-per-step", c.sizes_per_step, _within(1, MANY), "at least 2 sizes are needed"),
+        ("--size-schedule", c.size_schedule, is_schedule,
+         "give EPOCHS:SIZE[,SIZE...] of each part, a word of its own, as in 0:128 40:160,128 80:all"),
+        ("--teacher-weight", c.teacher_weight, _above_0(1000), "must be a positive number, 1000 at most"),
+        ("--teacher-temperature", c.teacher_temperature, _above_0(100),
+         "must be a positive number, 100 at most"),
+        ("--teacher-size", c.teacher_size, _is_size, "a size from 8 to 4096 pixels, or ensemble"),
         ("--label-smoothing", c.label_smoothing, _share, "must be at least 0 and less than 1"),
         ("--bce-target-thresh", c.bce_target_thresh, _share, "must be at least 0 and less than 1"),
-        (
-            "--checkpoint-every",
-            c.checkpoint_every,
-            _is_interval,
-            "a number of updates, or of minutes as in 10m, of up to 9 digits",
-        ),
-        ("--keep", c.keep, _within(1, MOST_KEPT), "at least 1, and 100 at most"),
-        (
-            "--on-nonfinite",
-            c.on_nonfinite,
-            _is_reaction,
-            "stop, or skip and a number of updates of up to 9 digits",
-        ),
-        (
-            "--profile-steps",
-            c.profile_steps,
-            _within(1, 10000),
-            "at least 1 step, and 10000 at most",
-        ),
-        (
-            "--profile-limit",
-            c.profile_limit,
-            _above_0(LONG_S),
-            "must be a positive number of seconds, 1e8 at most",
-        ),
-        (
-            "--timeout",
-            c.timeout,
-            _above_0(LONG_S),
-            "must be a positive number of seconds, 1e8 at most",
-        ),
+        ("--checkpoint-every", c.checkpoint_every, _is_interval,
+         "a number of updates, or of minutes as in 10m, of up to 9 digits"),
+        ("--keep", c.keep, _within(1, MAX_KEPT), "at least 1, and 100 at most"),
+        ("--on-nonfinite", c.on_nonfinite, _is_reaction,
+         "stop, or skip and a number of updates of up to 9 digits"),
+        ("--profile-steps", c.profile_steps, _within(1, 10000), "at least 1 step, and 10000 at most"),
+        ("--profile-limit", c.profile_limit, _above_0(LONG_S),
+         "must be a positive number of seconds, 1e8 at most"),
+        ("--timeout", c.timeout, _above_0(LONG_S), "must be a positive number of seconds, 1e8 at most"),
         ("--seed", c.seed, lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1"),
-        (
-            "--val-interval",
-            c.val_interval,
-            _within(1, MANY),
-            "at least 1 epoch, and 1000000 at most",
-        ),
+        ("--val-interval", c.val_interval, _within(1, MANY), "at least 1 epoch, and 1000000 at most"),
         ("--log-interval", c.log_interval, _within(1, 10**9), "at least 1 step, and 10^9 at most"),
-    ]
+    ]  # fmt: skip
 
 
 def _within(least: int, most: int) -> Callable[[int], bool]:
@@ -216,10 +129,6 @@ def _above_0(most: float) -> Callable[[float], bool]:
 
 def _from_0(most: float) -> Callable[[float], bool]:
     return lambda x: 0 <= x <= most
-
-
-def _positive(x: float) -> bool:
-    return math.isfinite(x) and x > 0
 
 
 def _not_negative(x: float) -> bool:
@@ -245,7 +154,7 @@ def _is_interval(text: str) -> bool:
 
 def _is_size(text: str) -> bool:
     is_number = re.fullmatch(r"[1-9][0-9]{0,3}", text) is not None
-    return text == "ensemble" or (is_number and 8 <= int(text) <= MOST_PIXELS)
+    return text == "ensemble" or (is_number and 8 <= int(text) <= MAX_PIXELS)
 
 
 def _is_reaction(words: tuple[str, ...]) -> bool:
@@ -260,7 +169,7 @@ def _distinct_positive(sizes: tuple[int, ...]) -> bool:
     return (
         bool(sizes)
         and min(sizes) > 0
-        and max(sizes) <= MOST_PIXELS
-        and len(sizes) <= MOST_SIZES
+        and max(sizes) <= MAX_PIXELS
+        and len(sizes) <= MAX_SIZES
         and len(set(sizes)) == len(sizes)
     )

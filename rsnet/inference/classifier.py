@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipelines.normalize import PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError, first_line
-from pipelines.utils.memory import is_lack_of_memory
+from pipelines.utils.memory import is_out_of_memory
 from pipelines.utils.output import say
 from rsnet.distributed.device import keep_freed_memory
 from rsnet.inference import latency, preprocess
@@ -279,7 +279,7 @@ class SwitchableClassifier:
         try:
             return self._forward(self.normalized(pixels), size).float()
         except RuntimeError as error:
-            if not is_lack_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise DataError(
                 f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}; "

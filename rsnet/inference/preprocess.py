@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.image_formats import MAX_MEGAPIXELS, check_image, open_image, to_rgb
+from pipelines.image_formats import DEFAULT_MAX_MEGAPIXELS, check_image, open_image, to_rgb
 from pipelines.image_io import eval_image, images_below
 from pipelines.transforms import eval_view
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
@@ -63,7 +63,7 @@ def _to_rgb(image: Image.Image, size: int) -> Image.Image:
         raise DataError("it has no pixels")
     check_image(image)
     resized = eval_view(image.height, image.width, size)
-    if resized.height * resized.width > 1e6 * MAX_MEGAPIXELS:
+    if resized.height * resized.width > 1e6 * DEFAULT_MAX_MEGAPIXELS:
         raise DataError(f"{image.width} x {image.height} pixels are too long a row")
     return to_rgb(image)
 

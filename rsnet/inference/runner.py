@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.utils.errors import UsageError, first_line
-from pipelines.utils.memory import is_lack_of_memory
+from pipelines.utils.memory import is_out_of_memory
 from rsnet.distributed.device import capture_error
 from rsnet.models.autocast import autocast, store_weights_in
 from rsnet.models.fold import fold_batchnorm, require_foldable
@@ -151,7 +151,7 @@ class CudaGraphRunner:
 def _reason(error: RuntimeError) -> Exception:
     """Return what to raise for a capture that failed."""
     cause = capture_error(error)
-    if is_lack_of_memory(cause):
+    if is_out_of_memory(cause):
         return cause
     return UsageError(
         f"cuda_graphs: a forward of this network cannot be captured ({first_line(cause)}); leave it out"

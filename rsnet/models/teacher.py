@@ -53,7 +53,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def see(self, theirs: MeanStd, own: MeanStd) -> None:
+    def renormalize(self, theirs: MeanStd, own: MeanStd) -> None:
         """Let the images, normalised by `theirs`, be normalised anew by `own`, on the device."""
         if theirs == own:
             return

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.utils.errors import DataError, RunError, UsageError, first_line
-from pipelines.utils.memory import is_lack_of_gpu_memory
+from pipelines.utils.memory import is_out_of_gpu_memory
 from rsnet.config.resolve import ResolvedConfig
 from rsnet.profiler.report import images_per_s
 from rsnet.profiler.step_profiler import OutOfTimeError, Profile
@@ -113,7 +113,7 @@ class Sweep:
         except (UsageError, DataError, RunError) as error:  # such as of too few images
             return dataclasses.replace(trial, failure=first_line(error))
         except RuntimeError as error:
-            if not is_lack_of_gpu_memory(error):
+            if not is_out_of_gpu_memory(error):
                 raise
             return dataclasses.replace(trial, failure="out of memory")
         trial = dataclasses.replace(trial, found=found)

@@ -110,7 +110,7 @@ def open_source(
         content = package.read(folder)
         network = ModelConfig.from_dict(content.config["network"])
         return SavedNetwork("release", path, folder, Checkpoint(network, content.state), content)
-    if tf_checkpoint.is_named_by(path):
+    if tf_checkpoint.is_tf_checkpoint(path):
         variables = tf_checkpoint.read(path, is_of_model)
         with error_context(str(path)):
             return SavedNetwork("original", path, path, from_tensorflow(variables))

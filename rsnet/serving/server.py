@@ -41,7 +41,7 @@ LAST_BODY_S, LAST_ANSWER_S = 1.0, 5
 
 # Connections that may be open, where the limit of descriptors is not lower; those that asyncio accepts at
 # once, before any of them is looked at; and those that may wait for that.
-MOST_CONNECTIONS, AT_ONCE, WAITING = 1000, 16, 1024
+MAX_CONNECTIONS, AT_ONCE, WAITING = 1000, 16, 1024
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 # Seconds until a lack of descriptors is said again.
@@ -159,7 +159,7 @@ class Protocol(H11Protocol):
 def most_connections() -> int:
     """Return the connections that may be open at once: they leave half of the descriptors to all else."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // 2)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft // 2)
 
 
 class Server(uvicorn.Server):

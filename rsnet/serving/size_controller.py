@@ -17,11 +17,11 @@ FIT, HOPELESS = 0.7, 0.9
 LOAD = 0.7
 # Seconds of calm before a larger size is tried. They double, up to a minute, each time that it has to be
 # left again within a minute.
-HOLD_S, MOST_HOLD_S = 2.0, 60.0
+HOLD_S, MAX_HOLD_S = 2.0, 60.0
 # Seconds of which arrivals are counted; 100 a second give their rate to 7 %.
 RATE_S = 2.0
 # More late answers of so many mean that the 99th percentile is late.
-MOST_LATE, ANSWERS = 2, 200
+MAX_LATE, ANSWERS = 2, 200
 # Weight of a new batch in the moving average of batch time over measured time.
 NEW = 0.1
 
@@ -105,7 +105,7 @@ class SizeController:
         return ms
 
     def _is_late(self) -> bool:
-        return sum(ms > self._deadline for ms in self._answers) > MOST_LATE
+        return sum(ms > self._deadline for ms in self._answers) > MAX_LATE
 
     def _is_calm(self, now: float) -> bool:
         """Return whether the next larger size would keep up with the arrivals, and it is time to try it."""
@@ -116,7 +116,7 @@ class SizeController:
     def _switch_down(self, now: float, index: int) -> None:
         if index == self._index:
             return
-        was_wrong = now - self._rose < MOST_HOLD_S
-        self._hold = min(2 * self._hold, MOST_HOLD_S) if was_wrong else HOLD_S
+        was_wrong = now - self._rose < MAX_HOLD_S
+        self._hold = min(2 * self._hold, MAX_HOLD_S) if was_wrong else HOLD_S
         self._index, self._changed = index, now
         self._answers.clear()

@@ -41,7 +41,7 @@ def read_switchable(
     Raises UsageError for a folder that holds none, DataError for a file that is damaged.
     """
     path = Path(pretrained)
-    is_there = path.exists() or tf_checkpoint.is_named_by(path)
+    is_there = path.exists() or tf_checkpoint.is_tf_checkpoint(path)
     if pretrained == "default" or not (is_there or is_path(pretrained)):
         return None
     with error_context("--pretrained"):
@@ -146,7 +146,7 @@ def _other_classes(trained: ModelConfig, wanted: ModelConfig) -> str:
 
 def holds_switchable(path: Path) -> bool:
     """Return whether a file holds an RS-Net: a checkpoint, a release's weights, or the original code's."""
-    if release_folder(path) or tf_checkpoint.is_named_by(path):
+    if release_folder(path) or tf_checkpoint.is_tf_checkpoint(path):
         return True
     if path.suffix == ".safetensors":
         return False

@@ -160,13 +160,13 @@ def _sgd(
     return sgd
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate, of a layer times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-# What an optimizer keeps of a parameter, see `load_momentum`.
+# What an optimizer keeps of a parameter, see `load_optimizer_state`.
 ADAMS = {"step", "exp_avg", "exp_avg_sq"}
 STATE: dict[str, list[set[str]]] = {
     "AdamW": [ADAMS],
@@ -175,7 +175,7 @@ STATE: dict[str, list[set[str]]] = {
 }
 
 
-def load_momentum(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
     """Take over the momentum and other state of a saved state dict of the same optimizer; rate and decay
     stay. Return False, and do nothing, if it is of another, or not of the same parameters.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.batch import Loader
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.location import url_of
-from pipelines.utils.memory import is_lack_of_memory
+from pipelines.utils.memory import is_out_of_memory
 from pipelines.utils.schema import read_json
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from rsnet.config.train_config import TrainConfig, require_options, to_plain_dic
 from rsnet.distributed import process_group as distributed
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release.source import open_source
-from rsnet.training.optim import load_momentum
+from rsnet.training.optim import load_optimizer_state
 from rsnet.training.trainer import Trainer
 
 # Options that do not change what is computed; batch_size and accumulate only by their product.
@@ -323,7 +323,7 @@ def _state_in_one_line() -> Iterator[None]:
     except (UsageError, DataError):
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if is_lack_of_memory(error):
+        if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(
@@ -343,7 +343,7 @@ def load_training_state(
     if checkpoint.scaler and trainer.scaler.is_enabled():  # empty but of float16
         trainer.scaler.load_state_dict(checkpoint.scaler)
     saved = checkpoint.optimizer
-    if saved is None or not load_momentum(trainer.optimizer, saved):
+    if saved is None or not load_optimizer_state(trainer.optimizer, saved):
         missing.append(
             "the checkpoint has no momentum for these weights: the optimizer starts without"
         )

@@ -142,7 +142,7 @@ def _make(
     if config.loss == "bce":
         what = "sigmoids" if source.loss == "bce" else "a softmax"
         say(f"--loss bce: the logits of --teacher {name} are taken for those of {what}")
-    teacher.see(MEAN_STD[config.normalize], source.mean_std)
+    teacher.renormalize(MEAN_STD[config.normalize], source.mean_std)
     if outputs != list(range(network.num_classes)):
         teacher.outputs = torch.tensor(outputs)
     return teacher
@@ -209,7 +209,7 @@ def _open(argument: str, size: str | None) -> tuple[TeacherSource, str]:
     has_file = ":" in name  # NAME:FILE
     with error_context(f"--teacher {name}"):
         is_address = hub.is_address(name) or url_of(name) is not None
-        is_ours = is_address or path.exists() or tf_checkpoint.is_named_by(path)
+        is_ours = is_address or path.exists() or tf_checkpoint.is_tf_checkpoint(path)
         found = _switchable(name, size) if is_ours or (looks_so and not has_file) else None
     if found is None:
         found = _published(name, size)

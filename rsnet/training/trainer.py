@@ -25,7 +25,7 @@ from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
 from rsnet.training.nonfinite import BatchNormBackup, FiniteGuard
 from rsnet.training.objective import Objective, SizeSampler
-from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer, set_rate
+from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer, set_lr
 
 
 class Trainer:
@@ -109,7 +109,7 @@ class Trainer:
 
     def update(self) -> None:
         """Do one optimizer step, which is skipped on the device if `found_inf` is 1."""
-        set_rate(self.optimizer, self.schedule.at(self.step))
+        set_lr(self.optimizer, self.schedule.at(self.step))
         if self.graphs is None:
             self._optimize(self.step)
         if self.ema is not None:

@@ -22,7 +22,7 @@ from rsnet.checkpoint.weights import load_weights
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
-from rsnet.training.optim import load_momentum, make_sgd
+from rsnet.training.optim import load_optimizer_state, make_sgd
 from rsnet.training.resume import find_start
 from tests.helpers import parity
 
@@ -135,7 +135,7 @@ def test_momentum_and_weight_decay_go_there_and_back(order):
     found = from_original(file | {"optimizer": optimizer}, sizes=order)
     assert weight_decay(found) == 5e-4
     sgd = make_sgd(model, 0.1, 0.9, 1e-4)
-    assert load_momentum(sgd, found.optimizer)
+    assert load_optimizer_state(sgd, found.optimizer)
     ours = {name: sgd.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
     first = order.index(48)  # the original's copy of our first BatchNorm
     norm = "layer1.1.bn2.bn_{}.bias"

@@ -333,7 +333,7 @@ def test_damaged_notes_of_the_owner_and_of_the_best_are_none(s3, tmp_path):
 
 @pytest.mark.usefixtures("s3")
 def test_metrics_are_uploaded_however_many_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(uploader, "MOST_BYTES", 10)
+    monkeypatch.setattr(uploader, "MAX_BYTES", 10)
     run = Run(tmp_path / "run")
     for name in ("metrics.jsonl", "notes.json"):
         (run.folder / name).write_text("a line of more\n")

@@ -64,7 +64,7 @@ def test_pixels_are_normalised_anew_as_from_the_bytes(theirs, own):
     pixels = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     images = PixelNormalizer(CPU, torch.float32, theirs)(pixels).permute(0, 3, 1, 2)
     teacher = Teacher(torch.nn.Flatten(), (32,), (32,))
-    teacher.see(MEAN_STD[theirs], MEAN_STD[own])
+    teacher.renormalize(MEAN_STD[theirs], MEAN_STD[own])
     mean, std = (torch.tensor(v, dtype=torch.float64) for v in MEAN_STD[own])
     expected = ((pixels - mean) / std).permute(0, 3, 1, 2)
     found = teacher((images,))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from rsnet.serving.size_controller import HOLD_S, MOST_HOLD_S, Cost, SizeController
+from rsnet.serving.size_controller import HOLD_S, MAX_HOLD_S, Cost, SizeController
 
 BATCH = 8
 DEADLINE = 100.0
@@ -142,7 +142,7 @@ def test_a_size_that_is_late_for_reasons_of_its_own_is_tried_ever_more_rarely():
     minutes = 20
     outcome = _simulate(_arrivals([(60.0 * minutes, 20)]), _controller(), elsewhere_ms=120.0)
     assert outcome.p99() <= DEADLINE
-    tries = math.log2(MOST_HOLD_S / HOLD_S) + minutes
+    tries = math.log2(MAX_HOLD_S / HOLD_S) + minutes
     assert 2 * 5 < outcome.changes() <= 2 * (tries + 1)
 
 

@@ -22,7 +22,7 @@ from rsnet.models.state_dict import select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training import resume
 from rsnet.training.lr_scales import lr_scales
-from rsnet.training.optim import make_optimizer, param_groups, set_rate
+from rsnet.training.optim import make_optimizer, param_groups, set_lr
 from rsnet.training.trainer import Trainer, make_trainer
 from tests.helpers import faults
 
@@ -109,7 +109,7 @@ def test_a_step_of_sgd_by_hand(mult):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    set_rate(sgd, 0.4)
+    set_lr(sgd, 0.4)
     sgd.step()
     for name, p in model.named_parameters():
         was = before[name]
@@ -123,7 +123,7 @@ def test_each_layer_moves_as_by_its_own_rate(opt):
     """As with that rate for all; LAMB and Muon look at a parameter, or at the gradients of all."""
     one, all_ = _small(), {}
     optimizer = make_optimizer(one, opt, 1.0, 0.9, 0.1, layer_decay=0.5)
-    set_rate(optimizer, 0.02)
+    set_lr(optimizer, 0.02)
     for rate in (0.02, 0.01, 0.005):
         all_[rate] = _small()
         plain = make_optimizer(all_[rate], opt, rate, 0.9, 0.1)

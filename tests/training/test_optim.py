@@ -10,7 +10,7 @@ from torch import nn
 
 from rsnet.config.model_config import ModelConfig
 from rsnet.models.factory import create_model
-from rsnet.training.optim import LrSchedule, load_momentum, make_sgd
+from rsnet.training.optim import LrSchedule, load_optimizer_state, make_sgd
 
 
 def _rates(decay, **more):
@@ -126,7 +126,7 @@ def test_momentum_of_other_parameters_is_not_taken_over():
 
     saved = trained(make_sgd(model, 0.1, 0.9, 0.0))
     sgd = make_sgd(model, 0.2, 0.9, 0.5)
-    assert load_momentum(sgd, saved)
+    assert load_optimizer_state(sgd, saved)
     for i, parameter in enumerate(p for group in sgd.param_groups for p in group["params"]):
         assert torch.equal(
             sgd.state[parameter]["momentum_buffer"], saved["state"][i]["momentum_buffer"]
@@ -139,6 +139,6 @@ def test_momentum_of_other_parameters_is_not_taken_over():
     plain = make_sgd(model, 0.1, 0.0, 0.0)
     for saved in (trained(one_group), trained(plain), other.state_dict()):
         fresh = make_sgd(model, 0.1, 0.9, 0.0)
-        assert not load_momentum(fresh, saved)
+        assert not load_optimizer_state(fresh, saved)
         assert not any(s["momentum_buffer"].any() for s in fresh.state.values())
-    assert load_momentum(plain, trained(sgd))
+    assert load_optimizer_state(plain, trained(sgd))

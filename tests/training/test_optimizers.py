@@ -21,7 +21,7 @@ from rsnet.config.resolve import resolve
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training import resume
-from rsnet.training.optim import load_momentum, make_optimizer
+from rsnet.training.optim import load_optimizer_state, make_optimizer
 from rsnet.training.trainer import Trainer, make_trainer
 
 OPTIMIZERS = ["adamw", "lamb", "muon"]
@@ -178,7 +178,7 @@ def test_an_earlier_versions_single_count_is_not_that_of_a_size_that_waits():
     for group in saved["param_groups"]:
         group["step"] = group["step"].max()
     again = _trainer("--opt", "lamb", "--size-schedule", "0:24", "1:all")
-    assert load_momentum(again.optimizer, saved)
+    assert load_optimizer_state(again.optimizer, saved)
     assert [group["step"].tolist() for group in again.optimizer.param_groups] == [[3, 0, 3]] * 2
 
 

@@ -63,7 +63,7 @@ def test_a_step_is_that_of_student_and_teacher_by_hand(chosen):
     """Two batches an update, mixed; the student normalises by ImageNet's pixels, the teacher by none."""
     model, twin, frozen = _model(0), _model(0), _model(1, (OWN,)).eval()
     teacher = Teacher(_model(1, (OWN,)).eval(), (OWN,), (*SIZES, OWN))
-    teacher.see(MEAN_STD["imagenet"], MEAN_STD["unit"])
+    teacher.renormalize(MEAN_STD["imagenet"], MEAN_STD["unit"])
     mix = Mixup(0.4, 0.0, 5, 0)
     trainer = Trainer(
         Objective(model, "ens_topdown", 0.1, teacher_weight=0.7, temperature=2.0),

@@ -97,11 +97,11 @@ def _(x: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op(
     "rsnet::batch_norm_act_backward",
     mutates_args=(),
-    schema="(Tensor of_y, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, str act)"
-    " -> Tensor[]",
+    schema="(Tensor grad_y, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+    "str act) -> Tensor[]",
 )
 def batch_norm_act_backward(  # noqa: PLR0917
-    of_y: Tensor,
+    grad_y: Tensor,
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
@@ -112,7 +112,7 @@ def batch_norm_act_backward(  # noqa: PLR0917
 ) -> list[Tensor]:
     """Return the gradients of x, weight and bias, and, given y, in which a residual is, of that, too."""
     with _launched_for(x):
-        found = _kernels().gradients(of_y, x, y, (weight, bias, mean, rstd), act)
+        found = _kernels().gradients(grad_y, x, y, (weight, bias, mean, rstd), act)
     return cast(list[Tensor], found)
 
 
@@ -132,11 +132,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, y, weight, bias, mean, rstd)
 
 
-def _backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
-    found = batch_norm_act_backward(of_y, *ctx.saved_tensors, ctx.act)
-    of_x, of_weight, of_bias = found[:3]
-    of_residual = found[-1] if len(found) > 3 else of_y if ctx.adds else None
-    return of_x, of_weight, of_bias, None, None, of_residual, None
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    found = batch_norm_act_backward(grad_y, *ctx.saved_tensors, ctx.act)
+    grad_x, grad_weight, grad_bias = found[:3]
+    grad_residual = found[-1] if len(found) > 3 else grad_y if ctx.adds else None
+    return grad_x, grad_weight, grad_bias, None, None, grad_residual, None
 
 
 batch_norm_act.register_autograd(_backward, setup_context=_setup_context)

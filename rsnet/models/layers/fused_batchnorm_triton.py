@@ -110,11 +110,11 @@ def _apply(  # noqa: PLR0917
 
 @triton.jit
 def _gradient(  # noqa: PLR0917
-    of_y, y, at, inside, value,
+    grad_y, y, at, inside, value,
     READS_Y: tl.constexpr, ACTIVATION: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """The gradient before the activation. value: what it was computed of, if it is not seen in its output."""
-    gradient = tl.load(of_y + at, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32)
     if READS_Y:
         value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION > 0:
@@ -126,7 +126,7 @@ def _gradient(  # noqa: PLR0917
 
 @triton.jit
 def _backward_sums(  # noqa: PLR0917
-    of_y, x, y, weight, bias, mean, rstd, sums,
+    grad_y, x, y, weight, bias, mean, rstd, sums,
     rows, channels, part,
     READS_Y: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -136,8 +136,8 @@ def _backward_sums(  # noqa: PLR0917
     scale, shift = tl.load(weight + column, mask=known), tl.load(bias + column, mask=known)
     center, inverse = tl.load(mean + column, mask=known), tl.load(rstd + column, mask=known)
     end = tl.minimum((split + 1) * part, rows)
-    of_bias = tl.zeros((COLUMNS,), tl.float32)
-    of_weight = tl.zeros((COLUMNS,), tl.float32)
+    grad_bias = tl.zeros((COLUMNS,), tl.float32)
+    grad_weight = tl.zeros((COLUMNS,), tl.float32)
     for start in range(split * part, end, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < end)[:, None] & known[None, :]
@@ -145,19 +145,19 @@ def _backward_sums(  # noqa: PLR0917
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         deviation = value - center[None, :]
         value = deviation * (scale * inverse)[None, :] + shift[None, :]
-        gradient = _gradient(of_y, y, at, inside, value, READS_Y, ACTIVATION)
-        of_bias += tl.sum(gradient, 0)
+        gradient = _gradient(grad_y, y, at, inside, value, READS_Y, ACTIVATION)
+        grad_bias += tl.sum(gradient, 0)
         normalized = tl.where(inside, deviation * inverse[None, :], 0.0)
-        of_weight += tl.sum(gradient * normalized, 0)
+        grad_weight += tl.sum(gradient * normalized, 0)
     at = 2 * split * channels + column
-    tl.store(sums + at, of_weight, mask=known)
-    tl.store(sums + at + channels, of_bias, mask=known)
+    tl.store(sums + at, grad_weight, mask=known)
+    tl.store(sums + at + channels, grad_bias, mask=known)
 
 
 @triton.jit
 def _backward(  # noqa: PLR0917
-    of_y, x, y, weight, bias, mean, rstd, of_weight,
-    of_bias, of_x, of_residual, rows, channels,
+    grad_y, x, y, weight, bias, mean, rstd, grad_weight,
+    grad_bias, grad_x, grad_residual, rows, channels,
     READS_Y: tl.constexpr, WRITES: tl.constexpr, ACTIVATION: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -168,22 +168,22 @@ def _backward(  # noqa: PLR0917
     at = row.to(tl.int64)[:, None] * channels + column[None, :]
     scale, shift = tl.load(weight + column, mask=known), tl.load(bias + column, mask=known)
     center, inverse = tl.load(mean + column, mask=known), tl.load(rstd + column, mask=known)
-    share_of_weight = tl.load(of_weight + column, mask=known) / rows
-    share_of_bias = tl.load(of_bias + column, mask=known) / rows
+    share_of_weight = tl.load(grad_weight + column, mask=known) / rows
+    share_of_bias = tl.load(grad_bias + column, mask=known) / rows
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     deviation = value - center[None, :]
     value = deviation * (scale * inverse)[None, :] + shift[None, :]
-    gradient = _gradient(of_y, y, at, inside, value, READS_Y, ACTIVATION)
+    gradient = _gradient(grad_y, y, at, inside, value, READS_Y, ACTIVATION)
     if WRITES:
-        tl.store(of_residual + at, gradient.to(of_residual.dtype.element_ty), mask=inside)
+        tl.store(grad_residual + at, gradient.to(grad_residual.dtype.element_ty), mask=inside)
     gradient -= share_of_bias[None, :] + deviation * (inverse * share_of_weight)[None, :]
     result = gradient * (scale * inverse)[None, :]
-    tl.store(of_x + at, result.to(of_x.dtype.element_ty), mask=inside)
+    tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _add_up(  # noqa: PLR0917
-    parts, of_weight, of_bias, splits, channels,
+    parts, grad_weight, grad_bias, splits, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -195,9 +195,9 @@ def _add_up(  # noqa: PLR0917
         at = (2 * split + tl.program_id(1))[:, None] * channels + column[None, :]
         total += tl.sum(tl.load(parts + at, mask=inside, other=0.0), 0)
     if tl.program_id(1) == 0:
-        tl.store(of_weight + column, total, mask=known)
+        tl.store(grad_weight + column, total, mask=known)
     else:
-        tl.store(of_bias + column, total, mask=known)
+        tl.store(grad_bias + column, total, mask=known)
 
 
 def statistics(
@@ -228,33 +228,33 @@ def apply(x: Tensor, norm: Norm, residual: Tensor | None, act: str) -> Tensor:
     return y
 
 
-def gradients(of_y: Tensor, x: Tensor, y: Tensor | None, norm: Norm, act: str) -> list[Tensor]:
+def gradients(grad_y: Tensor, x: Tensor, y: Tensor | None, norm: Norm, act: str) -> list[Tensor]:
     """Return the gradients of x, weight, bias, and, given `y`, which has a residual in it, of that."""
     rows, channels = _matrix(x)
     part, splits, blocks, tile = _first_stage(rows, channels)
-    given = _matching(of_y, x), x, x if y is None else y, *norm
+    given = _matching(grad_y, x), x, x if y is None else y, *norm
     kind = {"READS_Y": y is not None, "ACTIVATION": ACTIVATIONS[act]}
     parts = x.new_empty((splits, 2, channels), dtype=torch.float32)
     _backward_sums[(splits, blocks)](*given, parts, rows, channels, part, **kind, **tile)
-    of_weight, of_bias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    grad_weight, grad_bias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     second = triton.cdiv(channels, 32), 2
-    _add_up[second](parts, of_weight, of_bias, splits, channels, ROWS=32, COLUMNS=32, **FUSION)
-    of_x = torch.empty_like(x)
-    of_residual = of_x if y is None else torch.empty_like(x)
+    _add_up[second](parts, grad_weight, grad_bias, splits, channels, ROWS=32, COLUMNS=32, **FUSION)
+    grad_x = torch.empty_like(x)
+    grad_residual = grad_x if y is None else torch.empty_like(x)
     _backward[_every_tile(rows, channels)](
         *given,
-        of_weight,
-        of_bias,
-        of_x,
-        of_residual,
+        grad_weight,
+        grad_bias,
+        grad_x,
+        grad_residual,
         rows,
         channels,
         WRITES=y is not None,
         **kind,
         **tile,
     )
-    found = [of_x, of_weight, of_bias]
-    return found if y is None else [*found, of_residual]
+    found = [grad_x, grad_weight, grad_bias]
+    return found if y is None else [*found, grad_residual]
 
 
 def _matrix(x: Tensor) -> tuple[int, int]:

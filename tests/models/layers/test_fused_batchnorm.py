@@ -59,18 +59,18 @@ def _apply(x, norm, residual, act):
     return {"none": lambda t: t, "relu": F.relu, "relu6": F.relu6}[act](y).to(x.dtype)
 
 
-def _gradients(of_y, x, y, norm, act):
+def _gradients(grad_y, x, y, norm, act):
     weight, bias, mean, rstd = (t[:, None, None].double() for t in norm)
     seen = (x - mean) * (rstd * weight) + bias if y is None else y
     low, high = {"none": (-torch.inf, torch.inf), "relu": (0, torch.inf), "relu6": (0, 6)}[act]
-    of_y = torch.where((seen > low) & (seen < high), of_y.double(), 0.0)
+    grad_y = torch.where((seen > low) & (seen < high), grad_y.double(), 0.0)
     normalized = (x - mean) * rstd
-    of_bias, of_weight = of_y.sum((0, 2, 3)), (of_y * normalized).sum((0, 2, 3))
+    grad_bias, grad_weight = grad_y.sum((0, 2, 3)), (grad_y * normalized).sum((0, 2, 3))
     rows = x.numel() / x.shape[1]
-    of_x = of_y - (of_bias[:, None, None] + normalized * of_weight[:, None, None]) / rows
-    of_x = (of_x * rstd * weight).to(x.dtype).contiguous(memory_format=torch.channels_last)
-    found = [of_x, of_weight.to(norm[0].dtype), of_bias.to(norm[0].dtype)]
-    return found if y is None else [*found, of_y.to(x.dtype)]
+    grad_x = grad_y - (grad_bias[:, None, None] + normalized * grad_weight[:, None, None]) / rows
+    grad_x = (grad_x * rstd * weight).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    found = [grad_x, grad_weight.to(norm[0].dtype), grad_bias.to(norm[0].dtype)]
+    return found if y is None else [*found, grad_y.to(x.dtype)]
 
 
 @pytest.fixture
@@ -346,8 +346,8 @@ def test_the_kernels_pass_nan_on_and_take_other_layouts():
         residual[0, 0, 0, 0] = torch.nan
         y = kernels.apply(x, norm, residual, act)
         torch.testing.assert_close(y, AddActivation(act)(x, residual), equal_nan=True)
-    of_y = torch.ones(2, 3, 1, 1).expand(2, 3, 4, 4)
-    found = kernels.gradients(of_y, x, None, norm, "relu")
+    grad_y = torch.ones(2, 3, 1, 1).expand(2, 3, 4, 4)
+    found = kernels.gradients(grad_y, x, None, norm, "relu")
     torch.testing.assert_close(found[2], (x > 0).sum((0, 2, 3)).float())
 
 
@@ -357,7 +357,7 @@ def test_the_kernels_pass_nan_on_and_take_other_layouts():
 def test_every_kernel_compiles_for_a_gpu_without_one(adds, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="torch came without Triton")
     module = importlib.import_module("rsnet.models.layers.fused_batchnorm_triton")
-    types = dict.fromkeys(("x", "y", "residual", "of_y", "of_x", "of_residual"), "*bf16")
+    types = dict.fromkeys(("x", "y", "residual", "grad_y", "grad_x", "grad_residual"), "*bf16")
     types |= dict.fromkeys(("rows", "channels", "part", "splits"), "i32")
     types |= {"momentum": "fp32", "eps": "fp32"}
     constants = {"ROWS": 32, "COLUMNS": 32, "ACTIVATION": 2}
