@@ -17,6 +17,7 @@ from pipelines.utils.atomic_io import atomic_write, atomic_write_json
 from pipelines.utils.errors import UsageError
 from rsnet.config.model_config import MODEL_DEFAULTS, ModelConfig
 from rsnet.models.factory import builder_options, is_variant, library_name
+from rsnet.models.pretrained import require_timm
 
 Library = Literal["torchvision", "timm"]
 
@@ -116,7 +117,7 @@ def _lack(library: Library, network: ModelConfig) -> str:
 
 def _has(library: Library, name: str) -> bool:
     if library == "timm":
-        timm = _timm()
+        timm = require_timm("--format timm")
         return bool(timm.is_model(name))
     try:
         get_model_builder(name)
@@ -127,16 +128,8 @@ def _has(library: Library, name: str) -> bool:
 
 def _build(library: Library, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if library == "timm":
-        network: nn.Module = _timm().create_model(name, pretrained=False, **arguments)
+        network: nn.Module = require_timm("--format timm").create_model(
+            name, pretrained=False, **arguments
+        )
         return network
     return get_model_builder(name)(weights=None, **arguments)  # type: ignore[no-any-return]
-
-
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError:
-        raise UsageError(
-            '--format timm: timm is not installed: pip install "rsnet-trainer[timm]"'
-        ) from None
-    return timm

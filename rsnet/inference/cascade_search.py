@@ -305,7 +305,6 @@ def tune_release(
     others = [*(outcome.cascade for outcome in frontier), *singles]
     reported = undominated(held_out, chosen.cascade, others, ms)
     chosen = simulate(fitted_to, reported.cascade, ms)
-    within = interval(held_out, reported.cascade, ms)
     sizes = [
         TunedSize(
             size=size,
@@ -322,28 +321,36 @@ def tune_release(
         tuned=Tuned(temperatures, chosen.cascade),
         fitted=chosen,
         held_out=reported,
-        interval=within,
+        interval=interval(held_out, reported.cascade, ms),
         fitted_images=len(fitted.labels),
         held_out_images=len(other.labels),
         sizes=sizes,
         shares=shares(held_out, chosen.cascade),
         best_size=next((s for s in sizes if s.size == best), None),
     )
+    _write_result(classifier, result, {"top1": target_top1, "ms": target_ms})
+    return result
+
+
+def _write_result(
+    classifier: SwitchableClassifier, result: TuneResult, target: Mapping[str, float | None]
+) -> None:
+    """Write tuned.json of the release."""
     conditions = classifier.conditions
+    fitted, held_out, within = result.fitted, result.held_out, result.interval
     notes = {
-        "target": {"top1": target_top1, "ms": target_ms},
-        "fitted": {"images": result.fitted_images, "top1": chosen.top1, "ms": chosen.ms},
+        "target": target,
+        "fitted": {"images": result.fitted_images, "top1": fitted.top1, "ms": fitted.ms},
         "held_out": {
             "images": result.held_out_images,
-            "top1": reported.top1,
-            "ms": reported.ms,
+            "top1": held_out.top1,
+            "ms": held_out.ms,
             "interval": {"top1": list(within.top1), "ms": list(within.ms)},
         },
         "conditions": conditions,
     }
     found = classifier.release
     write_tuned(found.folder, conditions["sha256"], result.tuned, notes, found.prefix)
-    return result
 
 
 def choose(

@@ -41,7 +41,7 @@ from rsnet.models.layers.onednn_workarounds import (
     convert_single_pixel_convs,
 )
 from rsnet.models.preact_resnet import init_classifier
-from rsnet.models.pretrained import expected_normalize, load_pretrained, timm_tags
+from rsnet.models.pretrained import expected_normalize, load_pretrained, require_timm, timm_tags
 from rsnet.models.quantization.lq_nets import init_quantizers_from_weights, quantize
 from rsnet.models.resnet import LAYERS, convert_to_small_stem, scaled_resnet
 from rsnet.models.shapes import check_sizes
@@ -286,12 +286,7 @@ def _init_as_authors_quantized(network: nn.Module) -> None:
 def _build_timm(
     arch: str, num_classes: int, width_mult: float, drop_path: float | None
 ) -> nn.Module:
-    try:
-        import timm
-    except ImportError:
-        raise UsageError(
-            f'--arch {arch}: timm is not installed: pip install "rsnet-trainer[timm]"'
-        ) from None
+    timm = require_timm(f"--arch {arch}")
     if width_mult != 1.0:
         raise UsageError(f"--width-mult {width_mult}: choose a width by its timm name instead")
     _, name = library_name(arch)

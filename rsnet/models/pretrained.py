@@ -108,17 +108,33 @@ def expected_mean_std(library: Literal["torchvision", "timm"], name: str, weight
         return MEAN_STD["inception" if name in ("googlenet", "inception_v3") else "imagenet"]
     import timm
 
-    tagged = name if weights == "default" or is_path(weights) else f"{name}.{weights}"
+    full = tagged_name(name, weights)
     try:
-        config = timm.models.get_pretrained_cfg(tagged, allow_unregistered=True)
+        config = timm.models.get_pretrained_cfg(full, allow_unregistered=True)
     except RuntimeError as error:  # there is no such tag
         raise UsageError(
-            f"--pretrained: timm has no weights {tagged} ({first_line(error)}); it has {timm_tags(name)}"
+            f"--pretrained: timm has no weights {full} ({first_line(error)}); it has {timm_tags(name)}"
         ) from error
     if config is None:
         return MEAN_STD["imagenet"]
     mean, std = (tuple(255 * value for value in values) for values in (config.mean, config.std))
     return mean, std
+
+
+def require_timm(option: str) -> Any:
+    """Return the module timm. Raises UsageError, which names `option`, if it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise UsageError(
+            f'{option}: timm is not installed: pip install "rsnet-trainer[timm]"'
+        ) from None
+    return timm
+
+
+def tagged_name(name: str, weights: str) -> str:
+    """Return a network's name with that of its weights, as timm writes it; files and defaults have none."""
+    return name if weights == "default" or is_path(weights) else f"{name}.{weights}"
 
 
 def timm_tags(name: str) -> str:
@@ -185,8 +201,7 @@ def _download(library: str, name: str, weights: str, option: str) -> Mapping[str
         if library == "timm":
             import timm
 
-            full = name if weights == "default" else f"{name}.{weights}"
-            return dict(timm.create_model(full, pretrained=True).state_dict())
+            return dict(timm.create_model(tagged_name(name, weights), pretrained=True).state_dict())
         known = get_model_weights(name).__members__
         if member := known.get("DEFAULT" if weights == "default" else weights):
             return dict(member.get_state_dict(check_hash=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,7 +17,15 @@ from pipelines.utils.errors import DataError, UsageError
 from rsnet.config.model_config import PREFIX, TIMM_PREFIX, canonical_arch
 from rsnet.losses import LossName
 from rsnet.models.factory import WeightsOnMeta, builder_options, library_name
-from rsnet.models.pretrained import MeanStd, cleaned, expected_mean_std, is_path, read_state
+from rsnet.models.pretrained import (
+    MeanStd,
+    cleaned,
+    expected_mean_std,
+    is_path,
+    read_state,
+    require_timm,
+    tagged_name,
+)
 from rsnet.models.state_dict import describe_mismatch
 
 
@@ -62,8 +69,7 @@ class Published(NamedTuple):
     @property
     def tagged(self) -> str:
         """The name with that of its weights, as timm writes it."""
-        has_none = self.weights == "default" or is_path(self.weights)
-        return self.name if has_none else f"{self.name}.{self.weights}"
+        return tagged_name(self.name, self.weights)
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network, with random weights."""
@@ -109,21 +115,15 @@ def find(text: str, option: str) -> Published:
 
     Raises UsageError if there is none, or timm is not installed. option: names it in errors.
     """
-    tagged, _, file = text.partition(":")
-    bare, _, tag = tagged.partition(".")
+    named, _, file = text.partition(":")
+    bare, _, tag = named.partition(".")
     library, name = library_name(canonical_arch(bare))
     weights = file or tag or "default"
     if file and not is_path(file):
         weights = f"./{file}"
     names: list[str] = list_torchvision_models(module=torchvision.models)
     if library == "timm":
-        if importlib.util.find_spec("timm") is None:
-            raise UsageError(
-                f'{option} {text}: timm is not installed: pip install "rsnet-trainer[timm]"'
-            )
-        import timm
-
-        names = timm.list_models()
+        names = require_timm(f"{option} {text}").list_models()
     if name not in names:
         near = difflib.get_close_matches(name.lower(), names, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "such a name is timm/resnet50"

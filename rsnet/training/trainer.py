@@ -195,6 +195,41 @@ def _allow_compilations(sets: int) -> None:
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * (sets + 8))
 
 
+def _objective(
+    c: ResolvedConfig, model: ResolutionSwitchable, teacher: Teacher | None
+) -> Objective:
+    """Return network and losses, compiled with the teacher if --compile is given."""
+    objective = Objective(
+        model,
+        c.kd_type if c.kd else None,
+        c.label_smoothing,
+        loss=c.loss,
+        target_thresh=c.bce_target_thresh,
+        teacher_weight=c.teacher_weight,
+        temperature=c.teacher_temperature,
+        teacher_loss=teacher.loss if teacher else "ce",
+    )
+    if c.compile:
+        _allow_compilations(step_sets(c.phases, c.sizes_per_step))
+        objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
+        if teacher is not None:
+            teacher.compile(dynamic=False)
+    return objective
+
+
+def _lr_schedule(c: ResolvedConfig, steps_per_epoch: int) -> LrSchedule:
+    return LrSchedule(
+        lr=c.lr,
+        decay=c.lr_decay,
+        steps=c.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=c.warmup * steps_per_epoch,
+        gamma=c.gamma,
+        step_epochs=c.step,
+        milestones=c.schedule,
+    )
+
+
 def make_trainer(
     config: ResolvedConfig,
     model: ResolutionSwitchable,
@@ -211,28 +246,13 @@ def make_trainer(
     """
     c = config
     phases = {phase.start * steps_per_epoch: phase.sizes for phase in c.phases}
-    objective = Objective(
-        model,
-        c.kd_type if c.kd else None,
-        c.label_smoothing,
-        loss=c.loss,
-        target_thresh=c.bce_target_thresh,
-        teacher_weight=c.teacher_weight,
-        temperature=c.teacher_temperature,
-        teacher_loss=teacher.loss if teacher else "ce",
-    )
-    if c.compile:
-        _allow_compilations(step_sets(c.phases, c.sizes_per_step))
-        objective.compile(dynamic=False)  # sizes and the private BatchNorms are constants
-        if teacher is not None:
-            teacher.compile(dynamic=False)
     mix = None
     if c.mixup or c.cutmix:
         # Each rank's batch has draws of its own.
         mix = Mixup(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))
     return Trainer(
         distributed.wrap_ddp(
-            objective,
+            _objective(c, model, teacher),
             device,
             all_used=c.has_all_sizes or model.shared_norm,
             # DDP does not take a graph for static of which it skips the reduction.
@@ -249,16 +269,7 @@ def make_trainer(
             layer_decay=c.layer_decay,
             norm_lr_mult=c.norm_lr_mult,
         ),
-        LrSchedule(
-            lr=c.lr,
-            decay=c.lr_decay,
-            steps=c.epochs * steps_per_epoch,
-            steps_per_epoch=steps_per_epoch,
-            warmup_steps=c.warmup * steps_per_epoch,
-            gamma=c.gamma,
-            step_epochs=c.step,
-            milestones=c.schedule,
-        ),
+        _lr_schedule(c, steps_per_epoch),
         device,
         AMP_DTYPES[c.amp],
         accumulate=c.accumulate,

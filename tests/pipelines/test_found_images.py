@@ -166,4 +166,4 @@ def test_plain_names_are_shown_as_they_are():
 
 
 def test_a_name_that_is_no_text_is_shown():
-    distinct(os.fsdecode(b"\xff")).encode("utf-8", "backslashreplace")
+    assert distinct(os.fsdecode(b"\xff")) == "\\udcff ('\\udcff')"
