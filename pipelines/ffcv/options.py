@@ -59,7 +59,7 @@ def not_installed(error: ImportError) -> UsageError:
     """Return the error for a machine on which FFCV is not installed."""
     return UsageError(
         f"FFCV cannot be imported ({error}); install it with make install in a "
-        "checkout, or use --pipeline dali, which needs no FFCV"
+        "checkout, or train by DALI (rsnet train --pipeline dali), which needs no FFCV"
     )
 
 

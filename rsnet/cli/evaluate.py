@@ -181,8 +181,9 @@ def _evaluate(options: Options, device: torch.device) -> DetailedEvaluation | No
     require_wandb(options)
     distributed.run_on_main(lambda: _require_new(options))
     source, model = distributed.run_on_all(lambda: _open(options))
-    amp = AMP_DTYPES[options.amp or ("bf16" if has_bf16(device) else "off")]
-    facts = {"--sizes": model.sizes, "--amp": str(amp)}
+    precision = options.amp or ("bf16" if has_bf16(device) else "off")
+    amp = AMP_DTYPES[precision]
+    facts = {"--sizes": model.sizes, "--amp": precision}
     require_same(
         "networks", lambda: facts | {"weights": state_digest(source.checkpoint.eval_weights)}
     )

@@ -95,7 +95,7 @@ def option_rules(c: Any) -> list[tuple[str, Any, Callable[[Any], bool], str]]:
         ("--layer-decay", c.layer_decay, _above_0(1), "must be above 0, and 1 at most"),
         ("--norm-lr-mult", c.norm_lr_mult, _above_0(100), "must be a positive number, 100 at most"),
         ("--clip-grad", c.clip_grad, _not_negative, "must be 0 or a positive number"),
-        ("--sizes-per-step", c.sizes_per_step, _within(1, MANY), "at least 2 sizes are needed"),
+        ("--sizes-per-step", c.sizes_per_step, lambda n: n > 0, "at least 2 sizes are needed"),
         ("--size-schedule", c.size_schedule, is_schedule,
          "give EPOCHS:SIZE[,SIZE...] of each part, a word of its own, as in 0:128 40:160,128 80:all"),
         ("--teacher-weight", c.teacher_weight, _above_0(1000), "must be a positive number, 1000 at most"),

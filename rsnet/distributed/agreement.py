@@ -39,7 +39,8 @@ def require_on_rank_0(path: Path) -> None:
     path: what rank 0 resumes from, where it is. Which machine that is may change when torchrun starts all
     again: the training would begin anew without a word.
     """
-    (host, has), *others = distributed.all_gather_object((socket.gethostname(), path.exists()))
+    is_here = distributed.run_on_all(lambda: path.exists())
+    (host, has), *others = distributed.all_gather_object((socket.gethostname(), is_here))
     for rank, (other_host, other_has) in enumerate(others, start=1):
         if other_has and not has:
             raise UsageError(

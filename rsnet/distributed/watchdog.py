@@ -79,7 +79,7 @@ class Watchdog:
                 self._log(f"rank {self._rank}: {line}")
                 say(f"rank {self._rank}: error: {line}", sys.stderr)
                 if self._rank == 0:  # which may have the store that others are asking
-                    time.sleep(4 * self._interval)
+                    self._wait(4)
                 os._exit(RunError.exit_code)  # the main thread may wait for the rank that is stuck
 
     def _tell(self) -> None:
@@ -94,13 +94,18 @@ class Watchdog:
                 found[rank] = float(moment), int(ticks)
         return found
 
+    def _wait(self, intervals: int) -> None:
+        """Wait, and tell others, who may ask at the same time, that this one lives."""
+        for _ in range(intervals):
+            time.sleep(self._interval)
+            with suppress(RuntimeError):
+                self._tell()
+
     def _who(self) -> str:
         """Return a description of the rank that makes no progress. Takes three intervals."""
         try:
             before = self._told()
-            for _ in range(3):  # others, who ask at the same time, are told that this one lives
-                time.sleep(self._interval)
-                self._tell()
+            self._wait(3)
             after = self._told()
         except RuntimeError as error:
             return f"rank 0's machine does not answer: {first_line(error)}"

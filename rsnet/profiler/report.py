@@ -68,7 +68,10 @@ def _for_loader(p: Profile, options: Any) -> list[str]:
     flags = [f"--workers up to {cores}"] if getattr(options, "workers", 0) < cores else []
     if p.peak_memory_gb is not None and hasattr(options, "decoder_hw_load"):
         flags.append("--decoder-hw-load")
-    return [*flags, "smaller images (rsnet convert --max-resolution), or --pipeline ffcv"]
+    return [
+        *flags,
+        "smaller images (rsnet convert --max-resolution), or rsnet train --pipeline ffcv",
+    ]
 
 
 def images_per_s(p: Profile) -> dict[str, float]:

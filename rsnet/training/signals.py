@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # Ctrl-C, what schedulers send before they kill, what Slurm and others are told to send some time before the
 # end, a terminal that was closed, and a limit of CPU time.
@@ -33,13 +34,21 @@ class TrainingInterrupted(Exception):  # noqa: N818 - it is what was asked for
 @contextmanager
 def handlers_put_back() -> Iterator[None]:
     """Put back, at the end of the block, the handlers that signals have now."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = _handlers()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if handler is not signal.getsignal(number):
-                signal.signal(number, handler)
+        _put_back(before)
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    return {number: signal.getsignal(number) for number in SIGNALS}
+
+
+def _put_back(before: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in before.items():
+        if handler is not signal.getsignal(number):
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -56,16 +65,18 @@ class StopRequest:
         checkpoint is whole at any moment. A training that was stopped goes on to note them, while it
         uploads, and waits for other ranks: to this one the signal may come later.
         """
-        with ExitStack() as stack:
-            stack.enter_context(handlers_put_back())
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, self._note)
-            try:
-                yield
-            except TrainingInterrupted:
-                stack.pop_all()
-                raise
+        before, stopped = _handlers(), False
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+        try:
+            yield
+        except TrainingInterrupted:
+            stopped = True
+            raise
+        finally:
+            if not stopped:
+                _put_back(before)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.number and number in REPEATED:

@@ -116,10 +116,10 @@ def _skip_on_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if scale is not None:
             torch._foreach_mul_(gradients, scale.reciprocal())
         if hasattr(optimizer, "found_inf"):
-            tensors = list(_tensors(optimizer))
-            copies = [torch.empty_like(_flat(t)) for t in tensors]
-            torch._foreach_copy_(copies, [_flat(t) for t in tensors])
-            kept.update(zip(map(id, tensors), copies, strict=True))
+            for group in _groups(_tensors(optimizer)):
+                copies = [torch.empty_like(_flat(t)) for t in group]
+                torch._foreach_copy_(copies, [_flat(t) for t in group])
+                kept.update(zip(map(id, group), copies, strict=True))
 
     @torch.no_grad()
     def put_back(_optimizer: Any, _args: Any, _kwargs: Any) -> None:

@@ -177,6 +177,7 @@ def test_a_run_that_only_another_rank_has_is_not_begun_anew(
     monkeypatch, tmp_path, found, is_refused
 ):
     hosts = [(f"node{rank}", has == "1") for rank, has in enumerate(found)]
+    monkeypatch.setattr(distributed, "run_on_all", lambda action: action())
     monkeypatch.setattr(distributed, "all_gather_object", lambda own: hosts)  # noqa: ARG005
     last = tmp_path / "last.pt"
     words = f"{last} is on the disk of rank 1 (on node1), but not of rank 0 (on node0)"

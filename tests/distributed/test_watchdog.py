@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -80,7 +81,7 @@ def _watchdogs(ranks: int) -> list[Watchdog]:
     """Those of as many ranks, which tell each other in one store; none watches by itself."""
     store, found = dist.HashStore(), []
     for rank in range(ranks):
-        dog = Watchdog(3.2, lambda _: None)  # asks for 1.2 s
+        dog = Watchdog(8, lambda _: None)  # asks for 3 s
         dog._store, dog._rank = store, rank
         dog._others = [r for r in range(ranks) if r != rank]
         dog._tell()
@@ -90,8 +91,14 @@ def _watchdogs(ranks: int) -> list[Watchdog]:
 
 def _asked_together(dogs: list[Watchdog]) -> list[str]:
     """What each says at the same time, as all run into the same timeout."""
+    together = threading.Barrier(len(dogs))
+
+    def ask(dog: Watchdog) -> str:
+        together.wait()
+        return dog._who()
+
     with ThreadPoolExecutor(len(dogs)) as threads:
-        return list(threads.map(lambda dog: dog._who(), dogs))
+        return list(threads.map(ask, dogs))
 
 
 def test_ranks_that_ask_at_the_same_time_do_not_take_each_other_for_lost():
