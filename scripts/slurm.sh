@@ -3,14 +3,14 @@
 #
 #     sbatch --nodes 2 scripts/slurm.sh --data /imagenet --arch parallel_resnet50 --batch-size 16
 #
-# Five minutes before its time is over, and when it is preempted, Slurm signals the tasks, which save and
+# Seven minutes before its time is over, and when it is preempted, Slurm signals the tasks, which save and
 # exit; the job then queues again and goes on. No torchrun in between, so that the signal reaches them.
 #SBATCH --job-name=rsnet
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@300
+#SBATCH --signal=USR1@420
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
@@ -21,7 +21,8 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-srun --kill-on-bad-exit=1 bash -c '
+# Unbound: a trainer takes its share of all cores that it sees, which are then those of its node's tasks.
+srun --cpu-bind=none --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec .venv/bin/python train_dali.py "$@"' task "$@"
 code=$?

@@ -16,7 +16,8 @@ import os
 import random
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -217,11 +218,12 @@ class Remote(ABC):
         exact = len(patterns) > 1 and not any(set(one) & set("*?[") for one in patterns)
         if not exact:
             return [await self._found(one, "glob") for one in patterns]
-        # One listing of what begins alike, in place of a request for each of the names.
-        first, last = min(patterns), max(patterns)
-        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-        listed = await self._found("".join(one for one, _ in alike) + "*", "glob")
-        by_url = {one.url: one for one in listed}
+        # For each folder one listing of what begins alike, in place of a request for each of the names.
+        folders: dict[str, list[str]] = defaultdict(list)
+        for one in patterns:
+            folders[one.rpartition("/")[0]].append(one)
+        listed = [await self._found(_beginning(its) + "*", "glob") for its in folders.values()]
+        by_url = {one.url: one for its in listed for one in its}
         return [[by_url[one]] if one in by_url else [] for one in patterns]
 
     async def _found(self, url: str, how: str) -> list[RemoteObject]:
@@ -251,6 +253,8 @@ class Remote(ABC):
         return found.hexdigest() == expected.sha256
 
     async def _copied(self, item: RemoteObject, file: int) -> None:
+        # Its own: who waits may be told to stop, close the file and open another under its number.
+        file = os.dup(file)
         size = PART if item.by_range else max(item.size, 1)
         tasks = [
             asyncio.create_task(self._fill(item, start, min(start + size, item.size), file))
@@ -261,6 +265,8 @@ class Remote(ABC):
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            os.close(file)
 
     async def _fill(self, item: RemoteObject, start: int, stop: int, file: int) -> None:
         at = start
@@ -303,6 +309,12 @@ class Remote(ABC):
             longest = min(FIRST_DELAY * 2 ** (number - 1), LONGEST_DELAY)
             await asyncio.sleep(max(wait, random.uniform(longest / 2, longest)))
         raise AssertionError
+
+
+def _beginning(names: Collection[str]) -> str:
+    """Return what all names begin with."""
+    pairs = zip(min(names), max(names), strict=False)
+    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def run(work: Coroutine[Any, Any, T], given_up: threading.Event | None = None) -> T:

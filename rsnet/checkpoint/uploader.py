@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,12 @@ class Uploader:
             return self.problem if self._failures >= PATIENCE else ""
 
     def close(self, seconds: float) -> str:
-        """Upload what is left, for so long at most; return what is not there, in words, "" if all is."""
+        """Upload what is left, for so long at most; return what is not there, in words, "" if all is.
+
+        If nothing was started, nothing is uploaded.
+        """
+        if self._thread.ident is None:
+            return ""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -104,7 +109,7 @@ class Uploader:
                         self._next.replace(self._sending)
                         self._place = place
                 self._upload()
-                if is_last:
+                if is_last and self._is_own(self._owner()):  # another may have begun meanwhile
                     self.remote.store.remove(OWNER)
             except Exception as error:  # whatever a library raises, the training goes on
                 self._fail(error)
@@ -192,8 +197,11 @@ class Uploader:
             owner = None
         return owner if isinstance(owner, dict) else None
 
+    def _is_own(self, owner: Mapping[str, Any] | None) -> bool:
+        return owner is not None and owner.get("run") == self._id
+
     def _require_own(self) -> None:
         owner = self._owner()
-        if owner is None or owner.get("run") != self._id:
+        if not self._is_own(owner):
             host = f" on {owner.get('host')}" if owner else ""
             raise _TakenOver(f"another run{host} has taken it over")

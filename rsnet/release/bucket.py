@@ -27,16 +27,15 @@ def local_copy(url: str, newest: bool) -> Iterator[Path]:
     """
     base, _, file = url.rpartition(f"/{FOLDER}/")
     remote = RemoteRun(base or url)
-    names = [f"{FOLDER}/{file}"] if base else _wanted(remote, newest)
-    names = [name for name in names if remote.hash_of(name)]
-    if not names:
+    if not _names(remote, file if base else "", newest):
         raise UsageError(f"{url} is no run with checkpoints, nor one of them")
     folder = _cache() / hashlib.sha256(remote.url.encode()).hexdigest()[:16] / remote.name
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     taken = f"{remote.url}: another command is reading it; this one waits"
     with exclusive_lock(folder.parent / ".lock", taken, waits=True):
         _remove_partial(folder)  # of commands that were killed
-        found = _first_whole(remote, names, folder)
+        # Again: while this one waited, a training may have replaced them.
+        found = _first_whole(remote, _names(remote, file if base else "", newest), folder)
         for other in (folder / FOLDER).glob("*.pt"):
             # Of former calls: the cache does not grow. Other files there are the user's.
             if other != found and remote.hash_of(f"{FOLDER}/{other.name}"):
@@ -69,13 +68,14 @@ def _first_whole(remote: RemoteRun, names: list[str], folder: Path) -> Path:
     raise AssertionError
 
 
-def _wanted(remote: RemoteRun, newest: bool) -> list[str]:
-    """Return the names of a run's checkpoints, in the order in which they are asked for."""
-    last = [stored.name for stored in remote.checkpoints()]
-    best = remote.best()
-    if best is None:
-        return last
-    return [*last, best] if newest else [best]
+def _names(remote: RemoteRun, file: str, newest: bool) -> list[str]:
+    """Return the names of checkpoints, in the order in which they are asked for; of `file`, if given."""
+    if file:
+        names = [f"{FOLDER}/{file}"]
+    else:
+        last, best = [stored.name for stored in remote.checkpoints()], remote.best()
+        names = last if best is None else [*last, best] if newest else [best]
+    return [name for name in names if remote.hash_of(name)]
 
 
 def _cache() -> Path:

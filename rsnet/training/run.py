@@ -39,7 +39,7 @@ from rsnet.training.resume import (
 from rsnet.training.signals import StopRequest, TrainingInterrupted
 from rsnet.training.size_schedule import follow_nearest
 from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
-from rsnet.training.upload import start_upload, upload, waited_for
+from rsnet.training.upload import make_uploader, start_upload, upload, waited_for
 
 SAVE = 1  # what ranks vote for, and, to stop, STOP and the signal's number
 STOP = 1000
@@ -73,7 +73,7 @@ def train(context: RunContext, start: Start) -> Results:
         distributed.run_on_main(lambda: stack.enter_context(run_dir.alone()))
         context.console.log = run_dir.note
         keep_library_output(config.folder / "libraries.log")
-        uploader = start_upload(context, start.continues)
+        uploader = make_uploader(context, start.continues)
         stack.enter_context(waited_for(uploader, context))
         try:
             return TrainingRun(context, trainer, run_dir, start, uploader).run()
@@ -126,6 +126,7 @@ class TrainingRun:
         if start.continues:
             self._restore_best()
             run_dir.rewind(self.epoch + self.done / self.steps_per_epoch, self.epoch)
+        start_upload(uploader, context)
         self.logger = RunLogger(context, run_dir, self.steps_per_epoch, wandb_id)
         if start.continues and uploader and self.manager.last.exists():
             uploader.add(self.epoch, self.done)  # it may be newer than what is there

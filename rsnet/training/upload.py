@@ -15,8 +15,8 @@ from rsnet.training.signals import TrainingInterrupted
 LONGEST_WAIT = 300.0  # seconds at the end of a run; half of --timeout if that is less
 
 
-def start_upload(context: RunContext, continues: bool) -> Uploader | None:
-    """Return what uploads the run from here on, on rank 0; None elsewhere, and of a run that is not uploaded.
+def make_uploader(context: RunContext, continues: bool) -> Uploader | None:
+    """Return what will upload the run, on rank 0; None elsewhere, and of a run that is not uploaded.
 
     Raises UsageError on all ranks if there is no access, or the URL holds a run that is not continued;
     RunError if the storage does not answer.
@@ -24,21 +24,31 @@ def start_upload(context: RunContext, continues: bool) -> Uploader | None:
     config = context.config
     if config.url is None:
         return None
-    url, started = config.url, []
+    url, made = config.url, []
 
-    def start() -> None:
+    def make() -> None:
         with error_context("--output"):
             remote = RemoteRun(url)
             if not continues and remote.checkpoints():
                 raise UsageError(
                     f"{url} holds a run already; continue it with --resume auto, or give another URL"
                 )
-            uploader = Uploader(remote, config.folder, config.keep, context.console.say)
-            uploader.start()
-            started.append(uploader)
+            made.append(Uploader(remote, config.folder, config.keep, context.console.say))
 
-    distributed.run_on_main(start)
-    return started[0] if started else None
+    distributed.run_on_main(make)
+    return made[0] if made else None
+
+
+def start_upload(uploader: Uploader | None, context: RunContext) -> None:
+    """Take over the URL, once all that may refuse the training has accepted it. Raises as `make_uploader`."""
+
+    def start() -> None:
+        with error_context("--output"):
+            if uploader is not None:
+                uploader.start()
+
+    if context.config.url is not None:
+        distributed.run_on_main(start)
 
 
 def upload(uploader: Uploader | None, context: RunContext, epoch: int, done: int) -> None:

@@ -288,6 +288,33 @@ def test_of_two_runs_with_one_url_the_first_stops_uploading(s3, tmp_path):
     assert "runs/a/owner.json" not in set(s3.keys())
 
 
+def test_a_run_that_ends_leaves_the_claim_of_one_that_began_meanwhile(s3, tmp_path, monkeypatch):
+    """The second starts while the first uploads for the last time."""
+    first, second = Run(tmp_path / "a"), Run(tmp_path / "b")
+    first.uploader.start()
+    first.save(b"one")
+    send = first.uploader._send
+
+    def begin_meanwhile(*arguments) -> None:
+        send(*arguments)
+        second.uploader.start()
+
+    monkeypatch.setattr(first.uploader, "_send", begin_meanwhile)
+    first.uploader.add(0, 0)
+    assert first.uploader.close(20) == ""
+    second.uploader._require_own()
+    assert second.uploader.close(20) == ""
+    assert "runs/a/owner.json" not in set(s3.keys())
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_was_never_started_uploads_nothing(tmp_path):
+    run = Run(tmp_path / "a")
+    run.save(b"one")
+    assert run.uploader.close(20) == ""
+    assert run.uploader.remote.checkpoints() == []
+
+
 def test_what_was_not_stored_as_it_was_sent_is_not_taken_for_stored(s3, tmp_path, monkeypatch):
     run = Run(tmp_path / "a")
     store = run.uploader.remote.store

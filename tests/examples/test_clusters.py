@@ -40,7 +40,11 @@ def _torchrun_options(words: list[str]) -> None:
     from torch.distributed.run import get_args_parser
 
     args = get_args_parser().parse_args([re.sub(r"\$\w+", "2", w) for w in words[1:]])
-    assert (words[0], args.module, args.training_script) == ("torchrun", True, "rsnet")
+    assert (words[0].rpartition("/")[2], args.module, args.training_script) == (
+        "torchrun",
+        True,
+        "rsnet",
+    )
 
 
 def test_the_pytorchjob_is_one_of_kubeflow_v1():
@@ -83,7 +87,7 @@ def test_the_task_for_skypilot_has_its_fields_and_runs_a_training():
     task = _read("skypilot.yaml")
     known = {"envs", "name", "num_nodes", "resources", "setup", "workdir"}
     _require_fields(task, {"run"}, known)
-    _require_fields(task["resources"], {"accelerators"}, {"use_spot", "job_recovery"})
+    _require_fields(task["resources"], {"accelerators"}, {"use_spot", "job_recovery", "disk_size"})
     variables = set(re.findall(r"\$(SKYPILOT_\w+)", task["run"]))
     names = {"NODE_IPS", "NODE_RANK", "NUM_NODES", "NUM_GPUS_PER_NODE"}
     assert variables == {f"SKYPILOT_{name}" for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_a_copy_stays_until_it_is_read_and_another_command_waits_for_that(monkey
             assert io.load(best).epoch == 1
         assert other.result().checkpoint.epoch == 2
     assert not best.exists()
+
+
+def test_a_best_that_is_replaced_while_a_command_waits_is_no_error(s3, run, monkeypatch):
+    """The training that goes on stores another best and removes the old one."""
+    alone = bucket.exclusive_lock
+
+    @contextmanager
+    def waiting(*arguments, **more):
+        with alone(*arguments, **more):
+            old, new = run.best(), run.checkpoints()[0].name
+            run.note_best(new)
+            run.store.remove(old)
+            yield
+
+    monkeypatch.setattr(bucket, "exclusive_lock", waiting)
+    assert open_source(URL).checkpoint.epoch == 2
+    assert len([key for key in s3.keys() if key.endswith(".pt")]) == 1  # noqa: SIM118
 
 
 def test_a_storage_that_fails_leaves_no_part_of_a_copy(s3, run, tmp_path):

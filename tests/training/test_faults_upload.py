@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import time
@@ -75,6 +76,22 @@ def test_a_bucket_that_is_lost_ends_a_run_in_one_line_and_loses_nothing_here(
     s3.faults.clear()
     start(photos, tmp_path / "a", code=0)
     assert stored(s3) > 0
+
+
+def test_a_start_that_is_refused_does_no_harm_to_the_run_at_the_url(s3, photos, whole, tmp_path):
+    """Another machine whose images are others, which is seen once the checkpoint is there."""
+    other = tmp_path / "photos"
+    shutil.copytree(photos, other)
+    image = next((other / "train").rglob("*.JPEG"))
+    image.rename(image.with_name("other.JPEG"))
+    first = start(photos, tmp_path / "a")
+    faults.wait_for(lambda: stored(s3) >= 1, first)
+    owner = s3.get("runs/run/owner.json")
+    _, err = start(other, tmp_path / "b", code=2)
+    assert "as many images as before, but others" in err
+    assert s3.get("runs/run/owner.json") == owner
+    faults.end(first, 0)
+    faults.assert_same_end(tmp_path / "a/runs/run", whole)
 
 
 @pytest.fixture

@@ -266,6 +266,20 @@ def test_shards_of_which_nothing_tells_a_change_are_said_once_and_a_mixture_ends
         contents(open_split(f"{server.url}/{TRAIN}", "train", cache))
 
 
+def test_ranges_may_name_folders_of_a_bucket(s3, cache, local):
+    """As of local shards and a web server's."""
+    shards = sorted(local.glob("train-*.tar"))
+    for i, path in enumerate(shards):
+        s3.put(f"parts/part-{i % 2}/{path.name}", path.read_bytes())
+    names = [path.name.removeprefix("train-").removesuffix(".tar") for path in shards]
+    pattern = f"train-{{{names[0]}..{names[-1]}}}.tar"
+    for i in range(2):  # each folder has every other one of them
+        for path in shards[1 - i :: 2]:
+            s3.put(f"parts/part-{i}/{path.name}", path.read_bytes())
+    found = open_split(f"s3://bucket/parts/part-{{0..1}}/{pattern}", "train", cache)
+    assert len(found) == 2 * len(open_split(local, "train"))
+
+
 def test_ranges_name_local_shards_too(local):
     assert open_split(f"{local}/train-{{000000..000002}}.tar", "train").shards == sorted(
         str(path) for path in local.glob("train-*.tar")
