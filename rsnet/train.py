@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from pipelines.utils.library_output import apart_from_libraries, keep_library_ou
 from pipelines.utils.location import url_of
 from pipelines.utils.memory import is_out_of_gpu_memory
 from pipelines.utils.output import say
+from pipelines.utils.text import printable
 from rsnet.checkpoint.authors_optimizer import weight_decay
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.command_line import parse
@@ -82,10 +84,13 @@ def main(
     stderr.
     """
 
+    words = sys.argv[1:] if argv is None else argv
+    typed = printable(shlex.join([*script.split(), *words]))
+
     def action() -> int:
-        config, options = parse(options_type, argv, script)
+        config, options = parse(options_type, words, script)
         with watchdog.lost_process_as_run_error():
-            run(script, config, options, make_loaders)
+            run(script, config, options, make_loaders, typed)
         return 0
 
     failed = EXIT_FAILED
@@ -107,9 +112,15 @@ def main(
 
 
 def run(
-    script: str, config: TrainConfig, options: Options, make_loaders: MakeLoaders[Options]
+    script: str,
+    config: TrainConfig,
+    options: Options,
+    make_loaders: MakeLoaders[Options],
+    typed: str = "",
 ) -> Results:
     """Train, evaluate or profile as `config` says; return the last evaluation, {} of a profile.
+
+    typed: the command, as the run directory notes it.
 
     Raises UsageError, DataError or RunError, in one line, for what the user has to change.
     """
@@ -117,7 +128,7 @@ def run(
     console = ConsoleLogger(distributed.is_main())
     # Before anything that all ranks do together, which depends on the options.
     require_same("options", lambda: _options_of_all(config))
-    config, start, initial, taught_by = _read_start(config, console.say)
+    config, start, initial, taught_by = _read_start(config, typed, console.say)
     resolve_here = _resolver(config, start, initial, device)
 
     def checked() -> tuple[ResolvedConfig, list[str]]:
@@ -145,6 +156,7 @@ def run(
             teacher = make_teacher(taught_by, resolved, network, device, console.say)
             context = RunContext(
                 script=script,
+                typed=typed,
                 config=resolved,
                 options=options,
                 network=network,
@@ -174,7 +186,7 @@ def run(
 
 
 def _read_start(
-    config: TrainConfig, say: Callable[[str], None]
+    config: TrainConfig, typed: str, say: Callable[[str], None]
 ) -> tuple[TrainConfig, Start, Checkpoint | None, TeacherSource | None]:
     """Return the options, with what the weights say of them, and what the training begins with: a
     checkpoint, other weights, a teacher.
@@ -183,7 +195,7 @@ def _read_start(
     initial = None if config.arch or config.output else read_initial(config, Start(), say)
     if initial is not None:
         config = dataclasses.replace(config, arch=initial.network.arch)
-    start = distributed.run_on_main(lambda: find_start(config, say))
+    start = distributed.run_on_main(lambda: find_start(config, say, typed))
     if start.checkpoint is None and config.url is None and not config.is_profile:
         folder = output_directory(config, config.arch or DEFAULT_ARCH)
         require_on_rank_0(folder / "checkpoints" / "last.pt")
@@ -215,7 +227,11 @@ def evaluate(context: RunContext, writes: bool) -> Results:
 
 
 def _make_folder(folder: Path) -> None:
-    """Raise UsageError if it cannot be made, or written to."""
+    """Raise UsageError if it cannot be made, or written to, or has what `rsnet evaluate` wrote."""
+    if (folder / "per_class.csv").exists():
+        raise UsageError(
+            f"--output: {folder} holds an evaluation of other files; give another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -240,7 +256,7 @@ def _resolver(
         trained=checkpoint.network if checkpoint else None,
         initial=initial.network if initial else None,
         previous=None if config.evaluate else previous,
-        previous_global_batch=checkpoint.global_batch if checkpoint else None,
+        previous_global_batch=start.global_batch,
     )
 
 

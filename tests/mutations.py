@@ -71,12 +71,12 @@ MUTATIONS = (
     ),
     Mutation(
         "random numbers do not go on where they were",
-        "rsnet/training/resume.py", "torch.set_rng_state(", "(lambda *_: None)(",
+        "rsnet/training/state.py", "torch.set_rng_state(", "(lambda *_: None)(",
         "tests/training/test_state.py",
     ),
     Mutation(
         "what was not logged yet is lost",
-        "rsnet/training/resume.py", "trainer.means.load(", "(lambda *_: None)(",
+        "rsnet/training/state.py", "trainer.means.load(", "(lambda *_: None)(",
         "tests/training/test_state.py",
     ),
     Mutation(

@@ -39,6 +39,7 @@ from rsnet.models.factory import create_model
 from rsnet.models.safe_load import safe_load
 from rsnet.release import config as release_config
 from rsnet.training import resume
+from rsnet.training.state import load_training_state
 from rsnet.training.trainer import make_trainer
 from tests.helpers.fuzzing import JUNK, accepts_or_refuses, altered, damaged, efforts
 from tests.helpers.written import FOLDER, RUN
@@ -149,7 +150,7 @@ def _go_on(path: Path) -> None:
     model = create_model(found.network)
     trainer = make_trainer(resolved, model, 3, 6, torch.device("cpu"))
     load_weights(model, found.model, found.network.sizes)
-    resume.load_training_state(trainer, model, found)
+    load_training_state(trainer, model, found)
 
 
 @efforts

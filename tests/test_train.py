@@ -89,6 +89,14 @@ def test_a_stop_is_one_even_if_another_process_was_killed_meanwhile(monkeypatch,
     assert "rsnet train: stopped by SIGTERM: saved after update 3" in capsys.readouterr().err
 
 
+def test_an_evaluation_does_not_write_over_one_in_more_detail(tmp_path):
+    (tmp_path / "per_class.csv").touch()
+    with pytest.raises(
+        UsageError, match=f"--output: {tmp_path} holds an evaluation of other files"
+    ):
+        train._make_folder(tmp_path)
+
+
 def test_neighbouring_seeds_and_ranks_have_different_random_numbers():
     seeds = {train.rank_seed(seed, rank) for seed in range(8) for rank in range(8)}
     assert len(seeds) == 64

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipelines.utils.synonyms import advice
 FLAG = "--config"
 
 Fields = Mapping[str, "dataclasses.Field[Any]"]
+Tied = Callable[[Mapping[str, Any], Mapping[str, str]], Collection[str]]
 
 
 def split_config(words: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -51,24 +52,47 @@ def read_config(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
-def completed(words: Sequence[str], path: Path, fields: Fields) -> list[str]:
+def completed(
+    words: Sequence[str],
+    path: Path,
+    fields: Fields,
+    tied: Tied = lambda *_: (),
+) -> list[str]:
     """Return a command line with the options in a file that it does not give itself.
 
     fields: of the command's options, by all names that these have on a command line.
+    tied: returns, of the options in the file and those that are given, by the names of their fields, which of
+    the file's are not to be taken, as they belong to others that are given.
 
     Raises UsageError for an option that the command does not have, or a value that is none.
     """
-    given = {fields[name].name for word in words if (name := flag_of(word)) in fields}
-    found = list(words)
-    for name, value in read_config(path).items():
+    given = _given(words, fields)
+    found, content = list(words), read_config(path)
+    left = tied({_field_name(n, fields): v for n, v in content.items()}, given)
+    for name, value in content.items():
         flag = "--" + name.replace("_", "-")
         if flag not in fields:
             raise UsageError(
                 f"{FLAG} {path}: {name}: there is no such option; {advice(flag, fields.keys())}"
             )
-        if fields[flag].name not in given and value is not None:
+        if fields[flag].name not in {*given, *left} and value is not None:
             found += _words(flag, value, f"{FLAG} {path}: {name}")
     return found
+
+
+def _given(words: Sequence[str], fields: Fields) -> dict[str, str]:
+    """Return the options of a command line, by the names of their fields, with the first word of each."""
+    found = {}
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        if (flag := flag_of(word)) in fields:
+            _, equals, value = word.partition("=")
+            found[fields[flag].name] = value if equals else after
+    return found
+
+
+def _field_name(name: str, fields: Fields) -> str:
+    field = fields.get("--" + name.replace("_", "-"))
+    return name if field is None else field.name
 
 
 def flag_of(word: str) -> str:

@@ -107,8 +107,12 @@ def run(options: Options) -> int:
     sizes = sorted([*network.sizes, options.size], reverse=True)
     calibrated = {**network.calibrated, str(options.size): options.how}
     described = dataclasses.replace(network, sizes=tuple(sizes), calibrated=calibrated)
-    # For a resolution that is added to this one.
-    config = {"loss": source.checkpoint.loss} if source.checkpoint.loss != "ce" else {}
+    # For a resolution that is added to this one, and of what it was trained on, for an evaluation.
+    known = source.checkpoint.config
+    kept = {"loss"} if source.checkpoint.loss != "ce" else set()
+    if known.get("val_fraction") is not None:
+        kept |= {"data", "val_fraction"}
+    config = {name: known[name] for name in kept}
     io.save(output, Checkpoint(described, states[options.how], config=config))
     say(f"{output}: sizes {' '.join(map(str, sizes))}")
     return 0

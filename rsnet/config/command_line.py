@@ -15,7 +15,9 @@ import tyro
 from pipelines.utils.cli import exit_with_help, parse_options, with_config
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
+from rsnet.config.optimizers import LR_AND_WEIGHT_DECAY, is_of_other_optimizer
 from rsnet.config.recipes import FORMER_NAMES
+from rsnet.config.resolve import OF_A_RECIPE
 from rsnet.config.train_config import TOPICS, TrainConfig
 
 Options = TypeVar("Options")
@@ -51,7 +53,7 @@ def parse(
     typed = list(sys.argv[1:] if argv is None else argv)
     words = _plain(typed)
     exit_with_help(words, program, sources)
-    completed = _plain(with_config(words, sources))
+    completed = _plain(with_config(words, sources, _tied))
     for word in typed:
         name = word.removeprefix("--recipe=")
         if name in FORMER_NAMES:
@@ -71,6 +73,26 @@ def _together(options_type: type[Any]) -> Any:
     together = dataclasses.make_dataclass("Together", fields)
     together.__doc__ = TrainConfig.__doc__
     return together
+
+
+def _tied(file: Mapping[str, Any], given: Mapping[str, str]) -> set[str]:
+    """Return which options of a file do not hold, as they belong to what the command line gives anew.
+
+    A run's config.json has a value for every option, also for what was not given: the recipe's, and those of
+    the optimizer and the sizes. What was written by hand holds.
+    """
+    left = {"pretrained"} if "evaluate" in given else set()  # which starts a training
+    if not file.keys() >= OF_A_RECIPE:
+        return left
+    if file.get("sizes_per_step") == len(file.get("sizes") or ()):
+        left.add("sizes_per_step")  # all of them
+    opt: Any = OPTIMIZERS.get(given.get("opt", ""), given.get("opt"))
+    if is_of_other_optimizer(opt, file):
+        left |= {"lr", "weight_decay"}
+    recipe = FORMER_NAMES.get(given.get("recipe", ""), given.get("recipe"))
+    if recipe not in (None, file.get("recipe")):
+        left |= OF_A_RECIPE - ({"opt"} if file.get("opt") in LR_AND_WEIGHT_DECAY else set())
+    return left
 
 
 def _plain(words: Sequence[str]) -> list[str]:

@@ -41,16 +41,18 @@ OF_A_RECIPE = {
     "warmup",
 }
 TAKEN_OVER = OF_A_RECIPE | {
-    "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "layer_decay", "loss", "norm_lr_mult",
-    "pretrained", "ra_magnitude", "recipe", "seed", "size_schedule", "sizes_per_step", "teacher",
-    "teacher_size", "teacher_temperature", "teacher_weight", "weight_decay",
+    "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "gamma", "kd_type", "layer_decay",
+    "loss", "momentum", "norm_lr_mult", "pretrained", "ra_magnitude", "recipe", "schedule", "seed",
+    "size_schedule", "sizes_per_step", "step", "teacher", "teacher_size", "teacher_temperature",
+    "teacher_weight", "val_data", "val_fraction", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
 DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "layer_decay": 1.0, "norm_lr_mult": 1.0,
     "loss": "ce", "bce_target_thresh": 0.0, "teacher": "none", "teacher_weight": 1.0,
-    "teacher_temperature": 1.0, "size_schedule": size_schedule.WITHOUT,
+    "teacher_temperature": 1.0, "size_schedule": size_schedule.WITHOUT, "momentum": 0.9,
+    "kd_type": "ens_topdown", "step": 30, "schedule": (30, 60, 85, 95, 105), "gamma": 0.1,
 }  # fmt: skip
 
 
@@ -171,8 +173,10 @@ def resolve(
     checkpoint's run's configuration, if that run is to be continued, and the images of one of its updates.
     """
     given = _given(config, previous, previous_global_batch, world_size)
-    known = {}
-    if network := trained or initial:
+    known: dict[str, Any] = {}
+    if previous and not trained:  # a run that has no checkpoint yet
+        known = {k: previous[k] for k in ("arch", "sizes", *MODEL_DEFAULTS) if k in previous}
+    elif network := trained or initial:
         known = network.to_dict()
     if not trained:
         known.pop("num_classes", None)  # the data's
@@ -218,6 +222,7 @@ def resolve(
     }
     values = given | unset | fixed
     values["size_schedule"] = _schedule_of(values)
+    values["schedule"] = tuple(values["schedule"])  # a list in a checkpoint
     resolved = ResolvedConfig(**values)
     _check_quantization(resolved)
     _check_cuda_graphs(resolved)
@@ -274,6 +279,8 @@ def _given(
                 taken = taken | {"opt"}
         if is_of_other_optimizer(config.opt, previous):
             taken = taken - {"weight_decay"}
+        if config.val_data is not None or config.val_fraction is not None:
+            taken = taken - {"val_data", "val_fraction"}  # one of them
         if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
             taken = taken - {"sizes_per_step"}  # all, also of other --sizes
         if config.sizes and {*config.sizes} != {*previous.get("sizes", config.sizes)}:

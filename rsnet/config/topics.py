@@ -126,8 +126,8 @@ class OptimizerOptions(Generic[Unset]):
     """Learning rate. Unset: the recipe's 0.1 (strong 0.125, MobileNets 0.05; see --opt) times global
     batch / 256."""
 
-    momentum: float = 0.9
-    """Momentum of SGD and Muon; beta1 of AdamW and LAMB."""
+    momentum: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Momentum of SGD and Muon; beta1 of AdamW and LAMB. Unset: 0.9."""
 
     weight_decay: Annotated[float | Unset, arg(aliases=("--wd",), metavar="FLOAT")] = UNSET
     """Weight decay. Unset: the recipe's (1e-4, MobileNets 4e-5, quantized 5e-5; strong 2e-5; see --opt)."""
@@ -182,14 +182,14 @@ class ScheduleOptions(Generic[Unset]):
     """cosine, also cos, and linear fall to zero by iteration; step and schedule by --gamma at epochs. Unset:
     the recipe's (cosine; quantized: schedule; short: linear up to 87 epochs)."""
 
-    step: int = 30
-    """Epochs between decays of --lr-decay step."""
+    step: Annotated[int | Unset, arg(metavar="INT")] = UNSET
+    """Epochs between decays of --lr-decay step. Unset: 30."""
 
-    schedule: tuple[int, ...] = (30, 60, 85, 95, 105)
-    """Epochs of the decays of --lr-decay schedule."""
+    schedule: Annotated[tuple[int, ...] | Unset, arg(metavar="INT [INT ...]")] = UNSET
+    """Epochs of the decays of --lr-decay schedule. Unset: 30 60 85 95 105."""
 
-    gamma: float = 0.1
-    """Factor of a decay of step and schedule."""
+    gamma: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
+    """Factor of a decay of step and schedule. Unset: 0.1."""
 
     warmup: Annotated[int | Unset, arg(aliases=("--warmup-epochs",), metavar="INT")] = UNSET
     """Epochs of linear warm-up. Unset: the recipe's (paper 0, short up to 5, strong 5)."""
@@ -253,8 +253,10 @@ class DistillationOptions(Generic[Unset]):
     kd: bool = True
     """Distil from the ensemble (and the larger sizes) to each size."""
 
-    kd_type: Annotated[Literal["ens_topdown", "ens"], arg(aliases=("-t",))] = "ens_topdown"
-    """ens_topdown: ensemble and larger sizes teach; ens: the ensemble alone."""
+    kd_type: Annotated[
+        Literal["ens_topdown", "ens"] | Unset, arg(aliases=("-t",), metavar="{ens_topdown,ens}")
+    ] = UNSET
+    """ens_topdown: ensemble and larger sizes teach; ens: the ensemble alone. Unset: ens_topdown."""
 
     teacher: Annotated[str | Unset, arg(metavar="NAME|RUN|FILE|RELEASE|none")] = UNSET
     """Frozen network that teaches every size, too: an RS-Net (run directory, checkpoint, release), or a

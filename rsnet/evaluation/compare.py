@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,9 +160,11 @@ def plot(path: Path, groups: Groups) -> None:
 def _work(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Return images and seconds of the logged steps; a line covers all steps since the one before.
 
-    Counted by epochs, because a run resumed with another global batch has another number of steps per epoch.
+    Counted by epochs, because a run resumed with another global batch has another number of steps per epoch;
+    from the one that the first line lies in, as a run may begin with another's checkpoint.
     """
-    images = seconds = epoch = 0.0
+    images = seconds = 0.0
+    epoch = math.ceil(steps[0]["epoch"]) - 1 if steps else 0
     for line in steps:
         steps_per_epoch = line["step"] / line["epoch"]
         span = (line["epoch"] - epoch) * steps_per_epoch * line["perf/step_time"]

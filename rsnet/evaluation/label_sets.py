@@ -55,7 +55,7 @@ def match_classes(data: Sequence[str], network: Sequence[str], num_classes: int)
     """
     if network and set(data) <= set(network):
         return _label_set(data, network, "")
-    if all(re.fullmatch(r"[0-9]{1,9}", name) for name in data):
+    if _are_numbers(data):
         how = f"the class folders are numbers: outputs of the network, which has 0 to {num_classes - 1}"
         return _numbered(data, network, num_classes, how)
     unnamed = "the network does not name its classes: they are taken to be"
@@ -78,8 +78,13 @@ def match_classes(data: Sequence[str], network: Sequence[str], num_classes: int)
 
 def any_labels(data: Sequence[str], network: Sequence[str], num_classes: int) -> LabelSet:
     """Return the label set of data whose labels are not used, as with ImageNet-ReaL's."""
-    classes = network or (data if len(data) == num_classes else ())
+    names_outputs = len(data) == num_classes and not _are_numbers(data)
+    classes = network or (data if names_outputs else ())
     return LabelSet(torch.zeros(len(data), dtype=torch.int64), None, tuple(classes), "")
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"[0-9]{1,9}", name) for name in names)
 
 
 def _label_set(data: Sequence[str], network: Sequence[str], how: str) -> LabelSet:

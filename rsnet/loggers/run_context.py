@@ -50,6 +50,9 @@ class RunContext:
     console: ConsoleLogger
     teacher: Teacher | None = None
 
+    typed: str = ""
+    """The command, as it was typed."""
+
     @property
     def global_batch(self) -> int:
         """Images of an update."""

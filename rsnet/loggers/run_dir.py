@@ -40,6 +40,19 @@ PACKAGES = (
 WRITTEN_WHOLE = ("config.json", "env.json", "command.txt", "results.json", "curves.png")
 
 
+TYPED = "# typed: "  # begins a line of command.txt
+
+
+def was_typed_last(folder: Path, typed: str) -> bool:
+    """Return whether the run in `folder` was begun, or continued last, by the same command."""
+    try:
+        text = (folder / "command.txt").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return False
+    commands = [line for line in text.split("\n") if line.startswith(TYPED)]
+    return commands[-1:] == [TYPED + typed]
+
+
 class RunDir:
     """A folder that belongs to one run. `active` is False on ranks that write nothing.
 

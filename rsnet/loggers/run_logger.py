@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.utils.text import printable
 from rsnet.config.size_schedule import sizes_in
 from rsnet.distributed import process_group as distributed
 from rsnet.distributed.device import peak_memory_gb
@@ -19,7 +16,7 @@ from rsnet.evaluation.curves import plot_curves, read_metrics
 from rsnet.evaluation.report import Results
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
-from rsnet.loggers.run_dir import RunDir, environment
+from rsnet.loggers.run_dir import TYPED, RunDir, environment
 from rsnet.loggers.tensorboard_logger import TensorBoardLogger
 from rsnet.loggers.wandb_logger import WandbLogger
 
@@ -70,8 +67,7 @@ class RunLogger:
 
     def _write_header(self, context: RunContext) -> None:
         """Write down and say what runs where."""
-        typed = printable(shlex.join(sys.argv))
-        self.run_dir.append_text("command.txt", f"# typed: {typed}\n{context.command()}\n")
+        self.run_dir.append_text("command.txt", f"{TYPED}{context.typed}\n{context.command()}\n")
         self.run_dir.set_aside("results.json")  # with fewer epochs
         self.run_dir.write_json("config.json", context.to_plain_dict())
         self.run_dir.write_json("env.json", environment(self.device, distributed.world_size()))

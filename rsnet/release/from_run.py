@@ -74,7 +74,9 @@ def _facts(
     run_dir = source.run_dir
     return {
         "gmacs": costs | {ENSEMBLE: sum(costs.values())},
-        "accuracy": _accuracy(run_dir, source.checkpoint) if run_dir else None,
+        "accuracy": _accuracy(run_dir, source.checkpoint, source.file.name == BEST)
+        if run_dir
+        else None,
         "averaged": source.checkpoint.ema is not None,
         "source": {
             "run": run_dir.name if run_dir else None,
@@ -92,24 +94,40 @@ def _class_names(network: ModelConfig, file: Path | None) -> tuple[str, ...]:
     return () if list(names) == own else names
 
 
-def _accuracy(run_dir: Path, checkpoint: Checkpoint) -> Accuracy | None:
-    """Return the run's evaluation of just these weights; None if there is none."""
-    metrics = run_dir / "metrics.jsonl"
-    if checkpoint.done or not metrics.is_file():
+def _accuracy(run_dir: Path, checkpoint: Checkpoint, is_best: bool) -> Accuracy | None:
+    """Return the run's evaluation of just these weights; None if there is none.
+
+    is_best: whether they are of best.pt, which notes its own score. Of an epoch that was trained again, from
+    a checkpoint before it, there are two evaluations: what came first was set aside.
+    """
+    score = checkpoint.score if is_best else []
+    if checkpoint.done:
         return None
-    for line in reversed(metrics.read_bytes().splitlines()):
-        try:
-            logged = json.loads(line)
-            if logged["epoch"] == checkpoint.epoch:
-                return {
-                    name: {what: logged[f"val/{what}@{name}"] for what in ("top1", "top5")}
-                    for name in result_names(checkpoint.network.to_dict())
-                }
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            RecursionError,
-        ):  # cut short by a crash, or no evaluation
-            continue
+    for name in ("metrics.jsonl", "metrics.abandoned.jsonl")[: 2 if score else 1]:
+        file = run_dir / name
+        for line in reversed(file.read_bytes().splitlines() if file.is_file() else []):
+            found = _evaluation_in(line, checkpoint)
+            if found and (
+                not score or found[str(max(checkpoint.network.sizes))]["top1"] == score[0]
+            ):
+                return found
     return None
+
+
+def _evaluation_in(line: bytes, checkpoint: Checkpoint) -> Accuracy | None:
+    """Return the accuracies in a line of metrics, if it is of an evaluation after the checkpoint's epoch."""
+    try:
+        logged = json.loads(line)
+        if logged["epoch"] != checkpoint.epoch:
+            return None
+        return {
+            name: {what: logged[f"val/{what}@{name}"] for what in ("top1", "top5")}
+            for name in result_names(checkpoint.network.to_dict())
+        }
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # cut short by a crash, or another line
+        return None

@@ -29,15 +29,10 @@ from rsnet.loggers.wandb_logger import known_run_id
 from rsnet.models.autocast import AMP_DTYPES
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training.loop import train_one_epoch
-from rsnet.training.resume import (
-    Start,
-    changes,
-    load_training_state,
-    restore_position,
-    training_state,
-)
+from rsnet.training.resume import Start, changes
 from rsnet.training.signals import StopRequest, TrainingInterrupted
 from rsnet.training.size_schedule import follow_nearest
+from rsnet.training.state import load_training_state, restore_position, training_state
 from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
 from rsnet.training.upload import make_uploader, start_upload, upload, waited_for
 

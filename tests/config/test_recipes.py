@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import parse
 from rsnet.config.recipes import PAPER, Recipe, by_new_names, get_recipe
 from rsnet.config.resolve import resolve
-from rsnet.config.train_config import TrainConfig
+from rsnet.config.train_config import TrainConfig, to_plain_dict
 
 
 @functools.cache
@@ -200,3 +201,65 @@ def test_the_rate_and_decay_of_a_run_go_on_with_its_optimizer_alone():
     assert ours("--opt plain", opt="adamw") == ("plain", 0.1, 1e-4)
     assert ours("--recipe short", opt="adamw") == ("adamw", 0.7, 0.3)  # no recipe chooses it
     assert ours("--recipe short", opt="nesterov") == ("plain", 0.7, 0.3)
+
+
+def test_a_run_goes_on_with_its_own_schedule_momentum_and_validation_images():
+    first = _resolve(
+        "--lr-decay schedule --schedule 10 20 --gamma 0.2 --step 7 --momentum 0.8 --kd-type ens --val-data v"
+    )
+    previous = json.loads(json.dumps(to_plain_dict(first)))
+    c = _resolve("", previous)
+    names = ("lr_decay", "schedule", "gamma", "step", "momentum", "kd_type", "val_data")
+    assert [getattr(c, name) for name in names] == [getattr(first, name) for name in names]
+    c = _resolve("--schedule 5 --momentum 0.5 --kd-type ens_topdown --val-fraction 0.1", previous)
+    assert (c.schedule, c.momentum, c.kd_type, c.val_data) == ((5,), 0.5, "ens_topdown", None)
+    c = _resolve("", json.loads(json.dumps(to_plain_dict(_resolve("--val-fraction 0.1")))))
+    assert c.val_fraction == 0.1
+
+
+def test_a_run_that_has_no_checkpoint_yet_goes_on_with_its_network_and_rate():
+    first = _resolve("--arch resnet18 --sizes 64 48 --width-mult 0.5 --lr 0.3 --batch-size 32")
+    config, _ = _parse("")
+    c = resolve(
+        config, world_size=1, device_type="cuda", has_bf16=True,
+        previous=json.loads(json.dumps(to_plain_dict(first))), previous_global_batch=32,
+    )  # fmt: skip
+    assert (c.arch, c.sizes, c.width_mult, c.lr) == ("parallel_resnet18", (64, 48), 0.5, 0.3)
+    assert c.batch_size == 32
+
+
+@pytest.fixture
+def of_run(tmp_path):
+    """Resolve a command line that takes its options from the config.json of a run of these options."""
+
+    def call(given: str, line: str):
+        file = (
+            tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        )  # as a command line is parsed once
+        file.write_text(json.dumps(to_plain_dict(_resolve(given))))
+        return _resolve(f"--config {file} {line}")
+
+    return call
+
+
+def test_what_a_runs_file_has_for_its_sizes_optimizer_and_recipe_does_not_hold_for_others(of_run):
+    c = of_run("--sizes 64 48 32", "--sizes 64 32")
+    assert (c.sizes, c.sizes_per_step) == ((64, 32), 2)
+    assert of_run("--sizes 64 48 32", "--sizes 64 48 40 32").sizes_per_step == 4
+    assert of_run("--sizes 64 48 32 --sizes-per-step 2", "--sizes 64 48 40 32").sizes_per_step == 2
+    c, own = of_run("--lr 0.7", "--opt adamw"), _resolve("--opt adamw")
+    assert (c.opt, c.lr, c.weight_decay) == (own.opt, own.lr, own.weight_decay)
+    assert of_run("--lr 0.7", "--opt momentum").lr == 0.7
+    c, own = of_run("--epochs 16", "--recipe short"), _resolve("--epochs 16 --recipe short")
+    assert (c.warmup, c.ema, c.label_smoothing, c.lr_decay) == (
+        own.warmup, own.ema, own.label_smoothing, own.lr_decay,
+    )  # fmt: skip
+    assert of_run("--mixup 0.2", "--recipe paper").mixup == 0.2
+    c = of_run("--pretrained x.pth", "--evaluate --resume auto")
+    assert c.pretrained is None
+
+
+def test_what_a_file_written_by_hand_has_holds_beside_another_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("lr: 0.7\nmixup: 0.3\n")
+    c = _resolve(f"--config {tmp_path / 'mine.yaml'} --recipe short --opt adamw")
+    assert (c.lr, c.mixup) == (0.7, 0.3)

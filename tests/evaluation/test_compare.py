@@ -59,6 +59,18 @@ def test_a_run_that_went_on_with_other_batches_has_the_time_of_its_steps(tmp_pat
     assert run.images == pytest.approx(10 * 32 + 5 * 64)
 
 
+def test_a_run_that_began_with_anothers_checkpoint_has_the_time_of_its_own_epochs(tmp_path):
+    """From epoch 100 on, of 10 steps each."""
+    path = _run(tmp_path / "a", {"32": 70.0})
+    line = {"perf/step_time": 0.5, "perf/images_per_s": 64.0}
+    with (path / "metrics.jsonl").open("w") as file:
+        for step in (1004, 1010, 1020):
+            file.write(json.dumps({"step": step, "epoch": step / 10, **line}) + "\n")
+    run = read_run(path)
+    assert run.seconds == pytest.approx(20 * 0.5)
+    assert run.images == pytest.approx(20 * 32)
+
+
 def test_a_table_has_mean_and_deviation_over_seeds(tmp_path):
     values = [70.0, 72.0, 71.5]
     runs = [

@@ -79,6 +79,9 @@ def test_labels_that_are_not_used_may_be_of_any_classes():
     assert any_labels(["x", "y"], ANIMALS, 4).classes == ANIMALS
     assert any_labels(ANIMALS, (), 4).classes == ANIMALS
     assert any_labels(["x", "y"], (), 4).classes == ()
+    assert (
+        any_labels(["0", "1", "10", "2"], (), 4).classes == ()
+    )  # outputs, not names in their order
 
 
 def _paths(*numbers: int) -> list[str]:

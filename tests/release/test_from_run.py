@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.authors_pytorch import to_original
-from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.checkpoint.checkpoint import BEST_BY, Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.evaluation.class_names import imagenet_ids
 from rsnet.inference.classifier import SwitchableClassifier
@@ -109,6 +109,18 @@ def test_the_accuracies_are_those_of_the_checkpoints_epoch(folder):
         "32": {"top1": 22.0, "top5": 54.0},
         "ensemble": {"top1": 23.0, "top5": 55.0},
     }
+
+
+def test_the_accuracies_of_the_best_are_of_its_score_if_its_epoch_was_trained_again(tmp_path):
+    """From a checkpoint before it; what was logged first is set aside, and was better."""
+    run = write_run(tmp_path / "run", best=[20.0, 36.5], best_by=BEST_BY)
+    (run / "metrics.jsonl").rename(run / "metrics.abandoned.jsonl")
+    text = (run / "metrics.abandoned.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"val/top1@64": 20.0', '"val/top1@64": 19.0'))
+    best = open_source(run)
+    assert released(best).config["accuracy"]["64"] == {"top1": 20.0, "top5": 52.0}
+    (run / "metrics.abandoned.jsonl").unlink()
+    assert released(best).config["accuracy"] is None
 
 
 @pytest.mark.parametrize("case", ["within an epoch", "no evaluation", "no run directory"])

@@ -24,11 +24,11 @@ from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
 from rsnet.profiler.step_profiler import time_steps
-from rsnet.training import resume
 from rsnet.training.cuda_graph import AHEAD, WARM_UP
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective
 from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer
+from rsnet.training.state import load_training_state, training_state
 from rsnet.training.trainer import Trainer, make_trainer, require_trainable
 from tests.helpers.cuda_graphs import FakeCuda
 
@@ -96,7 +96,7 @@ def _train(trainer, batches, evaluates=True):
             with torch.no_grad():
                 model(batch.images[0])
             trainer.objective.train()
-    return resume.training_state(trainer, model)
+    return training_state(trainer, model)
 
 
 def _assert_same(found, expected):
@@ -167,7 +167,7 @@ def test_a_run_with_graphs_goes_on_from_its_checkpoint_to_the_bit(monkeypatch):
     trainer = _trainer(model, **more, cuda_graphs=True)
     model.load_state_dict(state["model"])
     network = ModelConfig("parallel_resnet18", 5, SIZES)
-    resume.load_training_state(trainer, model, Checkpoint(network=network, config={}, **state))
+    load_training_state(trainer, model, Checkpoint(network=network, config={}, **state))
     trainer.step = state["step"]
     _assert_same(_train(trainer, batches[UPDATES:], evaluates=False), whole)
 

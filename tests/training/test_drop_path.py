@@ -19,6 +19,7 @@ from rsnet.models.layers.drop_path import DropPath
 from rsnet.training import resume
 from rsnet.training.cuda_graph import WARM_UP
 from rsnet.training.drop_path import DropPathSampler
+from rsnet.training.state import load_training_state, training_state
 from rsnet.training.trainer import Trainer, make_trainer
 from tests.helpers.cuda_graphs import FakeCuda
 
@@ -118,12 +119,10 @@ def test_a_training_goes_on_to_the_bit_and_asks_no_generator():
     batches = _batches(5)
     whole, again = _trainer(ema=0.9), _trainer(ema=0.9)
     _update(whole, batches[:2])
-    saved = copy.deepcopy(
-        Checkpoint(NETWORK, **resume.training_state(whole, whole.objective.model))
-    )
+    saved = copy.deepcopy(Checkpoint(NETWORK, **training_state(whole, whole.objective.model)))
     _update(whole, batches[2:])
     again.objective.model.load_state_dict(saved.model)
-    assert resume.load_training_state(again, again.objective.model, saved) == []
+    assert load_training_state(again, again.objective.model, saved) == []
     again.step = saved.step
     before = torch.get_rng_state()
     _update(again, batches[2:])

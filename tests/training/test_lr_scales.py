@@ -23,6 +23,7 @@ from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.training import resume
 from rsnet.training.lr_scales import lr_scales
 from rsnet.training.optim import make_optimizer, param_groups, set_lr
+from rsnet.training.state import load_training_state, training_state
 from rsnet.training.trainer import Trainer, make_trainer
 from tests.helpers import faults
 
@@ -196,7 +197,7 @@ def _update(trainer: Trainer, times: int) -> None:
 
 
 def _saved(trainer: Trainer) -> Checkpoint:
-    state = resume.training_state(trainer, trainer.objective.model)
+    state = training_state(trainer, trainer.objective.model)
     return copy.deepcopy(Checkpoint(NETWORK, **state))
 
 
@@ -206,7 +207,7 @@ def test_a_resume_with_another_decay_keeps_each_parameters_momentum():
     for before, after in ((one, other), (other, one)):
         trained, again = _trainer(**before), _trainer(**after)
         _update(trained, 1)
-        assert resume.load_training_state(again, again.objective.model, _saved(trained)) == []
+        assert load_training_state(again, again.objective.model, _saved(trained)) == []
         models = [t.objective.model.named_parameters() for t in (trained, again)]
         for (name, theirs), (_, ours) in zip(*models, strict=True):
             state, saved = again.optimizer.state[ours], trained.optimizer.state[theirs]
@@ -219,7 +220,7 @@ def test_a_training_goes_on_to_the_bit():
     saved = _saved(whole)
     _update(whole, 2)
     again.objective.model.load_state_dict(saved.model)
-    assert resume.load_training_state(again, again.objective.model, saved) == []
+    assert load_training_state(again, again.objective.model, saved) == []
     again.step = saved.step
     _update(again, 2)
     for a, b in zip(again.objective.parameters(), whole.objective.parameters(), strict=True):

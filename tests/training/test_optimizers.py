@@ -20,8 +20,8 @@ from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.training import resume
 from rsnet.training.optim import load_optimizer_state, make_optimizer
+from rsnet.training.state import load_training_state, training_state
 from rsnet.training.trainer import Trainer, make_trainer
 
 OPTIMIZERS = ["adamw", "lamb", "muon"]
@@ -126,13 +126,11 @@ def test_float16s_scaler_skips_and_unscales(opt):
 def test_a_training_goes_on_to_the_bit(opt):
     whole = _trainer("--opt", opt, "--clip-grad", "1")
     _update(whole, 2)
-    saved = copy.deepcopy(
-        Checkpoint(NETWORK, **resume.training_state(whole, whole.objective.model))
-    )
+    saved = copy.deepcopy(Checkpoint(NETWORK, **training_state(whole, whole.objective.model)))
     _update(whole, 2)
     again = _trainer("--opt", opt, "--clip-grad", "1")
     again.objective.model.load_state_dict(saved.model)
-    assert resume.load_training_state(again, again.objective.model, saved) == []
+    assert load_training_state(again, again.objective.model, saved) == []
     again.step = saved.step
     _update(again, 2)
     for a, b in zip(_weights(again.objective), _weights(whole.objective), strict=True):
@@ -160,12 +158,10 @@ def test_lambs_counts_stay_where_they_are_when_a_run_is_resumed():
     """timm's moves them to the CPU, for which a GPU's updates would wait."""
     trainer = _trainer("--opt", "lamb")
     _update(trainer, 2)
-    saved = copy.deepcopy(
-        Checkpoint(NETWORK, **resume.training_state(trainer, trainer.objective.model))
-    )
+    saved = copy.deepcopy(Checkpoint(NETWORK, **training_state(trainer, trainer.objective.model)))
     again = _trainer("--opt", "lamb", "--norm-lr-mult", "2")
     counts = [group["step"] for group in again.optimizer.param_groups]
-    assert resume.load_training_state(again, again.objective.model, saved) == []
+    assert load_training_state(again, again.objective.model, saved) == []
     for group, count in zip(again.optimizer.param_groups, counts, strict=True):
         assert group["step"] is count
         assert count.tolist() == [2, 2, 2]
@@ -188,18 +184,18 @@ def test_the_state_of_another_optimizer_is_left_out_with_a_note(opt):
     for before, after in (("plain", opt), (opt, "plain")):
         trainer = trained[before]
         _update(trainer, 1)
-        saved = Checkpoint(NETWORK, **resume.training_state(trainer, trainer.objective.model))
+        saved = Checkpoint(NETWORK, **training_state(trainer, trainer.objective.model))
         fresh = _trainer("--opt", after)
-        (note,) = resume.load_training_state(fresh, fresh.objective.model, saved)
+        (note,) = load_training_state(fresh, fresh.objective.model, saved)
         assert "the optimizer starts without" in note
 
 
 @pytest.mark.parametrize(("before", "after"), [("off", "fp16"), ("fp16", "off")])
 def test_a_training_goes_on_with_float16_and_without(before, after):
     trainer = _trainer("--amp", before)
-    saved = Checkpoint(NETWORK, **resume.training_state(trainer, trainer.objective.model))
+    saved = Checkpoint(NETWORK, **training_state(trainer, trainer.objective.model))
     again = _trainer("--amp", after)
-    assert resume.load_training_state(again, again.objective.model, saved) == []
+    assert load_training_state(again, again.objective.model, saved) == []
 
 
 def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,31 @@ def test_a_run_is_evaluated_at_its_best_and_goes_on_from_its_last(tmp_path):
     assert _start(run, lines, evaluate=True).source == run / "checkpoints" / "best.pt"
     assert [line.rpartition(" ")[2] for line in lines] == ["last.pt", "best.pt"]
     assert all(line.startswith(f"--resume: run {run}: ") for line in lines)
+
+
+def test_the_same_command_goes_on_from_what_it_has_trained(tmp_path):
+    """A launcher that starts it again changes nothing of it; another command begins where it says."""
+    other, output = write_run(tmp_path / "other"), tmp_path / "output"
+    config = TrainConfig(data=Path("x"), output=output, resume=str(other))
+    io.save(
+        other / "checkpoints" / "last.pt",
+        Checkpoint(ModelConfig.from_dict(NETWORK), trained(NETWORK, 2), epoch=3),
+    )
+    first = find_start(config, lambda _: None, "rsnet train a")
+    assert (first.checkpoint.epoch, first.continues) == (3, False)
+    io.save(
+        output / "checkpoints" / "last.pt",
+        Checkpoint(ModelConfig.from_dict(NETWORK), trained(NETWORK, 3), epoch=5),
+    )
+    (output / "command.txt").write_text(
+        "# typed: rsnet train b\n...\n# typed: rsnet train a\n...\n"
+    )
+    again = find_start(config, lambda _: None, "rsnet train a")
+    assert (again.checkpoint.epoch, again.continues, again.must_be_same) == (5, True, False)
+    for typed, evaluate in (("rsnet train b", False), ("", False), ("rsnet train a", True)):
+        changed = dataclasses.replace(config, evaluate=evaluate)
+        found = find_start(changed, lambda _: None, typed)
+        assert found.checkpoint.epoch == (2 if evaluate else 3)
 
 
 def test_a_release_is_evaluated_also_a_quantized_one_and_no_training_goes_on_with_it(tmp_path):

@@ -15,7 +15,7 @@ from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
 from rsnet.models.factory import create_model
-from rsnet.training import resume as state
+from rsnet.training import state
 from rsnet.training.trainer import make_trainer
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from rsnet.train import _spec
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective
 from rsnet.training.optim import LrSchedule, make_sgd
-from rsnet.training.resume import training_state
+from rsnet.training.state import training_state
 from rsnet.training.teacher import TeacherSource, make_teacher, outputs_for, read_teacher
 from rsnet.training.trainer import Trainer, make_trainer
 from tests.helpers import faults
