@@ -196,7 +196,7 @@ def _read_start(
     if initial is not None:
         config = dataclasses.replace(config, arch=initial.network.arch)
     start = distributed.run_on_main(lambda: find_start(config, say, typed))
-    if start.checkpoint is None and config.url is None and not config.is_profile:
+    if not (start.continues or config.url or config.evaluate or config.is_profile):
         folder = output_directory(config, config.arch or DEFAULT_ARCH)
         require_on_rank_0(folder / "checkpoints" / "last.pt")
     initial = initial or read_initial(config, start, say)

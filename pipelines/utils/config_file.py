@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.utils.errors import DataError, UsageError, first_line
 from pipelines.utils.synonyms import advice
 
-FLAG = "--config"
+FLAG, NO = "--config", "--no-"
 
 Fields = Mapping[str, "dataclasses.Field[Any]"]
 Tied = Callable[[Mapping[str, Any], Mapping[str, str]], Collection[str]]
@@ -81,12 +81,14 @@ def completed(
 
 
 def _given(words: Sequence[str], fields: Fields) -> dict[str, str]:
-    """Return the options of a command line, by the names of their fields, with the first word of each."""
+    """Return the options of a command line, by the names of their fields, with the first word of each; NO of
+    one that is turned off.
+    """
     found = {}
     for word, after in zip(words, [*words[1:], ""], strict=False):
         if (flag := flag_of(word)) in fields:
             _, equals, value = word.partition("=")
-            found[fields[flag].name] = value if equals else after
+            found[fields[flag].name] = NO if word.startswith(NO) else value if equals else after
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from pipelines.utils.cli import exit_with_help, parse_options, with_config
+from pipelines.utils.config_file import NO
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from rsnet.config.optimizers import LR_AND_WEIGHT_DECAY, is_of_other_optimizer
@@ -81,18 +82,26 @@ def _tied(file: Mapping[str, Any], given: Mapping[str, str]) -> set[str]:
     A run's config.json has a value for every option, also for what was not given: the recipe's, and those of
     the optimizer and the sizes. What was written by hand holds.
     """
-    left = {"pretrained"} if "evaluate" in given else set()  # which starts a training
+    # A training starts from it.
+    left = {"pretrained"} if given.get("evaluate", NO) != NO else set()
     if not file.keys() >= OF_A_RECIPE:
         return left
-    if file.get("sizes_per_step") == len(file.get("sizes") or ()):
+    if file.get("sizes_per_step") == len(_as_list(file.get("sizes"))):
         left.add("sizes_per_step")  # all of them
+    before = str(file.get("opt"))
     opt: Any = OPTIMIZERS.get(given.get("opt", ""), given.get("opt"))
-    if is_of_other_optimizer(opt, file):
+    if is_of_other_optimizer(opt, {"opt": before}):
         left |= {"lr", "weight_decay"}
     recipe = FORMER_NAMES.get(given.get("recipe", ""), given.get("recipe"))
     if recipe not in (None, file.get("recipe")):
-        left |= OF_A_RECIPE - ({"opt"} if file.get("opt") in LR_AND_WEIGHT_DECAY else set())
+        # AdamW and its like have a rate and decay of their own, and are no recipe's.
+        own = before in LR_AND_WEIGHT_DECAY
+        left |= OF_A_RECIPE - {"opt"} if own else OF_A_RECIPE | {"lr", "weight_decay"}
     return left
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _plain(words: Sequence[str]) -> list[str]:

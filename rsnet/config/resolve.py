@@ -175,11 +175,12 @@ def resolve(
     given = _given(config, previous, previous_global_batch, world_size)
     known: dict[str, Any] = {}
     if previous and not trained:  # a run that has no checkpoint yet
-        known = {k: previous[k] for k in ("arch", "sizes", *MODEL_DEFAULTS) if k in previous}
+        names = ("arch", "num_classes", "sizes", *MODEL_DEFAULTS)
+        known = {name: previous[name] for name in names if name in previous}
     elif network := trained or initial:
         known = network.to_dict()
-    if not trained:
-        known.pop("num_classes", None)  # the data's
+        if not trained:
+            del known["num_classes"]  # the data's
     arch = config.arch or known.get("arch", DEFAULT_ARCH)
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
@@ -279,8 +280,8 @@ def _given(
                 taken = taken | {"opt"}
         if is_of_other_optimizer(config.opt, previous):
             taken = taken - {"weight_decay"}
-        if config.val_data is not None or config.val_fraction is not None:
-            taken = taken - {"val_data", "val_fraction"}  # one of them
+        if config.val_data or config.val_fraction or "data" in config.allow_change:
+            taken = taken - {"val_data", "val_fraction"}  # one of them; of the data
         if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
             taken = taken - {"sizes_per_step"}  # all, also of other --sizes
         if config.sizes and {*config.sizes} != {*previous.get("sizes", config.sizes)}:

@@ -40,17 +40,21 @@ PACKAGES = (
 WRITTEN_WHOLE = ("config.json", "env.json", "command.txt", "results.json", "curves.png")
 
 
-TYPED = "# typed: "  # begins a line of command.txt
+COMMANDS, TYPED = "command.txt", "# typed: "  # the file; how a line of it begins
 
 
 def was_typed_last(folder: Path, typed: str) -> bool:
     """Return whether the run in `folder` was begun, or continued last, by the same command."""
     try:
-        text = (folder / "command.txt").read_text(encoding="utf-8", errors="surrogateescape")
+        return is_last_typed((folder / COMMANDS).read_bytes(), typed)
     except OSError:
         return False
-    commands = [line for line in text.split("\n") if line.startswith(TYPED)]
-    return commands[-1:] == [TYPED + typed]
+
+
+def is_last_typed(commands: bytes, typed: str) -> bool:
+    """Return whether a command is the last one of the content of a command.txt."""
+    lines = commands.decode(errors="surrogateescape").split("\n")
+    return [line for line in lines if line.startswith(TYPED)][-1:] == [TYPED + typed]
 
 
 class RunDir:

@@ -16,7 +16,7 @@ from rsnet.evaluation.curves import plot_curves, read_metrics
 from rsnet.evaluation.report import Results
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
-from rsnet.loggers.run_dir import TYPED, RunDir, environment
+from rsnet.loggers.run_dir import COMMANDS, TYPED, RunDir, environment
 from rsnet.loggers.tensorboard_logger import TensorBoardLogger
 from rsnet.loggers.wandb_logger import WandbLogger
 
@@ -67,7 +67,7 @@ class RunLogger:
 
     def _write_header(self, context: RunContext) -> None:
         """Write down and say what runs where."""
-        self.run_dir.append_text("command.txt", f"{TYPED}{context.typed}\n{context.command()}\n")
+        self.run_dir.append_text(COMMANDS, f"{TYPED}{context.typed}\n{context.command()}\n")
         self.run_dir.set_aside("results.json")  # with fewer epochs
         self.run_dir.write_json("config.json", context.to_plain_dict())
         self.run_dir.write_json("env.json", environment(self.device, distributed.world_size()))

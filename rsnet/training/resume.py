@@ -21,7 +21,7 @@ from rsnet.config.recipes import by_new_names
 from rsnet.config.resolve import ResolvedConfig, output_directory
 from rsnet.config.topics import DEFAULT_ARCH
 from rsnet.config.train_config import TrainConfig, require_options, to_plain_dict
-from rsnet.loggers.run_dir import was_typed_last
+from rsnet.loggers.run_dir import COMMANDS, is_last_typed, was_typed_last
 from rsnet.release.source import open_source
 
 # Options that do not change what is computed; batch_size and accumulate only by their product.
@@ -29,7 +29,7 @@ ASIDE = {
     "accumulate", "allow_change", "batch_size", "checkpoint_every", "compile", "cuda_graphs", "data",
     "device", "evaluate", "fused_bn", "keep", "log_interval", "num_classes", "on_nonfinite",
     "on_save_error", "output", "profile", "profile_limit", "profile_steps", "profile_sweep", "recompute",
-    "resume", "tensorboard", "timeout", "val_interval", "wandb", "wandb_entity", "wandb_name",
+    "resume", "tensorboard", "timeout", "val_data", "val_interval", "wandb", "wandb_entity", "wandb_name",
     "wandb_project", "wandb_tags",
 }  # fmt: skip
 
@@ -134,12 +134,8 @@ def find_start(config: TrainConfig, say: Callable[[str], None], typed: str = "")
         return Start()
     if config.resume not in (None, "auto"):
         start, output = _of_named(config, config.resume, say)
-        if not _is_again(config, output, typed):
-            return start
-    if config.url is not None:
-        remote = _remote_of(config.url, output)
-        with error_context("--output"):
-            fetch_newest(remote, output, config.keep, say)
+        return _own_of(config, output, typed, say) or start
+    _fetch(config, output, say)
     noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
     if config.resume is None and not noted and not store.last.exists():
         return Start()
@@ -199,11 +195,32 @@ def _of_named(config: TrainConfig, resume: str, say: Callable[[str], None]) -> t
     return Start(source.file, found, is_of_output), output
 
 
-def _is_again(config: TrainConfig, output: Path, typed: str) -> bool:
-    """Return whether the same command has trained already, and saved."""
+def _own_of(
+    config: TrainConfig, output: Path, typed: str, say: Callable[[str], None]
+) -> Start | None:
+    """Return what the same command, which names another checkpoint, has saved itself; None if nothing."""
     if config.evaluate or config.is_profile:
-        return False
-    return (output / "checkpoints" / "last.pt").exists() and was_typed_last(output, typed)
+        return None
+    noted = (RemoteRun(config.url).store.read(COMMANDS) or b"") if config.url else b""
+    if not (was_typed_last(output, typed) or is_last_typed(noted, typed)):
+        return None
+    _fetch(config, output, say)
+    try:
+        newest = CheckpointManager(output / "checkpoints").newest(say)
+    except DataError:  # all are damaged: it begins once more
+        return None
+    # In a run's own directory there may be what it had trained before.
+    if newest is None or newest[1].config.get("resume") != to_plain_dict(config)["resume"]:
+        return None
+    return Start(*newest, continues=True, config=_noted(output / "config.json"))
+
+
+def _fetch(config: TrainConfig, output: Path, say: Callable[[str], None]) -> None:
+    """Bring what is newer in the run's bucket, if it has one, to the run directory."""
+    if config.url is not None:
+        remote = _remote_of(config.url, output)
+        with error_context("--output"):
+            fetch_newest(remote, output, config.keep, say)
 
 
 def _noted(path: Path) -> dict[str, Any]:
@@ -242,6 +259,7 @@ def adopted(config: ResolvedConfig, alone: ResolvedConfig) -> list[str]:
     alone: what the command would be resolved to without that run.
     """
     names = {f.name for f in dataclasses.fields(config)} - ASIDE - {"pretrained", "lr", "amp"}
+    names.add("val_data")
     if (config.batch_size, config.accumulate) == (alone.batch_size, alone.accumulate):
         names.add("lr")  # otherwise it follows them
     if config.sizes_per_step == len(config.sizes):

@@ -300,7 +300,9 @@ def test_a_run_that_ends_leaves_the_claim_of_one_that_began_meanwhile(s3, tmp_pa
         second.uploader.start()
 
     monkeypatch.setattr(first.uploader, "_send", begin_meanwhile)
-    first.uploader.add(0, 0)
+    with first.uploader._changed:  # so that what is added is the last
+        first.uploader.add(0, 0)
+        first.uploader._is_closing = True
     assert first.uploader.close(20) == ""
     second.uploader._require_own()
     assert second.uploader.close(20) == ""

@@ -215,17 +215,21 @@ def test_a_run_goes_on_with_its_own_schedule_momentum_and_validation_images():
     assert (c.schedule, c.momentum, c.kd_type, c.val_data) == ((5,), 0.5, "ens_topdown", None)
     c = _resolve("", json.loads(json.dumps(to_plain_dict(_resolve("--val-fraction 0.1")))))
     assert c.val_fraction == 0.1
+    c = _resolve("--allow-change data --resume auto", json.loads(json.dumps(to_plain_dict(c))))
+    assert c.val_fraction is None  # of other data
 
 
 def test_a_run_that_has_no_checkpoint_yet_goes_on_with_its_network_and_rate():
-    first = _resolve("--arch resnet18 --sizes 64 48 --width-mult 0.5 --lr 0.3 --batch-size 32")
+    first = _resolve(
+        "--arch resnet18 --sizes 64 48 --width-mult 0.5 --lr 0.3 --batch-size 32 --num-classes 9"
+    )
     config, _ = _parse("")
     c = resolve(
         config, world_size=1, device_type="cuda", has_bf16=True,
         previous=json.loads(json.dumps(to_plain_dict(first))), previous_global_batch=32,
     )  # fmt: skip
     assert (c.arch, c.sizes, c.width_mult, c.lr) == ("parallel_resnet18", (64, 48), 0.5, 0.3)
-    assert c.batch_size == 32
+    assert (c.batch_size, c.num_classes) == (32, 9)
 
 
 @pytest.fixture
@@ -255,8 +259,11 @@ def test_what_a_runs_file_has_for_its_sizes_optimizer_and_recipe_does_not_hold_f
         own.warmup, own.ema, own.label_smoothing, own.lr_decay,
     )  # fmt: skip
     assert of_run("--mixup 0.2", "--recipe paper").mixup == 0.2
-    c = of_run("--pretrained x.pth", "--evaluate --resume auto")
-    assert c.pretrained is None
+    c, own = of_run("--epochs 16", "--recipe strong"), _resolve("--epochs 16 --recipe strong")
+    assert (c.lr, c.weight_decay) == (own.lr, own.weight_decay)
+    assert of_run("--opt adamw --lr 0.3", "--recipe strong").lr == 0.3
+    assert of_run("--pretrained x.pth", "--evaluate --resume auto").pretrained is None
+    assert of_run("--pretrained x.pth", "--no-evaluate").pretrained == "x.pth"
 
 
 def test_what_a_file_written_by_hand_has_holds_beside_another_recipe(tmp_path):

@@ -87,9 +87,11 @@ def test_a_start_that_is_refused_does_no_harm_to_the_run_at_the_url(s3, photos, 
     first = start(photos, tmp_path / "a")
     faults.wait_for(lambda: stored(s3) >= 1, first)
     owner = s3.get("runs/run/owner.json")
+    faults.kill(first, signal.SIGSTOP)  # so that it does not end meanwhile
     _, err = start(other, tmp_path / "b", code=2)
     assert "as many images as before, but others" in err
     assert s3.get("runs/run/owner.json") == owner
+    faults.kill(first, signal.SIGCONT)
     faults.end(first, 0)
     faults.assert_same_end(tmp_path / "a/runs/run", whole)
 

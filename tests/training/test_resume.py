@@ -45,10 +45,7 @@ def test_the_same_command_goes_on_from_what_it_has_trained(tmp_path):
     )
     first = find_start(config, lambda _: None, "rsnet train a")
     assert (first.checkpoint.epoch, first.continues) == (3, False)
-    io.save(
-        output / "checkpoints" / "last.pt",
-        Checkpoint(ModelConfig.from_dict(NETWORK), trained(NETWORK, 3), epoch=5),
-    )
+    _save_last(output, str(other))
     (output / "command.txt").write_text(
         "# typed: rsnet train b\n...\n# typed: rsnet train a\n...\n"
     )
@@ -58,6 +55,17 @@ def test_the_same_command_goes_on_from_what_it_has_trained(tmp_path):
         changed = dataclasses.replace(config, evaluate=evaluate)
         found = find_start(changed, lambda _: None, typed)
         assert found.checkpoint.epoch == (2 if evaluate else 3)
+    # What the directory had before, of another command that saved last, is not what this one has trained.
+    _save_last(output, None)
+    assert find_start(config, lambda _: None, "rsnet train a").checkpoint.epoch == 3
+    (output / "checkpoints" / "last.pt").write_bytes(b"damaged")
+    assert find_start(config, lambda _: None, "rsnet train a").checkpoint.epoch == 3
+
+
+def _save_last(run: Path, resume: str | None) -> None:
+    network = ModelConfig.from_dict(NETWORK)
+    found = Checkpoint(network, trained(NETWORK, 3), epoch=5, config={"resume": resume})
+    io.save(run / "checkpoints" / "last.pt", found)
 
 
 def test_a_release_is_evaluated_also_a_quantized_one_and_no_training_goes_on_with_it(tmp_path):
