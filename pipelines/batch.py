@@ -47,6 +47,9 @@ def copy_batch(batch: Batch) -> Batch:
 class Loader(Protocol):
     """Batches of one epoch, resumable at any step."""
 
+    sample_weights: NDArray[np.float32] | None
+    """What each sample of all ranks weighs in the loss, (samples,); None if all are equal."""
+
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __len__(self) -> int:
@@ -56,11 +59,6 @@ class Loader(Protocol):
     @property
     def sample_names(self) -> Sequence[str]:
         """Where each sample of all ranks lies, in the order of the evaluation."""
-        ...
-
-    @property
-    def sample_weights(self) -> NDArray[np.float32] | None:
-        """What each sample of all ranks weighs in the loss, (samples,); None if all are equal."""
         ...
 
     def set_epoch(self, epoch: int) -> None:

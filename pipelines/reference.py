@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -66,6 +65,7 @@ class ReferenceLoader(ScheduledLoader):
         super().__init__(spec.of_split(training), schedule)
         self._options, self._source = options, source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
+        self.sample_weights = self._targets.weights
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         spec = self._spec
@@ -90,10 +90,6 @@ class ReferenceLoader(ScheduledLoader):
     @property
     def sample_names(self) -> Sequence[str]:
         return [self._source.locate(index) for index in range(len(self._source))]
-
-    @property
-    def sample_weights(self) -> NDArray[np.float32] | None:
-        return self._targets.weights
 
     def _fingerprint(self) -> str:
         return self._source.fingerprint()

@@ -219,6 +219,7 @@ class ScheduledLoader(ABC):
 
     def __init__(self, spec: LoaderSpec, schedule: Schedule) -> None:
         self._spec, self.schedule = spec, schedule
+        self.sample_weights: NDArray[np.float32] | None = None
         self._epoch = 0
         self._step = 0  # batches of this epoch that were yielded
         self._first_step = 0  # of the next iteration
@@ -302,11 +303,6 @@ class ScheduledLoader(ABC):
     def sample_names(self) -> Sequence[str]:
         """Where each sample of all ranks lies, in the order of the evaluation."""
         return [str(index) for index in range(self.schedule.samples)]
-
-    @property
-    def sample_weights(self) -> NDArray[np.float32] | None:
-        """What each sample of all ranks weighs in the loss, (samples,); None if all are equal."""
-        return None
 
     @cached_property
     def fingerprint(self) -> str:

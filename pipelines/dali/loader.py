@@ -132,6 +132,7 @@ class DaliLoader(ScheduledLoader):
         super().__init__(spec, source_schedule(spec, source, training, options.window))
         self._source = source
         self._targets = Targets(spec, source.labels, source.classes, training, source.weights)
+        self.sample_weights = self._targets.weights
         self._feed = _Feed(spec, source, self.schedule, options.workers)
         self._options = options
         self._on_gpu = spec.device.type == "cuda"
@@ -207,10 +208,6 @@ class DaliLoader(ScheduledLoader):
     @property
     def sample_names(self) -> Sequence[str]:
         return [self._source.locate(index) for index in range(len(self._source))]
-
-    @property
-    def sample_weights(self) -> NDArray[np.float32] | None:
-        return self._targets.weights
 
     def _fingerprint(self) -> str:
         return self._source.fingerprint()

@@ -116,6 +116,7 @@ class FfcvLoader(ScheduledLoader):
         super().__init__(spec.of_split(training), _schedule(options, spec, beton, training))
         self._options, self._beton, self._classes = options, beton, classes
         self._targets = Targets(spec, beton.labels, classes, training)
+        self.sample_weights = self._targets.weights
         self._normalized = PixelNormalizer(spec.device, spec.dtype, spec.normalize)
         self._table = pixel_table(spec) if spec.device.type == "cpu" else None
         self._workers: _Workers | None = None
@@ -124,10 +125,6 @@ class FfcvLoader(ScheduledLoader):
     @property
     def sample_names(self) -> Sequence[str]:
         return [f"{self._beton.path}#{index}" for index in range(len(self._beton))]
-
-    @property
-    def sample_weights(self) -> NDArray[np.float32] | None:
-        return self._targets.weights
 
     def _fingerprint(self) -> str:
         columns = self._beton.labels, self._beton.samples.size, self._beton.samples.height

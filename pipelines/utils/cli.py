@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from pipelines.utils import complaints
-from pipelines.utils.config_file import Tied, completed, flag_of, split_config
+from pipelines.utils.config_file import Ignored, completed, flag_of, split_config
 from pipelines.utils.errors import DataError, RunError, UsageError, os_error_line, way_out
 from pipelines.utils.location import url_of
 from pipelines.utils.memory import is_out_of_memory, memory_line, require_memory
@@ -236,16 +236,16 @@ def _about(options: type[Any]) -> str:
 
 
 def with_config(
-    words: Sequence[str], groups: Sequence[Any], tied: Tied = lambda *_: ()
+    words: Sequence[str], groups: Sequence[Any], ignored: Ignored = lambda *_: ()
 ) -> list[str]:
     """Return a command line with the options that the file of its --config gives, and it does not.
 
-    tied: see `completed`.
+    ignored: see `completed`.
     """
     rest, path = split_config(words)
     if path is None:
         return rest
-    return expand_home(completed(rest, path, _fields(groups), tied))
+    return expand_home(completed(rest, path, _fields(groups), ignored))
 
 
 def command(

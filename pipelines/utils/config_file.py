@@ -16,7 +16,7 @@ from pipelines.utils.synonyms import advice
 FLAG, NO = "--config", "--no-"
 
 Fields = Mapping[str, "dataclasses.Field[Any]"]
-Tied = Callable[[Mapping[str, Any], Mapping[str, str]], Collection[str]]
+Ignored = Callable[[Mapping[str, Any], Mapping[str, str]], Collection[str]]
 
 
 def split_config(words: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -56,19 +56,19 @@ def completed(
     words: Sequence[str],
     path: Path,
     fields: Fields,
-    tied: Tied = lambda *_: (),
+    ignored: Ignored = lambda *_: (),
 ) -> list[str]:
     """Return a command line with the options in a file that it does not give itself.
 
     fields: of the command's options, by all names that these have on a command line.
-    tied: returns, of the options in the file and those that are given, by the names of their fields, which of
-    the file's are not to be taken, as they belong to others that are given.
+    ignored: returns, of the options in the file and those that are given, by the names of their fields, which
+    of the file's are not to be taken, as they belong to others that are given.
 
     Raises UsageError for an option that the command does not have, or a value that is none.
     """
     given = _given(words, fields)
     found, content = list(words), read_config(path)
-    left = tied({_field_name(n, fields): v for n, v in content.items()}, given)
+    left = ignored({_field_name(n, fields): v for n, v in content.items()}, given)
     for name, value in content.items():
         flag = "--" + name.replace("_", "-")
         if flag not in fields:

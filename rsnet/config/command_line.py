@@ -16,9 +16,8 @@ from pipelines.utils.cli import exit_with_help, parse_options, with_config
 from pipelines.utils.config_file import NO
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
-from rsnet.config.optimizers import LR_AND_WEIGHT_DECAY, is_of_other_optimizer
 from rsnet.config.recipes import FORMER_NAMES
-from rsnet.config.resolve import OF_A_RECIPE
+from rsnet.config.resolve import OF_A_RECIPE, of_its_own
 from rsnet.config.train_config import TOPICS, TrainConfig
 
 Options = TypeVar("Options")
@@ -54,7 +53,7 @@ def parse(
     typed = list(sys.argv[1:] if argv is None else argv)
     words = _plain(typed)
     exit_with_help(words, program, sources)
-    completed = _plain(with_config(words, sources, _tied))
+    completed = _plain(with_config(words, sources, _ignored))
     for word in typed:
         name = word.removeprefix("--recipe=")
         if name in FORMER_NAMES:
@@ -76,7 +75,7 @@ def _together(options_type: type[Any]) -> Any:
     return together
 
 
-def _tied(file: Mapping[str, Any], given: Mapping[str, str]) -> set[str]:
+def _ignored(file: Mapping[str, Any], given: Mapping[str, str]) -> set[str]:
     """Return which options of a file do not hold, as they belong to what the command line gives anew.
 
     A run's config.json has a value for every option, also for what was not given: the recipe's, and those of
@@ -86,22 +85,18 @@ def _tied(file: Mapping[str, Any], given: Mapping[str, str]) -> set[str]:
     left = {"pretrained"} if given.get("evaluate", NO) != NO else set()
     if not file.keys() >= OF_A_RECIPE:
         return left
-    if file.get("sizes_per_step") == len(_as_list(file.get("sizes"))):
-        left.add("sizes_per_step")  # all of them
-    before = str(file.get("opt"))
+    sizes = file.get("sizes")
+    run = {
+        **file,
+        "opt": str(file.get("opt")),
+        "sizes": sizes if isinstance(sizes, list) else [sizes],
+    }
     opt: Any = OPTIMIZERS.get(given.get("opt", ""), given.get("opt"))
-    if is_of_other_optimizer(opt, {"opt": before}):
-        left |= {"lr", "weight_decay"}
     recipe = FORMER_NAMES.get(given.get("recipe", ""), given.get("recipe"))
-    if recipe not in (None, file.get("recipe")):
-        # AdamW and its like have a rate and decay of their own, and are no recipe's.
-        own = before in LR_AND_WEIGHT_DECAY
-        left |= OF_A_RECIPE - {"opt"} if own else OF_A_RECIPE | {"lr", "weight_decay"}
+    left |= of_its_own(run, opt, recipe)
+    if left & {"opt", "weight_decay"}:  # the optimizer, or the recipe that chose it, has both
+        left |= {"lr", "weight_decay"}
     return left
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _plain(words: Sequence[str]) -> list[str]:

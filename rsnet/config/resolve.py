@@ -17,7 +17,12 @@ from pipelines.utils.location import Location, Url, location, url_of
 from pipelines.utils.schema import read_json
 from rsnet.config import size_schedule
 from rsnet.config.model_config import DEFAULT_SIZES, FULL, MODEL_DEFAULTS, ModelConfig
-from rsnet.config.optimizers import LR_AND_WEIGHT_DECAY, is_of_other_optimizer, rate_and_decay
+from rsnet.config.optimizers import (
+    LR_AND_WEIGHT_DECAY,
+    OptName,
+    is_of_other_optimizer,
+    rate_and_decay,
+)
 from rsnet.config.recipes import RecipeName, get_recipe
 from rsnet.config.size_schedule import Phase
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
@@ -264,6 +269,23 @@ def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
     )
 
 
+def of_its_own(run: Mapping[str, Any], opt: OptName | None, recipe: str | None) -> set[str]:
+    """Return which options of a run are its optimizer's, recipe's or sizes', where others are given.
+
+    opt, recipe: those that are given; None for the run's.
+    """
+    found: set[str] = set()
+    if recipe not in (None, run.get("recipe")):
+        found |= OF_A_RECIPE
+        if run.get("opt") in LR_AND_WEIGHT_DECAY:  # which is no recipe's
+            found.remove("opt")
+    if is_of_other_optimizer(opt, run):
+        found.add("weight_decay")
+    if run.get("sizes_per_step") == len(run.get("sizes", ())):
+        found.add("sizes_per_step")  # all, also of other --sizes
+    return found
+
+
 def _given(
     config: TrainConfig,
     previous: Mapping[str, Any] | None,
@@ -273,17 +295,9 @@ def _given(
     """Return the options as given, with those that a resumed run takes from its earlier part."""
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if previous:
-        taken = TAKEN_OVER
-        if config.recipe not in (None, previous.get("recipe")):
-            taken = taken - OF_A_RECIPE
-            if previous.get("opt") in LR_AND_WEIGHT_DECAY:  # which is no recipe's
-                taken = taken | {"opt"}
-        if is_of_other_optimizer(config.opt, previous):
-            taken = taken - {"weight_decay"}
+        taken = TAKEN_OVER - of_its_own(previous, config.opt, config.recipe)
         if config.val_data or config.val_fraction or "data" in config.allow_change:
             taken = taken - {"val_data", "val_fraction"}  # one of them; of the data
-        if previous.get("sizes_per_step") == len(previous.get("sizes", ())):
-            taken = taken - {"sizes_per_step"}  # all, also of other --sizes
         if config.sizes and {*config.sizes} != {*previous.get("sizes", config.sizes)}:
             # It names those; a network refuses others, and says so.
             taken = taken - {"size_schedule"}
