@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 from pipelines.utils.tables import text_table
 from rsnet.evaluation.plot_labels import label_points
 from rsnet.losses import ENSEMBLE
-from rsnet.models.shapes import all_gmacs
-from rsnet.models.switchable import ResolutionSwitchable
 
 COLUMNS: list[str | int] = ["size", "GMACs", "top1", "top5", "loss"]
 
@@ -21,16 +19,6 @@ Results = Mapping[str, Mapping[str, float]]
 def rows(results: Results, gmacs: Mapping[str, float]) -> list[list[str | float]]:
     """Return a row of `COLUMNS` per size, the largest first, and the ensemble's, which costs all of them."""
     return [[name, gmacs[name], r["top1"], r["top5"], r["loss"]] for name, r in results.items()]
-
-
-def cost(sizes: Sequence[int], gmacs: Sequence[float]) -> dict[str, float]:
-    """Return the GMACs by the names that `Results` have."""
-    return dict(zip(map(str, sizes), gmacs, strict=True)) | {ENSEMBLE: sum(gmacs)}
-
-
-def model_cost(model: ResolutionSwitchable) -> dict[str, float]:
-    """Return the GMACs an image of a network, at every size and of the ensemble."""
-    return cost(model.sizes, all_gmacs(model, model.sizes))
 
 
 def table(results: Results, gmacs: Mapping[str, float]) -> str:

@@ -16,9 +16,8 @@ from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import ResolvedConfig, recipe_defaults
 from rsnet.config.train_config import to_plain_dict
 from rsnet.distributed import process_group as distributed
-from rsnet.evaluation.report import model_cost
 from rsnet.loggers.console import ConsoleLogger
-from rsnet.models.shapes import all_gmacs
+from rsnet.models.shapes import all_gmacs, model_cost
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.models.teacher import Teacher
 

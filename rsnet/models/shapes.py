@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.utils.errors import UsageError, first_line
+from rsnet.losses import ENSEMBLE
 from rsnet.models.quantization.lq_nets import Quantizer
 from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 
@@ -35,6 +36,12 @@ def all_gmacs(model: nn.Module, sizes: Sequence[int]) -> list[float]:
     """Return what `gmacs` does of each size."""
     on_meta = _shape_only(model)
     return [_gmacs_of_shapes(on_meta, size) for size in sizes]
+
+
+def model_cost(model: ResolutionSwitchable) -> dict[str, float]:
+    """Return the GMACs of one image at each of a network's sizes, and of the ensemble, by their names."""
+    costs = all_gmacs(model, model.sizes)
+    return dict(zip(map(str, model.sizes), costs, strict=True)) | {ENSEMBLE: sum(costs)}
 
 
 def _gmacs_of_shapes(on_meta: nn.Module, size: int) -> float:

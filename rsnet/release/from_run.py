@@ -13,8 +13,7 @@ from typing import Any
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.evaluation.class_names import readable_names
-from rsnet.losses import ENSEMBLE
-from rsnet.models.shapes import all_gmacs
+from rsnet.models.shapes import model_cost
 from rsnet.models.switchable import ResolutionSwitchable
 from rsnet.release import package
 from rsnet.release.config import result_names
@@ -70,10 +69,9 @@ def _facts(
     source: SavedNetwork, model: ResolutionSwitchable, class_names: Path | None = None
 ) -> dict[str, Any]:
     """Return what `package.write` is told of a network."""
-    costs = dict(zip(map(str, model.sizes), all_gmacs(model, model.sizes), strict=True))
     run_dir = source.run_dir
     return {
-        "gmacs": costs | {ENSEMBLE: sum(costs.values())},
+        "gmacs": model_cost(model),
         "accuracy": _accuracy(run_dir, source.checkpoint, source.file.name == BEST)
         if run_dir
         else None,

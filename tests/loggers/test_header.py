@@ -17,11 +17,11 @@ from pipelines import synthetic
 from pipelines.synthetic import SyntheticOptions
 from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
-from rsnet.evaluation import report
 from rsnet.loggers import header, run_context
 from rsnet.loggers.console import ConsoleLogger
 from rsnet.loggers.header import warn_of_schedule
 from rsnet.loggers.run_context import RunContext
+from rsnet.models import shapes
 from tests.helpers import synthetic_run
 
 
@@ -115,7 +115,7 @@ def test_the_sizes_of_the_steps_are_shown_with_their_share_of_the_operations(
         counted.append(sizes)
         return [4.0, 2.0, 1.0]
 
-    for module in (report, run_context):
+    for module in (shapes, run_context):
         monkeypatch.setattr(module, "all_gmacs", count)
     model: Any = SimpleNamespace(sizes=(32, 24, 16), count_parameters=lambda: (1, 1))
     teacher: Any = SimpleNamespace(sizes=(64,), gmacs=2.1, megabytes=1.0)
