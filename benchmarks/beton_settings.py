@@ -1,4 +1,4 @@
-"""What each way of storing costs in space, time and exactness: the choice of the converter's defaults.
+"""Space, time and exactness of each way of storing images: the reason for the converter's defaults.
 
     python -m benchmarks.beton_settings --data /imagenet --output /tmp/settings --workers 2
 

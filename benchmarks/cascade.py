@@ -59,7 +59,7 @@ def limits(ms: Mapping[int, float]) -> list[float]:
 
 
 def compare(found: LabelledLogits, ms: Mapping[int, float], splits: int) -> Iterator[Row]:
-    """Size, mix and cascade are chosen on one half, and reported on the other."""
+    """Choose size, mix and cascade on one half of the images; return their results on the other."""
     as_they_are = dict.fromkeys(ms, 1.0)
     for seed in range(splits):
         fitted, other = (cascade_search.answers(h, as_they_are) for h in found.halves(seed))

@@ -73,7 +73,7 @@ class HostOnly:
         self._options = options
 
     def images_per_s(self, work: Callable[[int, Indices], None]) -> float:
-        """Over the training samples, an equal share a thread."""
+        """Return images/s over the training samples, divided equally among the threads."""
         count, workers = len(self._beton), self._options.workers
         with self._beton.path.open("rb", buffering=0) as file, ThreadPoolExecutor(workers) as pool:
 

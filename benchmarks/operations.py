@@ -1,4 +1,4 @@
-"""What a training step asks of a device, without one: operations that the host starts, and peak memory.
+"""Count the operations and the peak memory of a training step, without a device.
 
     python -m benchmarks.operations --batch-size 256
 

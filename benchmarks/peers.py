@@ -1,4 +1,4 @@
-"""Images/s of what one would take instead, at one size, beside this project's loaders at one and at all.
+"""Images/s of alternative loaders at one size, beside this project's loaders at one size and at all sizes.
 
     python -m benchmarks.peers --data /imagenet --beton /imagenet_beton --workers 2
 
@@ -164,7 +164,7 @@ def cost_of(batches: Iterable[Any], device: torch.device) -> Cost:
 
 
 def cpu_seconds() -> float:
-    """What this process and the workers that it has started have used until now."""
+    """Return the CPU seconds used so far by this process and its workers."""
     total = time.process_time()
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -173,7 +173,7 @@ def cpu_seconds() -> float:
 
 
 def sources(o: Options, device: torch.device) -> tuple[dict[str, Epoch], list[Loaders]]:
-    """What is compared, by name; and what has to be closed."""
+    """Return the loaders to compare, by name, and the loaders to close."""
     found = {"torchvision": torchvision_loader(o, device)}
     if importlib.util.find_spec("timm"):
         found["timm"] = timm_loader(o, device)

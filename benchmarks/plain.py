@@ -1,4 +1,4 @@
-"""A training step in the original code's way of working, as something to compare with.
+"""Baseline: a training step that works as the original code does.
 
 Float32, NCHW; a list of tensors, one per resolution, goes through the network layer by layer; SGD updates one
 parameter after the other. Written anew, from torchvision's network, for the benchmarks alone.
@@ -69,7 +69,7 @@ class PlainStep:
         )  # fmt: skip
 
     def __call__(self, images: Sequence[Tensor], labels: Tensor) -> float:
-        """Returns the loss, as the original does after every step."""
+        """Return the loss, as the original does after every step."""
         logits = self._network.run(list(images))
         loss = self._loss(logits, labels)
         self._sgd.zero_grad()

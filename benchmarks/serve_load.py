@@ -63,7 +63,7 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What became of the requests of one kind at one rate."""
+    """The outcome of the requests of one kind at one rate."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)  # ms, of those that were answered

@@ -46,7 +46,7 @@ class Options:
 
 
 def require_classifiable(release: Path, image: Path) -> None:
-    """Raise UsageError or DataError, before a minute has passed, for what a row could not classify."""
+    """Raise UsageError or DataError early, rather than after a minute, if a row could not classify."""
     import rsnet
 
     if not image.is_file():

@@ -97,7 +97,7 @@ def measure(arch: str, o: Options) -> dict[str, Any]:
 
 
 def alternate(steps: Sequence[Step], rounds: int, device: torch.device) -> list[float]:
-    """Median seconds of each."""
+    """Return the median seconds of each way, measured alternately."""
     taken: list[list[float]] = [[] for _ in steps]
     for _ in range(rounds):
         for step, seconds in zip(steps, taken, strict=True):
@@ -109,7 +109,7 @@ def alternate(steps: Sequence[Step], rounds: int, device: torch.device) -> list[
 
 
 def prepare(way: Way, arch: str, o: Options, batch: Batch) -> tuple[Step, int | None]:
-    """Warmed up, and its peak memory with weights, gradients and momentum."""
+    """Return the warmed-up step and its peak memory, with weights, gradients and momentum."""
     device = batch.labels.device
     before = 0
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What it costs that a call may name another size than the call before.
+"""The cost of changing the size between two calls.
 
     python -m benchmarks.switching --arch parallel_resnet18
 

@@ -89,7 +89,7 @@ class Options:
 
 
 def measure(arch: str, o: Options) -> dict[str, Any]:
-    """All figures of one network."""
+    """Return all figures of one network."""
     found: dict[str, Any] = {"arch": arch, "step": compare_steps(arch, o)}
     note(f"{arch}, step", found["step"])
     gc.collect()
@@ -106,7 +106,7 @@ def measure(arch: str, o: Options) -> dict[str, Any]:
 
 
 def compare_steps(arch: str, o: Options) -> dict[str, Any]:
-    """Seconds a step, alternating."""
+    """Return the seconds per step of each way, measured alternately."""
     now = time.process_time if o.cpu_time else time.perf_counter
     steps = {which: make_step(which, arch, o) for which in SIDES}
     batch = make_batches(o, 1)[0]
@@ -247,7 +247,7 @@ def make_network(arch: str) -> nn.Module:
 
 
 def make_batches(o: Options, count: int) -> list[Batch]:
-    """Noise, with labels that could be learnt by heart."""
+    """Return batches of noise, with labels that can be memorised."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(size: int) -> Tensor:

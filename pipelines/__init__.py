@@ -1,1 +1,3 @@
-"""Input pipelines: image folders in, `Batch`es on the training device out. They know no model."""
+"""Input pipelines: image folders, tables, tar shards and .beton files in, `Batch`es on the training device
+out. They know no network.
+"""

@@ -23,9 +23,9 @@ class Batch(NamedTuple):
     """The samples of one step at every size.
 
     images: one (N, 3, s, s) tensor per size, the largest first, channels-last in memory, normalised; in
-    training those of `LoaderSpec.extra_sizes` follow, and one that `LoaderSpec.used` leaves out may be
-    (N, 3, 0, 0). labels: (N,) int64. weights: (N,) float32, the
-    samples' in the loss, or None if all are equal. All on one device.
+    training, those of `LoaderSpec.extra_sizes` follow, and a size that `LoaderSpec.used` leaves out may be
+    (N, 3, 0, 0). labels: (N,) int64. weights: (N,) float32, the samples' weights in the loss, or None if
+    all are equal. All are on one device.
     """
 
     images: tuple[Tensor, ...]
@@ -82,11 +82,11 @@ class Loader(Protocol):
 class LoaderSpec:
     """The options that all pipelines share. `batch_size` is per process.
 
-    node_of_rank: numbers from 0 on, by rank; () for a single node.
-    train_sizes: of training batches in place of `sizes`, as many; () for the same.
-    extra_sizes: of training batches, after `sizes`: the same crop at other sizes, flipped as the largest is.
-    used: by the first epoch that it is for, the places in `sizes` of what training uses, of which alone
-    pipelines need to make images; () for all of them.
+    node_of_rank: the node of each rank, numbered from 0; () for a single node.
+    train_sizes: the sizes of training batches in place of `sizes`, as many (FixRes); () for the same.
+    extra_sizes: further sizes of the training crop, after `sizes`, flipped like the largest (for a teacher).
+    used: the parts of a size schedule, (first epoch, indices into `sizes`): pipelines may leave the other
+    sizes out; () for all.
     """
 
     data: str | Path
@@ -110,6 +110,16 @@ class LoaderSpec:
     train_sizes: tuple[int, ...] = ()
     extra_sizes: tuple[int, ...] = ()
     used: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """The node of each rank."""
+        return self.node_of_rank or (0,) * self.world_size
+
+    @property
+    def local_ranks(self) -> list[int]:
+        """The ranks on this rank's node."""
+        return [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
 
     @property
     def all_sizes(self) -> tuple[int, ...]:

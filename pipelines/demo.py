@@ -90,18 +90,21 @@ def write(options: DemoOptions) -> None:
     if options.output.exists():
         raise UsageError(f"--output: {options.output} exists already")
     with atomic_directory(options.output) as temporary:
-        for number, (split, images) in enumerate((("train", options.train), ("val", options.val))):
-            for label, name in enumerate(CLASSES):
-                folder = temporary / split / name
-                folder.mkdir(parents=True)
-                for i in range(images):
-                    rng = np.random.default_rng((options.seed, number, label, i))
-                    # The odd kinds are the first images of the first classes, one each.
-                    is_odd = i == 0 and label < len(ODD_KINDS)
-                    save = ODD_KINDS[label] if is_odd else _save_plain
-                    file = io.BytesIO()  # PIL has words of its own for a disk that is full
-                    save(file, render(name, rng))
-                    (folder / f"{name}_{i:04}.JPEG").write_bytes(file.getvalue())
+        for number, (split, count) in enumerate((("train", options.train), ("val", options.val))):
+            for label in range(len(CLASSES)):
+                _write_class(temporary / split, label, count, (options.seed, number))
+
+
+def _write_class(split: Path, label: int, count: int, seed: tuple[int, int]) -> None:
+    """Write `count` images of a class; the first image of each of the first classes is of an odd kind."""
+    name = CLASSES[label]
+    (split / name).mkdir(parents=True)
+    for i in range(count):
+        is_odd = i == 0 and label < len(ODD_KINDS)
+        save = ODD_KINDS[label] if is_odd else _save_plain
+        file = io.BytesIO()  # for a full disk PIL raises errors of its own
+        save(file, render(name, np.random.default_rng((*seed, label, i))))
+        (split / name / f"{name}_{i:04}.JPEG").write_bytes(file.getvalue())
 
 
 def write_demo(options: DemoOptions) -> int:

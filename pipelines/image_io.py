@@ -36,8 +36,9 @@ def images_below(folder: Path) -> list[str]:
 def find_images(roots: Sequence[Path]) -> list[Found]:
     """Find the files with an image's suffix below each of the folders, at any depth.
 
-    Hidden files are none. Folders that begin with a dot or @ are not entered: other programs keep copies and
-    thumbnails there. Links to folders are followed, but to one above, or to one that is entered anyway.
+    Hidden files do not count. Folders whose names begin with a dot or @ are skipped, as other programs keep
+    copies and thumbnails there. Symbolic links to folders are followed, unless they lead to a parent or to
+    a folder that is entered anyway.
 
     Raises RunError if a folder cannot be listed.
     """

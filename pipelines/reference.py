@@ -21,7 +21,7 @@ from pipelines.normalize import PixelNormalizer
 from pipelines.sampler import (
     AUGMENTATION_LANE,
     ScheduledLoader,
-    crop_params,
+    draw_crops,
     uniforms,
 )
 from pipelines.sources.source import Source
@@ -119,14 +119,7 @@ class _MultiSizeDataset(Dataset[list[Tensor] | DataError | RunError]):
 
     def _training_views(self, image: Image.Image, index: int) -> Iterator[Image.Image]:
         spec = self._spec
-        params = crop_params(
-            spec.seed,
-            self._epoch,
-            np.array([index]),
-            len(spec.sizes),
-            spec.flip,
-            len(spec.extra_sizes),
-        )
+        params = draw_crops(spec, self._epoch, np.array([index]))
         rectangle = random_resized_crop(image.height, image.width, params, 0)
         crop = self._augmented(F.crop(image, *rectangle), index)
         for size, flip in zip(spec.all_sizes, params.flip[0], strict=True):

@@ -56,6 +56,11 @@ def crop_params(
     return params._replace(flip=np.hstack([params.flip, *[params.flip[:, :1]] * extra]))
 
 
+def draw_crops(spec: LoaderSpec, epoch: int, indices: Indices) -> CropParams:
+    """Return the crops and flips of N training samples at `spec.all_sizes`."""
+    return crop_params(spec.seed, epoch, indices, len(spec.sizes), spec.flip, len(spec.extra_sizes))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The samples of each step of one rank.
@@ -65,9 +70,10 @@ class Schedule:
     not fill a global batch are dropped, other ones each epoch. Evaluation: a contiguous share of the
     samples for each rank, each exactly once; the last batch may be smaller.
 
-    repeats: how often an epoch has each image that it has (Hoffer et al. 2019), one after the other, so that
-    a step of all ranks has all of them. The epoch stays as long, with fewer images, as torchvision's
-    RASampler has it; there, too, the ranks take turns, so that the crops of an image are on several.
+    repeats: crops of each image of an epoch (repeated augmentation, Hoffer et al. 2019), next to each
+    other, so that one global step has all of them. The epoch keeps its length and has fewer images, as in
+    torchvision's RASampler. As there, the ranks take turns, so that the crops of an image are spread over
+    ranks.
     """
 
     samples: int
@@ -79,7 +85,6 @@ class Schedule:
     _: KW_ONLY
     repeats: int = 1
 
-    # A sample that an epoch has again is its index plus a multiple of `samples`: with a crop of its own.
     order_name: ClassVar[str] = "random"
 
     def __post_init__(self) -> None:
@@ -91,7 +96,10 @@ class Schedule:
             )
 
     def rows(self, indices: Indices) -> Indices:
-        """Return the samples of the source that a batch's indices are of."""
+        """Return the samples of the source that a batch's indices stand for.
+
+        The k-th repeat of sample i has the index i + k * `samples`, and thereby a crop of its own.
+        """
         return indices % self.samples
 
     @property
@@ -129,7 +137,7 @@ class Schedule:
         return self.rows(np.concatenate([np.empty(0, np.int64), *batches]))
 
     def reads_of(self, ranks: Sequence[int], epoch: int, first_step: int = 0) -> SharedReads:
-        """Return what these ranks, of which this is one, read together, step by step."""
+        """Return the reads of these ranks, of which this is one, interleaved step by step."""
         order = self._order_of_all(epoch)
         each = [[*replace(self, rank=rank)._batches(order, first_step)] for rank in ranks]
         steps = [
@@ -183,15 +191,14 @@ class Schedule:
                 yield of_all[place * self.batch_size :][: self.batch_size]
             else:
                 own = of_all[place :: len(ranks)]
-                # Mixup and CutMix mix neighbours: not an image with itself, where one rank has it again.
+                # Mixup and CutMix mix neighbours: keep the repeats of an image apart.
                 yield own[np.argsort(own // self.samples, kind="stable")]
 
 
 @dataclass(frozen=True)
 class BalancedSchedule(Schedule):
-    """As many samples of each class in an epoch, up to one: of small classes some more than once.
-
-    A class's samples are all drawn before one is drawn again. An epoch has as many as there are samples.
+    """The same number of samples of every class in an epoch, up to one; those of small classes repeat. All
+    samples of a class are drawn before any is drawn again. An epoch is as long as the number of samples.
     """
 
     labels: NDArray[np.int64]
@@ -246,16 +253,15 @@ class ScheduledLoader(ABC):
         for indices, batch in zip(self.schedule.batches(epoch, first_step), batches, strict=True):
             numbers = uniforms(spec.seed, epoch, indices, erasing.LANES, ERASING_LANE)
             boxes = erasing.Boxes.from_uniforms(numbers, spec.random_erase)
-            counts = len(spec.sizes), spec.flip, len(spec.extra_sizes)
-            flip = crop_params(spec.seed, epoch, indices, *counts).flip
-            erasing.erase(batch, boxes, flip)
+            erasing.erase(batch, boxes, draw_crops(spec, epoch, indices).flip)
             yield batch
 
     def _expect(self, source: Source, epoch: int, first_step: int) -> list[Indices]:
-        """Return the samples of an epoch's steps, and tell their source, which may have to fetch them."""
+        """Return the indices of an epoch's steps, and announce them to the source, which may have to
+        prefetch them.
+        """
         batches = list(self.schedule.batches(epoch, first_step))
-        nodes, own = self._spec.node_of_rank, self._spec.rank
-        ranks = [rank for rank, node in enumerate(nodes) if node == nodes[own]]
+        ranks = self._spec.local_ranks
         of_machine = partial(self.schedule.reads_of, ranks, epoch, first_step)
         source.expect(self.schedule.rows_of(batches), of_machine if len(ranks) > 1 else None)
         return batches

@@ -38,10 +38,8 @@ class Targets:
 
     def __call__(self, rows: Indices) -> tuple[Tensor, Tensor | None]:
         """Return labels and weights of these samples."""
-        weights = self.weights
-        return self._moved(self._labels[rows]), None if weights is None else self._moved(
-            weights[rows]
-        )
+        labels = self._moved(self._labels[rows])
+        return labels, None if self.weights is None else self._moved(self.weights[rows])
 
     def _moved(self, values: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(values)

@@ -110,7 +110,7 @@ def skip_bad(
         raise UsageError(f"--skip-bad: there is no report {path}; {command} writes it")
     state = fingerprint(source.stamps())
     own = splits.get(key(source, report is not None))
-    # Else by whatever name: what is trained on here may be validated on elsewhere.
+    # Else any entry with this fingerprint: another command may use the same images as its other split.
     known = (one for one in (own, *splits.values()) if one and one.fingerprint == state)
     found = next(known, None)
     if found is None:

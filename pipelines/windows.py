@@ -102,16 +102,19 @@ class ShardSchedule(WindowSchedule):
         return f"{super().order_text}, {mixed} of {shards} at a time{nodes} ({digest[:6]})"
 
     def order(self, epoch: int) -> Indices:
+        # Laid end to end in their shuffled order, the shards take the positions starts[i] to ends[i] - 1.
         place, numbers = self._drawn(epoch)
-        share = self.samples // self.nodes
-        first = self.node_of_rank[self.rank] * share
         ends = np.cumsum(np.bincount(place))
         starts = np.concatenate([[0], ends[:-1]])
-        # The shards with samples of this node: to sort all takes 8 s of 14 million.
-        is_near = (ends > first) & (starts < first + share)
-        near = np.flatnonzero(is_near[place])
-        own = near[np.lexsort((numbers[near], place[near]))]
-        own = own[first - starts[is_near][0] :][:share]
+        # This node reads the positions from `first` on. Only the shards that reach into them are sorted:
+        # all would take 8 s for 14 million samples.
+        share = self.samples // self.nodes
+        first = self.node_of_rank[self.rank] * share
+        overlaps = (ends > first) & (starts < first + share)
+        candidates = np.flatnonzero(overlaps[place])
+        by_shard = candidates[np.lexsort((numbers[candidates], place[candidates]))]
+        own = by_shard[first - starts[overlaps][0] :][:share]
+        # Then the samples of each window of shards are shuffled.
         window = (place[own] - place[own[0]]) // self.windows.size
         return own[np.lexsort((numbers[own], window))]
 
@@ -137,9 +140,8 @@ def source_schedule(
         raise UsageError(
             f"--order shards: {source.place} is no tar shards; leave it out, or let rsnet shards write some"
         )
-    nodes = spec.node_of_rank or (0,) * spec.world_size
     windows = Windows(source.shard, window)
-    return ShardSchedule(**vars(schedule), windows=windows, node_of_rank=nodes)
+    return ShardSchedule(**vars(schedule), windows=windows, node_of_rank=spec.nodes)
 
 
 def _require_unbalanced(spec: LoaderSpec) -> None:

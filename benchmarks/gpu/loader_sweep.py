@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.loader_sweep --data /imagenet --seconds 75
 
-Nothing is trained. A setting takes about four seconds on a GPU; those that the time does not suffice for are
-left out. Prints a line for each, and a JSON object. A training has options for three of them,
---workers, --decoder-hw-load and --prefetch; the others are here to be measured.
+Nothing is trained. A setting takes about four seconds on a GPU; settings that do not fit into the time are
+skipped. Prints a line for each, and a JSON object. A training has options for three of them, --workers,
+--decoder-hw-load and --prefetch; the others are here to be measured.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def images_per_s(
     dtype: torch.dtype = torch.bfloat16,
     **settings: Any,
 ) -> float:
-    """Of one setting. settings: of DaliOptions."""
+    """Return the images/s of one setting. settings: fields of DaliOptions."""
     device = device_in_use()
     spec = LoaderSpec(o.data, sizes or o.sizes, o.batch_size, device, dtype)
     with opened(spec, DaliOptions(**{"workers": o.workers} | settings)) as loaders:
@@ -118,7 +118,9 @@ def called_with(module: Any, name: str, **options: Any) -> Iterator[None]:
 
 @contextmanager
 def crop_decoded_alone() -> Iterator[None]:
-    """Let the decoder make the crop, where the pipeline of a GPU decodes whole photos and cuts then."""
+    """Let the decoder decode the crop only; on a GPU the pipeline decodes whole photos and crops
+    afterwards.
+    """
     from nvidia.dali import fn
 
     def crop(photo: tuple[Any, dict[str, Any]], **rectangle: Any) -> Any:

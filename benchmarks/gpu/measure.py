@@ -1,4 +1,4 @@
-"""All that is worth measuring on a GPU, the most wanted first, until the time is over.
+"""Measure everything of interest on a GPU, most important first, until the time is up.
 
     python -m benchmarks.gpu.measure --data /imagenet --output measured --seconds 600
     python -m benchmarks.gpu.measure --data /imagenet --output measured --parts step:resnet18:64 sweep
@@ -185,7 +185,9 @@ def gpu() -> str:
 
 
 def words_of(part: str, o: Options) -> tuple[float, list[str]]:
-    """The most seconds of a part, and its words after `python -m`. Raises UsageError for one that is none."""
+    """Return the time limit of a part in seconds, and its arguments after `python -m`. Raises UsageError
+    for an unknown part.
+    """
     kind, *about = part.split(":")
     if kind not in KINDS:
         raise UsageError(f"--parts {part}: there is no such part; one of {' '.join(KINDS)}")
@@ -199,7 +201,7 @@ def words_of(part: str, o: Options) -> tuple[float, list[str]]:
 
 
 def finish(words: Sequence[str], printed: Path, seconds: float) -> str:
-    """Run a process, with all that it starts, for at most so long; returns how it ended."""
+    """Run a process and its children for at most a given time; return how it ended."""
     start = time.perf_counter()
     with printed.open("w") as file:
         process = subprocess.Popen(

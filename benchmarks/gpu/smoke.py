@@ -102,7 +102,9 @@ def difference(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Te
 
 
 def epochs_and_resuming(o: Options) -> str:
-    """An epoch after one that was left, and resumed in its middle, is the epoch alone."""
+    """Check that an epoch read after an abandoned one, and one resumed in the middle, equal that epoch read
+    alone.
+    """
     with loaders(o) as first, loaders(o) as second:
         train = train_of(first)
         train.set_epoch(1)
@@ -118,7 +120,7 @@ def epochs_and_resuming(o: Options) -> str:
 
 
 def late_reading(o: Options) -> str:
-    """A batch that the device reads late, behind much work and with later batches on their way, is whole."""
+    """Check that a batch is intact when the device reads it late, with later batches already in progress."""
     # 1 GB, which 40 passes take an H100 some 30 ms to read and write: more than the loader takes a batch.
     shape = (16384, 16384) if device_in_use().type == "cuda" else (64, 4096)
     busy = torch.randn(shape, device=device_in_use())
@@ -212,7 +214,7 @@ def train_of(loaders: Loaders) -> Loader:
 
 
 def sum_of(batch: Batch) -> torch.Tensor:
-    """On the device, without waiting for it."""
+    """Return the sum on the device, without synchronising."""
     return torch.stack([x.sum(dtype=torch.float64) for x in batch.images]).sum()
 
 

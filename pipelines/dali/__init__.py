@@ -1,4 +1,4 @@
-"""Training and evaluation from image folders by DALI, on a GPU or on the CPU."""
+"""Loaders for image folders, tables and tar shards by DALI, on a GPU or on the CPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ __all__ = ["DaliOptions", "make_loaders"]
 
 
 def make_loaders(options: DaliOptions, spec: LoaderSpec, with_train: bool = True) -> Loaders:
-    """Return loaders over `spec.data`/train and /val.
-
-    Raises UsageError on a malformed folder, and with --skip-bad on one that was not verified.
+    """Return loaders over the splits of `spec.data`. Raises UsageError if it is malformed, or with
+    --skip-bad if it was not verified.
     """
     from pipelines.dali.loader import open_loaders  # DALI takes a second to import
 

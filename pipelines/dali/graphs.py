@@ -29,8 +29,8 @@ from pipelines.transforms import CROP_RATIO, CROP_TRIES, eval_short_side
 # Called once a batch; returns the outputs of the graph's external source, or raises StopIteration.
 Feed = Callable[[], list[Any]]
 
-# DALI's operations as they are: none has an `if` over a part of a batch, and to rewrite the source of them
-# all, as of what else a graph with conditionals calls, took five seconds of each start.
+# do_not_convert: in a graph with conditionals DALI rewrites the source of every function that it calls.
+# These have no `if` over a part of a batch, and rewriting all of them took five seconds at each start.
 _SUITES = {
     kind: [do_not_convert(functools.partial(operation)) for operation in suite]
     for kind, suite in {
@@ -79,9 +79,9 @@ def training_graph(
     """Give training's normalised images, (s, s, 3) of each size."""
 
     def decode(encoded: Any, **rectangle: Any) -> Any:
-        # Whole, as evaluation's. A rectangle of a JPEG whose colours are subsampled, as most are,
-        # nvImageCodec 0.9 leaves to the CPU, with a warning each time, if nvJPEG is older than 13.2, as CUDA
-        # 12's is; on some GPUs, H100s among them, all rectangles are reported to fail or crash.
+        # Decode the whole image, as in evaluation. With an nvJPEG before 13.2, such as CUDA 12's,
+        # nvImageCodec 0.9 decodes rectangles of chroma-subsampled JPEGs, which most are, on the CPU, with a
+        # warning each time; on some GPUs, H100s among them, decoding rectangles is reported to fail or crash.
         return fn.slice(fn.decoders.image(encoded, **_decoder(options, spec.device)), **rectangle)
 
     crop, flips = _training_crop(feed, spec, with_paths, decode)

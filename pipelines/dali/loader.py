@@ -49,7 +49,7 @@ from pipelines.sampler import (
     Indices,
     Schedule,
     ScheduledLoader,
-    crop_params,
+    draw_crops,
     uniforms,
 )
 from pipelines.sources.source import Source, dali_error_line
@@ -348,8 +348,7 @@ class _Feed:
         if not self._schedule.training:
             return [images]
         spec = self._spec
-        counts = len(spec.sizes), spec.flip, len(spec.extra_sizes)
-        params = crop_params(spec.seed, self._epoch, indices, *counts)
+        params = draw_crops(spec, self._epoch, indices)
         numbers = [params.area, params.ratio, params.position, params.flip.astype(np.int32)]
         if spec.auto_augment is not None:
             counters = spec.seed, self._epoch, indices

@@ -38,20 +38,22 @@ class DaliOptions(CacheOptions):
     """Batches prepared ahead."""
 
     order: Order = "random"
-    """random: all samples are shuffled. shards: tar shards are shuffled, and then the samples of each
-    --order-window of them, so that few are read from at once; each node reads a share of the shards."""
+    """random: all samples are shuffled. shards: tar shards are shuffled, and then the samples within each
+    window of --order-window shards, so that few shards are read at a time; each node reads a share of the
+    shards.
+    """
 
     order_window: Annotated[int | None, arg(metavar="SHARDS")] = None
-    """Shards that are mixed. Unset: 16 with --order shards."""
+    """Shards per window of --order shards, within which samples are shuffled. Unset: 16."""
 
     skip_bad: bool = False
     """Leave out the images that `rsnet verify` found to be broken."""
 
     strict: bool = False
-    """With --skip-bad: leave out images, too, that decode with errors."""
+    """With --skip-bad: also leave out images that decode with errors."""
 
     skip_bad_report: Annotated[Path | None, arg(metavar="FILE")] = None
-    """File that `rsnet verify --report` wrote. Unset: where it writes it by itself."""
+    """Report of `rsnet verify --report`. Unset: the file that verify writes by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +65,7 @@ class DaliOptions(CacheOptions):
         if self.order_window is not None and not 1 <= self.order_window <= 1_000_000:
             raise UsageError(f"--order-window {self.order_window}: 1 to 1000000 shards")
         if self.order_window is not None and self.order != "shards":
-            raise UsageError("--order-window: add --order shards, which it is of")
+            raise UsageError("--order-window: add --order shards, to which it belongs")
         if self.skip_bad_report and not self.skip_bad:
             raise UsageError("--skip-bad-report: add --skip-bad to leave out what it lists")
 
@@ -77,8 +79,8 @@ class DaliOptions(CacheOptions):
 class VerifyOptions(CacheOptions):
     """Decode every image with DALI, and list those that it cannot decode.
 
-    The result is kept in a report, which --skip-bad of a training reads; as long as the images do not
-    change, nothing is decoded again. Exit code: 0 if no bad image is left, 1 if there is one.
+    The result is stored in a report, which `rsnet train --skip-bad` reads; while the images do not change,
+    verifying again only reads the report. Exit code: 0 if no bad image is left, 1 if there is one.
     """
 
     data: Positional[Annotated[str, arg(metavar="DIR")]]
@@ -94,10 +96,10 @@ class VerifyOptions(CacheOptions):
     """File for the result. Unset: verified.json in or beside the data, of a table TABLE.verified.json."""
 
     move_to: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Move the bad images to this folder, below which they keep their paths."""
+    """Move the bad images to this folder, keeping their relative paths."""
 
     max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
-    """Larger images are bad: a file of kilobytes can claim gigabytes."""
+    """Treat larger images as bad: a small file can decode to gigabytes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,11 +54,15 @@ def verify(options: VerifyOptions) -> int:
     left = [_verify_split(s, known[reports[s.split]], reports[s.split], options) for s in sources]
     for source, rest in zip(sources, left, strict=True):
         verify_report.require_every_class(source, rest)
-    with_bad = [r for s in sources if known[r := reports[s.split]][_key(s, options)].bad]
+    with_bad: dict[Path, None] = {}  # each report once, in order
+    for source in sources:
+        report = reports[source.split]
+        if known[report][_key(source, options)].bad:
+            with_bad[report] = None
     if not with_bad:
         return 0
     move = "; verify --move-to moves it" if isinstance(sources[0], ImageFolder) else ""
-    listed = " and ".join(map(str, dict.fromkeys(with_bad)))
+    listed = " and ".join(map(str, with_bad))
     say(f"--skip-bad of a training leaves out what {listed} lists{move}")
     return EXIT_FAILED
 
@@ -160,7 +164,7 @@ def _decode(
                 heard.append(done)
             size += stamp[0] if stamp else 0
             progress.update(done + 1, size, len(bad))
-        # Threads decoded at once: only now can a message be told to be of an image.
+        # Several threads decoded at once; decoding one image at a time tells which one a message is about.
         decoder = Decoder(max_megapixels=options.max_megapixels)
         words = {names[i]: decoder.words(source.locate(i), source.read(i), messages) for i in heard}
     speed = len(stamps) / (time.perf_counter() - started)

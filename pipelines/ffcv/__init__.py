@@ -29,7 +29,7 @@ def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True
 
 
 def convert_or_verify(options: ConvertOptions) -> int:
-    """Convert an image folder, or verify a .beton file; return the exit code.
+    """Convert images, or verify a .beton file; return the exit code.
 
     Raises UsageError for a mistake in the options or a missing FFCV, DataError for broken data.
     """

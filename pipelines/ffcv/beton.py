@@ -102,9 +102,8 @@ def open_beton(path: Path) -> Beton:
     raw = samples.mode == RAW
     wrong = raw & (samples.size != (3 * samples.height * samples.width).astype(np.uint64))
     wrong |= (samples.mode != RAW) & (samples.mode != JPG)
-    wrong |= (
-        samples.height * samples.width > 1e6 * PIL_MAX_MEGAPIXELS
-    )  # before memory is taken for them
+    pixels = samples.height * samples.width
+    wrong |= pixels > 1e6 * PIL_MAX_MEGAPIXELS  # before memory is allocated for them
     wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():
         raise _broken_file(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")

@@ -196,7 +196,9 @@ def _is_there(output: Path, split: _Split, options: ConvertOptions) -> bool:
     check_sidecar(found, beton)
     if not np.array_equal(beton.labels, split.labels_without(found.skipped)):
         raise others
-    say(f"{path}: is there already, with the same options, from images of the same names and sizes")
+    say(
+        f"{path}: exists already, converted with the same options from images of the same names and sizes"
+    )
     for line in found.remarks:
         say(f"{path}: {line}")
     return True

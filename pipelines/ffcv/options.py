@@ -35,8 +35,9 @@ class FfcvOptions:
     """Batches prepared ahead."""
 
     os_cache: bool = True
-    """Keep what was read in the operating system's page cache; --no-os-cache, for data larger than memory,
-    drops the pages that an epoch has finished with."""
+    """Keep what was read in the operating system's page cache; --no-os-cache drops pages once an epoch has
+    finished with them, for data larger than memory.
+    """
 
     order: Order = "random"
     """random: all samples are shuffled. quasi-random: a gigabyte at a time, read in pages of 8 MB, for
@@ -104,7 +105,7 @@ class ConvertOptions(CacheOptions):
     """Threads that read, decode and encode."""
 
     subset: Annotated[int | None, arg(metavar="N")] = None
-    """Only N images of each split, spread over the classes."""
+    """Convert only N images of each split, spread over the classes."""
 
     skip_bad: bool = False
     """Leave broken images out, and list them in the sidecar."""

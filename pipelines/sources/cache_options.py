@@ -20,11 +20,14 @@ class CacheOptions:
     """Object storage."""
 
     cache: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder to which shards in object storage are copied, ahead of their use; all processes of a machine may
-    share it. Unset: rsnet in XDG_CACHE_HOME or ~/.cache."""
+    """Folder to which shards in object storage are prefetched; all processes of a machine may share it.
+    Unset: rsnet in XDG_CACHE_HOME or ~/.cache.
+    """
 
     cache_size: Annotated[str | None, arg(metavar="SIZE")] = None
-    """Bytes of --cache, at most: a number with K, M, G or T. Unset: half of its disk's free space."""
+    """Largest size of --cache in bytes: a number with K, M, G or T, such as 200GB. Unset: half of its
+    disk's free space.
+    """
 
     def __post_init__(self) -> None:
         _ = self.size  # checks it

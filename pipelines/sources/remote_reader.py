@@ -1,10 +1,10 @@
 """Reads samples of remote shards: from the cache, to which threads copy whole shards ahead of their use.
 
-In an order that has few shards open at once, a sample waits for its shard, as the others of it follow. Where
-samples of all shards are mixed over an epoch, the first ones would wait for all of them: they wait for
-`PATIENCE` seconds together, in which a small set is there, and are then read by a request of their own until
-their shard has come. A process that knows nothing of the order fetches a shard when it first reads of it.
-The processes of a machine have one order, and none is further ahead of the last than the cache has room.
+If the order has few shards open at a time, a sample waits for its shard, as further samples of it follow.
+If an epoch mixes the samples of all shards, the first samples would wait for all shards: they wait for
+`PATIENCE` seconds in total, in which a small data set arrives, and are then read with a request each until
+their shard is there. Without a known order, a shard is fetched when it is first read. The processes of a
+machine share one order, and none runs further ahead of the slowest than the cache has room.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class ShardReader:
         remote: Remote,
         items: Sequence[RemoteObject],
         cache: ShardCache,
-        check: Callable[[int, Path], None] = lambda *_: None,
     ) -> None:
-        """check: raises if a shard's file, by its number, is not what its index is of."""
         self.items, self.cache = items, cache
-        self._remote, self._check = remote, check
+        # Raises if the file of a shard, by its number, is not the one that the index describes.
+        self.check: Callable[[int, Path], None] = lambda *_: None
+        self._remote = remote
         self._ahead: _Ahead | None = None
         self._given_up = threading.Event()
         self._rounds = 0  # calls of `expect`
@@ -129,7 +129,7 @@ class ShardReader:
         outcome = self.cache.fetch(
             item,
             lambda file: self._remote.copy(item, file, self._given_up),
-            lambda path: self._check(shard, path),
+            lambda path: self.check(shard, path),
         )
         if outcome is Outcome.BUSY and self._given_up.wait(POLL):
             raise Stopped
@@ -209,36 +209,41 @@ class _Ahead:
     def wait(self, shard: int, *, whole: bool = False) -> bool:
         """Wait for a shard; return whether it may be there, False if it is better read by range.
 
-        whole: it is never to be read by range.
-
-        Raises what fetching it raised.
+        whole: it is never to be read by range. Raises what fetching it raised.
         """
-        reader, began = self._reader, time.monotonic()
+        began, item = time.monotonic(), self._reader.items[shard]
         with self._changed:
-            while not reader.cache.has(reader.items[shard]):
+            while not self._reader.cache.has(item):
                 if self._error is not None:
                     raise self._error
                 if self._is_stopped:
                     raise Stopped
-                if shard not in self._admitted and self._is_due(shard, began):
-                    self._left[shard] = max(self._left[shard], 1)
-                    self._take(shard, first=True)
-                elif shard in self._admitted and shard not in {*self._wanted, *self._fetching}:
-                    self._wanted.insert(0, shard)  # it was there, and something removed it
-                    self._changed.notify()
-                if not self._may_fetch(shard):
-                    self._admit(POLL)
-                    self._early.setdefault(shard, time.monotonic())
-                    if self._is_starved(shard):
-                        self._leave()
-                may_read = reader.items[shard].by_range and not whole
-                is_crowded = self._room.is_crowded and shard in self._full
-                if may_read and (is_crowded or self._is_starved(shard) or self._is_over()):
+                self._request(shard, began)
+                if item.by_range and not whole and self._should_read_by_range(shard):
                     return False
                 if self._is_starved(shard):
                     raise self._starved(shard)
                 self._changed.wait(POLL)
         return True
+
+    def _request(self, shard: int, began: float) -> None:
+        """See to it that a shard for which a read has waited since `began` is fetched, or will be."""
+        if shard not in self._admitted and self._is_due(shard, began):
+            self._left[shard] = max(self._left[shard], 1)
+            self._take(shard, first=True)
+        elif shard in self._admitted and shard not in {*self._wanted, *self._fetching}:
+            self._wanted.insert(0, shard)  # it was in the cache, and something removed it
+            self._changed.notify()
+        if not self._may_fetch(shard):
+            self._admit(POLL)
+            self._early.setdefault(shard, time.monotonic())
+            if self._is_starved(shard):
+                self._leave()
+
+    def _should_read_by_range(self, shard: int) -> bool:
+        """Return whether a sample is not to wait for its shard any longer."""
+        has_no_room = self._room.is_crowded and shard in self._full
+        return has_no_room or self._is_starved(shard) or self._is_over()
 
     def _may_fetch(self, shard: int) -> bool:
         """Return whether all processes that share the order have come to a shard; strangers wait for none."""

@@ -24,7 +24,7 @@ from pipelines.sources.tar_index import Index, ShardNote
 from pipelines.storage.kinds import remote_of
 from pipelines.storage.remote import Remote, RemoteObject
 from pipelines.utils.atomic_io import sha256_file
-from pipelines.utils.errors import DataError, RunError, UsageError, first_line
+from pipelines.utils.errors import RunError, UsageError, first_line
 from pipelines.utils.location import WRITABLE, Url
 from pipelines.utils.output import note_once, say
 from pipelines.utils.progress import format_bytes
@@ -77,15 +77,8 @@ class RemoteShards(TarShards):
         """Fetch no more."""
         self.reader.stop()
 
-    def read(self, index: int) -> bytes:
-        """Return an image's bytes. Raises DataError if it is cut off, RunError if it cannot be read."""
-        shard, offset, length = (int(x[index]) for x in (self.shard, self.offset, self.length))
-        data = self.reader.read(shard, offset, length)
-        if len(data) < length:
-            raise DataError("the shard ends within it")
-        if not data:
-            raise DataError("the file is empty")
-        return data
+    def _read_range(self, shard: int, offset: int, length: int) -> bytes:
+        return self.reader.read(shard, offset, length)
 
     @property
     def counted(self) -> str:
@@ -128,10 +121,10 @@ def open_remote(data: Url, split: str, options: CacheOptions) -> RemoteShards:
     urls = [item.url for item in items]
     folder = urls[0].rpartition("/")[0]
     cache = ShardCache(options.folder, options.size)
-    found: list[_Opened] = []
-    reader = ShardReader(remote, items, cache, lambda i, path: _check(items[i], i, path, found[:1]))
-    index, kept = _index(remote, items, reader, f"{folder}/{tar_index.file_name(_names(items))}")
-    found.append(_Opened(index, kept))
+    reader = ShardReader(remote, items, cache)
+    opened = _index(remote, items, reader, f"{folder}/{tar_index.file_name(_names(items))}")
+    index, kept = opened
+    reader.check = lambda number, path: _check(items[number], number, path, opened)
     if kept is None and index.shards:
         shas = [note.sha256 for note in index.shards]
         reader.items = [replace(i, sha256=sha) for i, sha in zip(items, shas, strict=True)]
@@ -209,12 +202,12 @@ def _index(remote: Remote, items: list[RemoteObject], reader: ShardReader, url: 
     return _Opened(index, kept)
 
 
-def _check(item: RemoteObject, number: int, path: Path, found: list[_Opened]) -> None:
-    """Raise RunError if a shard's file is not what the index is of, if that can be told."""
-    for known, kept in found:
-        if known.shards and sha256_file(path) != known.shards[number].sha256:
-            place = kept or "a hidden file beside them"
-            raise RunError(
-                f"{item.url} has another content than its index says; upload the shards and their index "
-                f"anew, or remove the index, {place}"
-            )
+def _check(item: RemoteObject, number: int, path: Path, opened: _Opened) -> None:
+    """Raise RunError if a shard's file is not the one that the index describes, where it has a SHA-256."""
+    index, kept = opened
+    if index.shards and sha256_file(path) != index.shards[number].sha256:
+        place = kept or "a hidden file beside them"
+        raise RunError(
+            f"{item.url} has another content than its index says; upload the shards and their index "
+            f"anew, or remove the index, {place}"
+        )

@@ -1,9 +1,9 @@
 """A bounded folder of whole shards, which all processes of a machine share.
 
-A shard gets its name when it is whole: what a killed process leaves has another one. Names contain a hash
-of the object's tag, or else of its content: a changed object is another shard. Locks are the kernel's, which
-ends them with the process. Where room is needed, the shards whose last use is the longest ago go first, by
-the time of their files; those that a process keeps stay, and so does whatever has not a name of the cache's.
+A shard gets its final name when it is complete, so a killed process leaves no partial one under it. Names
+contain a hash of the object's tag, or else of its content: a changed object is another shard. Locks are the
+kernel's and end with the process. The least recently used shards (by file time) are evicted first; pinned
+shards, and files that are not the cache's, are never removed.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class SharedOrder(NamedTuple):
 class Room(NamedTuple):
     """What a process may keep in the cache.
 
-    size: bytes of the shards that it needs. is_crowded: whether processes that do not share its order keep
-    shards. common: place in the order up to which all that share it have come. reads: of the others.
+    size: bytes for the shards that it needs. is_crowded: whether processes outside its order have pinned
+    shards. common: position in the order that all of its processes have reached. reads: number of reads of
+    the others in it.
     """
 
     size: int
@@ -124,7 +125,9 @@ class ShardCache:
             os.utime(self.path_of(item))
 
     def join(self, order: SharedOrder | None) -> None:
-        """Take part in an order, in place of an earlier one; kept is that to which all have come."""
+        """Join an order in place of an earlier one. Of it, only shards that all processes have reached
+        count as pinned.
+        """
         self._order, self._seen = order, set()
 
     def pin(
@@ -156,17 +159,19 @@ class ShardCache:
         except OSError as error:
             raise self._cannot_write(error) from None
         members = [note for note in notes.values() if own.order and note.order == own.order]
-        strangers = [note.shards for note in notes.values() if note not in members]
-        others = [
-            {name: size for name, size in shards.items() if name not in needed}
-            for shards in strangers
+        strangers = [note for note in notes.values() if note not in members]
+        # By stranger, what it keeps and this process does not need. Two may keep the same shard.
+        foreign = [
+            {name: size for name, size in note.shards.items() if name not in needed}
+            for note in strangers
         ]
-        kept = sum({name: size for pinned in others for name, size in pinned.items()}.values())
+        taken = sum({name: size for one in foreign for name, size in one.items()}.values())
+        parts = 1 + sum(map(bool, foreign))
         return Room(
-            max(self.limit // (1 + sum(map(bool, others))), self.limit - kept),
-            any(strangers),
-            self._common(own, notes),
-            sum(note.reads for note in members),
+            size=max(self.limit // parts, self.limit - taken),
+            is_crowded=any(note.shards for note in strangers),
+            common=self._common(own, notes),
+            reads=sum(note.reads for note in members),
         )
 
     def fetch(

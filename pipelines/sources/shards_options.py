@@ -16,7 +16,7 @@ from pipelines.sources.options import SplitOptions
 class ShardsOptions(CacheOptions):
     """Write tar shards in webdataset's format, to train from or to publish.
 
-    Images keep their bytes. A command that was interrupted goes on with the first shard that is missing.
+    Images are copied byte for byte. An interrupted command continues with the first missing shard.
     """
 
     data: Annotated[str, arg(aliases=("-d",), metavar="DIR")]

@@ -27,10 +27,10 @@ Stamp = tuple[int, int] | None
 
 
 class SharedReads(NamedTuple):
-    """What several processes read together, about as fast as each other.
+    """The reads of several processes of a machine, which advance at about the same speed.
 
-    what: of each read, in an order that all of them keep to: a sample, or the shard that it is in. own: the
-    places of this process's reads among them. processes: their number.
+    what: the sample, or the shard, of each read, in an order common to all processes. own: the positions of
+    this process's reads in it. processes: their number.
     """
 
     what: NDArray[np.int64]
@@ -85,13 +85,10 @@ class Source(ABC):
         rows: NDArray[np.int64],
         of_machine: Callable[[], SharedReads] | None = None,
     ) -> None:
-        """Prepare for these samples, which are read next, in this order.
+        """Announce the samples that are read next, in this order, so that remote ones can be prefetched.
 
-        of_machine: returns what all processes of this machine read. None if this one reads alone.
-
-        What is far away is fetched ahead of its use. A later call takes the place of an earlier one.
-
-        Raises UsageError if they cannot be prepared.
+        of_machine: returns the reads of all processes of this machine; None if this process reads alone. A
+        later call replaces an earlier one. Raises UsageError if they cannot be prepared.
         """
 
     def stop(self) -> None:  # noqa: B027
@@ -126,7 +123,9 @@ class Source(ABC):
 
     @abstractmethod
     def stamps(self) -> dict[str, Stamp]:
-        """Return by name, in order, by what a changed image is noticed. Raises RunError."""
+        """Return the stamp of each sample by name, in order; a changed stamp reveals a changed image.
+        Raises RunError.
+        """
 
     def verify_command(self, report: Path | None = None) -> str:
         """Return the command line that finds all broken images. report: the file that it writes, if given."""

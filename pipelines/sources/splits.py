@@ -159,8 +159,8 @@ def warn_of_lost_weights(source: Source) -> None:
     """Warn that a table's weights do not come along where its images are written to."""
     if source.weights is not None:
         say(
-            f"warning: {source.place}: the column weight is not written: a training on what is written "
-            "weighs its images alike",
+            f"warning: {source.place}: the column weight is not written: training on the output weights "
+            "all images equally",
             sys.stderr,
         )
 
@@ -176,7 +176,8 @@ def warn_of_both(train: Source | None, val: Source | None) -> None:
         common = manifest.common_paths(train, val)
         if common:
             say(
-                f"warning: {len(common)} images of {val.place} are trained on, too ({first_names(common)})",
+                f"warning: {len(common)} images of {val.place} are also training images "
+                f"({first_names(common)})",
                 sys.stderr,
             )
 
@@ -192,7 +193,7 @@ def warn_of_lacking(
     if is_train:
         say(f"warning: {what}: the network cannot learn them", sys.stderr)
     else:
-        say(f"note: {what}: its accuracies say nothing of them", sys.stderr)
+        say(f"note: {what}: its accuracies do not cover them", sys.stderr)
 
 
 def _lacking(classes: Sequence[str], labels: NDArray[np.int64]) -> list[str]:

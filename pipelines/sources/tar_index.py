@@ -198,7 +198,8 @@ def _note_passed_over(
     shard, cls = Path(place).name, labels["cls"]
     for kind, by_key in labels.items():
         for key, label in by_key.items():
-            if label and key not in images and (by_key is cls or not cls.get(key)):
+            is_in_cls = kind == "json" and bool(cls.get(key))  # KEY.json beside KEY.cls counts once
+            if label and key not in images and not is_in_cls:
                 beside = f", beside {others[key][0]}" if key in others else ""
                 passed_over.add(WITHOUT_IMAGE, f"{key}.{kind} in {shard}{beside}")
     for key, label in labels["json"].items():
@@ -206,7 +207,9 @@ def _note_passed_over(
         if taken and label and taken != label and taken.isdecimal() == label.isdecimal():
             passed_over.add(OTHER_LABEL, f"{key} in {shard}")
     for key, names in others.items():
-        if key not in images and not key.endswith("/") and key:  # as hidden files have them
+        # As of .DS_Store, whose name begins with its dot.
+        is_hidden = key == "" or key.endswith("/")
+        if key not in images and not is_hidden:
             for name in names:
                 if name.lower().endswith(SUFFIXES):
                     passed_over.add(DOTTED, f"{name} in {shard}")
@@ -265,9 +268,8 @@ def decoded(data: bytes | None) -> Index | None:
             return None
         shards = [ShardNote(*note) for note in json.loads(notes.get(b"shards", b"[]"))]
         labels, fingerprint = json.loads(notes[b"labels"]), notes[b"fingerprint"].decode()
-        passed_over = json.loads(
-            notes.get(b"passed_over", b"[]")
-        )  # of earlier versions there is none
+        # Files of earlier versions have none.
+        passed_over = json.loads(notes.get(b"passed_over", b"[]"))
         return Index(table, labels, fingerprint, shards, passed_over)
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
         return None

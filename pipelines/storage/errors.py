@@ -1,4 +1,4 @@
-"""What the libraries of object storage raise: what another try may mend, and what it means in one line."""
+"""Errors of the object-storage libraries: which are worth a retry, and what each means in one line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def explained(url: str, error: Exception) -> UsageError | RunError:
     kinds = {type(one).__name__ for one in (error, error.__cause__)}
     if status == 412 or isinstance(error, Changed):
         return RunError(
-            f"{url} has changed since the training began to read it; start again, when it no longer does"
+            f"{url} changed after the training began to read it; start again once it no longer changes"
         )
     if kinds & NO_CREDENTIALS:
         return UsageError(f"{url}: {first_line(error)}; {CREDENTIALS[scheme]}")

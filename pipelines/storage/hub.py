@@ -170,7 +170,7 @@ def explained(what: str, error: Exception) -> UsageError | RunError:
     status = errors.status_of(error)
     reason = first_line(error)
     if isinstance(error, found.GatedRepoError):
-        return UsageError(f"{what}: its owner wants to be asked: do so on its page, then {LOGIN}")
+        return UsageError(f"{what}: access has to be requested on its page; do so, then {LOGIN}")
     if isinstance(error, found.RevisionNotFoundError):
         return UsageError(f"{what}: there is no such revision in this repository")
     if isinstance(error, found.RepositoryNotFoundError):

@@ -305,7 +305,7 @@ class Remote(ABC):
                     ) from error
                 wait = asked_wait(error)
                 if wait > LONGEST_DELAY:
-                    note_once("wait", f"{url}: the storage wants to be asked again in {wait:.0f} s")
+                    note_once("wait", f"{url}: the storage asks to retry in {wait:.0f} s")
             longest = min(FIRST_DELAY * 2 ** (number - 1), LONGEST_DELAY)
             await asyncio.sleep(max(wait, random.uniform(longest / 2, longest)))
         raise AssertionError

@@ -100,8 +100,8 @@ def fsync(descriptor: int, path: Path) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         note_once(
             "fsync",
-            f"{path}: its file system does not tell when a file is on the disk ({error.strerror}); "
-            "after a power failure the newest may be missing",
+            f"{path}: its file system does not support fsync ({error.strerror}); after a power failure the "
+            "newest file may be missing",
         )
 
 

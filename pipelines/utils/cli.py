@@ -199,9 +199,8 @@ def _parsed(
     if not lacking:
         raise UsageError(complaints.in_plain_words(complaint.getvalue()))
     extra: list[str] = []
-    if not any(
-        option.is_positional for option in lacking
-    ):  # what is too much shows once all is there
+    # tyro finds the words that are too many only once nothing is missing: parse again with made-up values.
+    if not any(option.is_positional for option in lacking):
         anything = [word for o in lacking for word in (o.names[0], "1")]
         with contextlib.suppress(UsageError):  # of other options
             _, extra = _parsed(options_type, [*words, *anything], program, groups)

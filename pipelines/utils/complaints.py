@@ -1,4 +1,4 @@
-"""What is wrong with the words of a command line, as one line that says what to type."""
+"""One-line messages for mistakes on the command line, which say what to type instead."""
 
 from __future__ import annotations
 

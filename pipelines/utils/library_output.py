@@ -143,4 +143,4 @@ def _explain(printed: bytes, path: Path | None) -> None:
     if path is None:
         sys.stderr.write(printed.decode(errors="backslashreplace"))
     else:
-        say(f"what libraries printed is in {path}", sys.stderr)
+        say(f"the output of libraries is in {path}", sys.stderr)

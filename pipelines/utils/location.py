@@ -57,7 +57,9 @@ def location(given: str | Path) -> Location:
         parts = urlsplit(text)
     except ValueError:  # which quotes what may be a password
         scheme = text.partition(":")[0]
-        raise UsageError(f"{scheme}://...: its host is none; mind brackets and odd signs") from None
+        raise UsageError(
+            f"{scheme}://...: its host is not valid; check brackets and special characters"
+        ) from None
     if parts.scheme == "file":
         return Path(parts.path)
     host = parts.netloc.rpartition("@")[2]

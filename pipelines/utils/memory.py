@@ -1,4 +1,6 @@
-"""Too little memory, said in a line: by limits before a start that cannot succeed, or by the error."""
+"""Too little memory as a one-line error: from the limits, before a start that cannot succeed, or from an
+exception.
+"""
 
 from __future__ import annotations
 

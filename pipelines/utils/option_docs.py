@@ -110,12 +110,15 @@ def help_page(program: str, about: str, groups: Mapping[str, Sequence[OptionDoc]
     for title, group in groups.items():
         if entries := [_entry(option, width) for option in group if not option.is_positional]:
             page += [title, *entries, ""]
-    config = "Options from a YAML or JSON file, such as a run's config.json; the command line wins."
+    config = (
+        "Read options from a YAML or JSON file, such as a run's config.json; the command line takes "
+        "precedence."
+    )
     common = [
         _entry_of("--config FILE", config, width),
-        _entry_of("-h, --help", "This page.", width),
+        _entry_of("-h, --help", "Show this help.", width),
     ]
-    return "\n".join([*page, "Of every command", *common])
+    return "\n".join([*page, "Common options", *common])
 
 
 def _entry(option: OptionDoc, width: int) -> str:

@@ -1,4 +1,4 @@
-"""stdout and stderr: lines for eyes, whose loss ends no command, and which move no terminal's cursor."""
+"""stdout and stderr: losing them ends no command, and printed text cannot move the terminal's cursor."""
 
 from __future__ import annotations
 
@@ -62,9 +62,8 @@ def guard_output(is_result: bool) -> None:
     for fd in range(3):
         try:
             os.fstat(fd)
-        except (
-            OSError
-        ):  # else a file that is opened next has the number, and what C libraries print
+        except OSError:
+            # Else the next file that is opened gets this number, and with it what C libraries print.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -73,9 +72,8 @@ def guard_output(is_result: bool) -> None:
         elif isinstance(stream, io.TextIOWrapper):
             if _guard(stream) is None and isinstance(raw := _raw(stream), io.FileIO):
                 guarded = _guarded(stream, raw)
-                if stream is getattr(
-                    sys, f"__{name}__"
-                ):  # so that it is known for the process's own
+                # sys.__stdout__ too, by which others recognise the process's own stream.
+                if stream is getattr(sys, f"__{name}__"):
                     setattr(sys, f"__{name}__", guarded)
                 setattr(sys, name, guarded)
             getattr(sys, name).reconfigure(errors="backslashreplace")

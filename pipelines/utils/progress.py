@@ -141,7 +141,9 @@ class ProgressBar:
             self._print(f"{self._title}: {done}/{self._total}, {text}")
 
     def _speed(self, now: float, done: int) -> float:
-        """Return the units a second of the last half minute, without the first, which takes longer."""
+        """Return the units per second over the last WINDOW seconds, without the first unit, which takes
+        longer.
+        """
         samples, is_first = self._samples, len(self._samples) == 1
         if is_first or now - samples[-1][0] >= SAMPLE_EVERY:
             samples.append((now, done))
@@ -154,7 +156,7 @@ class ProgressBar:
 
 
 class _TwoLines(Progress):
-    """The bar and, below it, what is no time."""
+    """The bar and, on a second line, everything but the times."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:

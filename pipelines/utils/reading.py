@@ -1,4 +1,4 @@
-"""Files and folders that the system does not let us read: an error of its own, never the file's fault."""
+"""Files and folders that the system fails to read: a RunError, as the file itself may be sound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def cannot_read(path: str | Path, reason: str) -> RunError:
     """Return the error that ends a command, because nothing is known about the file or folder."""
-    return RunError(f"cannot read {path}: {reason}; mend that, and run the same command again")
+    return RunError(f"cannot read {path}: {reason}; fix that, and run the same command again")
 
 
 def file_state(path: str) -> os.stat_result | None:

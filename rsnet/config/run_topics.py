@@ -72,7 +72,7 @@ class CheckpointOptions(Generic[Unset]):
     """Differences to the resumed run to accept; its images then come in another order."""
 
     val_interval: int = 1
-    """Epochs between evaluations, of which best.pt is the best; the last epoch has one in any case."""
+    """Epochs between evaluations, from which best.pt is chosen; the last epoch is always evaluated."""
 
     checkpoint_every: Annotated[str, arg(metavar="UPDATES|MINUTESm")] = "10m"
     """Updates, or minutes as in 10m, between checkpoints within an epoch; 0: only after epochs."""
@@ -127,7 +127,7 @@ class ProfilingOptions:
     """Measure where the time of a step goes, instead of training, and write it to --output/profile."""
 
     profile_steps: int = 20
-    """Steps that --profile measures of each kind."""
+    """Steps that --profile measures of loader, computation and both together."""
 
     profile_sweep: Annotated[str | None, arg(metavar="OPTION[,OPTION...]")] = None
     """--profile, then try other values of workers, prefetch, decoder-hw-load, batch-size; print the best."""

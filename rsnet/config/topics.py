@@ -75,12 +75,15 @@ class ModelOptions(Generic[Unset]):
     drop_path: Annotated[
         float | None, arg(aliases=("--stochastic-depth-prob",), metavar="FLOAT")
     ] = None
-    """Share of the images for which training leaves out the last block's residual branch, of those before it
-    less (stochastic depth). Unset: the library's, which is 0, of torchvision's EfficientNets 0.2."""
+    """Probability that training skips the last block's residual branch for an image; it falls linearly to 0
+    at the first block (stochastic depth). Unset: the library's, which is 0, of torchvision's EfficientNets
+    0.2.
+    """
 
     freeze: Annotated[str | Unset, arg(metavar="none|backbone|LAYER")] = UNSET
-    """Weights that stay as they are: backbone, all but the classifier; or all up to the layer of this name.
-    BatchNorm always learns. Unset: none."""
+    """Weights to keep fixed: backbone, all but the classifier; or all up to and including the layer of this
+    name. BatchNorm always learns. Unset: none.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +96,19 @@ class DataOptions(Generic[Unset]):
     and val.beton."""
 
     val_data: Annotated[str | None, arg(metavar="DIR")] = None
-    """Validation images of their own, in place of those in --data."""
+    """Separate validation images, in place of those in --data."""
 
     val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Share of the training images for validation, chosen by their names, where there are no others."""
+    """Share of the training images to hold out for validation, chosen by a hash of their names."""
 
     class_weights: Annotated[str | None, arg(metavar="balanced|FILE")] = None
     """Weights of the classes in the loss: balanced, the inverse of their images; or a JSON file,
     {"CLASS": WEIGHT}. A table's column weight counts in any case."""
 
     balanced_sampling: bool = False
-    """As many images of each class in an epoch; of small classes some more than once, with another crop."""
+    """Draw the same number of images of every class in an epoch; images of small classes repeat, with new
+    crops.
+    """
 
     normalize: Annotated[
         NormalizeName | Unset, arg(metavar="{imagenet,unit,inception,clip,dpn}")
@@ -149,8 +154,10 @@ class OptimizerOptions(Generic[Unset]):
     Unset: 1, the same rate for all."""
 
     norm_lr_mult: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
-    """Factor of BatchNorm's learning rate. A private one learns from the loss of its size alone, all other
-    weights from the sum of all sizes': their number makes up for it. Unset: 1, as in the paper."""
+    """Factor of BatchNorm's learning rate. A private BatchNorm gets the gradient of its own size, shared
+    weights the sum over all sizes; the number of sizes as the factor compensates. Unset: 1, as in the
+    paper.
+    """
 
     accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
     """Batches whose gradients make up one update. Unset: 1; if a run resumes on another number of
@@ -239,7 +246,7 @@ class AugmentationOptions(Generic[Unset]):
 
     loss: Annotated[Literal["ce", "bce"] | Unset, arg(metavar="{ce,bce}")] = UNSET
     """ce: cross-entropy; bce, also --bce-loss: timm's binary cross-entropy, the mean over the classes, with
-    distillation by sigmoid; its gradients are smaller, --lr is to fit. Unset: ce."""
+    distillation by sigmoid; its gradients are smaller, so adjust --lr. Unset: ce."""
 
     bce_target_thresh: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
     """Share of a mixed or smoothed label above which --loss bce takes it for 1, else for 0. Unset: 0, the
@@ -270,7 +277,7 @@ class DistillationOptions(Generic[Unset]):
     """Weight of the teacher's distillation in the loss. Unset: 1."""
 
     teacher_temperature: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
-    """Temperature of the teacher's distillation, which is multiplied by its square. Unset: 1."""
+    """Temperature of the teacher's distillation; the loss is multiplied by its square. Unset: 1."""
 
     sizes_per_step: Annotated[int | Unset, arg(metavar="INT")] = UNSET
     """Sizes in a step: the largest and others, drawn at random. Unset: all, as in the paper."""
@@ -278,5 +285,6 @@ class DistillationOptions(Generic[Unset]):
     size_schedule: Annotated[
         tuple[str, ...] | Unset, arg(metavar="EPOCHS:SIZES [EPOCHS:SIZES ...]")
     ] = UNSET
-    """Sizes that steps train after so many epochs, as in 0:128 40:160,128 80:all (progressive resizing); of
-    each part's, with --sizes-per-step, as many. Unset: 0:all."""
+    """Sizes to train from each epoch on, as in 0:128 40:160,128 80:all (progressive resizing); with
+    --sizes-per-step, as many are drawn from each part. Unset: 0:all.
+    """

@@ -181,7 +181,7 @@ def test_the_help_is_grouped_by_topic(capsys):
     shown = capsys.readouterr().out
     titles = re.findall(r"^([A-Z].*[^.\n])$", shown, re.MULTILINE)
     topics = [(get_origin(topic) or topic).__doc__.rstrip(".") for topic in TOPICS.values()]
-    assert titles == [*topics, "Options", "Object storage", "Of every command"]
+    assert titles == [*topics, "Options", "Object storage", "Common options"]
     names = [
         f.name for topic in TOPICS.values() for f in dataclasses.fields(get_origin(topic) or topic)
     ]

@@ -226,7 +226,9 @@ def test_epoch_and_seed_draw_another_augmentation(spec, backend, kind, monkeypat
     module = importlib.import_module(names.get(backend, "pipelines.reference"))
     # The same crops and flips throughout: what differs is the augmentation.
     monkeypatch.setattr(
-        module, "crop_params", lambda _seed, _epoch, *rest: crop_params(0, 0, *rest)
+        module,
+        "draw_crops",
+        lambda spec, _epoch, indices: crop_params(0, 0, indices, len(spec.sizes), spec.flip),
     )
     spec = replace(spec, auto_augment=kind)
     train = _loaders(backend, spec).train

@@ -142,7 +142,7 @@ def test_a_link_out_of_the_cached_repository_is_refused(pushed, written):  # noq
         ("hf://me/none", "hf://me/none: there is no such repository, or it is private: log in by"),
         (f"{ADDRESS}@v9", f"{ADDRESS}@v9: there is no such revision in this repository"),
         ("hf://me/private", "hf://me/private: there is no such repository, or it is private"),
-        ("hf://me/gated", "hf://me/gated: its owner wants to be asked: do so on its page"),
+        ("hf://me/gated", "hf://me/gated: access has to be requested on its page; do so"),
         ("hf://me/other", "hf://me/other: there is no release in this repository"),
         ("hf://rs-net", "rs-net: an address on the hub is hf://USER/NAME or"),
         ("hf://me/rs-net/tree/main", "an address on the hub is hf://USER/NAME or"),

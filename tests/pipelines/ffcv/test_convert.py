@@ -139,7 +139,9 @@ def test_a_second_run_leaves_what_is_there(demo, tmp_path, convert):
     before = (tmp_path / "b" / "val.beton").stat()
     code, out, _ = convert("--data", demo, "--output", tmp_path / "b")
     assert code == 0
-    assert "val.beton: is there already, with the same options, from images of the same" in out
+    assert (
+        "val.beton: exists already, converted with the same options from images of the same" in out
+    )
     after = (tmp_path / "b" / "val.beton").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert (tmp_path / "b" / "train.beton").exists()
@@ -169,7 +171,7 @@ def test_a_file_with_labels_that_were_corrected_since_is_not_taken_for_the_table
     assert convert("--data", table("ant", "bee", "bee"), *words)[0] == 0
     code, out, _ = convert("--data", table("ant", "bee", "ant"), *words)  # of one that is left out
     assert code == 0
-    assert "is there already" in out
+    assert "exists already" in out
     code, _, err = convert("--data", table("bee", "ant", "bee"), *words)
     assert code == 2
     assert "exists already, made from other images or with other options" in err

@@ -189,7 +189,7 @@ def test_a_finished_conversion_into_a_folder_that_became_read_only_is_there_alre
     monkeypatch.setattr(beton_convert, "exclusive_lock", None)  # there is no place for its file
     code, out, _ = convert(*words)
     assert code == 0
-    assert "is there already" in out
+    assert "exists already" in out
 
 
 def test_a_sample_that_reads_back_differently_is_noticed(demo, tmp_path, convert, monkeypatch):

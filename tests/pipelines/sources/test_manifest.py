@@ -130,7 +130,7 @@ def test_rows_of_other_splits_are_counted_and_paths_of_both_splits_warned_of(tab
     announce(*open_splits(table([*rows, ("c.jpg", "x", "vall"), ("c.jpg", "x", "test")])))
     out, err = capsys.readouterr()
     assert out.count("; 2 rows of other splits passed over (vall 1, test 1)\n") == 2
-    assert "/labels.csv (val) are trained on, too (b.jpg)\n" in err
+    assert "/labels.csv (val) are also training images (b.jpg)\n" in err
 
 
 @pytest.mark.parametrize("name", ["path", "label", "split", "weight"])

@@ -22,7 +22,7 @@ ROWS = [
     ("val", "ant"), ("val", "cat"), ("test", "dog"),
 ]  # fmt: skip
 TRAIN = "has no images of 2 of 4 classes (cat, dog): the network cannot learn them\n"
-VAL = "has no images of 2 of 4 classes (bee, dog): its accuracies say nothing of them\n"
+VAL = "has no images of 2 of 4 classes (bee, dog): its accuracies do not cover them\n"
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_who_may_not_read_is_told_to_log_in_without_the_token(pets, cache, capsy
         assert "hf auth login" in said
         assert "hf_wrong" not in said
     pets.repositories[NAME].is_private, pets.repositories[NAME].is_gated = False, True
-    with pytest.raises(UsageError, match="its owner wants to be asked"):
+    with pytest.raises(UsageError, match="access has to be requested"):
         open_split(URL, "train", cache)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["verify", URL, "--cache", str(cache.folder)]) == 0

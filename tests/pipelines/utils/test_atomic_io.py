@@ -36,7 +36,7 @@ def test_a_file_system_without_fsync_is_written_to_and_said_once(
     assert (tmp_path / "x").read_bytes() == b"new"
     assert (tmp_path / "folder" / "y").exists()
     err = capsys.readouterr().err
-    assert err.startswith(f"note: {tmp_path / 'x'}: its file system does not tell when")
+    assert err.startswith(f"note: {tmp_path / 'x'}: its file system does not support fsync")
     assert os.strerror(number) in err
     assert err.count("\n") == 1
 

@@ -73,7 +73,7 @@ def test_an_error_comes_with_what_libraries_printed(tmp_path, keeps):
     )
     assert (code, out) == (1, [])
     assert err[0] == (
-        f"what libraries printed is in {path}" if keeps else "assertion failed in kernel"
+        f"the output of libraries is in {path}" if keeps else "assertion failed in kernel"
     )
     assert err[1].startswith("Traceback")
     assert err[-1] == "RuntimeError: device-side assert"

@@ -24,6 +24,6 @@ def test_a_scheme_may_be_written_in_capitals_or_with_one_slash(given):
     "given", ["s3://key:secret@buck[et/x", "https://key:secret@exa\u2100mple.com/x"]
 )
 def test_what_is_no_url_is_said_without_what_may_be_a_password(given):
-    with pytest.raises(UsageError, match=r"^(s3|https)://\.\.\.: its host is none; ") as end:
+    with pytest.raises(UsageError, match=r"^(s3|https)://\.\.\.: its host is not valid; ") as end:
         location(given)
     assert "secret" not in str(end.value)
