@@ -37,7 +37,7 @@ def distillation(
     """Return the sum of KL(teacher || student) over teacher-student pairs, each averaged over the batch.
 
     logits: S x (N, C), the largest size first. ensemble: (N, C). Teachers are detached, temperature 1.
-    weights: (N,), the samples' in the average, of mean 1 over the training set; None: all 1.
+    weights: (N,), sample weights, with mean 1 over the training set; None: all 1.
     "ens": the ensemble teaches every size. "ens_topdown": every larger size teaches, too, and the sum
     over the S (S + 1) / 2 pairs is scaled by 2 / (S + 1), back to S terms.
 
@@ -45,25 +45,27 @@ def distillation(
         1/C sum_c p (log p - log sigmoid(z)) + (1 - p) (log(1 - p) - log(1 - sigmoid(z)))
     With log sigmoid(x) = x - softplus(x) and log(1 - sigmoid(x)) = -softplus(x) it becomes
         1/C sum_c softplus(z) - softplus(t) + p (t - z),  of gradient (sigmoid(z) - sigmoid(t)) / C.
-    As KL to softmax's cross-entropy, it is the binary cross-entropy with the teacher's probabilities as the
-    targets, less what that is at best: 1/C, the mean over the classes, weighs it against the labels' alike.
+    It is the binary cross-entropy with the teacher's probabilities as targets, minus its minimum, just as
+    KL is cross-entropy minus its minimum. 1/C, the mean over the classes, puts it on the scale of the
+    labels' loss.
     """
-    students, ensemble_teacher = _stacked(logits), ensemble.detach().float()
-    if loss == "ce":
-        students = F.log_softmax(students, dim=2)
-        ensemble_teacher = F.log_softmax(ensemble_teacher, dim=1)
-    teachers = torch.cat([ensemble_teacher[None], students.detach()])
+    students, ensemble = _stacked(logits), ensemble.detach().float()
+    if loss == "ce":  # then both are log-probabilities from here on, else logits
+        students, ensemble = F.log_softmax(students, dim=2), F.log_softmax(ensemble, dim=1)
+    # (1 + S, N, C), the ensemble first, so that teachers[: j + 1] are the ensemble and the j larger sizes.
+    teachers = torch.cat([ensemble[None], students.detach()])
     probabilities = teachers.exp() if loss == "ce" else teachers.sigmoid()
+    top_down = kd_type == "ens_topdown"
     sums = []
     for j, student in enumerate(students.unbind()):
-        # All of a student's teachers at once: a pair by itself would be eleven small GPU kernels.
-        of_student = slice(0, j + 1) if kd_type == "ens_topdown" else slice(0, 1)
-        divergence = probabilities[of_student] * (teachers[of_student] - student)
+        # All teachers of a student at once: pair by pair, each would take eleven small GPU kernels.
+        own = slice(j + 1 if top_down else 1)
+        divergence = probabilities[own] * (teachers[own] - student)
         if loss == "bce":
-            surplus = F.softplus(student) - F.softplus(teachers[of_student])
+            surplus = F.softplus(student) - F.softplus(teachers[own])
             divergence = (divergence + surplus) / student.shape[1]
         sums.append((divergence if weights is None else divergence * weights[:, None]).sum())
-    scale = 2 / (len(sums) + 1) if kd_type == "ens_topdown" else 1.0
+    scale = 2 / (len(sums) + 1) if top_down else 1.0
     return scale / len(ensemble) * torch.stack(sums).sum()
 
 
@@ -77,8 +79,9 @@ def teacher_distillation(
 ) -> Tensor:
     """Return T^2 sum_j KL(softmax(t / T) || softmax(z_j / T)), each averaged over the batch.
 
-    A frozen network's logits t teach all sizes alike, as it sees what they see: the same crop and the same
-    mix (Beyer et al. 2022, "a good teacher is patient and consistent", section 3).
+    The logits t of a frozen network teach every size. It sees the same crop and the same mixed samples as
+    they do (Beyer et al. 2022, "Knowledge distillation: a good teacher is patient and consistent", section
+    3).
 
     logits: z, S x (N, C). teacher: t, (N, C), detached. temperature: T, whose square keeps the gradients'
     scale (Hinton et al. 2015, section 2). weights: as in `distillation`.
@@ -87,10 +90,11 @@ def teacher_distillation(
     with a probability q_c, as soft labels of the binary cross-entropy (for several labels so in Yang et al.
     2023, "Multi-label knowledge distillation", section 3.2). Less what that is at best, it is
         T^2 sum_j 1/C sum_c KL(q_c || sigmoid(z_jc / T)),  of gradient T (sigmoid(z_jc / T) - q_c) / C.
-    teacher_loss, by which the teacher was trained, says what q is. "bce": sigmoid(t / T), as the sizes teach
-    each other in `distillation`. "ce": softmax(t / T), the teacher's probability of that class; sigmoids of
-    its logits would be no probabilities, as these are known up to a constant of each image alone. With many
-    classes a large T makes all q_c about 1/C, "nothing is there", and not undecided, as of sigmoids.
+    teacher_loss: the loss that the teacher was trained with; it determines q. "bce": sigmoid(t / T), as the
+    sizes teach each other in `distillation`. "ce": softmax(t / T), the teacher's probability of that class;
+    its sigmoids would not be probabilities, because a softmax determines logits only up to a constant per
+    image. With many classes a large T drives every q_c towards 1/C, which says "absent", whereas sigmoids
+    go to 1/2, "undecided".
     """
     students, target = _stacked(logits) / temperature, teacher.detach().float() / temperature
     if loss == "bce":
@@ -112,13 +116,13 @@ def teacher_distillation(
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, target_thresh: float = 0.0
 ) -> Tensor:
-    """Return the losses, (S, N), of a sigmoid for every class, their mean, of (S, N, C) logits.
+    """Return the binary cross-entropy of (S, N, C) logits, averaged over the classes: (S, N).
 
-    As timm's BinaryCrossEntropy (Wightman et al. 2021, "ResNet strikes back", section 2.2), but that the
-    shares of mixed labels are smoothed, too, as timm's mixup does it.
+    As timm's BinaryCrossEntropy (Wightman et al. 2021, "ResNet strikes back", section 2.2), except that
+    mixed labels are smoothed as well, as timm's mixup does.
 
-    labels: (N,) classes, or (N, C) shares of the classes. target_thresh: targets above it become 1, the
-    others 0, so that all classes of a mixed image are there; 0 leaves them as they are.
+    labels: (N,) classes, or (N, C) shares of the classes. target_thresh: targets above it become 1 and all
+    others 0, so that each class of a mixed image counts fully; 0 keeps the targets as they are.
     """
     classes = logits.shape[-1]
     if labels.ndim == 1:
@@ -152,11 +156,10 @@ def loss_terms(
 
     logits: S x (N, C), in the order of `sizes`, the largest first. alpha: (S,).
     labels: (N,) classes, or (N, C) shares of the classes. weights: (N,), the samples', or None.
-    kd_type None leaves the distillation out; the ensemble's cross-entropy stays, for alpha's sake.
+    kd_type None: no distillation; the ensemble's cross-entropy stays, because it alone trains alpha.
     loss "bce": `binary_cross_entropy`, which has target_thresh; its terms are bce/SIZE, not ce/SIZE.
-    teacher: (N, C), logits of a network that is not trained, whose `teacher_distillation` is added, times
-    `teacher_weight`: one more teacher of each size, beside the labels, the ensemble and the larger sizes.
-    teacher_loss: by which it was trained.
+    teacher: (N, C), logits of a frozen network; adds `teacher_weight` times `teacher_distillation`, on top
+    of labels, ensemble and larger sizes. teacher_loss: the loss that it was trained with.
     """
     stacked = _stacked(logits)
     ensemble = ensemble_logits(stacked, alpha)

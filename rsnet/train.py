@@ -132,7 +132,9 @@ def run(
     resolve_here = _resolver(config, start, initial, device)
 
     def checked() -> tuple[ResolvedConfig, list[str]]:
-        resolved = _apart_from_images(resolve_here(config))
+        resolved = resolve_here(config)
+        # Among the images, the run directory would be read as a class by the next command.
+        require_apart_of_both(resolved.folder, resolved.data, resolved.placed)
         require_trainable(resolved, device)
         swept = names_of(resolved.profile_sweep, options, distributed.world_size())
         start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
@@ -243,7 +245,7 @@ def _make_folder(folder: Path) -> None:
 def _resolver(
     config: TrainConfig, start: Start, initial: Checkpoint | None, device: torch.device
 ) -> Callable[[TrainConfig], ResolvedConfig]:
-    """Return what resolves options on this machine, for a run that begins with `start`."""
+    """Return a function that resolves options on this machine, for a run that begins with `start`."""
     checkpoint = start.checkpoint
     previous = start.options
     if checkpoint and (decay := weight_decay(checkpoint)) is not None:
@@ -261,7 +263,9 @@ def _resolver(
 
 
 def _options_of_all(config: TrainConfig | ResolvedConfig) -> dict[str, Any]:
-    """Return the options that all ranks must have; of files their content, wherever a node has its copy."""
+    """Return the options that must be equal on all ranks; of files the hash of their content, as nodes may
+    keep them in different places.
+    """
     facts = {
         f"--{name.replace('_', '-')}": value
         for name, value in to_plain_dict(config).items()
@@ -271,18 +275,9 @@ def _options_of_all(config: TrainConfig | ResolvedConfig) -> dict[str, Any]:
         value = getattr(config, name)
         if value is not None and Path(value).is_file():
             facts[f"--{name.replace('_', '-')}"] = sha256_file(Path(value))
-    # Where it lies is a node's own, but not whether it is uploaded, nor whether it is given.
+    # Nodes may use different folders, but all must agree on the URL, and on whether --output is given.
     facts["--output"] = url_of(config.output) or ("a folder" if config.output else "unset")
     return facts
-
-
-def _apart_from_images(config: ResolvedConfig) -> ResolvedConfig:
-    """Return `config`.
-
-    Raises UsageError if the run would lie among the images, where the next command takes it for a class.
-    """
-    require_apart_of_both(config.folder, config.data, config.placed)
-    return config
 
 
 def _adopted(
@@ -343,7 +338,7 @@ def _num_classes(given: TrainConfig, config: ResolvedConfig, loaders: Loaders) -
     if config.num_classes is not None and config.num_classes < known:
         if given.num_classes is None:
             raise UsageError(
-                f"--data has {known} classes, the network to go on with {config.num_classes}; "
+                f"--data has {known} classes, the network to resume has {config.num_classes}; "
                 "--pretrained starts from its weights with other classes"
             )
         raise UsageError(f"--num-classes {config.num_classes}: the data has {known} classes")
@@ -352,7 +347,7 @@ def _num_classes(given: TrainConfig, config: ResolvedConfig, loaders: Loaders) -
 
 @contextmanager
 def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> Iterator[None]:
-    """Raise RunError, with a way out, for what a device, or a compiler for it, cannot do in the block."""
+    """Turn errors of the device, or of a compiler for it, into a RunError with advice."""
     try:
         yield
     except (RuntimeError, subprocess.CalledProcessError) as error:
@@ -368,8 +363,8 @@ def _device_errors_in_one_line(config: ResolvedConfig, device: torch.device) -> 
             raise RunError(f"--compile: {first_line(error)}; train without it") from error
         if found := re.search(r"(\S+) does not have a deterministic implementation", str(error)):
             raise RunError(
-                f"--deterministic: {found[1]} gives other bits each time; leave it out, or take another "
-                "--arch"
+                f"--deterministic: {found[1]} is not deterministic; leave the option out, or "
+                "choose another --arch"
             ) from error
         if not _is_of_tritons_build(error):
             raise

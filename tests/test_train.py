@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +13,6 @@ import torch
 from pipelines.synthetic import SyntheticOptions, make_loaders
 from pipelines.utils.errors import RunError, UsageError
 from rsnet import train
-from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.distributed import process_group
@@ -60,20 +58,26 @@ def test_ranks_have_the_same_network_and_other_random_numbers(begin):
     assert not torch.equal(drawn, others)
 
 
-def test_a_run_among_the_images_that_it_is_trained_on_is_refused(tmp_path, monkeypatch):
+def test_a_run_among_the_images_that_it_is_trained_on_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("d/train").mkdir(parents=True)
-    for output, more in (("d/train/run", []), ("d/train/run", ["--val-fraction", "0.5"])):
+
+    def opened(*_):
+        raise UsageError("the images are opened")
+
+    for output, more, line in (
+        ("d/train/run", [], "--output: d/train/run lies among the images of d/train; "),
+        (
+            "d/train/run",
+            ["--val-fraction", "0.5"],
+            "--output: d/train/run lies among the images of",
+        ),
+        ("d/run", [], "the images are opened"),
+    ):
         data = "d/train" if more else "d"
-        words = ["--data", data, "--arch", "resnet18", "--output", output, *more]
-        config, _ = parse(SyntheticOptions, words)
-        resolved = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
-        with pytest.raises(
-            UsageError, match=f"^--output: {output} lies among the images of d/train; "
-        ):
-            train._apart_from_images(resolved)
-    beside = dataclasses.replace(resolved, data="d", output="d/run", val_fraction=None)
-    assert train._apart_from_images(beside) is beside
+        words = ["--data", data, "--arch", "resnet18", "--output", output, "--device", "cpu", *more]
+        assert train.main("rsnet train", SyntheticOptions, opened, words) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_a_stop_is_one_even_if_another_process_was_killed_meanwhile(monkeypatch, capsys):
@@ -149,7 +153,7 @@ def _do_nondeterministically(*_):
     [
         (
             _do_nondeterministically,
-            "--deterministic: adaptive_avg_pool2d_backward_cuda gives other",
+            "--deterministic: adaptive_avg_pool2d_backward_cuda is not",
         ),
         (
             partial(_fail_to_build, compiler=""),

@@ -39,7 +39,7 @@ _OPTIONAL = ("best_by", "ema", "optimizer", "scaler", "guard", "ranks")
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value is a dense tensor that holds as many bytes as it says: none is expanded."""
+    """Return whether a value is a dense tensor on the CPU that is not expanded beyond its storage."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -137,7 +137,7 @@ class Checkpoint:
     """Score of best.pt; empty if there is none yet. In best.pt itself, of its weights."""
 
     best_by: str | None = None
-    """What that score is made of; None, a sum that version 0.1.0 compared."""
+    """How that score is computed; None: as the sum that version 0.1.0 compared."""
 
     wandb_id: str | None = None
     optimizer: dict[str, Any] | None = None

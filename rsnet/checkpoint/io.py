@@ -36,7 +36,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def note_hashes(path: Path, known: Sequence[str]) -> None:
-    """Write PATH.sha256: what `path` may be."""
+    """Write PATH.sha256, the hashes that the content of `path` may have."""
     lines = [f"{known_hash}  {path.name}\n" for known_hash in dict.fromkeys(known)]
     atomic_write(_hash_file(path), os.fsencode("".join(lines)))
 

@@ -28,8 +28,8 @@ class CheckpointManager:
         self.best = folder / "best.pt"
 
     def save(self, checkpoint: Checkpoint, is_best: bool = False) -> None:
-        """Write `checkpoint` to last.pt, and before that to best.pt if `is_best`: last.pt never tells of a
-        best one that is not there.
+        """Write `checkpoint` to last.pt, and before that to best.pt if `is_best`: last.pt must never
+        mention a best.pt that does not exist.
 
         Raises OSError, if the disk does not take it; what was there stays, under the same names.
         """
@@ -59,7 +59,7 @@ class CheckpointManager:
     ) -> tuple[Path, Checkpoint] | None:
         """Return the newest checkpoint that is whole, after its path; None if there is none at all.
 
-        moves: whether damaged ones are renamed, so that they never push out a whole one. They are said.
+        moves: whether to rename damaged files, so that they never displace an intact one; each is reported.
 
         Raises DataError if all are damaged, or only the best is left.
         """

@@ -36,13 +36,13 @@ class Stored(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The object's."""
+        """The object's name."""
         number, epoch, done, sha256 = self
         return f"{FOLDER}/{number:06d}-epoch-{epoch}-update-{done}-{sha256}.pt"
 
 
 class RemoteRun:
-    """What is stored of a run. Raises what `ObjectStore` does."""
+    """A run in object storage. Raises the errors of `ObjectStore`."""
 
     def __init__(self, url: str) -> None:
         self.store = ObjectStore(url)
@@ -50,7 +50,7 @@ class RemoteRun:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """The name of the run."""
         return Url(self.url).name
 
     @staticmethod

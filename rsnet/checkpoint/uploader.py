@@ -1,4 +1,4 @@
-"""Uploads a run to object storage behind the training, in a thread."""
+"""Uploads a run to object storage in the background, in a thread."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _TakenOver(Exception):  # noqa: N818
 class Uploader:
     """Uploads the checkpoints of a run, the newest at a time, and the small files of its directory.
 
-    An upload that fails is said and tried again with the next checkpoint; nothing here raises it.
+    A failed upload is reported and retried with the next checkpoint; it never raises.
 
     say: is called by the thread, too.
     """

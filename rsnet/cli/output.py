@@ -1,4 +1,4 @@
-"""What a verb is to write, checked before minutes or hours have passed."""
+"""Checks of output paths before minutes or hours of work."""
 
 from __future__ import annotations
 

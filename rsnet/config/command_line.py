@@ -76,7 +76,8 @@ def _together(options_type: type[Any]) -> Any:
 
 
 def _ignored(file: Mapping[str, Any], given: Mapping[str, str]) -> set[str]:
-    """Return which options of a file do not hold, as they belong to what the command line gives anew.
+    """Return the options of a config file to ignore, because the command line replaces what they belong to
+    (recipe, optimizer, sizes).
 
     A run's config.json has a value for every option, also for what was not given: the recipe's, and those of
     the optimizer and the sizes. What was written by hand holds.

@@ -1,4 +1,4 @@
-"""What an image costs, as files have it: GMACs, by size and of the ensemble."""
+"""GMACs per image in files, by size and of the ensemble."""
 
 from __future__ import annotations
 

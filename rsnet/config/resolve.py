@@ -157,7 +157,7 @@ def _data_of(path: Path) -> Any:
 
 
 def wandb_project() -> str:
-    """Return the W&B project of whom gives none."""
+    """Return the default W&B project: WANDB_PROJECT, else rsnet."""
     return os.environ.get("WANDB_PROJECT") or "rsnet"
 
 
@@ -178,21 +178,18 @@ def resolve(
     checkpoint's run's configuration, if that run is to be continued, and the images of one of its updates.
     """
     given = _given(config, previous, previous_global_batch, world_size)
-    known: dict[str, Any] = {}
-    if previous and not trained:  # a run that has no checkpoint yet
-        names = ("arch", "num_classes", "sizes", *MODEL_DEFAULTS)
-        known = {name: previous[name] for name in names if name in previous}
-    elif network := trained or initial:
-        known = network.to_dict()
-        if not trained:
-            del known["num_classes"]  # the data's
+    known = _known_network(trained, initial, previous)
     arch = config.arch or known.get("arch", DEFAULT_ARCH)
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
     global_batch = batch_size * world_size * accumulate
-    is_same = previous and not is_of_other_optimizer(given["opt"], previous)
-    if previous and is_same and given["lr"] is None and global_batch == previous_global_batch:
-        given["lr"] = previous.get("lr")  # it belongs to the images of an update
+    keeps_lr = (
+        previous
+        and global_batch == previous_global_batch
+        and not is_of_other_optimizer(given["opt"], previous)
+    )
+    if previous and keeps_lr and given["lr"] is None:
+        given["lr"] = previous.get("lr")
     recipe_name: RecipeName = given["recipe"] or "paper"
     bits = [given[name] or known.get(name, FULL) for name in ("qw", "qa")]
     recipe = get_recipe(
@@ -212,32 +209,55 @@ def resolve(
         "amp": "bf16" if has_bf16 else "off",
         "output": str(output_directory(config, arch)),
         "num_classes": known.get("num_classes"),
-        "wandb_project": wandb_project(),
-        "wandb_name": os.environ.get("WANDB_NAME") or None,
-        "wandb_entity": os.environ.get("WANDB_ENTITY") or None,
-        "wandb_tags": tuple(filter(None, os.environ.get("WANDB_TAGS", "").split(","))),
+        **_wandb_defaults(),
     }
     # On the command line these are not None where they are not given.
     not_given = {"width_mult": 1.0, "blurpool": False, "tf_padding": False, "wandb_tags": ()}
     unset = {name: value for name, value in defaults.items() if given[name] == not_given.get(name)}
-    fixed = {
-        "arch": arch,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "sizes": tuple(sorted(sizes, reverse=True)),
-    }
-    values = given | unset | fixed
+    values = given | unset | {"arch": arch, "batch_size": batch_size, "accumulate": accumulate}
+    values["sizes"] = tuple(sorted(sizes, reverse=True))
     values["size_schedule"] = _schedule_of(values)
     values["schedule"] = tuple(values["schedule"])  # a list in a checkpoint
     resolved = ResolvedConfig(**values)
-    _check_quantization(resolved)
-    _check_cuda_graphs(resolved)
-    _check_loss(resolved)
+    _check_combinations(resolved)
     if resolved.freeze != "none" and resolved.pretrained is None and trained is None:
         raise UsageError(
             f"--freeze {resolved.freeze}: there is nothing to keep without --pretrained"
         )
     return resolved
+
+
+def _known_network(
+    trained: ModelConfig | None, initial: ModelConfig | None, previous: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the fields of the network that are decided already: by the checkpoint, by a run that has none
+    yet, or by the RS-Net of --pretrained, whose number of classes may change."""
+    if trained:
+        return trained.to_dict()
+    if previous:
+        names = ("arch", "num_classes", "sizes", *MODEL_DEFAULTS)
+        return {name: previous[name] for name in names if name in previous}
+    known = initial.to_dict() if initial else {}
+    known.pop("num_classes", None)
+    return known
+
+
+def _wandb_defaults() -> dict[str, Any]:
+    """Return the defaults of W&B's options, which environment variables may set."""
+    return {
+        "wandb_project": wandb_project(),
+        "wandb_name": os.environ.get("WANDB_NAME") or None,
+        "wandb_entity": os.environ.get("WANDB_ENTITY") or None,
+        "wandb_tags": tuple(filter(None, os.environ.get("WANDB_TAGS", "").split(","))),
+    }
+
+
+def _check_combinations(c: ResolvedConfig) -> None:
+    """Raise UsageError for options that exclude each other once they are resolved."""
+    _check_quantization(c)
+    _check_cuda_graphs(c)
+    if c.bce_target_thresh and c.loss != "bce":
+        raise UsageError(f"--bce-target-thresh {c.bce_target_thresh}: needs --loss bce")
 
 
 def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
@@ -270,7 +290,8 @@ def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
 
 
 def of_its_own(run: Mapping[str, Any], opt: OptName | None, recipe: str | None) -> set[str]:
-    """Return which options of a run are its optimizer's, recipe's or sizes', where others are given.
+    """Return the options of a run that are replaced because another optimizer or recipe, or other sizes,
+    are given.
 
     opt, recipe: those that are given; None for the run's.
     """
@@ -312,7 +333,7 @@ def _check_sizes_per_step(k: int, sizes: int) -> None:
         raise UsageError(f"--sizes-per-step {k}: --sizes has only {sizes}")
     if k == 1 < sizes:
         raise UsageError(
-            "--sizes-per-step 1: is the largest, always; the others would not be trained"
+            "--sizes-per-step 1: only the largest size would be trained; give at least 2"
         )
 
 
@@ -340,7 +361,7 @@ def _check_quantization(c: ResolvedConfig) -> None:
         )
     if c.blurpool and c.qa != FULL:
         raise UsageError(
-            f"--blurpool: what is blurred is no longer at the levels of --qa {c.qa}; give one of them"
+            f"--blurpool: blurring moves activations off the levels of --qa {c.qa}; give only one of the two"
         )
     if c.freeze != "none" and c.is_quantized:
         raise UsageError(f"--freeze {c.freeze}: the quantizers of --qw and --qa follow the weights")
@@ -356,13 +377,6 @@ def _check_cuda_graphs(c: ResolvedConfig) -> None:
         raise UsageError(f"--cuda-graphs: a graph has all sizes in it, not {fewer}")
     if c.cuda_graphs and c.is_quantized:
         raise UsageError("--cuda-graphs: not with the quantizers of --qw and --qa; leave it out")
-
-
-def _check_loss(c: ResolvedConfig) -> None:
-    if c.bce_target_thresh and c.loss != "bce":
-        raise UsageError(
-            f"--bce-target-thresh {c.bce_target_thresh}: is of --loss bce; give 0, or that loss"
-        )
 
 
 def _spread(

@@ -36,7 +36,7 @@ class ComputeOptions(Generic[Unset]):
     computed twice."""
 
     deterministic: bool = False
-    """Only kernels that give the same bits every time; slower on a GPU."""
+    """Use deterministic kernels only; slower on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,9 @@ class CheckpointOptions(Generic[Unset]):
     """Last checkpoints to keep; the best one is kept in addition."""
 
     on_save_error: Literal["stop", "continue"] = "stop"
-    """If a checkpoint cannot be written, or three in a row not be uploaded: stop, or continue without; the
-    one before it stays in any case."""
+    """What to do if a checkpoint cannot be written, or three in a row cannot be uploaded: stop, or continue
+    without. The previous one is kept in any case.
+    """
 
     on_nonfinite: Annotated[tuple[str, ...], arg(metavar="stop|skip INT")] = ("stop",)
     """If a loss is NaN or infinite: stop, or skip up to so many updates in a row."""

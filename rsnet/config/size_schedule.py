@@ -29,7 +29,7 @@ def is_schedule(words: Sequence[str]) -> bool:
 
 
 def phases_of(words: Sequence[str], sizes: Sequence[int]) -> tuple[Phase, ...]:
-    """Return the phases of a schedule that `is_schedule`, and of which `require_valid` was called."""
+    """Return the phases of a schedule that has passed `is_schedule` and `require_valid`."""
     phases = []
     for word in words:
         start, _, names = word.partition(":")

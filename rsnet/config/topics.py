@@ -160,8 +160,9 @@ class OptimizerOptions(Generic[Unset]):
     """
 
     accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
-    """Batches whose gradients make up one update. Unset: 1; if a run resumes on another number of
-    processes, what keeps the images per update."""
+    """Batches whose gradients make up one update. Unset: 1; for a run that resumes on another number of
+    processes, the value that keeps the images per update.
+    """
 
     clip_grad: Annotated[float | Unset, arg(aliases=("--clip-grad-norm",), metavar="FLOAT")] = UNSET
     """Largest norm of the gradients. Unset: 0, no clipping."""
@@ -176,8 +177,9 @@ class ScheduleOptions(Generic[Unset]):
     """Recipe, epochs and learning rate schedule."""
 
     recipe: Annotated[RecipeName | Unset, arg(metavar="{paper,short,strong}")] = UNSET
-    """Defaults of options that are not given: the paper's, for few epochs, or for many and much augmented.
-    Unset: paper."""
+    """Defaults of options that are not given: the paper's; short, for few epochs; strong, for many epochs
+    with strong augmentation. Unset: paper.
+    """
 
     epochs: Annotated[int | Unset, arg(metavar="INT")] = UNSET
     """Epochs of training. Unset: the recipe's (paper and short 120, MobileNets 150; strong 600)."""

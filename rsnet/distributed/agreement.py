@@ -1,4 +1,4 @@
-"""What all processes must have alike before they train together: options, files and data."""
+"""Checks that all processes have the same options, files and data before they train together."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def require_same(what: str, facts_here: Callable[[], Mapping[str, Any]]) -> None
 
 
 def require_on_rank_0(path: Path) -> None:
-    """Raise UsageError, on all ranks, if another's machine has `path`, and that of rank 0 has not.
+    """Raise UsageError, on all ranks, if `path` exists on another rank's machine but not on rank 0's.
 
-    path: what rank 0 resumes from, where it is. Which machine that is may change when torchrun starts all
-    again: the training would begin anew without a word.
+    path: what rank 0 resumes from, where it is. torchrun may place rank 0 on another machine when it
+    restarts, and training would silently start from scratch.
     """
     is_here = distributed.run_on_all(lambda: path.exists())
     (host, has), *others = distributed.all_gather_object((socket.gethostname(), is_here))

@@ -1,4 +1,4 @@
-"""Precision that a device supports, how it is set up, memory that it has used, and what broke a capture."""
+"""Device helpers: bfloat16 support, cuDNN and allocator settings, peak memory, CUDA graph errors."""
 
 from __future__ import annotations
 

@@ -53,30 +53,29 @@ def setup(device: Device, timeout_s: float = 600.0) -> torch.device:
         torch.cuda.set_device(chosen)
     keep_freed_memory(chosen)
     if os.environ.get("WORLD_SIZE") and not dist.is_initialized():
-        global _control, _nodes
-        # The watchdog, which can name who is late, comes first.
-        timeout = timedelta(seconds=2 * timeout_s)
-        try:
-            store = open_store(own, world, timeout)
-            # Before the groups, which would wait for each other: gloo and NCCL do not meet.
-            _require_same_device(store, own, world, chosen.type)
-            dist.init_process_group(
-                "nccl" if use_cuda else "gloo",
-                store=store,
-                rank=own,
-                world_size=world,
-                timeout=timeout,
-            )
-            _control = dist.new_group(backend="gloo", timeout=timeout)
-            _nodes = _numbered(all_gather_object(_node_name()))
-        except (UsageError, RunError):
-            raise
-        except (RuntimeError, ValueError) as error:  # those of the store are RuntimeErrors, too
-            raise RunError(
-                f"rank {own} cannot connect to the other processes: {first_line(error)}; "
-                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network"
-            ) from error
+        # Twice as long as the watchdog waits, which can name the rank that is late.
+        _join(own, world, chosen.type, timedelta(seconds=2 * timeout_s))
     return chosen
+
+
+def _join(own: int, world: int, device_type: str, timeout: timedelta) -> None:
+    """Set up the process group and `_control`. Raises as `setup`."""
+    global _control, _nodes
+    try:
+        store = open_store(own, world, timeout)
+        # Before the groups: one rank with gloo and another with NCCL would wait for each other.
+        _require_same_device(store, own, world, device_type)
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=world, timeout=timeout)
+        _control = dist.new_group(backend="gloo", timeout=timeout)
+        _nodes = _numbered(all_gather_object(_node_name()))
+    except (UsageError, RunError):
+        raise
+    except (RuntimeError, ValueError) as error:  # errors of the store are RuntimeErrors, too
+        raise RunError(
+            f"rank {own} cannot connect to the other processes: {first_line(error)}; "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network"
+        ) from error
 
 
 def _require_same_device(store: Any, own: int, world: int, kind: str) -> None:
@@ -106,7 +105,9 @@ def _place() -> tuple[int, int]:
 
 
 def _node_name() -> str:
-    """Return what a node's processes alone have: torchrun's number of it, or Slurm's, or its host's name."""
+    """Return an identifier shared only by the processes of a node: torchrun's or Slurm's node number, or
+    the host name.
+    """
     return os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or socket.gethostname()
 
 
@@ -119,8 +120,8 @@ def _numbered(names: Sequence[str]) -> tuple[int, ...]:
 def shutdown(code: int = 0) -> None:
     """Leave the process group, once nothing is trained with it any more, and end its threads.
 
-    A thread of gloo lets go of its last tensor behind our back. If Python is ending by then, it aborts the
-    process: seen in 2 of 60 runs on two busy cores, torch 2.15. Only the destructor waits for the threads.
+    A gloo thread may release its last tensor late; if Python is shutting down by then, the process aborts
+    (2 of 60 runs on two busy cores, torch 2.15). Only the destructor joins the threads.
 
     code: the exit code of an error. NCCL leaves only together with all ranks, and those that did not meet
     the error wait for this one's gradients: then the process ends with Python, and NCCL is not asked.

@@ -75,7 +75,7 @@ def require_variable(name: str) -> str:
     if value := os.environ.get(name):
         return value
     raise UsageError(
-        f"{name} is not set, as it has to be where WORLD_SIZE is; torchrun sets all that is needed. To train "
+        f"{name} is not set, although WORLD_SIZE is; torchrun sets all that is needed. To train "
         "with one process alone, unset WORLD_SIZE"
     )
 

@@ -21,9 +21,8 @@ from rsnet.distributed.rendezvous import connect
 
 
 class Watchdog:
-    """Ends a run in which a rank hangs: each tells in a store that it lives, and how far it is.
-
-    log: takes the line before it does.
+    """Ends a run in which a rank hangs. Each rank writes a heartbeat and its progress to a store. log:
+    called with the message before the process exits.
 
     Collectives alone would wait for a stuck rank, or say that some rank is missing.
     """
@@ -111,10 +110,10 @@ class Watchdog:
             return f"rank 0's machine does not answer: {first_line(error)}"
         silent = [r for r in self._others if r not in after or after[r][0] == before[r][0]]
         if silent:
-            return f"{_ranks(silent)} ended, or hangs, or is not connected any longer"
+            return f"{_ranks(silent)} has ended, hangs, or has lost its connection"
         behind = [r for r in self._others if after[r][1] < self._ticks]
         if behind:
-            return f"{_ranks(behind)} does not go on, but lives: its data?"
+            return f"{_ranks(behind)} is alive but makes no progress: is its data loading stuck?"
         return f"rank {self._rank} itself does not go on: its data?"
 
 

@@ -33,7 +33,7 @@ COLUMNS: list[str | int] = ["size", "top1", "top5", "loss", "ece"]
 
 @dataclass(frozen=True)
 class DetailedEvaluation:
-    """What a network answers for labelled images, and all that follows from it.
+    """A network's predictions for labelled images, and the metrics derived from them.
 
     source: what was evaluated, and on what, for the reader. results: "top1", "top5" and "ece" in %, and,
     unless images have several labels, "loss". classes: the outputs by the names of their folders; names: as
@@ -58,7 +58,7 @@ class DetailedEvaluation:
 
     @cached_property
     def hard(self) -> dict[str, NDArray[np.int64]]:
-        """The images by what is hard about them, as indices."""
+        """Indices of hard images, by kind."""
         return {
             "wrong_at_every_size": metrics.wrong_at_every_size(self.predictions),
             "right_only_when_small": metrics.right_only_when_small(self.predictions),

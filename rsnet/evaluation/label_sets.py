@@ -25,7 +25,7 @@ _ILSVRC_NAME = re.compile(
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Which outputs of a network the labels of the data are.
+    """Mapping from the labels of the data to the outputs of a network.
 
     outputs: (K,) the output of each class of the data.
     among: (M,) the outputs that an answer is chosen among, ascending; None for all of the network.

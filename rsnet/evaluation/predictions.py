@@ -1,4 +1,4 @@
-"""What a network answers for each image at each size: collected over all ranks, written as Parquet."""
+"""A network's predictions for each image at each size, gathered from all ranks and written as Parquet."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def quantize(source: Path, target: Path, inputs: Iterable[NDArray[np.float32]]) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep from stderr what the quantization advises its caller to do."""
+    """Suppress the quantizer's advice on stderr."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,13 @@ def measure(classifier: SwitchableClassifier, scores: LabelledLogits) -> Figures
         for kind, images in (("one", 1), ("batch", classifier.batch_size))
     }
     fitted, other = scores.halves()
-    sizes = [_size(classifier, scores, s, times) for s in classifier.sizes]
-    if tuned is not None:
-        sizes = [
-            replace(f, tuned_ece=_ece(other, f.size, tuned.temperatures[f.size])) for f in sizes
-        ]
+    sizes = [
+        _size(
+            classifier, scores, s, times,
+            tuned_ece=None if tuned is None else _ece(other, s, tuned.temperatures[s]),
+        )
+        for s in classifier.sizes
+    ]  # fmt: skip
     ms = {figures.size: figures.ms_batch["p50"] / classifier.batch_size for figures in sizes}
     return Figures(
         classifier.conditions,
@@ -166,6 +168,7 @@ def _size(
     scores: LabelledLogits,
     size: int,
     times: Mapping[str, Mapping[int, list[float]]],
+    tuned_ece: float | None,
 ) -> SizeFigures:
     logits, labels = scores.logits[size], scores.labels
     one, batch = (
@@ -179,7 +182,7 @@ def _size(
         top1=_accuracy(logits, labels, 1),
         top5=_accuracy(logits, labels, 5),
         ece=_ece(scores, size),
-        tuned_ece=None,
+        tuned_ece=tuned_ece,
         ms_one=one,
         ms_batch=batch,
         images_per_s=1000 * classifier.batch_size / batch["p50"],

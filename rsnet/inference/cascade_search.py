@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """Between what top-1, in %, and ms an image lie."""
+    """Bounds (low, high) of top-1 in % and of milliseconds per image."""
 
     top1: tuple[float, float]
     ms: tuple[float, float]
@@ -195,6 +195,20 @@ class _Search:
 
     def _line(self, stage: int, thresholds: Sequence[float]) -> tuple[Floats, Floats]:
         """Return accuracy in % and ms an image for each threshold of a stage's grid, the others fixed."""
+        reached, right, ms = self._up_to(stage, thresholds)
+        later_right, later_ms = self._after(stage, thresholds)
+        # With the images in the order of their confidence, a threshold sends the first n of them on: the
+        # n-th entry of a cumulative sum is what that changes.
+        order, n_below = self._order[stage], self._below[stage]
+        gained = np.cumsum(np.append(0.0, (reached * (later_right - self._right[stage]))[order]))
+        spent = np.cumsum(np.append(0.0, (reached * later_ms)[order]))
+        images = len(reached)
+        return 100 * (right + gained[n_below]) / images, (ms + spent[n_below]) / images
+
+    def _up_to(
+        self, stage: int, thresholds: Sequence[float]
+    ) -> tuple[NDArray[np.bool_], float, float]:
+        """Return (N,) whether an image reaches `stage`, and total right answers and ms if all end there."""
         reached = np.ones(len(self._right[0]), dtype=bool)
         right, ms = 0.0, self._ms[0] * len(reached)
         for k in range(stage):
@@ -202,17 +216,16 @@ class _Search:
             right += self._right[k][stops].sum()
             reached &= ~stops
             ms += self._ms[k + 1] * reached.sum()
-        right += self._right[stage][reached].sum()
-        # Accuracy gained and time spent if an image is classified at the next size, too.
-        later_right, later_ms = self._right[-1], np.full(len(reached), self._ms[-1])
+        return reached, right + self._right[stage][reached].sum(), ms
+
+    def _after(self, stage: int, thresholds: Sequence[float]) -> tuple[Floats, Floats]:
+        """Return (N,) right answers, and ms, of each image if it goes on from `stage` to the next one."""
+        right, ms = self._right[-1], np.full(len(self._right[0]), self._ms[-1])
         for k in range(len(self._sizes) - 2, stage, -1):
             goes_on = self._confidence[k] < thresholds[k]
-            later_right = np.where(goes_on, later_right, self._right[k])
-            later_ms = self._ms[k] + np.where(goes_on, later_ms, 0.0)
-        order, below = self._order[stage], self._below[stage]
-        won = np.cumsum(np.append(0.0, (reached * (later_right - self._right[stage]))[order]))
-        spent = np.cumsum(np.append(0.0, (reached * later_ms)[order]))
-        return 100 * (right + won[below]) / len(reached), (ms + spent[below]) / len(reached)
+            right = np.where(goes_on, right, self._right[k])
+            ms = self._ms[k] + np.where(goes_on, ms, 0.0)
+        return right, ms
 
     def _outcomes(
         self, stage: int, thresholds: Sequence[float], top1: Floats, ms: Floats

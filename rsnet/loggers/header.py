@@ -1,4 +1,4 @@
-"""What a run says at its start: what is not as usual, what is trained on what, and where it is written."""
+"""The header of a run: changed options, network, data, device, and where the run is written."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _device(device: torch.device) -> str:
 
 
 def warn_of_schedule(context: RunContext) -> None:
-    """Print what is hardly meant of the learning rate."""
+    """Warn about learning-rate settings that are probably mistakes."""
     config = context.config
     if config.warmup >= config.epochs:
         last = config.lr * config.epochs / config.warmup

@@ -93,7 +93,7 @@ class RunDir:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes' runs out of the folder, until the end of this process at the latest.
+        """Lock the folder against other processes for the block, at most until this process ends.
 
         Raises UsageError if another one has it.
         """
@@ -131,8 +131,9 @@ class RunDir:
             self.on_error(line)
 
     def note(self, text: str) -> None:
-        """Append a message, with the time, to log.txt, which is for eyes: a disk that does not take it ends
-        nothing. Other processes' errors are noted there, too."""
+        """Append a message with the time to log.txt, which is for people to read: a failed write is
+        ignored. Other processes' errors are noted there, too.
+        """
         with (
             suppress(OSError),
             (self.path / "log.txt").open("a", errors="backslashreplace") as file,

@@ -163,7 +163,7 @@ class RunLogger:
 def losses_in_words(p: TrainingProgress) -> str:
     """Return the (binary) cross-entropy at the largest and the smallest size, and the learning rate.
 
-    The sum of all losses, which is minimised, has no value that anybody could place.
+    The total loss is left out because its value has no intuitive scale.
     """
     named = [(*name.partition("/")[::2], value) for name, value in p.terms.items()]
     kind = next(KINDS[loss] for loss, _, _ in named if loss in KINDS)

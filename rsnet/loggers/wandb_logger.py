@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class WandbLogger:
     mode None: WANDB_MODE's, else online. Without a key, or a server that takes the run, it is offline.
     directory: the run directory.
     run_id: the run to continue, or None. entity, tags: None and () for the environment's.
-    remedy: what is left of what W&B does not get. Unset: `rsnet sync`, which reads a training's metrics.
+    remedy: how to recover data that W&B did not receive, for messages. Unset: `rsnet sync`, which reads a
+    run's metrics.
 
     Raises UsageError if an environment variable of W&B, the project, the entity or a tag has a value that is
     none.
@@ -76,19 +78,10 @@ class WandbLogger:
             say(f"W&B: disabled ({reason})")
             return
 
-        def start(mode: Mode) -> Any:
-            return wandb_service.start(
-                mode,
-                directory,
-                project=project,
-                name=name or directory.name,
-                config=config,
-                run_id=run_id,
-                resume="allow",
-                entity=entity,
-                tags=tags,
-            )
-
+        start = partial(
+            wandb_service.start, directory=directory, project=project, name=name or directory.name,
+            config=config, run_id=run_id, resume="allow", entity=entity, tags=tags,
+        )  # fmt: skip
         try:
             if mode == "online":
                 try:
@@ -102,15 +95,17 @@ class WandbLogger:
             self._leave(first_line(error))
             return
         self._console.warnings.clear()
+        self._say_where(mode, reason)
+
+    def _say_where(self, mode: Mode, reason: str) -> None:
+        """Say where the W&B run is, and how to complete it if it lacks metrics."""
         if mode == "offline":
-            folder = directory.joinpath(
-                *Path(self._run.dir).parts[-3:-1]
-            )  # of the run: DIR/wandb/NAME/files
-            say(f"W&B: offline in {folder} ({reason}); {self._remedy}")
-        elif self._is_whole:
-            say(f"W&B: online at {self._run.url} ({reason})")
-        else:
-            say(f"W&B: online at {self._run.url} ({reason}), without earlier lines; {self._remedy}")
+            # run.dir is DIR/wandb/NAME/files.
+            folder = self._directory.joinpath(*Path(self._run.dir).parts[-3:-1])
+            self._say(f"W&B: offline in {folder} ({reason}); {self._remedy}")
+            return
+        lacks = "" if self._is_whole else f", without earlier lines; {self._remedy}"
+        self._say(f"W&B: online at {self._run.url} ({reason}){lacks}")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log metrics with their "step" and "epoch"; the axes are chosen by `define_metric`."""

@@ -32,7 +32,7 @@ SERVICE_TIMEOUT_S = 10
 
 
 class Console:
-    """Takes what W&B would print, and keeps the warnings: all that it says of data that it gave up.
+    """Receives what W&B would print, and keeps the warnings, the only sign of data that it dropped.
 
     mode: instead of WANDB_MODE. Raises UsageError for a value in the environment that W&B does not take.
     """

@@ -84,14 +84,13 @@ class _Checkpointed(nn.Module):
 
     def _contexts(self, active: int) -> Contexts:
         """Return the contexts of the forward and of its repetition, for the resolution that is active now."""
-        # What is quantized or cast once for all resolutions is not quantized or cast again.
+        # Reuse the weights that were quantized or cast once for all resolutions.
         cached = {quantizer: quantizer.cached for quantizer in self.checkpointed_quantizers}
         weights = {m: vars(m)["weight"] for m in self.checkpointed_layers if "weight" in vars(m)}
-        again = _again(self.checkpointed_norms, cached, weights, active)
-        if self.checkpointed_what == "blocks":
-            return nullcontext(), again
-        first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-        return first, _both(again, second)
+        first, second = nullcontext(), nullcontext()
+        if self.checkpointed_what == "norm":
+            first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+        return first, _recomputing(self.checkpointed_norms, cached, weights, active, second)
 
 
 def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
@@ -100,11 +99,12 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
 
 
 @contextmanager
-def _again(
+def _recomputing(
     norms: tuple[SwitchableBatchNorm2d, ...],
     quantizers: dict[Quantizer, Tensor | None],
     weights: dict[nn.Module, Tensor],
     active: int,
+    inner: AbstractContextManager[None],
 ) -> Iterator[None]:
     """Repeat a forward of the resolution with index `active`, without updating statistics a second time.
 
@@ -117,14 +117,16 @@ def _again(
     for norm, layer in zip(norms, layers, strict=True):
         # Without running statistics it would keep fewer tensors than in the forward. SyncBatchNorm insists
         # on a counter.
-        spare = torch.zeros_like(layer.num_batches_tracked) if _insists(layer) else None
+        needs_counter = isinstance(layer, nn.SyncBatchNorm)
+        spare = torch.zeros_like(layer.num_batches_tracked) if needs_counter else None
         norm.active, layer.momentum, layer.num_batches_tracked = active, 0.0, spare
     for quantizer, value in quantizers.items():
         quantizer.counting, quantizer.cached = False, value
     for layer, weight in weights.items():
         vars(layer)["weight"] = weight
     try:
-        yield
+        with inner:
+            yield
     finally:
         for layer in weights:
             vars(layer).pop("weight", None)
@@ -132,15 +134,3 @@ def _again(
             quantizer.counting, quantizer.cached = True, None
         for norm, layer, was, (momentum, count) in zip(norms, layers, before, held, strict=True):
             norm.active, layer.momentum, layer.num_batches_tracked = was, momentum, count
-
-
-def _insists(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.SyncBatchNorm)
-
-
-@contextmanager
-def _both(
-    first: AbstractContextManager[None], second: AbstractContextManager[None]
-) -> Iterator[None]:
-    with first, second:
-        yield

@@ -19,7 +19,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 # Weights that are cast, and whose gradients are summed, by the same kernels: 8 MB in float32, or one larger
 # layer. No gradient of them is ready before the last is, and DDP waits for those of a bucket, of 25 MB.
 GROUP = 2**21
-# Of the backward's nodes that are ready, autograd takes that of the highest number, usually the youngest.
+# Of the backward nodes that are ready, autograd runs the one with the highest sequence number, usually
+# the newest.
 FIRST = 2**62
 
 
@@ -54,7 +55,7 @@ def store_weights_in(dtype: torch.dtype, network: nn.Module) -> None:
     """
     for layer in castable_layers(network):
         for name, value in list(layer.named_parameters(recurse=False)):
-            # A new one: a folded network has the classifier of the one that it is made of.
+            # A new parameter, because a folded network shares its classifier with the original network.
             setattr(layer, name, nn.Parameter(value.to(dtype), requires_grad=False))
 
 

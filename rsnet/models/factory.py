@@ -50,10 +50,11 @@ from rsnet.models.switchable import ResolutionSwitchable, SwitchableBatchNorm2d
 # torchvision's names of networks that the original spells differently.
 _ALIASES = {theirs: name for name, theirs in AUTHORS_NAMES.items()}
 
-# What `create_model` found to work at its sizes: a command may build a network three times.
+# Configurations whose sizes were checked already: a command may build a network three times.
 _checked: set[tuple[object, ...]] = set()
 
-# No BatchNorm; or, as MaxViT, only at the one size that its attention windows divide.
+# Networks without BatchNorm; or, like MaxViT, that work only at the one size that their attention windows
+# divide.
 _UNFIT = re.compile(r"alexnet|convnext|maxvit|squeezenet|swin|vgg\d+$|vit_")
 
 # The original trains without dropout; auxiliary heads would be private to nothing.
@@ -88,7 +89,8 @@ def create_model(
     but not of a pre-activation one; the classifier of both starts as tensorpack's.
 
     pretrained: weights of the ordinary network to start from, see `rsnet.models.pretrained`.
-    fixed_qa: see `rsnet.models.quantization.lq_nets.quantize`. say: is told what is not taken from them.
+    fixed_qa: see `rsnet.models.quantization.lq_nets.quantize`. say: called with a message about weights
+    that are not used.
     drop_path: the largest rate of stochastic depth, see `rsnet.models.layers.drop_path`; None: the library's
     own, 0 of almost all.
 
@@ -313,7 +315,7 @@ def _suggest(arch: str, known: list[str]) -> str:
     near = difflib.get_close_matches(arch.lower(), known, n=3, cutoff=0.5)
     if _is_of_timm(arch):
         near = [TIMM_PREFIX + arch.removeprefix(PREFIX)]
-    found = f"did you mean {' or '.join(near)}?" if near else "such a name is parallel_resnet50;"
+    found = f"did you mean {' or '.join(near)}?" if near else "an example is parallel_resnet50;"
     return f"{found} `rsnet list` has all"
 
 

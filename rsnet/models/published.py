@@ -126,7 +126,7 @@ def find(text: str, option: str) -> Published:
         names = require_timm(f"{option} {text}").list_models()
     if name not in names:
         near = difflib.get_close_matches(name.lower(), names, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "such a name is timm/resnet50"
+        hint = f"did you mean {' or '.join(near)}?" if near else "an example is timm/resnet50"
         raise UsageError(
             f"{option} {text}: there is no such run, checkpoint or release, nor a network of {library} of "
             f"that name; {hint}"

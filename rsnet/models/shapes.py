@@ -1,4 +1,4 @@
-"""What a network does to shapes, computed without its numbers: its cost, and the sizes that it takes."""
+"""GMACs of a network, and the input sizes that it supports, computed from shapes on the meta device."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _forward(on_meta: nn.Module, size: int) -> None:
 
 
 def _fixed_size(network: nn.Module) -> int | None:
-    """Return the one size that a network of timm's takes, by its own account; None if it takes others."""
+    """Return the input size of a timm network that supports only one, by its `default_cfg`; else None."""
     known = getattr(network, "default_cfg", None) or {}
     return known["input_size"][-1] if known.get("fixed_input_size") else None
 

@@ -19,7 +19,7 @@ class Teacher(nn.Module):
     """Batch of training images -> logits of the frozen network, in eval mode, without gradients.
 
     It is no part of what is trained: neither of checkpoints nor of averaged weights, DDP and the optimizer.
-    loss: by which it was trained itself, what its logits are of: a softmax, or sigmoids.
+    loss: the loss that it was trained with: "ce" if its logits belong to a softmax, "bce" if to sigmoids.
     """
 
     loss: LossName = "ce"

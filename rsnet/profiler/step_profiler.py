@@ -125,7 +125,8 @@ def profile(
     steps: int,
     deadline: float = math.inf,
 ) -> Profile:
-    """Measure `steps` steps of each kind. The trainer trains on: its weights are not worth keeping.
+    """Measure `steps` steps of each kind. The trainer really trains, so its weights should be discarded
+    afterwards.
 
     step_gmacs: forward GMACs of one image at all sizes, without a teacher. deadline: of `time.perf_counter`.
 
@@ -182,13 +183,16 @@ def time_steps(
     trainer: Trainer, model: ResolutionSwitchable, source: Iterator[Batch], steps: int
 ) -> Times:
     """Time whole updates by their parts: data, teacher, forward at each size, losses, backward, optimizer."""
-    # A compiled objective has no inside, and hooks would cut its graph; a CUDA graph has the optimizer in it.
-    is_compiled = any(m._compiled_call_impl is not None for m in trainer.objective.modules())
-    is_graph = trainer.graphs is not None
-    whole = "forward to optimizer" if is_graph else "forward and backward" if is_compiled else ""
-    warm_up = WARMUP_STEPS + (cuda_graph.WARM_UP if is_graph else 0)
-    watch = Stopwatch(trainer.device)
-    hooks = [] if whole else _hooks(trainer, model, watch)
+    warm_up, watch = WARMUP_STEPS, Stopwatch(trainer.device)
+    hooks: list[Any] = []
+    if trainer.graphs is not None:  # the graph includes the optimizer step
+        computed = "forward to optimizer"
+        warm_up += cuda_graph.WARM_UP
+    elif any(m._compiled_call_impl is not None for m in trainer.objective.modules()):
+        computed = "forward and backward"  # hooks would break the compiled graph
+    else:
+        computed = "backward"
+        hooks = _hooks(trainer, model, watch)  # which mark the parts of the forward
     trainer.objective.train()
     try:
         for _ in range(warm_up + steps):
@@ -196,7 +200,7 @@ def time_steps(
                 batch = next(source)
                 watch.mark("data")
                 trainer.forward_backward(batch, last=micro == trainer.accumulate - 1)
-                watch.mark(whole or "backward")
+                watch.mark(computed)
             trainer.update()
             watch.mark("optimizer")
     finally:

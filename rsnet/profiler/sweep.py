@@ -162,7 +162,7 @@ def other_recipe(given: ResolvedConfig, best: ResolvedConfig) -> str:
         if name not in ("batch_size", "accumulate") and getattr(best, name) != getattr(given, name)
     ]
     what = ", ".join([f"{now} images an update instead of {before}", *changed])
-    return f"it is another recipe: {what}; without batch-size in --profile-sweep, all stays"
+    return f"this changes the recipe: {what}; without batch-size in --profile-sweep, all stays"
 
 
 def as_json(sweep: Sweep, command: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the server counts and measures, for Prometheus."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Metrics:
             "rsnet_requests_under_way", "Requests that --queue counts.", registry=registry
         )
         queue.set_function(under_way)
-        for size in sizes:  # also those that nobody asks for are listed
+        for size in sizes:  # list sizes without requests as well
             for metric in (self._decided, self._images, self._batch_s):
                 metric.labels(size)
 
@@ -109,6 +109,6 @@ class CountRequests:
             code = "500"
             raise
         finally:
-            # What is answered to a client that has left is read by nobody.
+            # A client that has disconnected does not read the answer.
             code = LEFT if has_left else code
             self._metrics.answered(scope["path"], code, time.perf_counter() - start)

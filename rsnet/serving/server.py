@@ -95,8 +95,8 @@ def make_app(service: Service, config: ServerConfig, is_loopback: bool) -> FastA
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which takes any number of connections, waits for ever for a request's head, for its body at
-    the end, and for a client that does not read its answers, and reads on after an early answer.
+    """uvicorn's HTTP protocol with limits that it lacks: on the number of connections, and on the time to
+    wait for a request's head, for the rest of its body at shutdown, and for a client to read its answer.
     """
 
     _idle_since = 0.0  # on the loop's clock

@@ -88,7 +88,7 @@ class _Distillation(nn.Module):
         trained = [s for s in self.model.sizes if s != self.size]
         with torch.no_grad():
             logits = [self.model(by_size[s], s) for s in trained]
-            # By places in a list, the device would wait for the host to find and send them.
+            # Indexing with a list would copy it to the device, a synchronisation.
             alphas = zip(self.model.sizes, self.model.alpha.unbind(), strict=True)
             alpha = torch.stack([value for s, value in alphas if s != self.size])
             teacher = ensemble_logits(logits, alpha)

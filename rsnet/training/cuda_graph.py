@@ -72,7 +72,7 @@ class UpdateGraphs:
     def run(
         self, compute: Compute, batch: Batch, part: Part, lr: float, step: int
     ) -> dict[str, Tensor]:
-        """Do what `compute` does of (batch, step), which must not wait for the device; return its losses.
+        """Run `compute(batch, step)`, which must not synchronise, eagerly or as a graph; return its losses.
 
         They are overwritten by the next run. Within `compute`, the optimizer's rate is a tensor.
         part: which of an update's batches it is; of each part, the first `compute` is captured.
@@ -100,7 +100,8 @@ class UpdateGraphs:
     def _wait_for_device(self) -> None:
         """Wait until the device is no more than `AHEAD` updates behind.
 
-        Else the loader's batches would pile up in its memory, as to launch an update takes a few calls alone.
+        Otherwise the loader's batches would pile up in device memory, because launching an update takes
+        only a few calls.
         """
         end = torch.cuda.Event()  # type: ignore[no-untyped-call]
         end.record()
@@ -166,7 +167,7 @@ class UpdateGraphs:
         return False
 
     def _give_up(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
-        """Undo what is left of a capture that was broken off. torch 2.15 does most of it, and 2.11 nothing.
+        """Clean up after a failed capture. torch 2.15 does most of it, and 2.11 nothing.
 
         stream: the current one before it.
         """
@@ -180,9 +181,9 @@ class UpdateGraphs:
         device = stream.device_index
         graph.reset()
         with suppress(RuntimeError):  # that it is not allocating: the graph has seen to it
-            # Or the pool's memory would be lost, and no other be freed any more.
+            # Otherwise the pool's memory would leak, and no other memory could be freed.
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
-        # The generator of dropout takes itself to be captured still, and would refuse.
+        # The random generator still believes that it is being captured, and would refuse to draw.
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())

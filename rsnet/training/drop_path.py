@@ -15,10 +15,10 @@ DROP_PATH_LANE = 4096  # behind the random numbers of the loader
 class DropPathSampler:
     """Sets the factors of the `DropPath`s of a network, before each batch of a training.
 
-    A sample goes without the same branches at all of its sizes. So the sizes, which teach each other, are one
-    network that is thinned in the same way, as they see one crop: what distillation compares differs by the
-    size alone, and not by what was drawn. All that is drawn depends on the seed, the update, and the place of
-    the sample in the update; a run goes on exactly, also on another number of processes.
+    A sample skips the same branches at all sizes. So the sizes, which teach each other, differ in
+    resolution only, not in the branches drawn, just as they see one crop. All that is drawn depends on the
+    seed, the update, and the place of the sample in the update; a run goes on exactly, also on another
+    number of processes.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, seed: int, rank: int, ranks: int) -> None:

@@ -104,9 +104,8 @@ def start_from(
 
 
 def freeze(model: ResolutionSwitchable, what: str, config: ModelConfig) -> None:
-    """Let shared weights of `model`, described by `config`, stay as they are; BatchNorm always learns.
-
-    what: BACKBONE, all but the classifier; NOTHING; or the name of a layer, up to which all are.
+    """Freeze shared weights of `model`, which `config` describes; BatchNorm is always trained. what:
+    BACKBONE for all but the classifier, NOTHING, or the name of the last layer to freeze.
 
     Raises UsageError for a layer that is not there.
     """

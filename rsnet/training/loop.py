@@ -21,11 +21,10 @@ def train_one_epoch(
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train on every batch that fills an update. Calls `on_progress`, and synchronises, every
-    `log_interval` updates and after the last; `on_batch` when one arrives; and `after_update`, which may end
-    the epoch by raising.
-
-    done: updates of this epoch that were done before; the loader continues after them.
+    """Train one epoch; batches left over after the last full update are dropped. Every `log_interval`
+    updates and after the last one, synchronises and calls `on_progress`. Calls `on_batch` when a batch
+    arrives and `after_update`, which may end the epoch by raising, after each update. done: updates of this
+    epoch that an earlier run did; the loader resumes after them.
 
     Raises RunError if a loss was not finite: the weights are those before that step.
     """

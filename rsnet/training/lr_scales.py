@@ -18,9 +18,9 @@ def lr_scales(
     the layers behind its own, so that the classifier has 1, and the stem the smallest (Bao et al. 2022,
     "BEiT", and timm), times `norm_lr_mult` in BatchNorm. alpha, which is behind all layers, is left out.
 
-    The losses of all sizes are summed, and a private BatchNorm has the gradient of its size's alone: with the
-    number of sizes for `norm_lr_mult`, it learns as fast, beside the shared weights, as in a network of one
-    size.
+    Shared weights get the gradient of all sizes summed, a private BatchNorm that of its own size only. With
+    `norm_lr_mult` equal to the number of sizes, BatchNorm learns as fast relative to the shared weights as
+    in a single-size network.
     """
     layers = layers_of(model.network)
     last = max(layers.values())
@@ -37,9 +37,9 @@ def layers_of(network: nn.Module) -> dict[str, int]:
     """Return the layer of each parameter of a switchable network, by name, from 0, the stem's, to the
     classifier's.
 
-    timm's networks say themselves what belongs together. Of others, a layer is a block, that is a member of
-    the outermost `nn.Sequential`s, or what stands alone, with the BatchNorm that follows a convolution. The
-    last of the network's own parts is the classifier, whole. The private BatchNorms of a layer are in it.
+    timm networks define the grouping themselves (`group_matcher`). In others a layer is a member of an
+    outermost `nn.Sequential`, or a module outside of one together with the BatchNorm after it. The last
+    child of the network is the classifier. Private BatchNorms belong to the layer they are in.
     """
     matcher: Any = getattr(network, "group_matcher", None)
     if matcher is not None:

@@ -11,9 +11,8 @@ from rsnet.distributed import process_group as distributed
 
 
 class BatchNormBackup:
-    """Keeps a copy of a network's statistics, and puts it back, on the device and in few kernels.
-
-    A batch with a loss that is not finite has passed through BatchNorm, whose means it made NaN for good.
+    """Saves and restores BatchNorm's running statistics, on the device and in few kernels. A batch with a
+    non-finite loss has already passed through BatchNorm and may have made its running mean NaN for good.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +39,7 @@ class BatchNormBackup:
 class FiniteGuard:
     """Keeps updates with a loss that is not finite from the weights; on the device, and in place.
 
-    most: how many such updates in a row are left out; one more, and no update is done any longer.
+    most: consecutive updates that may be skipped; after one more, no further update is done.
     """
 
     def __init__(self, device: torch.device, most: int = 0) -> None:
@@ -87,7 +86,7 @@ class FiniteGuard:
         return int(self._skipped.item())
 
     def verdict(self) -> tuple[int, list[str]] | None:
-        """Return the step that was one too many and the terms, or None. Synchronises."""
+        """Return the step that exceeded the limit and the non-finite terms, or None. Synchronises."""
         step = int(self._tripped_at.item())
         if step < 0:
             return None

@@ -17,7 +17,7 @@ from rsnet.models.switchable import ResolutionSwitchable, count_batches_together
 class Objective(nn.Module):
     """images and labels -> named losses; all resolutions in one forward.
 
-    One forward, because DDP does not allow two before a backward where there is BatchNorm.
+    One forward, because with BatchNorm DDP does not allow two forwards before a backward.
     """
 
     def __init__(
@@ -45,9 +45,8 @@ class Objective(nn.Module):
         self._is_compiled = False
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile as `nn.Module.compile` does, but for BatchNorm's counters, which count together outside.
-
-        Compiled, each is an operation on one number: 265 kernels a step of a ResNet-50 at five sizes.
+        """Compile as `nn.Module.compile` does, but update BatchNorm's counters outside, in one operation.
+        Compiled, each would be a kernel of its own: 265 per step for a ResNet-50 at five sizes.
         """
         super().compile(*args, **options)
         self._is_compiled = True
@@ -84,7 +83,7 @@ class Objective(nn.Module):
         logits = self.model.forward_all([images[i] for i in present], sizes)
         alpha: Tensor = self.model.alpha
         if len(present) < len(alpha):
-            # An index of the host would be copied to the device, which waits for it.
+            # Indexing with a list would copy it to the device, a synchronisation.
             alpha = torch.stack([alpha[i] for i in present])
         # Softmax and sums over 1000 classes lose digits in half precision.
         with torch.autocast(labels.device.type, enabled=False):
@@ -108,13 +107,12 @@ class Objective(nn.Module):
 class SizeSampler:
     """Sampler of the sizes of a step: the largest and `k` - 1 of the others, drawn by (seed, step).
 
-    A cheaper training than the paper's, whose steps have all sizes. All ranks draw the same.
+    Cheaper than the paper's training, whose steps use all sizes. All ranks draw the same sizes.
     """
 
     def __init__(self, phases: Mapping[int, Sequence[int]], k: int, seed: int) -> None:
-        """phases: by their first step, of which the earliest is 0, the sizes to draw from.
-
-        k: of phases with fewer sizes, all of them.
+        """phases: {first step: sizes to draw from}; the earliest step is 0. k: sizes per step; a phase with
+        fewer uses all of its sizes.
         """
         self.starts = sorted(phases)
         self.phases = [tuple(sorted(phases[start], reverse=True)) for start in self.starts]

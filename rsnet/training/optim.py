@@ -78,7 +78,7 @@ def make_optimizer(
     groups = param_groups(model, weight_decay, norm_decay, layer_decay, norm_lr_mult)
     if opt in ("plain", "nesterov"):
         return _sgd(groups, lr, momentum, nesterov=opt == "nesterov")
-    # By a CUDA graph; steps are then counted on the GPU.
+    # For CUDA graphs; it keeps the step counts on the GPU.
     capturable = next(model.parameters()).device.type == "cuda"
     if opt == "adamw":
         betas = (momentum, 0.999)
@@ -91,7 +91,7 @@ def make_optimizer(
 
 
 def _owners(model: nn.Module) -> dict[Tensor, int]:
-    """Return the place, from 1, of the size that each parameter of a private BatchNorm is of."""
+    """Return {parameter of a private BatchNorm: index of its size, from 1}."""
     if not isinstance(model, ResolutionSwitchable):
         return {}
     return {
@@ -109,17 +109,17 @@ def param_groups(
     layer_decay: float = 1.0,
     norm_lr_mult: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Return filters, and all that has one dimension: norm layers, biases and alpha, which are without weight
-    decay if `norm_decay` is False (He et al. 2019, section 3.1).
+    """Return two parameter groups: filters; and one-dimensional parameters (norm layers, biases, alpha),
+    which get no weight decay if `norm_decay` is False (He et al. 2019, section 3.1).
 
-    layer_decay, norm_lr_mult: other than 1, each of both is divided by the `lr_scale` of `lr_scales`, by
-    which the trainer multiplies the learning rate, as timm's schedulers do; `model` is then switchable.
+    layer_decay, norm_lr_mult: if one is not 1, both groups are split by `lr_scale` (see `lr_scales`), a
+    factor of the learning rate as in timm's schedulers; `model` must then be switchable.
     """
     if (layer_decay, norm_lr_mult) != (1, 1):
         scales = lr_scales(cast(ResolutionSwitchable, model), layer_decay, norm_lr_mult)
         return [
-            # Neighbours alone, so that a state dict numbers the parameters as without: a run that is resumed
-            # with another decay finds its momentum.
+            # Group only consecutive parameters, so that a state dict keeps their order: a run resumed with
+            # another layer decay still finds its momentum.
             {"params": list(run), "weight_decay": group["weight_decay"], "lr_scale": lr_scale}
             for group in param_groups(model, weight_decay, norm_decay)
             for lr_scale, run in groupby(group["params"], lambda p: scales.get(p, 1.0))
@@ -154,7 +154,7 @@ def _sgd(
     nesterov = nesterov and momentum > 0
     sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum > 0:
-        # Else a first update that is skipped, as float16's often is, leaves them uninitialised.
+        # Otherwise a skipped first update, common with float16, would leave the buffers uninitialised.
         for parameter in (p for group in groups for p in group["params"]):
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd

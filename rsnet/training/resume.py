@@ -70,8 +70,8 @@ class Start:
         return self.checkpoint.global_batch if self.checkpoint else self.noted_batch
 
     def require_same(self, given: TrainConfig, config: ResolvedConfig, global_batch: int) -> None:
-        """Raise UsageError if the run is continued without --resume, but has other options; or with it, but
-        --pretrained names weights that it did not start from.
+        """Raise UsageError if a run is continued without --resume and its options differ, or with --resume
+        and --pretrained names weights that it did not start from.
 
         given: what `config` was resolved from.
         """
@@ -79,7 +79,7 @@ class Start:
             self._require_own_weights(given)
             return
         plain = to_plain_dict(config)
-        # Bits that are not asked for are the checkpoint's only where --resume asks for those.
+        # Without --resume, unset --qw and --qa mean full precision, not the checkpoint's bits.
         plain |= {name: FULL for name in ("qw", "qa") if getattr(given, name) is None}
         changed = changes(self.config, plain)
         before = self.checkpoint.global_batch if self.checkpoint else global_batch
@@ -88,12 +88,12 @@ class Start:
         if changed:
             flag = "--output: " if given.output else ""
             raise UsageError(
-                f"{flag}{config.output} holds a run already, of other options ({', '.join(changed)}); "
-                "go on with it by --resume auto, or give another folder by --output"
+                f"{flag}{config.output} already holds a run with other options ({', '.join(changed)}); "
+                "resume it with --resume auto, or choose another --output"
             )
 
     def require_unfinished(self, config: ResolvedConfig) -> str:
-        """Return a line if there is nothing left to train, as the same command has trained it all; else "".
+        """Return a message if the same command has finished already; else "".
 
         Raises UsageError if there is nothing left to train, and the command asks for something else.
         """
@@ -123,36 +123,39 @@ class Start:
 def find_start(config: TrainConfig, say: Callable[[str], None], typed: str = "") -> Start:
     """Return what --resume names; if it is unset, the run directory's own run, if its options are known.
 
-    typed: the command. Given again, it goes on from what it has trained, not once more from what --resume
-    names: a launcher that restarts it changes nothing of it.
+    typed: the command line. If a launcher restarts the same command, it resumes from the newest checkpoint
+    of its own, not again from the one that --resume names.
 
     Raises UsageError if there is no such checkpoint, or a training cannot go on with it, DataError if it,
     or all of a run's, are damaged.
     """
-    output = output_directory(config, config.arch or DEFAULT_ARCH)
-    if config.is_profile and config.resume is None:
+    if config.resume is None and config.is_profile:
         return Start()
     if config.resume not in (None, "auto"):
         start, output = _of_named(config, config.resume, say)
         return _own_of(config, output, typed, say) or start
+    output = output_directory(config, config.arch or DEFAULT_ARCH)
     _fetch(config, output, say)
-    noted, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
-    if config.resume is None and not noted and not store.last.exists():
+    return _find_in(output, config, say)
+
+
+def _find_in(output: Path, config: TrainConfig, say: Callable[[str], None]) -> Start:
+    """Return the run in `output`; without --resume, `Start()` if there is none to continue."""
+    is_implicit = config.resume is None
+    options, store = _noted(output / "config.json"), CheckpointManager(output / "checkpoints")
+    if is_implicit and not options and not store.last.exists():
         return Start()
-    with error_context("--resume" if config.resume else str(output)):
-        newest = store.newest(say, moves=not config.evaluate)
-        if newest:
-            require_options(newest[1].config, str(newest[0]))
-    noted = noted or (newest[1].config if newest else {})
-    if config.resume is None and not noted:
-        return Start()  # imported: resuming it needs --resume
-    if config.evaluate and newest is None:
+    with error_context(str(output) if is_implicit else "--resume"):
+        path, checkpoint = store.newest(say, moves=not config.evaluate) or (None, None)
+        if checkpoint is not None:
+            require_options(checkpoint.config, str(path))
+    options = options or (checkpoint.config if checkpoint else {})
+    if is_implicit and not options:
+        return Start()  # an imported run, which only --resume continues
+    if config.evaluate and checkpoint is None:
         raise UsageError(f"--resume auto: there is no checkpoint in {output / 'checkpoints'}")
-    is_own = config.resume is None
-    if newest is None:
-        batch = _noted_batch(output, noted)
-        return Start(continues=True, config=noted, noted_batch=batch, must_be_same=is_own)
-    return Start(*newest, continues=True, config=noted, must_be_same=is_own)
+    batch = None if checkpoint else _noted_batch(output, options)
+    return Start(path, checkpoint, True, options, batch, must_be_same=is_implicit)
 
 
 def _remote_of(url: str, output: Path) -> RemoteRun:
@@ -198,7 +201,9 @@ def _of_named(config: TrainConfig, resume: str, say: Callable[[str], None]) -> t
 def _own_of(
     config: TrainConfig, output: Path, typed: str, say: Callable[[str], None]
 ) -> Start | None:
-    """Return what the same command, which names another checkpoint, has saved itself; None if nothing."""
+    """Return the newest checkpoint that an earlier start of the same --resume PATH command saved; None if
+    there is none.
+    """
     if config.evaluate or config.is_profile:
         return None
     noted = (RemoteRun(config.url).store.read(COMMANDS) or b"") if config.url else b""
@@ -216,7 +221,7 @@ def _own_of(
 
 
 def _fetch(config: TrainConfig, output: Path, say: Callable[[str], None]) -> None:
-    """Bring what is newer in the run's bucket, if it has one, to the run directory."""
+    """Download newer checkpoints from the run's bucket, if it has one, to the run directory."""
     if config.url is not None:
         remote = _remote_of(config.url, output)
         with error_context("--output"):

@@ -36,7 +36,7 @@ from rsnet.training.state import load_training_state, restore_position, training
 from rsnet.training.trainer import Trainer, make_trainer, raise_if_not_finite
 from rsnet.training.upload import make_uploader, start_upload, upload, waited_for
 
-SAVE = 1  # what ranks vote for, and, to stop, STOP and the signal's number
+SAVE = 1  # a vote is 0, SAVE, or STOP plus the signal's number
 STOP = 1000
 
 
@@ -155,7 +155,8 @@ class TrainingRun:
                 lambda p: self.logger.log_progress(p, self.epoch, self._alpha()),
                 self.done,
                 self._after_update,
-                on_batch=self.watchdog.tick,  # so that who waits for data is behind who waits for others
+                # So that the watchdog can tell a rank that waits for data from ranks that wait for it.
+                on_batch=self.watchdog.tick,
             )
             self.logger.end_epoch()
             self._act_on(self.vote.count())
@@ -187,7 +188,8 @@ class TrainingRun:
         if every.endswith("m"):
             is_due = 0 < 60 * float(every[:-1]) <= time.monotonic() - self.last_save
             if is_due:
-                self.last_save = time.monotonic()  # it is voted for now, and done an update later
+                # The vote is cast now, the checkpoint is saved one update later.
+                self.last_save = time.monotonic()
             return is_due and distributed.is_main()
         return int(every) > 0 and self.done % int(every) == 0
 
@@ -197,7 +199,7 @@ class TrainingRun:
             return
         raise_if_not_finite(self.trainer)
         if agreed > STOP:
-            self.vote.count()  # what was cast with it
+            self.vote.count()  # drop the vote that is still pending
         self._save(stops=agreed > STOP)
         if agreed > STOP:
             raise TrainingInterrupted(agreed - STOP, self._place())
@@ -214,7 +216,8 @@ class TrainingRun:
         def after_batch() -> None:
             nonlocal batches
             batches += 1
-            # Ranks may have one batch more than others, which they cannot vote on; nor are those behind.
+            # Some ranks may have one batch more than others; it has no vote, and must not make the others
+            # look stuck.
             if batches < least:
                 self.watchdog.tick()
                 self._act_on(self.vote.cast(self._asked()))
@@ -272,8 +275,10 @@ class TrainingRun:
                 self.manager.save(checkpoint, new_best is not None)
             except OSError as error:
                 problem = f"cannot save to {self.manager.folder}: {error.strerror or error}"
-                found = self.manager.load_best(self.console.say) if new_best else None
-                best = self.best if new_best is None else found.score if found else []
+                best = self.best
+                if new_best is not None:  # best.pt may be the old one or the new one
+                    found = self.manager.load_best(self.console.say)
+                    best = found.score if found else []
                 return problem, self.manager.last.exists(), best
             return "", True, checkpoint.best
 

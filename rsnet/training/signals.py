@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Ctrl-C, what schedulers send before they kill, what Slurm and others are told to send some time before the
-# end, a terminal that was closed, and a limit of CPU time.
+# Ctrl-C; SIGTERM, which schedulers send before SIGKILL; SIGUSR1 and SIGUSR2, which Slurm can send ahead
+# of the time limit; a closed terminal; the CPU time limit.
 SIGNALS = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -33,7 +33,7 @@ class TrainingInterrupted(Exception):  # noqa: N818 - it is what was asked for
 
 @contextmanager
 def handlers_put_back() -> Iterator[None]:
-    """Put back, at the end of the block, the handlers that signals have now."""
+    """Restore the current signal handlers at the end of the block."""
     before = _handlers()
     try:
         yield
@@ -61,9 +61,9 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Note signals in this block, but for those that were ignored before, as nohup and shells do.
 
-        The second ends the process: renaming is all that a save does to files that are there, so a
-        checkpoint is whole at any moment. A training that was stopped goes on to note them, while it
-        uploads, and waits for other ranks: to this one the signal may come later.
+        A second signal ends the process at once; that is safe, because a save changes existing files by
+        renaming only. After a stop the handlers stay, while the run uploads and waits for other ranks,
+        whose signal may arrive later.
         """
         before, stopped = _handlers(), False
         for number, handler in before.items():

@@ -27,10 +27,9 @@ def used_images(
 
 @torch.no_grad()
 def follow_nearest(model: ResolutionSwitchable, but: Collection[int] = ()) -> None:
-    """Give each size whose BatchNorms saw no batch yet those of the nearest that did, the larger of two.
-
-    So it can be evaluated with the shared weights of the moment, and its training begins from there. Its
-    counters stay at 0. Synchronises. but: sizes that are left as they are.
+    """Copy to each size whose BatchNorms have seen no batch yet those of the nearest trained size (the
+    larger of two). The size can then be evaluated with the current shared weights, and starts training from
+    there. Its counters stay at 0. Synchronises. but: sizes that are left as they are.
     """
     norms = {size: model.norms_of([size]) for size in model.sizes}
     trained = [size for size in model.sizes if _has_counted(norms[size])]

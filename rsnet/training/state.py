@@ -1,4 +1,4 @@
-"""What a training keeps in a checkpoint beside the weights, and how it goes on from there, on each rank."""
+"""Training state besides the weights: what a checkpoint stores of each rank, and how it is restored."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _other(fields: Sequence[str], there: Mapping[str, Any], here: Mapping[str, A
 
 
 def _other_data(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return how the data of two loaders' states differ; of other classes, the network's, is said before."""
+    """Return how the data of two loader states differ. Different classes have been reported before."""
     is_other = there["data"] != here["data"]  # two pipelines may know images by the same
     found = _other(["pipeline", "samples"] if is_other else ["samples"], there, here)
     if is_other and not found:
@@ -103,7 +103,7 @@ def training_state(trainer: Trainer, model: ResolutionSwitchable) -> dict[str, A
 
 @contextmanager
 def _state_in_one_line() -> Iterator[None]:
-    """Raise DataError for whatever a state of other shapes, or of no shape at all, makes of PyTorch."""
+    """Turn the errors that PyTorch raises for a malformed state into a one-line DataError."""
     try:
         yield
     except (UsageError, DataError):
@@ -126,7 +126,7 @@ def load_training_state(
     Return what is not as it was, in words.
     """
     missing = []
-    if checkpoint.scaler and trainer.scaler.is_enabled():  # empty but of float16
+    if checkpoint.scaler and trainer.scaler.is_enabled():  # empty unless the run used float16
         trainer.scaler.load_state_dict(checkpoint.scaler)
     saved = checkpoint.optimizer
     if saved is None or not load_optimizer_state(trainer.optimizer, saved):
@@ -165,7 +165,7 @@ def _load_of_this_rank(
 ) -> None:
     device = model.alpha.device
     if state["buffers"]:
-        # Averages are there both then and now, or they were turned on or off.
+        # The lengths differ if averaging was turned on or off since.
         for buffer, value in zip(_buffers(trainer, model), state["buffers"], strict=False):
             buffer.copy_(value)
     trainer.means.load(state["means"], device)

@@ -24,8 +24,9 @@ GROUP = 128  # tensors that are put back together
 class DeviceLamb(timm.optim.lamb.Lamb):
     """timm's LAMB, which counts updates on the device: timm's own reads that number on the host.
 
-    owners: which parameters have gradients in the same updates, as a size's BatchNorms; those that are left
-    out are 0's. They are counted by themselves, or the first updates of what joins late would be too large.
+    owners: {parameter: group of parameters that get gradients in the same updates, such as the BatchNorms
+    of one size}; others are in group 0. Each group has its own update count; with a shared one, the bias
+    correction would make the first updates of a size that joins late too large.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ def make_lamb(
 def make_muon(
     groups: list[dict[str, Any]], lr: float, momentum: float, capturable: bool
 ) -> torch.optim.Optimizer:
-    """Return Muon, which flattens filters, with AdamW of the same rate for what is no matrix of fit shape."""
+    """Return Muon, which flattens filters to matrices, with AdamW at the same rate for all other
+    parameters.
+    """
     from timm.optim.muon import Muon  # a timm that is too old has none
 
     muon = Muon(groups, lr=lr, momentum=momentum, fallback_lr_scale=1.0, capturable=capturable)
@@ -104,8 +107,9 @@ def make_muon(
 def _skip_on_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let `found_inf` skip updates, and `grad_scale` unscale gradients, as torch's fused optimizers do.
 
-    By a copy of weights and state, which is put back: it takes as much memory as they do. In few kernels: one
-    for each tensor would keep the host of a ResNet-50 longer than the update itself.
+    Copies weights and state before a step, and restores them if it is to be skipped: twice the memory.
+    Grouped into few kernels, because one per tensor would take the host longer than the update of a
+    ResNet-50.
     """
     kept: dict[int, Tensor] = {}
 

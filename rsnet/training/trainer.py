@@ -1,4 +1,6 @@
-"""The training step, with the only backward, and the `Trainer` that a configuration describes."""
+"""The training step, which holds the only backward call, and `make_trainer`, which builds a `Trainer` from
+the options.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,19 @@ from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer, set_lr
 
 
 class Trainer:
-    """An objective with its optimizer: what `train_one_epoch` changes and a checkpoint keeps.
+    """Objective, optimizer and the other state that training changes and a checkpoint stores.
 
     amp: the autocast dtype, or None for float32. float16 comes with a loss scaler.
     accumulate: batches whose gradients make up one update.
     clip_grad: largest norm of the gradients, or None.
     sizes_at: optimizer step -> the sizes that take part in it, or None for all.
     mix: (batch, its number in the training) -> a batch of mixed samples.
-    most_skipped: updates in a row that may be left out because a loss is not finite.
-    bases: those of learned quantizers, which follow every update.
+    most_skipped: consecutive updates that may be skipped because of a non-finite loss.
+    bases: updates the bases of learned quantizers after every optimizer step.
     teacher: a frozen network that teaches every size; it sees each batch as it was mixed.
-    drop_path: draws the residual branches that a batch's samples go without.
-    cuda_graphs: whether updates are CUDA graphs; not with `sizes_at`, `bases` or DDP. say: is told if not.
+    drop_path: draws which residual branches each sample skips.
+    cuda_graphs: run updates as CUDA graphs; not supported with `sizes_at`, `bases` or DDP. say: called with
+    a message if the capture fails.
     """
 
     def __init__(
@@ -85,9 +88,8 @@ class Trainer:
         self._batches = 0  # since the last update
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, Tensor]:
-        """Add one batch's gradients; `last` of those that make up an update. Does not synchronise.
-
-        As a CUDA graph, the last batch's has the update in it.
+        """Add the gradients of one batch. last: whether it completes an update. Does not synchronise. With
+        CUDA graphs, the graph of the last batch includes the optimizer step.
         """
         if self.mix is not None:
             batch = self.mix(batch, self.step * self.accumulate + self._batches)
@@ -137,7 +139,7 @@ class Trainer:
         return terms
 
     def _optimize(self, step: int | Tensor) -> None:
-        """Do what an update does on the device alone."""
+        """Do the part of an update that a CUDA graph can record."""
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_grad)
@@ -157,7 +159,7 @@ class Trainer:
 
 
 def raise_if_not_finite(trainer: Trainer) -> None:
-    """Raise RunError if an update had to be left out that may not be. Synchronises."""
+    """Raise RunError if more consecutive updates had to be skipped than are allowed. Synchronises."""
     if (verdict := trainer.guard.verdict()) is None:
         return
     step, terms = verdict
@@ -173,7 +175,7 @@ def require_trainable(config: ResolvedConfig, device: torch.device) -> None:
     if config.batch_size < 2 and not config.evaluate:
         raise UsageError("--batch-size 1: BatchNorm needs at least 2 images to train on")
     if config.sync_bn and device.type != "cuda":
-        raise UsageError("--sync-bn: PyTorch computes it on GPUs alone")
+        raise UsageError("--sync-bn: PyTorch supports it on GPUs only")
     if config.fused_bn and device.type != "cuda":
         raise UsageError("--fused-bn: its kernels are for GPUs; leave it out")
     if config.fused_bn and importlib.util.find_spec("triton") is None:
@@ -183,13 +185,13 @@ def require_trainable(config: ResolvedConfig, device: torch.device) -> None:
     if config.cuda_graphs and device.type != "cuda":
         raise UsageError("--cuda-graphs: a CPU has none; leave it out")
     if config.cuda_graphs and distributed.is_distributed():
-        raise UsageError(
-            "--cuda-graphs: it trains with one process alone; start it without torchrun"
-        )
+        raise UsageError("--cuda-graphs: supports a single process only; start without torchrun")
 
 
 def _allow_compilations(sets: int) -> None:
-    """Let torch compile steps of so many sets of sizes; after eight it would run the rest eagerly."""
+    """Raise torch.compile's limit to this many combinations of sizes; by default all after the eighth run
+    eagerly.
+    """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, sets + 8)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * (sets + 8))
@@ -240,22 +242,21 @@ def make_trainer(
     *,
     teacher: Teacher | None = None,
 ) -> Trainer:
-    """Return a trainer with all that `config` asks for; `model` and `teacher` lie on `device`.
-
-    say: is told what fails.
+    """Build the trainer that `config` describes; `model` and `teacher` must be on `device`. say: called
+    with a message about what fails.
     """
     c = config
     phases = {phase.start * steps_per_epoch: phase.sizes for phase in c.phases}
     mix = None
     if c.mixup or c.cutmix:
-        # Each rank's batch has draws of its own.
+        # Each rank draws for its own batches.
         mix = Mixup(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))
     return Trainer(
         distributed.wrap_ddp(
             _objective(c, model, teacher),
             device,
             all_used=c.has_all_sizes or model.shared_norm,
-            # DDP does not take a graph for static of which it skips the reduction.
+            # DDP does not support static_graph together with no_sync().
             static=c.accumulate == 1 and c.has_all_sizes,
             compress=c.grad_compress == "bf16",
         ),

@@ -61,7 +61,7 @@ def upload(uploader: Uploader | None, context: RunContext, epoch: int, done: int
     problem = distributed.run_on_main(lambda: uploader.add(epoch, done) if uploader else "")
     if problem and context.config.on_save_error == "stop":
         raise RunError(
-            f"{problem}; {context.config.folder} has all: run the same command once that is mended, or train "
+            f"{problem}; {context.config.folder} has all: run the same command once that is fixed, or train "
             "on with --on-save-error continue"
         )
 

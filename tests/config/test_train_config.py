@@ -308,7 +308,7 @@ def test_other_processes_share_the_images_of_an_update_as_before(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--bce-target-thresh 0.2", "--bce-target-thresh 0.2: is of --loss bce; give 0, or that"),
+        ("--bce-target-thresh 0.2", "--bce-target-thresh 0.2: needs --loss bce"),
     ],
 )
 def test_what_another_loss_does_not_have_is_refused(words, message):

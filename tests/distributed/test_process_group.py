@@ -177,7 +177,7 @@ def test_after_an_error_the_processs_end_is_nccls(start, free_port, monkeypatch,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"RANK": None}, "RANK is not set, as it has to be where WORLD_SIZE is"),
+        ({"RANK": None}, "RANK is not set, although WORLD_SIZE is"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
         ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
         ({"WORLD_SIZE": None}, "RANK is set, but WORLD_SIZE is not"),

@@ -104,7 +104,7 @@ def _asked_together(dogs: list[Watchdog]) -> list[str]:
 def test_ranks_that_ask_at_the_same_time_do_not_take_each_other_for_lost():
     *asking, _silent = _watchdogs(4)
     lines = _asked_together(asking)
-    assert lines == ["rank 3 ended, or hangs, or is not connected any longer"] * 3
+    assert lines == ["rank 3 has ended, hangs, or has lost its connection"] * 3
 
 
 def test_the_rank_that_has_no_data_is_behind_those_that_wait_for_it():
@@ -112,5 +112,7 @@ def test_the_rank_that_has_no_data_is_behind_those_that_wait_for_it():
     for rank in (0, 2):
         dogs[rank].tick()  # their batches arrived
     lines = _asked_together(dogs)
-    assert lines[0] == lines[2] == "rank 1 does not go on, but lives: its data?"
+    assert (
+        lines[0] == lines[2] == "rank 1 is alive but makes no progress: is its data loading stuck?"
+    )
     assert lines[1] == "rank 1 itself does not go on: its data?"

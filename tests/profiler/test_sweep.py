@@ -178,9 +178,7 @@ def test_a_larger_batch_says_that_it_is_another_recipe(sweep, backend):
     config, _ = _parsed(found["command"])
     assert (config.batch_size, config.accumulate) == (32, 1)
     assert config.lr == pytest.approx(0.1 * 32 / 256)
-    note = (
-        "it is another recipe: 32 images an update instead of 8, --lr 0.0125 instead of 0.003125; "
-    )
+    note = "this changes the recipe: 32 images an update instead of 8, --lr 0.0125 instead of 0.003125; "
     assert any(line.startswith(note) for line in said)
 
 

@@ -44,7 +44,7 @@ def test_a_config_that_is_none_is_refused(folder, capsys, text, message):
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"arch": "parallel_os.system"}, 2, "unknown; did you mean|unknown; such a name is"),
+        ({"arch": "parallel_os.system"}, 2, "unknown; did you mean|unknown; an example is"),
         ({"arch": "parallel_timm/hf-hub:x/y"}, 1, "must be a name such as parallel_resnet50"),
         ({"arch": "parallel_timm/../../x", "width_mult": 1.0}, 2, "unknown to timm"),
         ({"arch": "parallel_resnet18\n"}, 1, "must be a name such as parallel_resnet50"),

@@ -132,7 +132,7 @@ def test_training_starts_from_a_full_precision_run(train, photos, runs, tmp_path
          "parallel_mobilenetv2"),
         (["--qw", "2", "--pretrained", "x.pt"], "--pretrained: there is no run, checkpoint or release x.pt"),
         (["--qw", "2", "--pretrained", "default", "--freeze", "backbone"], "backbone: the quantizers"),
-        ([*BOTH, "--blurpool"], "--blurpool: what is blurred is no longer at the levels of --qa 2"),
+        ([*BOTH, "--blurpool"], "--blurpool: blurring moves activations off the levels of --qa 2"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(train, photos, tmp_path, words, message):
@@ -174,7 +174,7 @@ def test_a_plain_command_does_not_go_on_with_a_quantized_run_by_itself(train, ph
     line = ["--data", photos, *RUN, "--mode", "preact", "-c", runs / "both", "--epochs", 1]
     code, _, err = train(*line)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "holds a run already, of other options (--qw 2 -> 32, --qa 2 -> 32)" in err
+    assert "already holds a run with other options (--qw 2 -> 32, --qa 2 -> 32)" in err
     assert sorted((p, p.stat().st_mtime_ns) for p in (runs / "both").rglob("*")) == before
 
 

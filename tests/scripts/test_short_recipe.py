@@ -101,7 +101,7 @@ def test_a_run_can_start_from_an_ordinary_networks_weights(train, photos, tmp_pa
     [
         (["--sizes-per-step", 4], "--sizes-per-step 4: --sizes has only 3"),
         (["--sizes-per-step", 0], "--sizes-per-step 0: at least 2 sizes"),
-        (["--sizes-per-step", 1], "--sizes-per-step 1: is the largest, always"),
+        (["--sizes-per-step", 1], "--sizes-per-step 1: only the largest size would be trained"),
         (["--ema", 1], "--ema 1.0: must be at least 0 and less than 1"),
         (["--mixup", -1], "--mixup -1.0: must be from 0 to 100"),
         (["--recipe", "old"], "invalid choice 'old' for argument '--recipe'"),

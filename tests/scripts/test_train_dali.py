@@ -124,8 +124,8 @@ def test_a_run_is_not_overwritten(train, photos, trained):
     assert code == 0
     assert line in out.splitlines()
     for options, message in (
-        (["--momentum", "0.8"], "of other options (--momentum 0.9 -> 0.8); go on with it by"),
-        (["--lr", "0.3"], "of other options (--lr 0.003125 -> 0.3); go on with it by"),
+        (["--momentum", "0.8"], "with other options (--momentum 0.9 -> 0.8); resume it with"),
+        (["--lr", "0.3"], "with other options (--lr 0.003125 -> 0.3); resume it with"),
         (["--resume", "auto", "--lr", "0.3"], f"{line} (--lr 0.003125 -> 0.3)"),
         (["--resume", "auto", "--epochs", "1"], f"{line} (--epochs 2 -> 1)"),
         ([], f"{line} (--epochs 2)"),  # the command asks for 120
@@ -259,7 +259,7 @@ def test_errors_name_only_options_that_were_typed(train, photos, tmp_path):
     assert train("--data", data, *words)[0] == 0
     code, _, err = train("--data", data, *words, "--momentum", 0.5)
     assert code == 2
-    assert "error: runs/parallel_resnet18-pets holds a run already" in err
+    assert "error: runs/parallel_resnet18-pets already holds a run" in err
     other = tmp_path / "b" / "pets"
     shutil.copytree(photos, other)
     image = next((other / "train" / "ant").iterdir())

@@ -301,7 +301,7 @@ def test_what_a_graph_cannot_hold_is_refused(given, line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "line"), [("cpu", "a CPU has none"), ("cuda", "it trains with one process alone")]
+    ("device", "line"), [("cpu", "a CPU has none"), ("cuda", "supports a single process only")]
 )
 def test_where_there_can_be_no_graph_there_is_one_line(device, line, tmp_path, monkeypatch):
     """DDP is not known to work, not even with a single process."""

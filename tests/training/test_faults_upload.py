@@ -120,7 +120,7 @@ def test_another_run_is_never_mixed_with_the_one_at_the_url(s3, train, tmp_path)
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     code, _, err = train("--output", URL, "--lr", "0.7")
     assert code == 2
-    assert f"{URL} holds a run already, of other options (--lr" in err
+    assert f"{URL} already holds a run with other options (--lr" in err
     checkpoint = str(tmp_path / "elsewhere/run/checkpoints/last.pt")
     (tmp_path / "runs").rename(tmp_path / "fetched")
     code, _, err = train("--output", URL, "--resume", checkpoint, "--epochs", "2")

@@ -202,7 +202,7 @@ def test_a_run_is_tuned_to_other_classes_and_sizes_by_its_directory_alone(
     assert "--pretrained moved: --resume goes on with the weights in" in capsys.readouterr().err
     classes = [*words, "--resume", "auto", "--classes", "6"]
     assert main("rsnet train", SyntheticOptions, make_loaders, classes) == 2
-    assert "--data has 6 classes, the network to go on with 5" in capsys.readouterr().err
+    assert "--data has 6 classes, the network to resume has 5" in capsys.readouterr().err
     more = ["--resume", "auto", "--epochs", "2"]
     again = [w for w in words if w not in ("--pretrained", "./run")]
     assert main("rsnet train", SyntheticOptions, make_loaders, [*again, *more]) == 0

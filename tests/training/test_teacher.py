@@ -359,7 +359,7 @@ def test_a_run_with_a_teacher_resumes_exactly_and_with_no_other(wide, tmp_path, 
     # Another one is another option; without --teacher, the run's goes on.
     capsys.readouterr()
     train(part, *words, "--teacher", str(wide / "checkpoints" / "best.pt"), code=2)
-    assert "holds a run already, of other options (--teacher " in capsys.readouterr().err
+    assert "already holds a run with other options (--teacher " in capsys.readouterr().err
     train(part, "--epochs", "3", "--resume", "auto")
     assert f"--teacher: run {wide}: " in capsys.readouterr().out
     assert faults.saved(part)["config"]["teacher"] == noted["teacher"]

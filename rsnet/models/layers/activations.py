@@ -39,7 +39,7 @@ class _ReLU6(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # It lets through what lies between the bounds, and so does the output where the input does.
+        # The gradient passes strictly between the bounds, where the output lies exactly if the input does.
         return torch.ops.aten.hardtanh_backward(gradients[0], *ctx.saved_tensors, 0.0, 6.0), None
 
 

@@ -1,6 +1,6 @@
 """BatchNorm in training, with the sum and the ReLU that follow, in few passes over memory.
 
-PyTorch's kernels pass eight times over a tensor of its size at the end of a residual block, in the forward:
+At the end of a residual block, PyTorch's forward makes eight passes over memory of the tensor's size:
 three times in BatchNorm, three in the sum, two in the ReLU. Here the convolution's output is read twice, the
 residual once, and the result is written; the backward computes the normalised values again, of the
 convolution's output, mean and deviation. The kernels are Triton's, in `fused_batchnorm_triton`. Not measured
@@ -41,7 +41,7 @@ def _launched_for(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
 
 
-# Two operations: PyTorch differentiates none that changes its arguments.
+# Two operations, because PyTorch cannot differentiate a custom operation that mutates its arguments.
 @torch.library.custom_op(
     "rsnet::batch_norm_statistics",
     mutates_args=("running_mean", "running_var"),
@@ -181,7 +181,8 @@ def _is_fit(x: Tensor, residual: Tensor | None) -> bool:
         and is_like_x
         and x.dtype in DTYPES
         and x.dim() == 4
-        and x.numel() > x.shape[1]  # of one value per channel PyTorch says that it has no variance
+        # With one value per channel PyTorch raises an error, as there is no variance.
+        and x.numel() > x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 

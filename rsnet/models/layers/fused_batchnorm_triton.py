@@ -16,7 +16,7 @@ Norm = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, mean, rstd, each (
 
 TILE = 4096  # values that a program holds at once
 PROGRAMS = 1024  # of a first stage: about eight for each multiprocessor of an H100
-# Triton 3.9 warns unless it is told, as its default is to change: then figures would, too.
+# Set explicitly: Triton 3.9 warns that its default will change, which would change results.
 FUSION = {"enable_fp_fusion": True}
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
