@@ -48,6 +48,9 @@ class CheckpointManager:
                 if self._aged(age - 1).exists():
                     _copy(self._aged(age - 1), self._aged(age))
             _copy(pending, self.last)
+            for age in range(self.keep, MAX_KEPT):  # of a run that kept more
+                if self._aged(age).exists():
+                    io.remove(self._aged(age))
         io.remove(pending)
 
     def lasts(self) -> list[Path]:

@@ -27,6 +27,9 @@ SHORTHANDS = {
     "--bce-loss": ("--loss", "bce"),
     "--norm-weight-decay": ("--decay", "all"),
     "--no-norm-weight-decay": ("--decay", "weights"),
+    # tyro has no flags that may be unset.
+    **{f"--{name}": (f"--{name}=True",) for name in ("balanced-sampling", "fixed-qa", "kd")},
+    **{f"--no-{name}": (f"--{name}=False",) for name in ("balanced-sampling", "fixed-qa", "kd")},
 }
 
 # Values by other names: the original's, and torchvision's.
@@ -102,7 +105,7 @@ def _ignored(file: Mapping[str, Any], given: Mapping[str, str]) -> set[str]:
 
 def _plain(words: Sequence[str]) -> list[str]:
     """Return a command line without shorthands and the original's values."""
-    words = [part for word in words for part in SHORTHANDS.get(word, (word,))]
+    words = [part for word in words for part in SHORTHANDS.get(word.replace("_", "-"), (word,))]
     return [_as_of_today(before, word) for before, word in zip(["", *words], words, strict=False)]
 
 

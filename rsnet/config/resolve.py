@@ -46,10 +46,11 @@ OF_A_RECIPE = {
     "warmup",
 }
 TAKEN_OVER = OF_A_RECIPE | {
-    "bce_target_thresh", "clip_grad", "drop_path", "epochs", "freeze", "gamma", "kd_type", "layer_decay",
-    "loss", "momentum", "norm_lr_mult", "pretrained", "ra_magnitude", "recipe", "schedule", "seed",
-    "size_schedule", "sizes_per_step", "step", "teacher", "teacher_size", "teacher_temperature",
-    "teacher_weight", "val_data", "val_fraction", "weight_decay",
+    "balanced_sampling", "bce_target_thresh", "class_weights", "clip_grad", "drop_path", "epochs", "fixed_qa",
+    "freeze", "gamma", "kd", "kd_type", "layer_decay", "loss", "momentum", "norm_lr_mult", "on_nonfinite",
+    "pretrained", "ra_magnitude", "recipe", "schedule", "seed", "size_schedule", "sizes_per_step", "step",
+    "teacher", "teacher_size", "teacher_temperature", "teacher_weight", "val_data", "val_fraction",
+    "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
@@ -57,7 +58,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "layer_decay": 1.0, "norm_lr_mult": 1.0,
     "loss": "ce", "bce_target_thresh": 0.0, "teacher": "none", "teacher_weight": 1.0,
     "teacher_temperature": 1.0, "size_schedule": size_schedule.WITHOUT, "momentum": 0.9,
-    "kd_type": "ens_topdown", "step": 30, "schedule": (30, 60, 85, 95, 105), "gamma": 0.1,
+    "kd": True, "kd_type": "ens_topdown", "balanced_sampling": False, "fixed_qa": False,
+    "on_nonfinite": ("stop",), "step": 30, "schedule": (30, 60, 85, 95, 105), "gamma": 0.1,
 }  # fmt: skip
 
 
@@ -183,13 +185,9 @@ def resolve(
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
     global_batch = batch_size * world_size * accumulate
-    keeps_lr = (
-        previous
-        and global_batch == previous_global_batch
-        and not is_of_other_optimizer(given["opt"], previous)
-    )
-    if previous and keeps_lr and given["lr"] is None:
-        given["lr"] = previous.get("lr")
+    keeps_lr = previous and not is_of_other_optimizer(given["opt"], previous)
+    if previous and keeps_lr and given["lr"] is None and previous_global_batch and "lr" in previous:
+        given["lr"] = previous["lr"] * (global_batch / previous_global_batch)
     recipe_name: RecipeName = given["recipe"] or "paper"
     bits = [given[name] or known.get(name, FULL) for name in ("qw", "qa")]
     recipe = get_recipe(
@@ -217,7 +215,10 @@ def resolve(
     values = given | unset | {"arch": arch, "batch_size": batch_size, "accumulate": accumulate}
     values["sizes"] = tuple(sorted(sizes, reverse=True))
     values["size_schedule"] = _schedule_of(values)
-    values["schedule"] = tuple(values["schedule"])  # a list in a checkpoint
+    for name in ("schedule", "on_nonfinite"):
+        values[name] = tuple(values[name])  # a list in a checkpoint
+    if values["class_weights"] == "none":
+        values["class_weights"] = None
     resolved = ResolvedConfig(**values)
     _check_combinations(resolved)
     if resolved.freeze != "none" and resolved.pretrained is None and trained is None:

@@ -85,8 +85,8 @@ class CheckpointOptions(Generic[Unset]):
     without. The previous one is kept in any case.
     """
 
-    on_nonfinite: Annotated[tuple[str, ...], arg(metavar="stop|skip INT")] = ("stop",)
-    """If a loss is NaN or infinite: stop, or skip up to so many updates in a row."""
+    on_nonfinite: Annotated[tuple[str, ...] | Unset, arg(metavar="stop|skip INT")] = UNSET
+    """If a loss or gradient is NaN or infinite: stop, or skip up to so many updates in a row. Unset: stop."""
 
     evaluate: Annotated[bool, arg(aliases=("-e",))] = False
     """Only evaluate the checkpoint of --resume, with its own arch, sizes and normalisation unless given."""

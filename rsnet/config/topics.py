@@ -59,8 +59,8 @@ class ModelOptions(Generic[Unset]):
     qa: Annotated[int | Unset, arg(metavar="BITS")] = UNSET
     """Bits of the activations, 1 to 8. Unset: 32, not quantized."""
 
-    fixed_qa: bool = False
-    """Fit the quantization levels of activations to the largest size alone."""
+    fixed_qa: bool | Unset = UNSET
+    """Fit the quantization levels of activations to the largest size alone. Unset: off."""
 
     tf_padding: bool = False
     """Pad strided layers as TensorFlow does; quantized networks of the original code need it."""
@@ -101,13 +101,13 @@ class DataOptions(Generic[Unset]):
     val_fraction: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Share of the training images to hold out for validation, chosen by a hash of their names."""
 
-    class_weights: Annotated[str | None, arg(metavar="balanced|FILE")] = None
+    class_weights: Annotated[str | None, arg(metavar="balanced|FILE|none")] = None
     """Weights of the classes in the loss: balanced, the inverse of their images; or a JSON file,
-    {"CLASS": WEIGHT}. A table's column weight counts in any case."""
+    {"CLASS": WEIGHT}. A table's column weight counts in any case. Unset: none."""
 
-    balanced_sampling: bool = False
+    balanced_sampling: bool | Unset = UNSET
     """Draw the same number of images of every class in an epoch; images of small classes repeat, with new
-    crops.
+    crops. Unset: off.
     """
 
     normalize: Annotated[
@@ -155,8 +155,8 @@ class OptimizerOptions(Generic[Unset]):
 
     norm_lr_mult: Annotated[float | Unset, arg(metavar="FLOAT")] = UNSET
     """Factor of BatchNorm's learning rate. A private BatchNorm gets the gradient of its own size, shared
-    weights the sum over all sizes; the number of sizes as the factor compensates. Unset: 1, as in the
-    paper.
+    weights the sum over all sizes; the number of sizes as the factor compensates for SGD; the steps of
+    adamw, lamb and muon do not depend on a gradient's size. Unset: 1, as in the paper.
     """
 
     accumulate: Annotated[int | Unset, arg(aliases=("--grad-accum-steps",), metavar="INT")] = UNSET
@@ -259,8 +259,8 @@ class AugmentationOptions(Generic[Unset]):
 class DistillationOptions(Generic[Unset]):
     """Distillation between the sizes, and from a teacher."""
 
-    kd: bool = True
-    """Distil from the ensemble (and the larger sizes) to each size."""
+    kd: bool | Unset = UNSET
+    """Distil from the ensemble (and the larger sizes) to each size. Unset: on."""
 
     kd_type: Annotated[
         Literal["ens_topdown", "ens"] | Unset, arg(aliases=("-t",), metavar="{ens_topdown,ens}")

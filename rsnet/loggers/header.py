@@ -63,7 +63,8 @@ def _network(context: RunContext) -> str:
 
 
 def _teacher(teacher: Teacher, context: RunContext) -> str:
-    trained = sum(context.training_cost.values())
+    config = context.config
+    trained = mean_cost(context.training_cost, config.phases, config.sizes_per_step, config.epochs)
     sizes = " ".join(map(str, teacher.sizes))
     # A backward is twice a forward; it has none.
     return (

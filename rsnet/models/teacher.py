@@ -78,7 +78,10 @@ class Teacher(nn.Module):
         """Return (N, C) logits, C the classes that are trained, of a batch's images, (N, 3, s, s) each."""
         seen = (self._normalized(images[place]) for place in self.places)
         logits = [network(x) for network, x in zip(self.networks, seen, strict=True)]
-        found: Tensor = logits[0] if self.alpha is None else ensemble_logits(logits, self.alpha)
+        found: Tensor = logits[0]
+        if self.alpha is not None:
+            with torch.autocast(found.device.type, enabled=False):  # it would average in bfloat16
+                found = ensemble_logits(logits, self.alpha)
         return found if self.outputs is None else found.index_select(1, self.outputs)
 
     def _normalized(self, x: Tensor) -> Tensor:

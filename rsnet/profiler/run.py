@@ -21,7 +21,7 @@ from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.library_output import keep_library_output
 from rsnet.config.command_line import as_command
 from rsnet.config.resolve import ResolvedConfig
-from rsnet.config.size_schedule import WITHOUT
+from rsnet.config.size_schedule import WITHOUT, step_cost
 from rsnet.distributed import process_group as distributed
 from rsnet.loggers.header import say_header
 from rsnet.loggers.run_context import RunContext
@@ -44,7 +44,8 @@ class ProfileRun:
     def __init__(self, context: RunContext) -> None:
         self.context, self.config, self.say = context, context.config, context.console.say
         self.folder = self.config.folder / "profile"
-        self.cost = sum(context.training_cost.values())
+        config = self.config
+        self.cost = step_cost(context.training_cost, config.sizes, config.sizes_per_step)
 
     def run(
         self,

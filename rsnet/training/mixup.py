@@ -19,16 +19,27 @@ class Mixup:
     al. 2019, section 3.1). 0 leaves one out; with both, each batch draws one of them. What is drawn
     depends on (seed, batch) alone.
 
+    weighs_shares: whether the share of a class counts times its sample's weight, so that the loss is the mean
+    of both samples' weighted losses, in which cross-entropy is linear. Not with shares that become 0 or 1.
+
     The box lies at the same place in all sizes' images as they are. Where each size draws a flip of its own
     (--flip independent), it covers other parts of the picture at sizes that are mirrored: the labels' shares
     are right there, too, and no box would cover the same of both pictures, whose flips may differ.
     """
 
-    def __init__(self, mixup: float, cutmix: float, num_classes: int, seed: int) -> None:
+    def __init__(
+        self,
+        mixup: float,
+        cutmix: float,
+        num_classes: int,
+        seed: int,
+        weighs_shares: bool = True,
+    ) -> None:
         self.kinds = [k for k, a in (("mixup", mixup), ("cutmix", cutmix)) if a > 0]
         self.strength = {"mixup": mixup, "cutmix": cutmix}
         self.num_classes = num_classes
         self.seed = seed
+        self.weighs_shares = weighs_shares
 
     def __call__(self, batch: Batch, index: int) -> Batch:
         """Mix the training's `index`-th batch. Labels become (N, classes), the shares of the classes; weights
@@ -43,10 +54,13 @@ class Mixup:
             images = tuple(_paste(x, box) for x in batch.images)
         labels = torch.zeros(len(batch.labels), self.num_classes, device=batch.labels.device)
         labels.scatter_(1, batch.labels[:, None], 1.0)  # F.one_hot reads them on the host
-        weights = batch.weights
-        if weights is not None:
-            weights = weights.lerp(_partners(weights), 1 - share)
-        return Batch(images, labels.lerp(_partners(labels), 1 - share), weights)
+        if batch.weights is None:
+            return Batch(images, labels.lerp(_partners(labels), 1 - share))
+        weights = batch.weights.lerp(_partners(batch.weights), 1 - share)
+        if self.weighs_shares:
+            labels = labels * batch.weights[:, None]
+        labels = labels.lerp(_partners(labels), 1 - share)
+        return Batch(images, labels / labels.sum(1, keepdim=True), weights)
 
 
 def _partners(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from pipelines.utils.errors import UsageError, error_context
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
@@ -117,7 +117,17 @@ def load_start(context: RunContext, start: Start, initial: Checkpoint | None) ->
         for line in notes:
             context.console.say(line)
     if checkpoint is None:
-        # They tell --size-schedule which sizes this training has trained. Releases have none.
-        for name, counter in model.named_buffers():
-            if name.endswith("num_batches_tracked"):
-                counter.zero_()
+        _mark_trained(model, initial.network.sizes if initial else ())
+
+
+def _mark_trained(model: ResolutionSwitchable, sizes: Collection[int]) -> None:
+    """Count a batch for the BatchNorms of these sizes and none for others, as --size-schedule looks at that.
+
+    The counters of weights to start from are another training's; releases have none.
+    """
+    for name, counter in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            counter.zero_()
+    for norm in model.norms_of([size for size in model.sizes if size in sizes]):
+        counter = norm.get_buffer("num_batches_tracked")
+        counter.fill_(1)

@@ -1,4 +1,4 @@
-"""Updates with a loss that is not finite: kept from the weights and from BatchNorm's statistics."""
+"""Updates with a loss or gradient that is not finite: kept from weights and BatchNorm's statistics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BatchNormBackup:
 
 
 class FiniteGuard:
-    """Keeps updates with a loss that is not finite from the weights; on the device, and in place.
+    """Keeps updates with a loss or gradient that is not finite from the weights; on the device, and in place.
 
     most: consecutive updates that may be skipped; after one more, no further update is done.
     """
@@ -62,7 +62,18 @@ class FiniteGuard:
             self._bad[names] = torch.zeros_like(bad)
         self._bad[names] |= is_running & bad
         self.is_bad |= bad.any()
-        return (self.is_bad | ~is_running).to(torch.float32)
+        return self._left_out()
+
+    def check_gradients(self, norm: Tensor) -> Tensor:
+        """Return what `check` does, now that the norm of all gradients is known, which all ranks have alike.
+
+        A backward may make NaN of a finite loss: of a square root at 0, or by an overflow.
+        """
+        self.is_bad |= ~torch.isfinite(norm)
+        return self._left_out()
+
+    def _left_out(self) -> Tensor:
+        return (self.is_bad | (self._tripped_at >= 0)).to(torch.float32)
 
     def close(self, step: int | Tensor) -> None:
         """Count update `step`, an int or () int64, which was done, or left out."""

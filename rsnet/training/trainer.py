@@ -140,9 +140,10 @@ class Trainer:
 
     def _optimize(self, step: int | Tensor) -> None:
         """Do the part of an update that a CUDA graph can record."""
-        if self.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip_grad)
+        norm = self._clipped_norm()
+        if norm is not None and not self.scaler.is_enabled():
+            # float16's scaler looks at the gradients itself. All ranks have the same.
+            self.optimizer.found_inf = self.guard.check_gradients(norm)  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -151,6 +152,16 @@ class Trainer:
         if self._statistics is not None:
             self._statistics.put_back_if(self.guard.is_bad)
         self.guard.close(step)
+
+    def _clipped_norm(self) -> Tensor | None:
+        """Clip the gradients, if they are to be; return their norm before that, None if there are none."""
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            return nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        if self.scaler.is_enabled() or not parameters:
+            return None
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _no_all_reduce(self) -> AbstractContextManager[None]:
         if isinstance(self.objective, DistributedDataParallel):
@@ -164,9 +175,12 @@ def raise_if_not_finite(trainer: Trainer) -> None:
         return
     step, terms = verdict
     names = ", ".join(t for t in terms if t != "total")
+    what = f"the loss is not finite at step {step}: {names or 'total'}"
+    if not terms:
+        what = f"a gradient is not finite at step {step}, although the loss is"
     raise RunError(
-        f"the loss is not finite at step {step}: {names or 'total'}; the weights were not updated with it. "
-        "Lower --lr, set --clip-grad, try --amp off, or --on-nonfinite skip 10"
+        f"{what}; the weights were not updated with it. Lower --lr, set --clip-grad, try --amp off, or "
+        "--on-nonfinite skip 10"
     )
 
 
@@ -250,7 +264,8 @@ def make_trainer(
     mix = None
     if c.mixup or c.cutmix:
         # Each rank draws for its own batches.
-        mix = Mixup(c.mixup, c.cutmix, num_classes, c.seed + (distributed.rank() << 32))
+        seed = c.seed + (distributed.rank() << 32)
+        mix = Mixup(c.mixup, c.cutmix, num_classes, seed, weighs_shares=not c.bce_target_thresh)
     return Trainer(
         distributed.wrap_ddp(
             _objective(c, model, teacher),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -233,7 +234,31 @@ def test_a_continued_run_keeps_what_it_was_started_with():
         previous_global_batch=64,
     )  # fmt: skip
     assert (again.epochs, again.batch_size) == (9, 128)
-    assert again.lr == pytest.approx(0.05)  # scaled to the new batch
+    assert again.lr == pytest.approx(0.6)  # the run's own rate, for twice the images
+
+
+@pytest.mark.parametrize(
+    ("words", "back", "name", "kept", "given"),
+    [
+        ("--no-kd", "--kd", "kd", False, True),
+        ("--balanced-sampling", "--no-balanced-sampling", "balanced_sampling", True, False),
+        ("--mode preact --qa 2 --fixed-qa", "--no_fixed_qa", "fixed_qa", True, False),
+        ("--class-weights balanced", "--class-weights none", "class_weights", "balanced", None),
+        ("--on-nonfinite skip 3", "--on-nonfinite stop", "on_nonfinite", ("skip", "3"), ("stop",)),
+    ],
+)
+def test_a_continued_run_trains_as_before_unless_it_is_told_otherwise(
+    words, back, name, kept, given
+):
+    assert getattr(_resolve(), name) == given
+    previous = json.loads(json.dumps(to_plain_dict(_resolve(words))))
+    for more, expected in (("", kept), (back, given)):
+        config, _ = _parse(f"--resume auto {more}")
+        again = resolve(
+            config, world_size=1, device_type="cuda", has_bf16=True, previous=previous,
+            previous_global_batch=256,
+        )  # fmt: skip
+        assert getattr(again, name) == expected
 
 
 def test_the_environments_names_for_wandb_count_where_none_are_given(monkeypatch):

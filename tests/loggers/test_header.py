@@ -97,17 +97,19 @@ def test_an_order_that_is_not_the_usual_one_is_shown():
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
+    ("words", "shown", "teacher_share"),
     [
-        ("--sizes-per-step 2", "train 32 and 1 of 24 16; 79 %"),  # 4 and a mean of 1.5, of 7
+        # 4 and a mean of 1.5, of 7; a backward is twice a forward: 2.1 of 3 * 5.5
+        ("--sizes-per-step 2", "train 32 and 1 of 24 16; 79 %", 13),
         (
             "--epochs 2 --size-schedule 0:24,16 1:all",
             "train 24 16 up to epoch 1, then 32 24 16; 71 %",  # 3 and 7, of 14
+            14,  # 2.1 of 3 * 5
         ),
     ],
 )
 def test_the_sizes_of_the_steps_are_shown_with_their_share_of_the_operations(
-    words, shown, monkeypatch
+    words, shown, teacher_share, monkeypatch
 ):
     counted = []
 
@@ -122,7 +124,7 @@ def test_the_sizes_of_the_steps_are_shown_with_their_share_of_the_operations(
     context = _context("--sizes", "32", "24", "16", *words.split())
     context = dataclasses.replace(context, model=model, teacher=teacher)
     assert header._steps(context) == f"{shown} of the operations of all sizes in each step"
-    assert "10 % of a step's" in header._teacher(teacher, context)  # 2.1 of 3 x 7
+    assert f"{teacher_share} % of a step's" in header._teacher(teacher, context)
     assert "GMACs 4 at 32, 2 at 24, 1 at 16" in header._network(context)
     assert counted == [(32, 24, 16)]  # once for all lines
 

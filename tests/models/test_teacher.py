@@ -46,6 +46,17 @@ def test_an_rs_net_answers_at_its_size_or_as_its_ensemble():
 
 
 @torch.no_grad()
+def test_logits_in_half_precision_are_averaged_in_float32():
+    teacher, images = Teacher(_switchable(), SIZES, (28, *SIZES)), _images()
+    with autocast(CPU, torch.bfloat16):
+        alone = [Teacher(_switchable(), (s,), (28, *SIZES))(images).double() for s in SIZES]
+        found = teacher(images)
+    shares = teacher.alpha.double().softmax(0)
+    expected = sum(share * z for share, z in zip(shares, alone, strict=True))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_quantized_activations_are_computed_as_they_are():
     """Not folded: rounding would move some of them by a level."""
     model = _switchable(mode="preact", qw=2, qa=2)

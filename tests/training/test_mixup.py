@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
+from torch.nn import functional as F
 
 from pipelines.batch import Batch
 from rsnet.losses import loss_terms
@@ -56,10 +57,30 @@ def test_smoothed_mixed_labels_have_timms_loss():
         torch.testing.assert_close(terms["ce/4"], theirs)
 
 
-def test_weights_mix_as_labels_do():
-    weights = torch.tensor([1.0, 2, 3, 4, 5, 6])
-    mixed = Mixup(0.2, 0, CLASSES, seed=1)(_flat_batch()._replace(weights=weights), 0)
-    share = mixed.labels[1, 1].item()
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0)])
+def test_a_mixed_samples_loss_is_both_weighted_losses_by_their_shares(mixup, cutmix):
+    weights, logits = torch.tensor([0.1, 1.9, 0.1, 0.1, 1.9, 0.5]), torch.randn(6, CLASSES)
+    batch = _flat_batch()
+    mixed = Mixup(mixup, cutmix, CLASSES, seed=1)(batch._replace(weights=weights), 0)
+    # What is mixed does not depend on the weights.
+    share = Mixup(mixup, cutmix, CLASSES, seed=1)(batch, 0).labels[1, 1]
+    partners = [5, 0, 1, 2, 3, 4]
+    own = weights * F.cross_entropy(logits, batch.labels, reduction="none")
+    theirs = F.cross_entropy(logits, batch.labels[partners], reduction="none")
+    expected = share * own + (1 - share) * weights[partners] * theirs
+    torch.testing.assert_close(
+        mixed.weights * F.cross_entropy(logits, mixed.labels, reduction="none"), expected
+    )
+    terms = loss_terms([logits], mixed.labels, torch.ones(1), [4], None, weights=mixed.weights)
+    torch.testing.assert_close(terms["ce/4"], expected.mean())
+
+
+def test_shares_that_a_threshold_decides_about_are_not_weighted():
+    weights = torch.tensor([0.1, 1.9, 0.1, 0.1, 1.9, 0.5])
+    mixer = Mixup(0.4, 0, CLASSES, seed=1, weighs_shares=False)
+    mixed, plain = mixer(_flat_batch()._replace(weights=weights), 0), mixer(_flat_batch(), 0)
+    torch.testing.assert_close(mixed.labels, plain.labels)
+    share = plain.labels[1, 1]
     torch.testing.assert_close(
         mixed.weights, share * weights + (1 - share) * weights[[5, 0, 1, 2, 3, 4]]
     )

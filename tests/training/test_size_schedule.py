@@ -199,6 +199,23 @@ def test_the_loader_makes_what_steps_and_teacher_use():
 
 
 @pytest.mark.slow
+def test_sizes_that_an_rs_net_to_start_from_has_keep_its_batchnorm_until_they_are_trained(tmp_path):
+    words = ["--sizes", "24", "16", "--epochs", "1", "--train-images", "8"]
+    synthetic_run.train(tmp_path / "first", *words)
+    before = load(tmp_path / "first" / "checkpoints" / "last.pt").model
+    words = ["--sizes", "24", "16", "8", "--pretrained", str(tmp_path / "first"), "--keep", "2"]
+    words += ["--size-schedule", "0:24", "1:all", "--epochs", "2", "--train-images", "8"]
+    synthetic_run.train(tmp_path / "run", *words)
+    first = next(
+        c for c in map(load, (tmp_path / "run" / "checkpoints").glob("last*.pt")) if c.epoch == 1
+    )
+    means = [first.model[f"network.bn1.by_resolution.{place}.running_mean"] for place in range(3)]
+    assert torch.equal(means[1], before["network.bn1.by_resolution.1.running_mean"])
+    assert not torch.equal(means[1], means[0])
+    assert torch.equal(means[2], means[1])  # 8 is new, and 16 the nearest
+
+
+@pytest.mark.slow
 def test_a_profile_measures_steps_of_all_sizes(watched, tmp_path):
     watched.train(tmp_path / "run", "--profile", "--profile-steps", "1")
     assert {sizes for _, sizes in watched.steps} == {(24, 16, 8)}

@@ -24,7 +24,7 @@ from rsnet.training.loop import train_one_epoch
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective, SizeSampler
 from rsnet.training.optim import LrSchedule, ModelEma, make_sgd
-from rsnet.training.trainer import Trainer
+from rsnet.training.trainer import Trainer, raise_if_not_finite
 
 SIZES = (40, 32, 24)
 CPU = torch.device("cpu")
@@ -406,3 +406,56 @@ def test_channels_last_survives_every_convolution(arch):
     with autocast(CPU, torch.bfloat16):
         model.forward_all(images)
     assert not lost
+
+
+class _NanGradient(torch.autograd.Function):
+    """What it returns is as it was, and what comes back is NaN."""
+
+    @staticmethod
+    def forward(_context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_context, gradient):
+        return gradient * torch.nan
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("most_skipped", [0, 1])
+def test_gradients_that_are_not_finite_leave_weights_and_statistics_alone(
+    clip_grad, most_skipped, monkeypatch
+):
+    torch.manual_seed(0)
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    trainer = _trainer(model, clip_grad=clip_grad, most_skipped=most_skipped)
+    batches = list(_loader().train)
+    objective = trainer.objective.forward
+
+    def broken(*arguments):
+        terms = objective(*arguments)
+        return terms | {"total": _NanGradient.apply(terms["total"])}
+
+    trainer.forward_backward(batches[0], last=True)
+    trainer.update()
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(trainer.objective, "forward", broken)
+    trainer.forward_backward(batches[1], last=True)
+    trainer.update()
+    after = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters()}
+    # Without --on-nonfinite skip the training ends here, and nothing puts statistics back.
+    for name in before if most_skipped else parameters:
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(after[name], before[name]), name
+    if most_skipped:
+        raise_if_not_finite(trainer)
+        assert trainer.guard.skipped() == 1
+        monkeypatch.undo()
+        trainer.forward_backward(batches[2], last=True)
+        trainer.update()
+        assert not torch.equal(model.state_dict()["network.0.weight"], before["network.0.weight"])
+    else:
+        with pytest.raises(
+            RunError, match=r"^a gradient is not finite at step 1, although the loss"
+        ):
+            raise_if_not_finite(trainer)
