@@ -14,6 +14,7 @@ VERBS = {
         "VerifyOptions",
         "verify",
         extra="train",
+        trains=True,
     ),
     "convert": Verb(
         "pipelines.ffcv",
@@ -21,6 +22,7 @@ VERBS = {
         "ConvertOptions",
         "convert_or_verify",
         extra="ffcv",
+        trains=True,
     ),
     "shards": Verb(
         "pipelines.sources.shards_options",
@@ -28,6 +30,7 @@ VERBS = {
         "ShardsOptions",
         "write_shards",
         extra="train",
+        trains=True,
     ),
     "demo": Verb("pipelines.demo", "render a small data set", "DemoOptions", "write_demo"),
 }

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -18,6 +18,8 @@ from pipelines.utils.reading import reading
 
 # torchvision's, and two more names of JPEGs.
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".jpe")
+
+Kind = Literal["folder", "file", "special"]  # special: a pipe, a socket, a device
 
 
 class Found(NamedTuple):
@@ -59,13 +61,18 @@ def find_images(roots: Sequence[Path]) -> list[Found]:
     return found
 
 
-def list_folder(folder: str | Path) -> list[tuple[str, bool]]:
-    """Return the paths in a folder, sorted, and whether each is a folder or a link to one.
+def list_folder(folder: str | Path) -> list[tuple[str, Kind]]:
+    """Return the paths in a folder, sorted, and what each is, or links to: also a dangling link is a file.
 
     Raises RunError if that cannot be told: os.walk would leave the entry out.
     """
     with reading(folder), os.scandir(folder) as entries:
-        return sorted((entry.path, _is_folder(entry)) for entry in entries)
+        return sorted((entry.path, _kind(entry)) for entry in entries)
+
+
+def folders_in(folder: str | Path) -> list[str]:
+    """Return the names of the folders, and of links to some, in a folder, sorted. Raises as `list_folder`."""
+    return [Path(path).name for path, kind in list_folder(folder) if kind == "folder"]
 
 
 def eval_image(image: Image.Image, size: int) -> Image.Image:
@@ -81,9 +88,11 @@ def _walk(root: str, entered: set[str], result: Found) -> list[str]:
     left = [(root, os.path.realpath(root))]
     while left:
         folder, real = left.pop()
-        for path, is_folder in list_folder(folder):
+        for path, kind in list_folder(folder):
             name = path[len(folder.rstrip("/")) + 1 :]
-            if not is_folder:
+            if kind == "special":
+                result.passed_over["no regular file"] += 1
+            elif kind == "file":
                 _count(path, name, result)
             elif name.startswith((".", "@")):
                 continue
@@ -105,9 +114,13 @@ def _count(path: str, name: str, result: Found) -> None:
         result.passed_over[os.path.splitext(name)[1].lower() or "without suffix"] += 1  # noqa: PTH122
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _kind(entry: os.DirEntry[str]) -> Kind:
     try:
         with reading(entry.path):
-            return entry.is_dir()
+            if entry.is_dir():
+                return "folder"
+            # Whoever opens a pipe waits for ever.
+            is_file = entry.is_file() or not os.path.exists(entry.path)  # noqa: PTH110
+            return "file" if is_file else "special"
     except OSError:  # a link that leads nowhere
-        return False
+        return "file"

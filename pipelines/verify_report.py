@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from pipelines.sources.patterns import has_splits, is_pattern
-from pipelines.sources.source import Source, Stamp
+from pipelines.sources.source import Source
 from pipelines.utils.atomic_io import atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, error_context, first_line
 from pipelines.utils.output import say
-from pipelines.utils.reading import reading
+from pipelines.utils.reading import Stamp, reading
 
 VERSION = 2  # 1 knew neither `faulty` nor `max_megapixels`, and had no hash
 

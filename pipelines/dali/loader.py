@@ -13,6 +13,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -66,6 +67,8 @@ from pipelines.utils.output import say
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import skip_bad
 from pipelines.windows import source_schedule
+
+READ_TOGETHER = 16  # images that a thread reads at once
 
 # Suffixes of formats of which `image_formats` refuses some.
 DIFFERING = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")
@@ -362,8 +365,24 @@ class _Feed:
                 rows = self._schedule.rows(indices).tolist()
                 yield indices, path_batch([self._source.locate(i) for i in rows])
             return
-        yield from ordered_map(self._encoded, batches, self._threads, self._source.stop)
+        begun: deque[Indices] = deque()
 
-    def _encoded(self, indices: Indices) -> tuple[Indices, list[Any]]:
+        def parts() -> Iterator[Indices]:
+            # Not whole batches, of which threads would read ahead many: GBs.
+            for indices in batches:
+                begun.append(indices)
+                yield from np.split(indices, range(READ_TOGETHER, len(indices), READ_TOGETHER))
+
+        found: list[Any] = []
+        with closing(
+            ordered_map(self._encoded, parts(), self._threads, self._source.stop)
+        ) as encoded:
+            for part in encoded:
+                found += part
+                if len(found) == len(begun[0]):
+                    yield begun.popleft(), found
+                    found = []
+
+    def _encoded(self, indices: Indices) -> list[Any]:
         rows = self._schedule.rows(indices).tolist()
-        return indices, [np.frombuffer(self._source.read_or_explain(i), np.uint8) for i in rows]
+        return [np.frombuffer(self._source.read_or_explain(i), np.uint8) for i in rows]

@@ -25,13 +25,13 @@ from pipelines.dali.decoder import Decoder, Messages, decoder_messages
 from pipelines.dali.options import VerifyOptions
 from pipelines.image_formats import DECODES_WITH_ERRORS
 from pipelines.sources.folder import ImageFolder
-from pipelines.sources.source import Source, Stamp
+from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_each
 from pipelines.utils.cli import EXIT_FAILED
 from pipelines.utils.errors import UsageError
 from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
-from pipelines.utils.reading import cannot_read, file_state
+from pipelines.utils.reading import Stamp, cannot_read, file_state
 from pipelines.utils.thread_map import ordered_map
 from pipelines.verify_report import SplitReport
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.ffcv.options import ConvertOptions, FfcvOptions, not_installed
 from pipelines.utils.errors import UsageError
+from pipelines.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from pipelines.batch import Loaders, LoaderSpec
@@ -24,6 +25,8 @@ def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True
     try:
         from pipelines.ffcv.loader import open_loaders
     except ImportError as error:
+        if is_out_of_memory(error):
+            raise
         raise not_installed(error) from error
     return open_loaders(options, spec, with_train)
 
@@ -37,6 +40,8 @@ def convert_or_verify(options: ConvertOptions) -> int:
         from pipelines.ffcv.convert import convert
         from pipelines.ffcv.verify import verify
     except ImportError as error:
+        if is_out_of_memory(error):
+            raise
         raise not_installed(error) from error
     if options.verify is not None:
         return verify(options.verify, options.workers)

@@ -31,7 +31,7 @@ from pipelines.ffcv.layout import (
 )
 from pipelines.image_formats import PIL_MAX_MEGAPIXELS
 from pipelines.utils.errors import DataError, RunError, UsageError
-from pipelines.utils.reading import reading
+from pipelines.utils.reading import Stamp, file_stamp, reading
 
 # FFCV's own choice. It reads whole pages, so a sample never crosses a page; pages grow for a larger sample.
 PAGE_SIZE = 1 << 23
@@ -60,6 +60,8 @@ class Beton:
     samples: Samples
     labels: NDArray[np.int64]  # (N,)
     page_size: int
+    stamp: Stamp = None
+    """The file's, before it was read: another file of that name has other images at these places."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,6 +79,7 @@ def open_beton(path: Path) -> Beton:
     """
     if not path.is_file():
         raise UsageError(f"there is no file {path}; rsnet convert makes it")
+    stamp = file_stamp(str(path))
     _check_header(path)
     names = _checked_fields(path)
     try:
@@ -107,7 +110,7 @@ def open_beton(path: Path) -> Beton:
     wrong |= (samples.height < 1) | (samples.width < 1) | (labels < 0) | (labels >= MAX_CLASSES)
     if wrong.any():
         raise _broken_file(path, f"sample {int(np.argmax(wrong))} has an impossible shape or label")
-    return Beton(path, samples, labels.astype(np.int64), int(header["page_size"]))
+    return Beton(path, samples, labels.astype(np.int64), int(header["page_size"]), stamp)
 
 
 def table_sha256(path: Path) -> str:

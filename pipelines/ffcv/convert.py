@@ -43,7 +43,13 @@ from pipelines.sources.folder import require_apart_of_both
 from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_split, open_splits, warn_of_lost_weights
-from pipelines.utils.atomic_io import free_space, fsync, fsync_directory, sha256_file
+from pipelines.utils.atomic_io import (
+    free_space,
+    fsync,
+    fsync_directory,
+    remove_partial,
+    sha256_file,
+)
 from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.output import say
@@ -68,6 +74,7 @@ def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     except OSError as error:
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     with _locked(output):
+        remove_partial(output, "*.beton.partial")
         splits = [split for split in splits if not _is_there(output, split, options)]
         encoder = Encoder(options)
         _check_space(output, splits, encoder, options.workers)

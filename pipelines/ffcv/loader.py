@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ from pipelines.targets import Targets
 from pipelines.utils.errors import DataError, RunError, UsageError, error_context
 from pipelines.utils.location import local_path
 from pipelines.utils.output import say
-from pipelines.utils.reading import cannot_read
+from pipelines.utils.reading import cannot_read, require_unchanged
 from pipelines.utils.text import distinct, first_names
 from pipelines.windows import Windows, quasi_random
 
@@ -133,7 +134,7 @@ class FfcvLoader(ScheduledLoader):
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._workers is None:
-            self._workers = _Workers(self._options.workers, self._beton.path)
+            self._workers = _Workers(self._options.workers, self._beton)
         workers = self._workers
         batches = list(self.schedule.batches(epoch, first_step))
         rows = [self.schedule.rows(indices) for indices in batches]
@@ -307,8 +308,12 @@ def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bo
 class _Workers:
     """Threads that share an open file."""
 
-    def __init__(self, threads: int, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
+    def __init__(self, threads: int, beton: Beton) -> None:
+        with ExitStack() as stack:
+            self._file = stack.enter_context(beton.path.open("rb", buffering=0))
+            if beton.stamp is not None:
+                require_unchanged(self._file.fileno(), beton.stamp, beton.path)
+            stack.pop_all()
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
 
     @property

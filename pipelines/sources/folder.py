@@ -10,12 +10,12 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from pipelines.image_io import find_images, images_below, list_folder
+from pipelines.image_io import SUFFIXES, find_images, folders_in, images_below, list_folder
 from pipelines.sources.options import NO_OPTIONS, SplitOptions
-from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
+from pipelines.sources.source import REPORT, Source, count_text
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.location import location
-from pipelines.utils.reading import read_file
+from pipelines.utils.reading import Stamp, file_stamp, read_file
 from pipelines.utils.text import distinct, first_names
 
 
@@ -89,19 +89,24 @@ def scan_folder(root: Path) -> ImageFolder:
     """
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}")
-    folders = [Path(path).name for path, is_folder in list_folder(root) if is_folder]
+    entries = list_folder(root)
+    folders = [Path(path).name for path, kind in entries if kind == "folder"]
     classes = [name for name in folders if not name.startswith((".", "@"))]
     if not classes:
         what = "images but no class folders" if images_below(root) else "no images"
         raise UsageError(f"{root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
     _require_different([root / name for name in classes])
     found = find_images([root / name for name in classes])
-    passed_over: Counter[str] = Counter()
+    beside = sum(kind == "file" and path.lower().endswith(SUFFIXES) for path, kind in entries)
+    passed_over = Counter({"images beside the class folders": beside} if beside else {})
     for name, (images, others) in zip(classes, found, strict=True):
         passed_over += others
         if not images:
             what = f" ({_kinds(others)} are none)" if others else ""
-            raise UsageError(f"the class folder {root / name} holds no image{what}")
+            raise UsageError(
+                f"the class folder {root / name} holds no image{what}: remove it, in train and val, or add "
+                "some"
+            )
     paths = [path for images, _ in found for path in images]
     labels = np.repeat(np.arange(len(classes)), [len(images) for images, _ in found])
     is_split = root.name in ("train", "val")
@@ -126,7 +131,7 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
     splits = ("train", "val") if with_train else ("val",)
     for split in splits:
         if not (data / split).is_dir():
-            found = [Path(path).name for path, is_folder in list_folder(data) if is_folder][:5]
+            found = folders_in(data)[:5]
             others = "; --val-data or --val-fraction give others" if found == ["train"] else ""
             raise UsageError(
                 f"--data: {data} has no folder {split!r} "
@@ -138,13 +143,18 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
     if train is None:
         return None, val
     if train.classes != val.classes:
-        only_train, only_val = (
-            first_names([distinct(name) for name in sorted(set(one.classes) - set(other.classes))])
-            for one, other in ((train, val), (val, train))
-        )
+        lone = {
+            split: first_names(
+                [distinct(name) for name in sorted({*one.classes} - {*other.classes})]
+            )
+            for split, one, other in (("train", train, val), ("val", val, train))
+            if {*one.classes} - {*other.classes}
+        }
+        differing = "; ".join(f"only in {split}: {names}" for split, names in lone.items())
+        advice = f"; with --data {data}/train --val-data {data}/val some classes are enough in val"
         raise UsageError(
-            f"--data: the classes of {data}/train and {data}/val differ: "
-            f"only in train: {only_train}; only in val: {only_val}"
+            f"--data: the classes of {data}/train and {data}/val differ: {differing}"
+            f"{advice if 'val' not in lone else ''}"
         )
     return train, val
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 from collections import Counter
@@ -23,14 +24,12 @@ from numpy.typing import NDArray
 from pipelines.sources.source import (
     REPORT,
     Source,
-    Stamp,
     count_text,
-    file_stamp,
     indices_of,
     ordered_classes,
 )
 from pipelines.utils.errors import UsageError, first_line
-from pipelines.utils.reading import read_file, reading
+from pipelines.utils.reading import Stamp, file_stamp, read_file, reading
 from pipelines.utils.text import first_names
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -40,6 +39,7 @@ COLUMNS = {
     "label": ("label", "class"),
     "split": ("split",),
 }
+KNOWN = {*itertools.chain(*COLUMNS.values()), "weight"}
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
 THREADS = 16  # that look whether files are there: a file server answers many at once
 
@@ -133,10 +133,11 @@ def read(file: Path, split: str) -> Manifest:
 
 
 def common_paths(one: Manifest, other: Manifest) -> list[str]:
-    """Return the paths that are in both, sorted."""
-    if one.data.parent != other.data.parent:
-        return []
-    return sorted(set(one.paths).intersection(other.paths))
+    """Return the paths in `other` of files that are in `one`, too, sorted."""
+    known = {os.path.normpath(one.locate(i)) for i in range(len(one))}
+    return sorted(
+        path for i, path in enumerate(other.paths) if os.path.normpath(other.locate(i)) in known
+    )
 
 
 def has_split(file: Path, split: str) -> bool:
@@ -151,6 +152,9 @@ def _rows_of(table: dict[str, list[str]], split: str) -> list[int]:
     return [row for row, name in enumerate(table["split"]) if name in SPLITS[split]]
 
 
+# The names of all columns, and the values of those that are known.
+_Table = tuple[list[str], dict[str, list[Any]]]
+
 # Columns as text, and the weight of each row.
 _Columns = tuple[dict[str, list[str]], NDArray[np.float64] | None]
 
@@ -161,66 +165,85 @@ def _read_columns(file: Path, _state: tuple[int, int]) -> _Columns:
 
     try:
         with reading(file):
-            table = _read_table(file)
-    except (pa.ArrowException, OSError, UnicodeError) as error:
+            found, table = _read_table(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read as a table: {first_line(error)}") from None
-    for known in (*itertools.chain(*COLUMNS.values()), "weight"):
-        if table.column_names.count(known) > 1:
+    for known in KNOWN:
+        if found.count(known) > 1:
             raise UsageError(f"{file} has the column {known} twice")
     columns = {}
     for column, names in COLUMNS.items():
-        name = next((name for name in names if name in table.column_names), None)
+        name = next((name for name in names if name in table), None)
         if name is not None:
-            columns[column] = [
-                _text(file, name, i, v) for i, v in enumerate(table[name].to_pylist())
-            ]
-        elif column != "split":
-            raise UsageError(
-                f"{file} has no column {column} (it has {first_names(table.column_names)})"
-            )
-    return columns, _weights(file, table) if "weight" in table.column_names else None
+            columns[column] = [_text(file, name, i, v) for i, v in enumerate(table[name])]
+        elif column != "split" or any(n.strip() in names for n in found):
+            shown = first_names([repr(n) if n != n.strip() else n for n in found])
+            raise UsageError(f"{file} has no column {column} (it has {shown})")
+    return columns, _weights(file, table["weight"]) if "weight" in table else None
 
 
-def _weights(file: Path, table: Any) -> NDArray[np.float64]:
+def _weights(file: Path, column: list[Any]) -> NDArray[np.float64]:
     """Return the column of weights. Raises UsageError if one is no positive number."""
-    column = table["weight"].to_pylist()
     for row, value in enumerate(column):
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
             raise UsageError(f"{file}: row {row + 1} has the weight {value!r}; above 0 is needed")
     return np.array(column, np.float64)
 
 
 def _columns(file: Path) -> _Columns:
     """Return the columns. Raises UsageError if the file or a column is missing, or a cell is empty."""
-    try:
-        with reading(file):
-            state = file.stat()
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {file}") from None
-    return _read_columns(file, (state.st_size, state.st_mtime_ns))
+    stamp = file_stamp(str(file))
+    if stamp is None:
+        raise UsageError(f"there is no file {file}")
+    return _read_columns(file, stamp)
 
 
-def _read_table(file: Path) -> Any:
+def _read_table(file: Path) -> _Table:
     suffix = file.suffix.lower()
+    if suffix == ".jsonl":
+        return _json_lines(file)
     if suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        return pq.read_table(file)
-    if suffix == ".jsonl":
-        from pyarrow import json
+        table = pq.read_table(file)
+    else:
+        import pyarrow as pa
+        from pyarrow import csv
 
-        return json.read_json(file)
-    import pyarrow as pa
-    from pyarrow import csv
+        text = {name: pa.string() for names in COLUMNS.values() for name in names}
+        # A class may be called NA or null.
+        options = csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+        table = csv.read_csv(file, convert_options=options)
+    names = table.column_names
+    return names, {name: table[name].to_pylist() for name in KNOWN if names.count(name) == 1}
 
-    text = {name: pa.string() for names in COLUMNS.values() for name in names}
-    # A class may be called NA or null.
-    options = csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-    return csv.read_csv(file, convert_options=options)
+
+def _json_lines(file: Path) -> _Table:
+    """Return a table. pyarrow would want one type of each column, and make dates of names."""
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {first_line(error)}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            names |= dict.fromkeys(row)
+            rows.append({name: value for name, value in row.items() if name in KNOWN})
+    return list(names), {name: [row.get(name) for row in rows] for name in KNOWN & names.keys()}
 
 
 def _text(file: Path, column: str, row: int, value: Any) -> str:
     if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+        if column != "path" and str(value) != str(value).strip():  # another class than without
+            raise UsageError(
+                f"{file}: row {row + 1} has {value!r} in column {column}: remove the blank"
+            )
         return str(value)
     raise UsageError(
         f"{file}: row {row + 1} has {value!r} in column {column}; a name or a whole number is needed"
@@ -228,11 +251,13 @@ def _text(file: Path, column: str, row: int, value: Any) -> str:
 
 
 def _require_once(file: Path, paths: list[str], rows: list[int]) -> None:
-    """Raise UsageError if a path, they are sorted, is there twice."""
-    for i in range(1, len(paths)):
-        if paths[i] == paths[i - 1]:
-            first, second = sorted((rows[i - 1] + 1, rows[i] + 1))
-            raise UsageError(f"{file}: rows {first} and {second} have the same path, {paths[i]}")
+    """Raise UsageError if two paths are of one file: x and ./x, too."""
+    known: dict[str, int] = {}
+    for path, row in zip(paths, rows, strict=True):
+        other = known.setdefault(os.path.normpath(file.parent / path), row)
+        if other != row:
+            first, second = sorted((other + 1, row + 1))
+            raise UsageError(f"{file}: rows {first} and {second} have the same path, {path}")
 
 
 def _require_there(found: Manifest) -> None:

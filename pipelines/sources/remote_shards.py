@@ -19,7 +19,7 @@ from pipelines.sources.patterns import expanded, has_splits, is_pattern, of_spli
 from pipelines.sources.remote_reader import ShardReader
 from pipelines.sources.shard_cache import ShardCache
 from pipelines.sources.shards import CLASSES, PATTERN, TarShards, class_names, columns, write_index
-from pipelines.sources.source import REPORT, SharedReads, Stamp
+from pipelines.sources.source import REPORT, SharedReads
 from pipelines.sources.tar_index import Index, ShardNote
 from pipelines.storage.kinds import remote_of
 from pipelines.storage.remote import Remote, RemoteObject
@@ -28,6 +28,7 @@ from pipelines.utils.errors import RunError, UsageError, first_line
 from pipelines.utils.location import WRITABLE, Url
 from pipelines.utils.output import note_once, say
 from pipelines.utils.progress import format_bytes
+from pipelines.utils.reading import Stamp
 from pipelines.utils.text import first_names
 
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from pipelines.sources import tar_index
 from pipelines.sources.patterns import expanded, has_splits, of_split
-from pipelines.sources.source import REPORT, Source, Stamp, count_text, file_stamp
+from pipelines.sources.source import REPORT, Source, count_text
 from pipelines.sources.tar_index import Index, ShardNote
 from pipelines.utils.atomic_io import atomic_write, sha256_file
 from pipelines.utils.errors import DataError, UsageError, os_error_line
 from pipelines.utils.output import say
-from pipelines.utils.reading import bytes_of, reading
+from pipelines.utils.reading import Stamp, bytes_of, file_stamp, reading
 from pipelines.utils.schema import TEXT, list_of, parsing, require
 from pipelines.utils.text import first_names
 
@@ -48,6 +48,9 @@ class TarShards(Source):
     shard: NDArray[np.int64]
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
+    states: Sequence[Stamp] = ()
+    """The stamp that each shard had when it was opened: one that changed has other images at these places."""
+
     passed_over: Sequence[str] = ()
     """What the shards have that is in no sample, as text."""
 
@@ -83,7 +86,7 @@ class TarShards(Source):
 
     def stamps(self) -> dict[str, Stamp]:
         """Return each image's length, and its shard's time."""
-        times = [_state(path)[1] for path in self.shards]
+        times = [_stamp(path)[1] for path in self.shards]
         rows = zip(self.names, self.length.tolist(), self.shard.tolist(), strict=True)
         return {name: (length, times[shard]) for name, length, shard in rows}
 
@@ -101,7 +104,7 @@ class TarShards(Source):
         path = Path(self.shards[shard])
         with reading(path):
             # Opened each time: 10 us, of the milliseconds that decoding takes.
-            return bytes_of(path, offset, length)
+            return bytes_of(path, offset, length, self.states[shard] if self.states else None)
 
     def locate(self, index: int) -> str:
         """Return the shard's path and the image's name."""
@@ -161,7 +164,7 @@ def open_shards(data: Path, split: str, *, with_sha256: bool = False) -> TarShar
     """
     shards = list_shards(data, split)
     folder, names = Path(shards[0]).parent, tar_index.short_names(shards)
-    states = [(name, *_state(path)) for name, path in zip(names, shards, strict=True)]
+    states = [(name, *_stamp(path)) for name, path in zip(names, shards, strict=True)]
     fingerprint = tar_index.fingerprint_of(states)
     path = folder / tar_index.file_name(names)
     index = tar_index.decoded(_index_file(path))
@@ -174,7 +177,10 @@ def open_shards(data: Path, split: str, *, with_sha256: bool = False) -> TarShar
     if not is_known:
         write_index(path, index)
     classes = class_names(str(folder / CLASSES), _content(folder / CLASSES), index.labels)
-    return TarShards(data=data, split=split, shards=shards, **columns(index, classes))
+    stamps = [(size, time) for _, size, time in states]
+    return TarShards(
+        data=data, split=split, shards=shards, states=stamps, **columns(index, classes)
+    )
 
 
 def columns(index: Index, classes: list[str] | None) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _state(path: str) -> tuple[int, int]:
+def _stamp(path: str) -> tuple[int, int]:
     """Return a shard's bytes and time. Raises DataError, RunError."""
     stamp = file_stamp(path)
     if stamp is None:

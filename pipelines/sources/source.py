@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +18,10 @@ from numpy.typing import NDArray
 
 from pipelines.utils.errors import DataError, first_line
 from pipelines.utils.location import Location
-from pipelines.utils.reading import file_state
+from pipelines.utils.reading import Stamp
 from pipelines.utils.text import first_names
 
 REPORT = "verified.json"
-
-# Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
-Stamp = tuple[int, int] | None
 
 
 class SharedReads(NamedTuple):
@@ -177,16 +175,10 @@ class Source(ABC):
         return DataError(f"{what}; {advice}{self.verify_command()} finds all broken images")
 
 
-def file_stamp(path: str) -> Stamp:
-    """Return a file's stamp. Raises RunError."""
-    state = file_state(path)
-    return None if state is None else (state.st_size, state.st_mtime_ns)
-
-
 def ordered_classes(labels: Iterable[str]) -> list[str]:
     """Return the distinct labels, sorted; as numbers if all are."""
     names = set(labels)
-    are_numbers = all(name.isdecimal() and str(int(name)) == name for name in names)
+    are_numbers = all(re.fullmatch("-?[0-9]+", name) and str(int(name)) == name for name in names)
     return sorted(names, key=int) if are_numbers else sorted(names)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.image_io import list_folder
+from pipelines.image_io import folders_in
 from pipelines.sources import manifest, remote_shards, shards
 from pipelines.sources.cache_options import DEFAULT_CACHE, CacheOptions
 from pipelines.sources.folder import ImageFolder, scan_folder, scan_train_val
@@ -103,9 +103,10 @@ def kind_of(data: Location) -> Kind:
         return "shards"
     if data.is_dir():
         return "shards" if shards.has_shards(data) else "folder"
-    if is_pattern(str(data)):
+    is_table = data.suffix.lower() in manifest.SUFFIXES
+    if is_pattern(str(data)) and not (is_table and data.is_file()):
         return "shards"
-    if data.suffix.lower() in manifest.SUFFIXES:
+    if is_table:
         return "manifest"
     if not data.exists():
         raise UsageError(f"there is no folder {data}")
@@ -235,7 +236,7 @@ def _has_val(data: Location) -> bool:
         return manifest.has_split(data, "val")
     if kind == "shards":
         return shards.has_split(data, "val")
-    return any(Path(path).name == "val" for path, is_folder in list_folder(data) if is_folder)
+    return "val" in folders_in(data)
 
 
 def _with_common_classes(train: Source, val: Source) -> tuple[Source, Source]:

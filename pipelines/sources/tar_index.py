@@ -31,6 +31,7 @@ WITHOUT_IMAGE = "labels without an image"
 DOTTED = "images of no key, as their names have further dots"
 OTHER_LABEL = "labels in .json that are other than those in .cls, which are taken"
 BLOCK = 512  # bytes, tar's unit; zeros end a file
+CHUNK = 1 << 20  # bytes that are read at once behind the end
 
 
 class Sample(NamedTuple):
@@ -223,17 +224,52 @@ def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[
             Path(path).open("rb") as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
+            regular: dict[str, tuple[int, int]] = {}  # where the target of a hard link lies
             for member in tar:
+                if member.issparse():
+                    raise DataError(
+                        f"{place}: {member.name} is stored sparse: write it without tar -S"
+                    )
+                if member.islnk() and member.linkname in regular:
+                    member.offset_data, member.size = regular[member.linkname]
+                elif member.islnk() or (member.issym() and _is_of_sample(member.name)):
+                    raise DataError(
+                        f"{place}: {member.name} is a link to {member.linkname}: write the shard with tar -h "
+                        "--hard-dereference"
+                    )
                 start, size = member.offset_data, member.size
                 if start + size > os.fstat(file.fileno()).st_size:
                     raise DataError(f"{place} is cut off within {member.name}")
-                if member.isreg():
+                if member.isreg() or member.islnk():
+                    regular[member.name] = start, size
                     yield member, partial(os.pread, file.fileno(), size, start)
                 tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
-            if os.pread(file.fileno(), BLOCK, tar.offset) not in (bytes(BLOCK), b""):
-                raise DataError(f"{place} is damaged at byte {tar.offset}")
+            _require_end(file.fileno(), tar.offset, place)
     except tarfile.TarError as error:
         raise DataError(f"{place} is no tar file, or damaged: {first_line(error)}") from None
+
+
+def _is_of_sample(name: str) -> bool:
+    """Return whether a file is an image or a label, by its name."""
+    extension = name.rpartition("/")[2].partition(".")[2].lower()
+    return extension in LABELS or f".{extension}" in SUFFIXES
+
+
+def _require_end(file: int, end: int, place: str) -> None:
+    """Raise DataError unless a tar ends with zeros from byte `end` on, at which tarfile ends it.
+
+    Behind the first block of zeros it reads nothing: a second tar that was appended by cat, or what follows
+    a part that a download left out.
+    """
+    at = end
+    while data := os.pread(file, CHUNK, at):
+        if data.count(0) < len(data):
+            first = at + len(data) - len(data.lstrip(b"\0"))
+            where = "is damaged" if first < end + BLOCK else "goes on behind its end"
+            raise DataError(f"{place} {where} at byte {first}: write it anew")
+        at += len(data)
+    if at == end:
+        raise DataError(f"{place} is cut off: tar's end is not there; write it anew")
 
 
 def _label(extension: str, data: bytes) -> str:

@@ -29,6 +29,7 @@ from pipelines.utils.atomic_io import (
     free_space,
     fsync,
     fsync_directory,
+    remove_partial,
 )
 from pipelines.utils.errors import DataError, UsageError, first_line, way_out
 from pipelines.utils.locks import exclusive_lock
@@ -53,6 +54,7 @@ def write_shards(train: Source, val: Source, output: Path, shard_bytes: int) -> 
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     taken = f"--output: another command is writing into {output}"
     with exclusive_lock(output / ".lock", taken, remove=True):
+        remove_partial(output, "*.tar.partial")
         _write_all(output, [train, val], shard_bytes)
 
 
@@ -216,6 +218,11 @@ def _suffix_by_content(place: str, image: bytes) -> str:
     """Return the suffix of an image whose name has none. Raises DataError if it is no image."""
     try:
         with open_image(image) as opened:
-            return f".{(opened.format or 'JPEG').lower()}"
+            suffix = f".{(opened.format or 'JPEG').lower()}".replace(
+                ".mpo", ".jpg"
+            )  # phones' JPEGs
+        if suffix not in SUFFIXES:
+            raise DataError(f"shards have no {suffix[1:].upper()} images: save it as PNG")
+        return suffix
     except DataError as error:
         raise DataError(f"broken image {place}: {error}") from None

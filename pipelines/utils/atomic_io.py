@@ -91,6 +91,13 @@ def fsync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove_partial(folder: Path, pattern: str) -> None:
+    """Delete what a killed command left unfinished in a folder: hundreds of GB, which the next one needs."""
+    for path in folder.glob(pattern):
+        if path.is_file():
+            path.unlink()
+
+
 def fsync(descriptor: int, path: Path) -> None:
     """Wait until an open file or folder is on the disk, if its file system can tell. Raises OSError."""
     try:

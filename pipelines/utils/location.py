@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipelines.utils.errors import UsageError
 
@@ -61,7 +61,7 @@ def location(given: str | Path) -> Location:
             f"{scheme}://...: its host is not valid; check brackets and special characters"
         ) from None
     if parts.scheme == "file":
-        return Path(parts.path)
+        return Path(unquote(parts.path))
     host = parts.netloc.rpartition("@")[2]
     if parts.scheme in ("http", "https") and "=" in parts.query:
         raise UsageError(

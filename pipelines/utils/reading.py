@@ -11,6 +11,9 @@ from pathlib import Path
 
 from pipelines.utils.errors import DataError, RunError, first_line
 
+# Size in bytes and modification time in ns; None for what is no file, such as a dangling link.
+Stamp = tuple[int, int] | None
+
 # What is at the path is no file. All else (rights, disks, network, memory) says nothing about the file.
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
@@ -42,6 +45,13 @@ def file_state(path: str) -> os.stat_result | None:
         return None
 
 
+def file_stamp(path: str) -> Stamp:
+    """Return a regular file's stamp: whoever opens a pipe waits for ever. Raises RunError."""
+    state = file_state(path)
+    is_file = state is not None and stat.S_ISREG(state.st_mode)
+    return (state.st_size, state.st_mtime_ns) if state is not None and is_file else None
+
+
 def read_file(path: str | Path) -> bytes:
     """Return the content of a file. Raises DataError if there is none, RunError if it cannot be read."""
     try:
@@ -57,10 +67,26 @@ def read_file(path: str | Path) -> bytes:
     return data
 
 
-def bytes_of(path: Path, offset: int, length: int) -> bytes:
-    """Return a part of a file. Raises OSError."""
+def bytes_of(path: Path, offset: int, length: int, stamp: Stamp = None) -> bytes:
+    """Return a part of a file. Raises OSError; RunError if it has another stamp, where one is given."""
     file = os.open(path, os.O_RDONLY)
     try:
+        if stamp is not None:
+            require_unchanged(file, stamp, path)
         return os.pread(file, length, offset)
     finally:
         os.close(file)
+
+
+def require_unchanged(file: int, stamp: Stamp, path: str | Path) -> None:
+    """Raise RunError if an open file has changed since it had this stamp: labels would be of other images."""
+    state = os.fstat(file)
+    if (state.st_size, state.st_mtime_ns) != stamp:
+        raise changed(path)
+
+
+def changed(path: str | Path) -> RunError:
+    """Return the error that ends a command whose file is not the one that it began with."""
+    return RunError(
+        f"{path} changed after the command began to read it; start again once it no longer changes"
+    )

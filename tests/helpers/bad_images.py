@@ -48,11 +48,6 @@ def make_dangling(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-def make_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 DAMAGES = {
     empty: "the file is empty",
     truncate: "image file is truncated",
@@ -60,7 +55,6 @@ DAMAGES = {
     write_png_without_its_end: "PIL decodes it, but DALI does not",
     write_gif: "PIL decodes it, but DALI does not",
     make_dangling: "No such file or directory",
-    make_pipe: "it is no regular file",
 }
 
 

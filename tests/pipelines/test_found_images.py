@@ -167,3 +167,16 @@ def test_plain_names_are_shown_as_they_are():
 
 def test_a_name_that_is_no_text_is_shown():
     assert distinct(os.fsdecode(b"\xff")) == "\\udcff ('\\udcff')"
+
+
+def test_a_pipe_or_an_image_outside_the_classes_is_no_image_and_said(data):
+    ant = data / "train" / "ant"
+    os.mkfifo(ant / "pipe.jpg")
+    (ant / "link.jpg").symlink_to("pipe.jpg")
+    (ant / "dangling.jpg").symlink_to("gone.jpg")
+    shutil.copy(ant / "000.JPEG", data / "train" / "photo.jpg")
+    folder = scan_folder(data / "train")
+    assert folder.passed_over == {"no regular file": 2, "images beside the class folders": 1}
+    names = {Path(path).name for path in folder.paths}
+    assert "dangling.jpg" in names
+    assert not {"pipe.jpg", "link.jpg", "photo.jpg"} & names

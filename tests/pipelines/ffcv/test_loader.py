@@ -20,7 +20,7 @@ import torch
 
 from pipelines.demo import ODD_KINDS, render
 from pipelines.ffcv import FfcvOptions
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
 from pipelines.windows import Windows, WindowSchedule
 from tests.conftest import beton_of, needs_ffcv, write_folder, write_photo
 from tests.helpers.betons import (
@@ -142,6 +142,9 @@ def test_a_loader_closed_while_it_is_read_says_so(beton):
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(beton):
     val = loaders_of(beton).val
     os.truncate(beton / "val.beton", (beton / "val.beton").stat().st_size // 2 + 4_200_000)
+    with pytest.raises(RunError, match=r"val\.beton changed after the command began to read it"):
+        list(val)
+    val._beton = replace(val._beton, stamp=None)  # as if it had been open before
     with pytest.raises(DataError, match="is broken: the file ends before it does"):
         list(val)
 

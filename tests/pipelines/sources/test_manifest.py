@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pipelines.sources import manifest
 from pipelines.sources.options import SplitOptions
-from pipelines.sources.splits import announce, open_splits
-from pipelines.utils.errors import UsageError
+from pipelines.sources.shards import open_shards
+from pipelines.sources.splits import announce, kind_of, open_splits
+from pipelines.utils.errors import DataError, UsageError
 from tests.conftest import write_photo
 from tests.pipelines.sources.conftest import write_table
 
@@ -32,6 +35,8 @@ def test_numbers_keep_their_order_and_names_are_sorted(table):
     assert found.labels.tolist() == [2, 1, 0, 1]
     by_name = table([("a.jpg", "b"), ("b.jpg", "10"), ("c.jpg", "9")])
     assert manifest.read(by_name, "train").classes == ["10", "9", "b"]
+    below_zero = table([(f"{i}.jpg", label) for i, label in enumerate([10, -1, 2])])
+    assert manifest.read(below_zero, "train").classes == ["-1", "2", "10"]
     padded = table([("a.jpg", "01"), ("b.jpg", "1")])
     assert manifest.read(padded, "train").classes == ["01", "1"]
 
@@ -92,7 +97,11 @@ def test_a_table_of_other_labels_has_another_fingerprint(table):
         ([("a.jpg", "x")], ("path", "kind"), r"has no column label \(it has path, kind\)"),
         ([("a.jpg", "x"), ("b.jpg", "")], ("path", "label"), "row 2 has '' in column label; a name or"),
         ([("a.jpg", "x"), ("a.jpg", "y")], ("path", "label"), "rows 1 and 2 have the same path, a.jpg"),
+        ([("a.jpg", "x"), ("./a.jpg", "y")], ("path", "label"), "rows 1 and 2 have the same path, "),
+        ([("a.jpg", "x"), ("b.jpg", "x ")], ("path", "label"), "row 2 has 'x ' in column label: remove"),
+        ([("a.jpg", "x")], ("path", " label"), r"has no column label \(it has path, ' label'\)"),
         ([("a.jpg", "x", "test")], ("path", "label", "split"), "has no rows of split train"),
+        ([("a.jpg", "x", True)], ("path", "label", "weight"), "row 1 has the weight True; above 0"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_table_is_one_line(table, rows, columns, message):
@@ -131,6 +140,9 @@ def test_rows_of_other_splits_are_counted_and_paths_of_both_splits_warned_of(tab
     out, err = capsys.readouterr()
     assert out.count("; 2 rows of other splits passed over (vall 1, test 1)\n") == 2
     assert "/labels.csv (val) are also training images (b.jpg)\n" in err
+    rows = [("a.jpg", "x", "train"), ("./a.jpg", "x", "val")]
+    announce(*open_splits(table(rows)))
+    assert "are also training images (./a.jpg)\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["path", "label", "split", "weight"])
@@ -145,3 +157,40 @@ def test_a_fractional_label_is_refused(table):
     file = table([("a.jpg", 0.5)], ("path", "label"), name="labels.parquet")
     with pytest.raises(UsageError, match=r"row 1 has 0\.5 in column label"):
         manifest.read(file, "train")
+
+
+def test_lines_of_json_may_have_labels_of_both_kinds_dates_and_columns_of_any(tmp_path):
+    write_photo(tmp_path / "a.jpg", 40, 40, seed=0)
+    write_photo(tmp_path / "b.jpg", 40, 40, seed=1)
+    rows = [
+        '{"path": "a.jpg", "label": 1, "age": 7}',
+        '{"path": "b.jpg", "label": "2020-01-01", "age": "x"}',
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join([*rows, "", ""]))
+    found = manifest.read(tmp_path / "t.jsonl", "train")
+    assert found.classes == ["1", "2020-01-01"]
+    for line, message in (("[1]", "line 3 is no object"), ("{", "line 3: ")):
+        (tmp_path / "t.jsonl").write_text("\n".join([*rows, line]))
+        with pytest.raises(UsageError, match=rf"t\.jsonl cannot be read as a table: {message}"):
+            manifest.read(tmp_path / "t.jsonl", "train")
+
+
+def test_a_table_in_a_folder_whose_name_looks_like_a_pattern_is_a_table(tmp_path):
+    (tmp_path / "st*ar").mkdir()
+    write_photo(tmp_path / "st*ar" / "a.jpg", 40, 40, seed=0)
+    file = write_table(tmp_path / "st*ar" / "t.csv", [{"path": "a.jpg", "label": "x"}])
+    assert kind_of(file) == "manifest"
+
+
+def test_a_pipe_is_no_table_no_shard_and_no_image(tmp_path):
+    """Whoever opens one waits for ever."""
+    for name in ("t.csv", "train-0.tar"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match=r"there is no file .*/t\.csv"):
+        manifest.read(tmp_path / "t.csv", "train")
+    with pytest.raises(DataError, match=r"there is no file .*/train-0\.tar"):
+        open_shards(tmp_path, "train")
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "u.csv").write_text("path,label\na.jpg,x\n")
+    with pytest.raises(UsageError, match=r"u\.csv lists files that are not there: .*a\.jpg"):
+        manifest.read(tmp_path / "u.csv", "train")

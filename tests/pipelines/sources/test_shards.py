@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset
+from PIL import Image
 from webdataset import tariterators
 
 from pipelines import dali
@@ -26,7 +27,7 @@ from pipelines.sources.folder import scan_folder
 from pipelines.sources.options import SplitOptions
 from pipelines.sources.shards_options import ShardsOptions, write_shards
 from pipelines.sources.splits import announce, kind_of, open_splits
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.conftest import write_photo
 from tests.pipelines.sources.conftest import source_of, write_table
 
@@ -366,3 +367,114 @@ def test_what_an_interrupted_command_left_before_its_first_shard_is_no_obstacle(
             write_shards(ShardsOptions(photos, tmp_path / "s", shard_size="1GB"))
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["classes.json", "shards.json"]
     assert write_shards(ShardsOptions(photos, tmp_path / "s", shard_size="100KB")) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda whole: whole + whole, "goes on behind its end at byte"),
+        (lambda whole: whole[:-1024] + bytes(4096) + whole, "goes on behind its end at byte"),
+        (lambda whole: whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512), "is cut off"),
+    ],
+)
+def test_a_tar_that_ends_before_its_file_does_or_not_at_all_is_named(
+    tmp_path, photo, change, message
+):
+    """tarfile says nothing of what stands behind the first block of zeros."""
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"0")])
+    shard = data / "train-0.tar"
+    assert len(shards.open_shards(data, "train")) == 1
+    shard.write_bytes(change(shard.read_bytes()))
+    with pytest.raises(DataError, match=rf"train-0\.tar {message}"):
+        shards.open_shards(data, "train")
+
+
+def test_a_hard_link_in_a_shard_is_the_image_or_label_that_it_leads_to(tmp_path, photo):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"ant")])
+    with tarfile.open(data / "train-0.tar", "a") as tar:
+        for name, target in (("b.jpg", "a.jpg"), ("b.cls", "a.cls")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            tar.addfile(member)
+    found = shards.open_shards(data, "train")
+    assert found.names == ["a.jpg", "b.jpg"]
+    assert [found.read(i) for i in range(2)] == [photo, photo]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "message"),
+    [
+        (tarfile.SYMTYPE, "a.jpg", "b.jpg is a link to a.jpg: write the shard with tar -h"),
+        (tarfile.LNKTYPE, "gone.jpg", "b.jpg is a link to gone.jpg: write the shard with tar -h"),
+        (tarfile.GNUTYPE_SPARSE, "", "b.jpg is stored sparse: write it without tar -S"),
+    ],
+)
+def test_a_link_that_leads_nowhere_here_or_a_file_with_holes_is_named(
+    tmp_path, photo, kind, target, message
+):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"ant")])
+    with tarfile.open(data / "train-0.tar", "a") as tar:
+        member = tarfile.TarInfo("b.jpg")
+        member.type, member.linkname = kind, target
+        tar.addfile(member)
+    with pytest.raises(DataError, match=message):
+        shards.open_shards(data, "train")
+
+
+def test_a_shard_that_is_written_anew_under_a_training_ends_it(tmp_path, photo):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"ant")])
+    found = shards.open_shards(data, "train")
+    assert found.read(0) == photo
+    write_tar(data / "train-0.tar", [("b.jpg", photo[::-1]), ("b.cls", b"ant")])
+    os.utime(data / "train-0.tar", ns=(0, 0))
+    with pytest.raises(RunError, match=r"train-0\.tar changed after the command began to read it"):
+        found.read(0)
+
+
+def test_images_without_a_suffix_become_shards_that_are_read_back(tmp_path, capsys):
+    """A phone's JPEG of several pictures is MPO by its content; the shards' reader goes by suffixes."""
+    photos = [Image.new("RGB", (40, 30), (90 * i, 0, 0)) for i in range(3)]
+    photos[0].save(tmp_path / "a", "MPO", save_all=True, append_images=photos[1:])
+    photos[1].save(tmp_path / "b", "PNG")
+    (tmp_path / "t.csv").write_text("path,label,split\na,x,train\nb,y,train\na,x,val\nb,y,val\n")
+    words = ["shards", "--data", str(tmp_path / "t.csv"), "--output", str(tmp_path / "s")]
+    assert main(words) == 0
+    found = shards.open_shards(tmp_path / "s", "train")
+    assert found.names == ["a.jpg", "b.png"]
+    photos[2].save(tmp_path / "a", "GIF")
+    assert main([*words[:-1], str(tmp_path / "other")]) == 1
+    assert "shards have no GIF images: save it as PNG" in capsys.readouterr().err
+
+
+def test_what_a_killed_command_left_unfinished_does_not_take_the_next_ones_space(
+    photos, tmp_path, monkeypatch
+):
+    output = tmp_path / "s"
+    output.mkdir()
+    (output / "train-000000.tar.partial").write_bytes(bytes(1000))
+    seen = []
+
+    def free(folder):
+        seen.append(list(folder.glob("*.partial")))
+        return 10**9
+
+    monkeypatch.setattr(writing, "free_space", free)
+    assert main(["shards", "--data", str(photos), "--output", str(output)]) == 0
+    assert seen == [[]]
+
+
+def test_threads_read_a_few_images_ahead_whatever_a_batch_has(tmp_path, monkeypatch):
+    files = [(f"{i:04}.{kind}", b"x") for i in range(600) for kind in ("jpg", "cls")]
+    data = write_tar(tmp_path / "s" / "train-0.tar", files)
+    spec = LoaderSpec(data, (32,), 100, torch.device("cpu"), splits=SplitOptions(val_data=data))
+    train = dali.make_loaders(dali.DaliOptions(workers=2), spec).train
+    read, original = [], shards.TarShards.read
+    monkeypatch.setattr(
+        shards.TarShards, "read", lambda self, i: read.append(i) or original(self, i)
+    )
+    batches = train._read(train.schedule.batches(0, 0))
+    indices, found = next(batches)
+    assert len(indices) == len(found) == 100
+    assert len(read) <= 100 + (2 * 4 + 2) * 16  # by thread four times 16, and what is under way
+    batches.close()
+    train.close()
