@@ -466,7 +466,9 @@ def test_what_a_killed_command_left_unfinished_does_not_take_the_next_ones_space
 def test_threads_read_a_few_images_ahead_whatever_a_batch_has(tmp_path, monkeypatch):
     files = [(f"{i:04}.{kind}", b"x") for i in range(600) for kind in ("jpg", "cls")]
     data = write_tar(tmp_path / "s" / "train-0.tar", files)
-    spec = LoaderSpec(data, (32,), 100, torch.device("cpu"), splits=SplitOptions(val_data=data))
+    spec = LoaderSpec(
+        data, (32,), 100, torch.device("cpu"), splits=SplitOptions(val_data=data / "train-0.tar")
+    )
     train = dali.make_loaders(dali.DaliOptions(workers=2), spec).train
     read, original = [], shards.TarShards.read
     monkeypatch.setattr(
