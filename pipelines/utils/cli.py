@@ -73,7 +73,6 @@ EXTRAS = {
     "tensorboard": "train",
     "tensorflow": "tensorflow",
     "timm": "timm",
-    "torchmetrics": "train",
     "tyro": "cli",
     "uvicorn": "serve",
     "wandb": "train",

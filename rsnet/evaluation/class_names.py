@@ -85,7 +85,7 @@ def read_names(file: Path, own: Sequence[str], needed: int) -> list[str]:
 def _parsed(file: Path) -> list[str] | dict[str, str]:
     """Return names in order, or by class."""
     with parsing(file, "it is to have a name a line, or JSON"):
-        text = file.read_bytes().decode()
+        text = file.read_bytes().decode("utf-8-sig")  # Windows' editors begin with a mark
         if file.suffix.lower() == ".json":
             content: Any = json.loads(text)
             if isinstance(content, dict):
@@ -94,6 +94,8 @@ def _parsed(file: Path) -> list[str] | dict[str, str]:
         lines = [line.strip() for line in text.splitlines()]
         while lines and not lines[-1]:
             lines.pop()
+        if "" in lines:
+            raise ValueError(f"line {lines.index('') + 1} is empty")
         parts = [line.split(maxsplit=1) for line in lines]
         if lines and all(len(part) == 2 and are_wordnet_ids(part[:1]) for part in parts):
             return dict(parts)

@@ -53,6 +53,8 @@ def _chosen_classes(found: Confusion) -> tuple[NDArray[np.int64], bool]:
         if len(chosen) + len(both) > CLASSES:
             break
         chosen += both
+    if not chosen:  # no image is wrong
+        return every[:CLASSES], False
     return np.sort(np.array(chosen, np.int64)), False
 
 

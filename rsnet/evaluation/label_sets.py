@@ -16,7 +16,12 @@ from torch import Tensor
 from pipelines.utils.errors import DataError, UsageError
 from pipelines.utils.schema import integer, list_of, read_json, require
 from pipelines.utils.text import distinct, first_names
-from rsnet.evaluation.class_names import IMAGENET_CLASSES, are_wordnet_ids, imagenet_ids
+from rsnet.evaluation.class_names import (
+    IMAGENET_CLASSES,
+    are_imagenets,
+    are_wordnet_ids,
+    imagenet_ids,
+)
 
 _ILSVRC_NAME = re.compile(
     r"ILSVRC2012_val_([0-9]{8})(\.[^./]+)?$"
@@ -149,9 +154,7 @@ def real_labels(
 
     Raises UsageError if an image has another name, none has a label, or the network has other outputs.
     """
-    output_of = list(range(num_classes))
-    if classes and all(name.isascii() and name.isdecimal() for name in classes):
-        output_of = [int(output) for output in np.argsort([int(name) for name in classes])]
+    output_of = _imagenet_outputs(classes, num_classes)
     rows = [real[_real_index(path, len(real))] for path in paths]
     largest = max((label for row in rows for label in row), default=-1)
     if largest < 0:
@@ -164,6 +167,24 @@ def real_labels(
     for i, row in enumerate(rows):
         labels[i, : len(row)] = [output_of[label] for label in row]
     return labels
+
+
+def _imagenet_outputs(classes: Sequence[str], num_classes: int) -> list[int]:
+    """Return the outputs of ImageNet's classes, in their order. Raises UsageError for other classes."""
+    if not classes:  # a file of the original code
+        return list(range(num_classes))
+    if _are_numbers(classes):
+        return [int(output) for output in np.argsort([int(name) for name in classes])]
+    if are_imagenets(classes):
+        return list(range(len(classes)))
+    known = imagenet_ids() if are_wordnet_ids(classes) else None
+    if known is None or not {*known} <= {*classes}:
+        raise UsageError(
+            "--real: the network's classes are not ImageNet's, by their WordNet ids (n01440764); of networks "
+            'with more classes than these, timm knows the order: pip install "rsnet-trainer[timm]"'
+        )
+    place = {name: output for output, name in enumerate(classes)}
+    return [place[name] for name in known]
 
 
 def _real_index(path: str, known: int) -> int:

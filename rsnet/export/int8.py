@@ -20,6 +20,7 @@ from pipelines.sources.folder import ImageFolder
 from pipelines.utils.atomic_io import atomic_directory, atomic_write_json
 from pipelines.utils.errors import DataError, UsageError, first_line
 from rsnet.config.model_config import ModelConfig
+from rsnet.distributed.device import has_bf16
 from rsnet.export import onnx_export
 from rsnet.export.writer import export_release
 from rsnet.inference import latency
@@ -149,7 +150,25 @@ def quantize(source: Path, target: Path, inputs: Iterable[NDArray[np.float32]]) 
             weight_type=QuantType.QInt8,
             reduce_range=True,
         )
-        onnx_export.save(target, onnx.load(quantized), about | {"dtype": "int8"})
+        model = onnx.load(quantized)
+        _leave_output_in_float(model.graph)
+        onnx_export.save(target, model, about | {"dtype": "int8"})
+
+
+def _leave_output_in_float(graph: Any) -> None:
+    """Take the last pair of quantization and dequantization out of an ONNX graph.
+
+    It would cut logits off at the range of the images of the calibration, and round many to the same.
+    """
+    (output,) = graph.output
+    producers = {name: node for node in graph.node for name in node.output}
+    back = producers[output.name]
+    if back.op_type != "DequantizeLinear":
+        return
+    there = producers[back.input[0]]
+    (producers[there.input[0]].output[0],) = (output.name,)
+    for node in (there, back):
+        graph.node.remove(node)
 
 
 @contextlib.contextmanager
@@ -203,7 +222,7 @@ def _compare(
         "int8": SwitchableClassifier.load(folder, engine="onnxruntime"),
     }
     sizes = classifiers["int8"].sizes
-    if computes_bfloat16():
+    if has_bf16(torch.device("cpu")):
         classifiers["bfloat16"] = SwitchableClassifier.load(
             content, dtype=torch.bfloat16, fold=True
         )
@@ -243,11 +262,6 @@ def _compare(
             "bfloat16": f"torch {torch.__version__}",
         },
     }
-
-
-def computes_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16; emulated it is slower than float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _require_accuracy(comparison: Comparison, max_drop: float) -> None:

@@ -158,14 +158,15 @@ def read_tuned(folder: str | Path, sha256: str, sizes: Sequence[int], prefix: st
     with parsing(path, advice):
         content = json.loads(path.read_bytes())
         is_known, other = content["format"] == TUNED_FORMAT, content["sha256"] != sha256
+    if other:  # perhaps of other sizes, too
+        raise DataError(f"{path} is of other weights; {advice}")
+    with parsing(path, advice):
         tuned = Tuned(
             {size: float(content["temperatures"][str(size)]) for size in sizes},
             tuple(
                 CascadeStage(index(s["size"]), float(s["threshold"])) for s in content["cascade"]
             ),
         )
-    if other:
-        raise DataError(f"{path} is of other weights; {advice}")
     if not (is_known and _is_valid(tuned, sizes)):
         raise DataError(f"{path} is damaged, or of another version; {advice}")
     return tuned

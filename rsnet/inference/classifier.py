@@ -5,7 +5,9 @@ Needs torch, torchvision, safetensors, numpy and pillow alone.
 
 from __future__ import annotations
 
+import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -73,6 +75,7 @@ class SwitchableClassifier:
         """
         network = content.config["network"]
         self._forward: ModelRunner | OnnxRunner
+        self._alone = _Lock()  # which BatchNorm is used is a state of the network
         if onnx is None:
             model = release.build(content, network["sizes"])
             self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -180,8 +183,7 @@ class SwitchableClassifier:
         many = images if isinstance(images, list | tuple) else [cast(ImageInput, images)]
         if not many:
             raise UsageError("there are no images")
-        decoded = ((i, self.decode(image, f"image {i}")) for i, image in enumerate(many))
-        found = dict(self.stream(decoded, size, confidence, budget_ms, tuned))
+        found = dict(self.stream(enumerate(many), size, confidence, budget_ms, tuned))
         return [found[i] for i in range(len(many))]
 
     def decode(self, source: ImageInput, name: str = "the image") -> Image.Image:
@@ -193,13 +195,14 @@ class SwitchableClassifier:
 
     def stream(
         self,
-        images: Iterable[tuple[Key, Image.Image]],
+        images: Iterable[tuple[Key, ImageInput]],
         size: int | None = None,
         confidence: float | None = None,
         budget_ms: float | None = None,
         tuned: bool = False,
     ) -> Iterator[tuple[Key, Prediction]]:
-        """Yield predictions of decoded images, under the keys these came with; for more than memory holds.
+        """Yield predictions of (key, image) pairs, under their keys, as of `enumerate`; for more than memory
+        holds.
 
         They come as they are decided: in the order of the images, except with a cascade, in which up to two
         batches of decoded images wait at each size but the largest.
@@ -215,7 +218,8 @@ class SwitchableClassifier:
         except latency.OverBudgetError as error:
             raise UsageError(f"{error}{self.remeasure_advice()}") from error
         predict = partial(self.predict, temperatures=found.temperatures if found else UNCALIBRATED)
-        return run_cascade(images, cascade, predict, self.batch_size)
+        decoded = ((key, self.decode(image, f"image {key}")) for key, image in images)
+        return run_cascade(decoded, cascade, predict, self.batch_size)
 
     def calibrate_latency(self) -> latency.Table:
         """Measure a whole batch at each size, from pixels on the host to probabilities there.
@@ -277,7 +281,10 @@ class SwitchableClassifier:
         Raises DataError if the batch does not fit into memory.
         """
         try:
-            return self._forward(self.normalized(pixels), size).float()
+            with self._alone:
+                if (model := getattr(self, "model", None)) is not None and model.training:
+                    model.eval()  # or BatchNorm would learn from what is classified
+                return self._forward(self.normalized(pixels), size).float()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -338,7 +345,7 @@ class SwitchableClassifier:
         if size is not None and size not in self.sizes:
             known = " ".join(map(str, self.sizes))
             raise UsageError(f"size {size}: this network has {known}")
-        return (CascadeStage(size or self.sizes[0]),)
+        return (CascadeStage(int(size or self.sizes[0])),)
 
     def predict(
         self, pixels: list[Tensor], size: int, temperatures: Mapping[int, float] = UNCALIBRATED
@@ -350,11 +357,29 @@ class SwitchableClassifier:
         start = time.perf_counter()
         logits = self.logits(torch.stack(pixels), size) / temperatures.get(size, 1.0)
         probabilities, classes = (t.tolist() for t in logits.softmax(dim=1).topk(self._top))
+        if any(math.isnan(best) for best, *_ in probabilities):
+            raise DataError(f"the network's output at size {size} is not finite; try another dtype")
         ms = 1000 * (time.perf_counter() - start) / len(pixels)
         return [
             Prediction(tuple(self._names[i] for i in indices), tuple(values), size, ms)
             for values, indices in zip(probabilities, classes, strict=True)
         ]
+
+
+class _Lock:
+    """A lock that is copied and pickled as one that nobody holds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
 
 
 def _require_device(device: str | torch.device) -> torch.device:

@@ -14,7 +14,7 @@ from rsnet.checkpoint import io, tf_checkpoint
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.authors_tensorflow import from_tensorflow, is_of_model
 from rsnet.checkpoint.checkpoint import Checkpoint
-from rsnet.checkpoint.weights import load_weights
+from rsnet.checkpoint.weights import load_weights, require_finite
 from rsnet.config.model_config import FULL, ModelConfig
 from rsnet.models.factory import create_model
 from rsnet.models.switchable import ResolutionSwitchable
@@ -80,6 +80,7 @@ class SavedNetwork:
         if self.release is not None:
             return package.build(self.release, wanted)
         with error_context(str(self.file)):
+            require_finite(self.checkpoint.eval_weights)
             model = create_model(self.network.with_sizes(wanted))
             load_weights(model, self.checkpoint.eval_weights, self.network.sizes)
         return model.eval()

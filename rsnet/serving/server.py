@@ -29,7 +29,7 @@ from rsnet.inference.classifier import SwitchableClassifier
 from rsnet.serving import app as routes
 from rsnet.serving.config import ServerConfig
 from rsnet.serving.service import Service, Settings
-from rsnet.serving.size_controller import Cost, SizeController
+from rsnet.serving.size_controller import HOPELESS, Cost, SizeController
 from rsnet.serving.upload import Limits
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -70,6 +70,11 @@ def make_service(classifier: SwitchableClassifier, config: ServerConfig) -> Serv
     controller = None
     if config.deadline_ms is not None:
         costs = _costs(classifier, table)
+        fastest = min(cost.single for cost in costs.values())
+        if fastest > HOPELESS * config.deadline_ms:
+            raise UsageError(
+                f"--deadline-ms {config.deadline_ms:g}: one image takes {fastest:.1f} ms at the fastest size"
+            )
         sizes = [size for size, _ in latency.choices(table, classifier.accuracy)]
         controller = SizeController(config.deadline_ms, costs, sizes, config.batch_size)
     return Service(classifier, settings, controller)

@@ -20,6 +20,7 @@ from rsnet.__main__ import main
 from rsnet.checkpoint import io as checkpoint
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
+from rsnet.evaluation import label_sets
 from tests.conftest import beton_of, needs_ffcv
 from tests.helpers import faults, processes
 from tests.helpers.runs import NETWORK, SIZES, trained, write_run
@@ -147,7 +148,7 @@ def test_some_classes_in_a_folder_without_val_are_compared_among_themselves(
         assert classes == sorted([0, 2], key=lambda c: -z[c])
 
 
-def test_numbered_folders_and_imagenet_reals_labels(run, photos, tmp_path, evaluate):
+def test_numbered_folders_and_imagenet_reals_labels(run, photos, tmp_path, evaluate, monkeypatch):
     """Label 2 of an image is right if any of ReaL's labels is; those without labels are left out."""
     names = {}
     for number, name in ((2, "ant"), (0, "cat")):
@@ -165,6 +166,11 @@ def test_numbered_folders_and_imagenet_reals_labels(run, photos, tmp_path, evalu
     assert sorted(pq.read_table(answers[0])["label"].to_pylist()) == [0] * 5 + [2] * 5
     lists = [[1], [0, 2], [], [2], [0, 1, 2], [1, 0], [2], [], [0], [0]]
     (tmp_path / "real.json").write_text(json.dumps(lists))
+    words = ["-d", tmp_path, "--real", tmp_path / "real.json"]
+    code, _, err = evaluate(run, *words)
+    assert code == 2
+    assert "--real: the network's classes are not ImageNet's, by their WordNet ids" in err
+    monkeypatch.setattr(label_sets, "are_imagenets", lambda _: True)
     code, out, err = evaluate(
         run, "-d", tmp_path, "--real", tmp_path / "real.json", "--predictions", answers[1], "--json",
         "--output", tmp_path / "new",

@@ -21,6 +21,8 @@ NAMES = ("tench", "gold fish", "dog, domestic dog")
     ("name", "text"),
     [
         ("names.txt", "tench\ngold fish\r\n  dog, domestic dog \n\n"),
+        ("names.txt", "\ufefftench\ngold fish\ndog, domestic dog"),  # of an editor of Windows'
+        ("names.json", "\ufeff" + json.dumps(NAMES)),
         ("names.json", json.dumps(NAMES)),
         ("names.json", json.dumps(dict(zip(IDS, NAMES, strict=True)) | {"n09999999": "more"})),
         ("names.json", json.dumps({"0": "tench", "2": NAMES[2], "1": NAMES[1]})),
@@ -46,6 +48,7 @@ def test_a_file_names_all_outputs_of_a_network_that_names_none(tmp_path):
     [
         ("x.txt", b"one\ntwo\n", UsageError, "x.txt has 2 names, and the network 3 classes"),
         ("x.txt", b"", UsageError, "0 names"),
+        ("x.txt", b"one\n\nthree\n", DataError, r"x.txt is damaged .*line 2 is empty"),
         ("x.txt", b"\xff\xfe", DataError, "x.txt is damaged"),
         ("x.json", b"{", DataError, "x.json is damaged"),
         ("x.json", b"7", DataError, "x.json is damaged"),

@@ -61,3 +61,8 @@ def test_no_name_breaks_the_plot(tmp_path):
     nothing_wrong = _confusion(5, 0)
     confusion_plot.plot(tmp_path / "y.png", "net", nothing_wrong, ["64", "48"], names)
     assert (tmp_path / "y.png").stat().st_size > 0
+
+
+def test_of_many_classes_without_a_confusion_the_matrix_has_the_first():
+    classes, is_all = confusion_plot._chosen_classes(_confusion(100, 0))
+    assert (classes.tolist(), is_all) == (list(range(CLASSES)), False)

@@ -128,3 +128,17 @@ def test_a_file_that_is_not_reals_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(DataError, match=r"real\.json is damaged .*reassessed-imagenet") as caught:
         read_real(file)
     assert "\n" not in str(caught.value)
+
+
+def test_real_labels_are_of_imagenets_classes_wherever_a_network_has_them():
+    ids = list(imagenet_ids())
+    assert real_labels(_paths(1), [[65, 3]], ids, 1000).tolist() == [[65, 3]]
+    more = sorted([*ids, "n00000001", "n99999999"])  # as of ImageNet-21k
+    labels = real_labels(_paths(1), [[65, 3]], more, 1002)
+    assert [more[i] for i in labels[0]] == [ids[65], ids[3]]
+
+
+@pytest.mark.parametrize("classes", [[f"c{i:03}" for i in range(1000)], ["n01440764", "n01443537"]])
+def test_real_labels_of_other_classes_are_refused(classes):
+    with pytest.raises(UsageError, match=r"^--real: the network's classes are not ImageNet's"):
+        real_labels(_paths(1), [[1]], classes, len(classes))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from rsnet.evaluation.evaluate import Accuracy
+from rsnet.evaluation.metrics import confusion
 from rsnet.training.loss_meter import LossMeter
 from rsnet.training.nonfinite import FiniteGuard
 
@@ -119,3 +123,28 @@ def test_the_guard_names_the_first_step_and_its_terms():
         guard.close(step)
         assert (guard.verdict() is None) == (step == 0)
     assert guard.verdict() == (1, ["kd"])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 30, 20_000])
+def test_confusions_are_the_pairs_of_the_matrix_that_occur_the_most_frequent_first(classes):
+    """20,000 classes: a matrix would take 3.2 GB for each size."""
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, (200, 1))
+    is_right = rng.random((200, 3)) < 0.4
+    answers = np.where(is_right, labels, rng.integers(0, min(classes, 4), (200, 3)))
+    found = confusion(SimpleNamespace(classes=answers[:, :, None], labels=labels))
+    expected = {
+        (label, answer): [0, 0, 0]
+        for label, row in zip(labels[:, 0].tolist(), answers.tolist(), strict=True)
+        for answer in row
+    }
+    for label, row in zip(labels[:, 0].tolist(), answers.tolist(), strict=True):
+        for place, answer in enumerate(row):
+            expected[label, answer][place] += 1
+    pairs = list(zip(found.labels.tolist(), found.answers.tolist(), strict=True))
+    assert dict(zip(pairs, found.counts.tolist(), strict=True)) == expected
+    assert len(pairs) == len(expected)
+    images = Counter(labels[:, 0].tolist())
+    assert found.images.tolist() == [images[label] for label, _ in pairs]
+    wrong = [found.counts[i, 0] for i in found.wrong]
+    assert wrong == sorted(wrong, reverse=True)

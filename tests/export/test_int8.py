@@ -42,7 +42,7 @@ def exported(data, tmp_path_factory) -> Path:
     source = releases.write(folder / "release", sizes=list(SIZES))
     words = ["--format", "onnx", "--int8", "--calibrate", str(data), "--max-drop", "100"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8, "computes_bfloat16", lambda: True)
+        patch.setattr(int8, "has_bf16", lambda _: True)
         assert main(["export", str(source), "--output", str(folder / "int8"), *words]) == 0
     return folder / "int8"
 
@@ -343,3 +343,17 @@ def test_a_release_is_no_export(exported, data, capsys):
     assert main(["predict", str(source), photo, "--engine", "onnxruntime", "--device", "cpu"]) == 2
     err = capsys.readouterr().err
     assert f"{source} holds no export.json; write a folder for it by `rsnet export" in err
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_are_neither_rounded_nor_cut_off(exported, data, size):
+    nodes, _ = _graph(exported / f"model-{size}.onnx")
+    (last,) = (node for node in nodes if "logits" in node.output)
+    assert last.op_type == "Gemm"
+    images, _ = _inputs(data, size)
+    logits = _logits(exported / f"model-{size}.onnx", images * 3)  # beyond the calibrated range
+    assert len(np.unique(logits)) > 256
+
+
+def test_images_to_calibrate_with_are_spread_over_all():
+    assert int8._spread([*"abcdefghi"], 3) == ["a", "d", "g"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 import re
 import struct
+import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -319,3 +324,62 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(folder, monkeypatch, 
     message = "1 images at size 64 do not fit into the memory of cpu; give a smaller --batch-size"
     with pytest.raises(DataError, match=message):
         classifier.classify(Image.new("RGB", (50, 50)))
+
+
+def test_threads_that_share_a_classifier_get_the_answers_of_one(folder):
+    """The size that is computed is a state of the network."""
+    classifier = SwitchableClassifier.load(folder, batch_size=4)
+    photos = [_photo(i) for i in range(3)]
+    expected = {s: classifier.classify(photos, size=s) for s in SIZES}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            asked = [SIZES[i % len(SIZES)] for i in range(60)]
+            found = list(pool.map(lambda size: classifier.classify(photos, size=size), asked))
+    finally:
+        sys.setswitchinterval(interval)
+    for size, answers in zip(asked, found, strict=True):
+        for answer, known in zip(answers, expected[size], strict=True):
+            assert answer.probabilities == pytest.approx(known.probabilities, rel=1e-4)
+
+
+def test_a_network_in_training_mode_is_classified_with_as_it_is(folder):
+    classifier = SwitchableClassifier.load(folder, batch_size=4)
+    (before,) = classifier.classify(_photo(0))
+    classifier.model.train()
+    for _ in range(2):
+        (after,) = classifier.classify(_photo(0))
+        assert after.probabilities == before.probabilities
+
+
+def test_a_classifier_is_copied_and_pickled(folder):
+    classifier = SwitchableClassifier.load(folder, batch_size=4)
+    (expected,) = classifier.classify(_photo(0))
+    for other in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier))):
+        assert other.classify(_photo(0))[0].probabilities == expected.probabilities
+
+
+def test_a_stream_takes_what_classify_takes(classifier, files):
+    images = [
+        _photo(0).convert("YCbCr"),
+        files["rgb"],
+        np.asarray(_photo(1)),
+        _photo(2).convert("RGBA"),
+    ]
+    expected = classifier.classify(images)
+    streamed = dict(classifier.stream(enumerate(images)))
+    assert [streamed[i].probabilities for i in range(4)] == [p.probabilities for p in expected]
+
+
+def test_a_size_of_numpy_is_a_number_of_json(classifier):
+    (found,) = classifier.classify(_photo(0), size=np.int64(32))
+    assert json.loads(json.dumps(found.to_dict()))["size"] == 32
+
+
+def test_an_output_that_is_not_finite_is_an_error(folder):
+    classifier = SwitchableClassifier.load(folder, batch_size=4)
+    with torch.no_grad():
+        classifier.model.network.fc.bias.fill_(torch.nan)
+    with pytest.raises(DataError, match="the network's output at size 64 is not finite"):
+        classifier.classify(_photo(0))

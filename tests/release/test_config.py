@@ -29,7 +29,7 @@ from tests.helpers.runs import (
         ("{}", "is of format None; this version reads 1"),
         ('{"format": 2}', "is of format 2; this version reads 1"),
         ('{"format": 1}', "network is missing"),
-        (" " * (2**22 + 1), "has 4194305 bytes, more than the 4194304"),
+        (" " * (2**26 + 1), "has 67108865 bytes, more than the 67108864"),
     ],
 )
 def test_a_config_that_is_none_is_refused(folder, capsys, text, message):

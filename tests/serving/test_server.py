@@ -10,12 +10,14 @@ import httpx
 import numpy as np
 import pytest
 
+from pipelines.utils.errors import UsageError
 from rsnet.__main__ import main
 from rsnet.inference.classifier import Prediction
 from rsnet.inference.runner import CudaGraphRunner
 from rsnet.serving import server as serve
 from rsnet.serving.config import ServerConfig
 from rsnet.serving.service import Service
+from rsnet.serving.size_controller import SizeController
 from tests.helpers.cuda_graphs import FakeCuda
 from tests.helpers.fuzzed import jpeg_with_scans
 from tests.helpers.releases import SIZES
@@ -316,14 +318,23 @@ def test_a_batch_that_fails_is_said_and_the_next_one_is_computed(classifier, cap
     assert capfd.readouterr().err == "a batch at size 64 failed: out of memory\n"
 
 
-def test_a_deadline_chooses_for_those_requests_alone_that_do_not(classifier):
+def test_a_deadline_chooses_for_those_requests_alone_that_do_not(classifier, monkeypatch):
     with serving(classifier, deadline_ms=60_000.0) as client:
         assert client.post("/classify", content=PHOTO).json()["size"] == 64
-    with serving(classifier, deadline_ms=0.001) as client:
+    with serving(classifier, deadline_ms=60_000.0) as client:
+        monkeypatch.setattr(SizeController, "choose", lambda *_: None)
         found = client.post("/classify", content=PHOTO)
         assert (found.status_code, found.headers["retry-after"]) == (503, "1")
         assert found.json()["detail"].endswith("no size is fast enough for the deadline now")
         assert client.post("/classify?size=64", content=PHOTO).status_code == 200
+
+
+def test_a_deadline_that_no_size_can_keep_is_refused_at_the_start(classifier):
+    with (
+        pytest.raises(UsageError, match=r"^--deadline-ms 0.001: one image takes [0-9.]+ ms at the"),
+        serving(classifier, deadline_ms=0.001),
+    ):
+        pass
 
 
 def test_cuda_graphs_are_captured_before_the_first_request(classifier, monkeypatch):

@@ -474,7 +474,7 @@ def test_threads_read_a_few_images_ahead_whatever_a_batch_has(tmp_path, monkeypa
     monkeypatch.setattr(
         shards.TarShards, "read", lambda self, i: read.append(i) or original(self, i)
     )
-    batches = train._read(train.schedule.batches(0, 0))
+    batches = train._feed._read(train.schedule.batches(0, 0))
     indices, found = next(batches)
     assert len(indices) == len(found) == 100
     assert len(read) <= 100 + (2 * 4 + 2) * 16  # by thread four times 16, and what is under way
