@@ -138,6 +138,8 @@ def run(
         require_trainable(resolved, device)
         swept = names_of(resolved.profile_sweep, options, distributed.world_size())
         start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
+        if distributed.is_main() and (note := start.require_same_data(config, resolved)):
+            console.say(note)
         return resolved, swept
 
     resolved, swept = distributed.run_on_all(checked)

@@ -50,7 +50,7 @@ from pipelines.utils.atomic_io import (
     remove_partial,
     sha256_file,
 )
-from pipelines.utils.errors import DataError, UsageError, error_context, way_out
+from pipelines.utils.errors import DataError, RunError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
@@ -228,7 +228,7 @@ def _check_space(output: Path, splits: list[_Split], encoder: Encoder, workers: 
         total += size
     free = free_space(output)
     if total > free:
-        raise UsageError(
+        raise RunError(
             f"--output: about {format_bytes(total)} are to be written, {output} has {format_bytes(free)} free"
         )
 

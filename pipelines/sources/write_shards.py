@@ -31,7 +31,7 @@ from pipelines.utils.atomic_io import (
     fsync_directory,
     remove_partial,
 )
-from pipelines.utils.errors import DataError, UsageError, first_line, way_out
+from pipelines.utils.errors import DataError, RunError, UsageError, first_line, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.output import say
 from pipelines.utils.progress import ProgressBar, format_bytes
@@ -92,7 +92,7 @@ def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
         raise UsageError(f"--output: {output} has {taken[0]} already; {advice}")
     total, free = total - sum(shard.stat().st_size for shard in there), free_space(output)
     if total > free:
-        raise UsageError(
+        raise RunError(
             f"--output: about {format_bytes(total)} are to be written, {output} has {format_bytes(free)} free"
         )
 

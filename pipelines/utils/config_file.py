@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.utils.errors import DataError, UsageError, first_line
+from pipelines.utils.errors import UsageError, first_line
 from pipelines.utils.synonyms import advice
 
 FLAG, NO = "--config", "--no-"
@@ -38,7 +38,7 @@ def split_config(words: Sequence[str]) -> tuple[list[str], Path | None]:
 def read_config(path: Path) -> dict[str, Any]:
     """Return the options in a file, as YAML or, by the suffix .json, JSON.
 
-    Raises UsageError if there is no such file, DataError if it is no mapping of names to values.
+    Raises UsageError if there is no such file, or it is no mapping of names to values.
     """
     if not path.is_file():
         raise UsageError(f"{FLAG}: there is no file {path}")
@@ -46,9 +46,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(data) if path.suffix == ".json" else _yaml(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{FLAG} {path}: it cannot be read ({first_line(error)})") from error
+        raise UsageError(f"{FLAG} {path}: it cannot be read ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise DataError(f"{FLAG} {path}: give lines such as `epochs: 30`")
+        raise UsageError(f"{FLAG} {path}: give lines such as `epochs: 30`")
     return {str(name): value for name, value in content.items()}
 
 

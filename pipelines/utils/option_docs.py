@@ -110,10 +110,7 @@ def help_page(program: str, about: str, groups: Mapping[str, Sequence[OptionDoc]
     for title, group in groups.items():
         if entries := [_entry(option, width) for option in group if not option.is_positional]:
             page += [title, *entries, ""]
-    config = (
-        "Read options from a YAML or JSON file, such as a run's config.json; the command line takes "
-        "precedence."
-    )
+    config = "Read options from a YAML or JSON file; the command line takes precedence."
     common = [
         _entry_of("--config FILE", config, width),
         _entry_of("-h, --help", "Show this help.", width),

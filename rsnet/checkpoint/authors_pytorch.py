@@ -92,9 +92,9 @@ def from_original(
     sizes = _valid(sizes or DEFAULT_SIZES)
     if len(sizes) != copies:
         raise UsageError(
-            f"--sizes: this file was trained for {copies} sizes; name them, in the order in which they "
-            f"were given to the original (not {' '.join(map(str, sizes))}); for some of them alone "
-            "first make a run of it, with `python -m rsnet import`"
+            f"--sizes: this file was trained for {copies} sizes, not for {' '.join(map(str, sizes))}; make a "
+            "run of it by `rsnet import FILE --sizes SIZES --output DIR`, with the sizes in the order in "
+            "which they were given to the original"
         )
     classifier = state.get(
         "classifier.module.weight" if "mobilenet" in arch else "fc.module.weight"

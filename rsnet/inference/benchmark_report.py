@@ -46,7 +46,9 @@ def section(figures: Figures) -> str:
     for c in figures.cascades:
         if c.how == "tuned":
             what = f"top-1 {c.top1:.2f} % at {c.ms:.4g} ms an image"
-            images = f"{figures.held_out} images that it was not fitted to"
+            images = (
+                f"{figures.held_out} images, none of which it was fitted to if it was on this data"
+            )
             lines += ["", f"The cascade in tuned.json: {what} ({images})."]
     return "\n".join(lines)
 

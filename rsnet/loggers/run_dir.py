@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -37,6 +38,10 @@ PACKAGES = (
 )
 
 
+# What may lie in a run's folder before its first checkpoint.
+BESIDE_A_RUN = ("evaluation.json", "evaluation.png", "libraries.log", "lock", "log.txt", "profile",
+                "tensorboard", "wandb", "wandb.json")  # fmt: skip
+
 WRITTEN_WHOLE = ("config.json", "env.json", "command.txt", "results.json", "curves.png")
 
 
@@ -55,6 +60,22 @@ def is_last_typed(commands: bytes, typed: str) -> bool:
     """Return whether a command is the last one of the content of a command.txt."""
     lines = commands.decode(errors="surrogateescape").split("\n")
     return [line for line in lines if line.startswith(TYPED)][-1:] == [TYPED + typed]
+
+
+def _others(path: Path) -> list[str]:
+    """Return what a folder has that no run has written, but hidden files."""
+    if not path.is_dir():
+        return []
+    own = {*WRITTEN_WHOLE, *BESIDE_A_RUN}
+    names = sorted(entry.name for entry in path.iterdir())
+    return [name for name in names if name not in own and not name.startswith(".")]
+
+
+def _advice(error: OSError) -> str:
+    """Return what to do about a file of a run that cannot be written."""
+    if error.errno in (errno.ENOENT, errno.ESTALE):
+        return "the run's folder is gone, or has another name: --output NAME --resume auto goes on from it"
+    return "free some space and run the same command"
 
 
 class RunDir:
@@ -76,6 +97,11 @@ class RunDir:
         if not begun and (others := [name for name in WRITTEN_WHOLE if (path / name).exists()]):
             raise UsageError(
                 f"--output: {path} holds no run, but {first_names(others)}; give another folder"
+            )
+        if not begun and (others := _others(path)):
+            raise UsageError(
+                f"--output: {path} holds other files ({first_names(others)}); name a folder of the run's "
+                f"own, such as {path / 'run'}"
             )
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -127,7 +153,7 @@ class RunDir:
                     os.truncate(self.path / name, before)
             line = f"cannot write to {self.path / name}: {error.strerror}"
             if self.on_error is None:
-                raise RunError(f"{line}; free some space and run the same command") from error
+                raise RunError(f"{line}; {_advice(error)}") from error
             self.on_error(line)
 
     def note(self, text: str) -> None:

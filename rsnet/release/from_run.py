@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.utils.atomic_io import atomic_write
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.model_config import ModelConfig
 from rsnet.evaluation.class_names import readable_names
@@ -45,9 +47,19 @@ def release_run(
         model = source.build()
         network = source.network.to_dict()
         written = package.write(output, network, model, **_facts(source, model, class_names))
+        if source.run_dir is not None and source.kind == "run":
+            _take_tuned_along(source.run_dir, written)
     for line in source.lines():
         say(line)
     return written
+
+
+def _take_tuned_along(run_dir: Path, written: package.Release) -> None:
+    """Copy the run's tuned.json into its release, if it is of these weights."""
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or damaged
+        data = (run_dir / package.TUNED).read_bytes()
+        if json.loads(data)["sha256"] == written.config["weights"]["sha256"]:
+            atomic_write(written.folder / package.TUNED, data)
 
 
 def released(source: SavedNetwork) -> package.Release:

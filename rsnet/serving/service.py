@@ -6,12 +6,13 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fastapi import HTTPException, Request
+from torch import Tensor
 
 from pipelines.utils.errors import UsageError, first_line
 from rsnet.inference.cascade import Cascade, CascadeStage, Prediction
@@ -59,6 +60,8 @@ class Service:
         )
         self.metrics = Metrics(classifier.sizes, lambda: self._under_way)
         self._decoders = ThreadPoolExecutor(DECODERS, "decode")
+        # Else images of requests that were given up would wait with their bytes for a decoder.
+        self._free_decoders = asyncio.Semaphore(DECODERS)
         self._under_way = 0
         # Images by size, of requests whose image is there.
         self._unanswered: Counter[int] = Counter()
@@ -119,12 +122,25 @@ class Service:
 
     async def _computed(self, data: bytes, cascade: Cascade) -> list[Prediction]:
         sizes = [stage.size for stage in cascade]
-        loop, most = asyncio.get_running_loop(), self._settings.limits.most_pixels
-        pixels = await loop.run_in_executor(self._decoders, upload.decode, data, sizes, most)
+        pixels = await self._decoded(data, sizes)
         try:
             return await asyncio.wrap_future(self.batches.submit(pixels, cascade))
         except Exception as error:  # whatever the network's library raises
             raise HTTPException(500, f"computing failed: {first_line(error)}") from error
+
+    async def _decoded(self, data: bytes, sizes: Sequence[int]) -> dict[int, Tensor]:
+        """Decode an image, once a decoder is free; it is taken until it is done, whoever has given up."""
+        await self._free_decoders.acquire()
+        loop = asyncio.get_running_loop()
+
+        def free(_: object) -> None:
+            with suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(self._free_decoders.release)
+
+        most = self._settings.limits.most_pixels
+        work = self._decoders.submit(upload.decode, data, sizes, most)
+        work.add_done_callback(free)
+        return await asyncio.wrap_future(work)
 
     async def _until_disconnect(
         self, request: Request, data: bytes, cascade: Cascade

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastapi import HTTPException, Request
 from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 from torch import Tensor
@@ -22,6 +23,9 @@ from rsnet.inference import preprocess
 
 # Formats that cameras and browsers write. Each further one is a decoder for untrusted bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+
+# A form's file stays in memory, as `_bounded` limits its bytes: there may be no disk to write on.
+MultiPartParser.spool_max_size = 1 << 40
 
 # Seconds for a body that nobody reads: 10 MB take one at 80 Mbit/s.
 DISCARD_S = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.utils.errors import DataError, UsageError, error_context
-from pipelines.utils.location import url_of
+from pipelines.utils.location import Url, location, url_of
 from pipelines.utils.schema import read_json
 from rsnet.checkpoint.authors_pytorch import assumed_sizes
 from rsnet.checkpoint.checkpoint import Checkpoint
@@ -91,6 +92,27 @@ class Start:
                 f"{flag}{config.output} already holds a run with other options ({', '.join(changed)}); "
                 "resume it with --resume auto, or choose another --output"
             )
+
+    def require_same_data(self, given: TrainConfig, config: ResolvedConfig) -> str:
+        """Return a note if the run in --output is continued, without --resume, on images of another place.
+
+        Raises UsageError if its folder was not named either: folders of images that are called alike have
+        the same one by default, and images of the same names are taken for the same. Looks at this machine's
+        paths.
+        """
+        if not self.must_be_same:
+            return ""
+        moved = []
+        for name in ("data", "val_data"):
+            before, now = self.config.get(name), getattr(config, name)
+            if before is not None and now is not None and _place(before) != _place(now):
+                moved.append(f"--{name.replace('_', '-')} {before} -> {now}")
+        if moved and given.output is None:
+            raise UsageError(
+                f"{config.output} holds a run on images of another place ({', '.join(moved)}); give a folder "
+                "of its own by --output, or --resume auto if the same images were moved"
+            )
+        return f"not as before: {', '.join(moved)}" if moved else ""
 
     def require_unfinished(self, config: ResolvedConfig) -> str:
         """Return a message if the same command has finished already; else "".
@@ -272,6 +294,12 @@ def adopted(config: ResolvedConfig, alone: ResolvedConfig) -> list[str]:
     ours, own = to_plain_dict(config), to_plain_dict(alone)
     taken = [name for name in own if name in names and ours[name] != own[name]]
     return [f"--{name.replace('_', '-')} {_shown(ours[name])}" for name in taken]
+
+
+def _place(data: Any) -> str:
+    """Return where images lie, whatever links lead there."""
+    found = location(str(data))
+    return str(found) if isinstance(found, Url) else os.path.realpath(found)
 
 
 def _shown(value: Any) -> str:

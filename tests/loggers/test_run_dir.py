@@ -199,3 +199,25 @@ def test_a_file_of_an_earlier_end_is_set_aside(tmp_path):
     run.set_aside("results.json")
     assert not (tmp_path / "results.json").exists()
     assert json.loads((tmp_path / "results.json.earlier").read_text()) == {"32": 1}
+
+
+def test_a_folder_of_other_things_does_not_become_a_run(tmp_path):
+    (tmp_path / "runs" / "first" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        UsageError, match=r"^--output: .*/runs holds other files \(first\); name a folder"
+    ):
+        RunDir(tmp_path / "runs", continues=False, active=True)
+    assert not (tmp_path / "runs" / "metrics.jsonl").exists()
+    for name in (".gitkeep", "libraries.log", "lock", "evaluation.json"):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / name).touch()
+    RunDir(tmp_path / "new", continues=False, active=True)
+
+
+def test_a_run_whose_folder_is_renamed_ends_with_the_way_on(tmp_path):
+    run = RunDir(tmp_path / "run", continues=False, active=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(
+        RunError, match="the run's folder is gone, or has another name: --output NAME"
+    ):
+        run.append_text("metrics.jsonl", "{}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsnet.__main__ import main
@@ -171,3 +174,33 @@ def test_imagenets_ids_are_named_without_a_file(tmp_path):
     network = NETWORK | {"num_classes": 1000, "classes": list(imagenet_ids()), "sizes": [32]}
     names = released(open_source(write_run(tmp_path / "run", network))).config["class_names"]
     assert (len(names), names[0], names[999]) == (1000, "tench", "toilet tissue")
+
+
+def test_what_was_tuned_of_a_run_is_released_with_its_weights_alone(tmp_path):
+    run = write_run(tmp_path / "run")
+    sha256 = released(open_source(run)).config["weights"]["sha256"]
+    for name, content, is_taken in (
+        ("other", {"sha256": "0" * 64}, False),
+        ("broken", [], False),
+        ("own", {"sha256": sha256, "any": 1}, True),
+    ):
+        (run / "tuned.json").write_text(json.dumps(content))
+        assert main(["release", str(run), "--output", str(tmp_path / name)]) == 0
+        found = tmp_path / name / "tuned.json"
+        assert found.exists() == is_taken
+    assert json.loads(found.read_text()) == {"sha256": sha256, "any": 1}
+
+
+def test_weights_that_are_not_finite_are_neither_classified_with_nor_released(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    best = run / "checkpoints" / "best.pt"
+    broken = checkpoint.load(best)
+    broken.model["network.conv1.weight"][0, 0, 0, 0] = torch.nan
+    checkpoint.save(best, broken)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    for words in (
+        ["predict", str(run), str(tmp_path / "a.png")],
+        ["release", str(run), "--output", "x"],
+    ):
+        assert main(words) == 1
+        assert "network.conv1.weight has numbers that are not finite" in capsys.readouterr().err

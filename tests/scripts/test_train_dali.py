@@ -264,10 +264,35 @@ def test_errors_name_only_options_that_were_typed(train, photos, tmp_path):
     shutil.copytree(photos, other)
     image = next((other / "train" / "ant").iterdir())
     image.rename(image.with_name("renamed.JPEG"))
-    code, _, err = train("--data", other, *words)
+    code, _, err = train("--data", other, *words, "--output", "runs/parallel_resnet18-pets")
     assert code == 2
     assert "--resume" not in err.replace("--resume auto", "")
     assert "runs/parallel_resnet18-pets: " in err
+
+
+def test_images_of_another_folder_of_the_same_name_are_not_taken_for_the_runs(
+    train, photos, tmp_path
+):
+    words = [*RUN, "--epochs", 1, "--wandb", "disabled"]
+    for name in ("a", "b"):
+        shutil.copytree(photos, tmp_path / name / "pets")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "pets")
+    assert train("--data", tmp_path / "a" / "pets", *words)[0] == 0
+    config = Path("runs/parallel_resnet18-pets/config.json").read_bytes()
+    code, _, err = train("--data", tmp_path / "b" / "pets", *words)
+    assert code == 2
+    moved = f"--data {tmp_path}/a/pets -> {tmp_path}/b/pets"
+    assert f"runs/parallel_resnet18-pets holds a run on images of another place ({moved}); " in err
+    assert Path("runs/parallel_resnet18-pets/config.json").read_bytes() == config
+    same = ["--output", "runs/parallel_resnet18-pets"]
+    code, out, _ = train("--data", tmp_path / "b" / "pets", *words, *same)
+    assert code == 0
+    assert f"not as before: {moved}\n" in out
+    code, out, _ = train("--data", tmp_path / "link", *words, *same)
+    assert code == 0
+    assert "not as before" in out  # the run is one on b/pets now
+    code, out, _ = train("--data", tmp_path / "a" / "pets", *words, *same)
+    assert "not as before" not in out
 
 
 def test_what_a_command_leaves_to_the_run_that_it_continues_is_said(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import sys
+import tempfile
+import threading
 from collections import Counter
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.utils.errors import UsageError
 from rsnet.__main__ import main
 from rsnet.inference.classifier import Prediction
 from rsnet.inference.runner import CudaGraphRunner
 from rsnet.serving import server as serve
+from rsnet.serving import upload
 from rsnet.serving.config import ServerConfig
 from rsnet.serving.service import Service
 from rsnet.serving.size_controller import SizeController
@@ -297,6 +302,37 @@ def test_a_request_that_timed_out_is_not_computed(classifier, gate, pool):
         assert client.post("/classify", content=plain(30)).status_code == 200
         assert client.service._under_way == 0
     assert colours(gate) == [10, 30]
+
+
+def test_images_of_requests_that_were_given_up_do_not_wait_for_a_decoder(
+    classifier, monkeypatch, pool
+):
+    opened, decoding = threading.Event(), upload.decode
+
+    def slow(data, sizes, most):
+        opened.wait(30)
+        return decoding(data, sizes, most)
+
+    monkeypatch.setattr(upload, "decode", slow)
+    with serving(classifier, timeout=0.2) as client:
+        late = [pool.submit(client.post, "/classify", content=PHOTO) for _ in range(8)]
+        assert [f.result().status_code for f in late] == [504] * 8
+        assert client.service._under_way == 0
+        assert client.service._decoders._work_queue.qsize() == 0
+        opened.set()
+    with serving(classifier) as client:  # for as long as it takes
+        assert client.post("/classify", content=PHOTO).status_code == 200
+
+
+def test_a_form_needs_no_disk(classifier, monkeypatch, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8))
+    data = io.BytesIO()
+    noise.save(data, "PNG")
+    assert len(data.getvalue()) > 2**21
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    with serving(classifier, max_megabytes=5.0) as client:
+        found = client.post("/classify", files={"any": ("a.png", data.getvalue())})
+    assert found.status_code == 200
 
 
 def test_a_batch_that_fails_is_said_and_the_next_one_is_computed(classifier, capfd):

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from pipelines.dali import DaliOptions
 from pipelines.utils.cli import parse_options
-from pipelines.utils.errors import DataError, UsageError
+from pipelines.utils.errors import UsageError
 from rsnet.config.command_line import parse
 from rsnet.config.train_config import to_plain_dict
 
@@ -72,10 +72,10 @@ def test_a_file_gives_what_the_command_line_does_not(tmp_path):
         ("learning_rate: 8", UsageError, "learning_rate: there is no such option; did you mean --lr?"),
         ("source: x", UsageError, "source: there is no such option"),
         ("lr: {a: 1}", UsageError, "lr: give a value, or a list of values"),
-        ("[1, 2]", DataError, "give lines such as `epochs: 30`"),
-        ("", DataError, "give lines such as `epochs: 30`"),
-        ("a: b: c", DataError, "it cannot be read (mapping values are not allowed here"),
-        ("lr: [" * 5000, DataError, "it cannot be read ("),
+        ("[1, 2]", UsageError, "give lines such as `epochs: 30`"),
+        ("", UsageError, "give lines such as `epochs: 30`"),
+        ("a: b: c", UsageError, "it cannot be read (mapping values are not allowed here"),
+        ("lr: [" * 5000, UsageError, "it cannot be read ("),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_one_line_with_its_name(tmp_path, text, error, message):
