@@ -6,13 +6,16 @@ import subprocess
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from pipelines.sources.options import SplitOptions
 from pipelines.synthetic import SyntheticOptions, make_loaders
 from pipelines.utils.errors import RunError, UsageError
 from rsnet import train
+from rsnet.config.command_line import parse
 from rsnet.config.resolve import resolve
 from rsnet.config.train_config import TrainConfig
 from rsnet.distributed import process_group
@@ -177,3 +180,34 @@ def test_an_error_of_another_command_stays_what_it_is(tmp_path):
         train._device_errors_in_one_line(config, torch.device("cpu")),
     ):
         subprocess.run(["/bin/false"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--flip shared", "flip", "shared"),
+        ("--seed 5", "seed", 5),
+        ("--random-erase 0.3", "random_erase", 0.3),
+        ("--auto-augment rand --ra-magnitude 7", "ra_magnitude", 7),
+        ("--auto-augment rand", "auto_augment", "rand"),
+        ("--ra-reps 3", "repeats", 3),
+        ("--balanced-sampling", "balanced_sampling", True),
+        ("--class-weights balanced", "class_weights", "balanced"),
+        ("--normalize unit", "normalize", "unit"),
+        ("--train-size-scale 0.5", "train_sizes", (16, 12)),
+        ("--val-fraction 0.1", "splits", SplitOptions(val_fraction=0.1)),
+    ],
+)
+def test_options_of_the_images_reach_the_loaders(words, name, value):
+    line = f"--data d --arch resnet18 --sizes 32 24 {words}"
+    config, _ = parse(SyntheticOptions, line.split())
+    resolved = resolve(config, world_size=1, device_type="cpu", has_bf16=False)
+    assert getattr(train._spec(resolved, torch.device("cpu"), None), name) == value
+
+
+def test_an_evaluation_whose_loss_is_infinite_is_no_result(monkeypatch):
+    found = {"32": {"top1": 0.0, "top5": 0.0, "loss": float("inf")}}
+    monkeypatch.setattr(train, "evaluate_with_progress", lambda *_: found)
+    monkeypatch.setattr(train, "say_header", lambda _: None)
+    with pytest.raises(RunError, match="the loss at size 32 is not finite"):
+        train.evaluate(mock.MagicMock(), writes=False)

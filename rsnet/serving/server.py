@@ -177,8 +177,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End once requests are answered, whatever is pressed again: else uvicorn ends with tracebacks."""
-        super().handle_exit(sig, frame)
-        self.force_exit = False
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

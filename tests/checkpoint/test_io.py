@@ -207,3 +207,16 @@ def test_what_could_not_be_loaded_is_not_written(tmp_path):
     ):
         checkpoint.save(tmp_path / "x.pt", Checkpoint(network, {}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
+    path, digest = tmp_path / "last.pt", checkpoint.sha256_file
+    checkpoint.write(path, {"a": 1})
+
+    def replaced(file):
+        checkpoint.write(file, {"a": 2})
+        return digest(file)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", replaced)
+    with pytest.raises(DataError, match="is no checkpoint of this trainer"):  # but it was read
+        checkpoint.load(path)

@@ -369,3 +369,23 @@ def test_metrics_are_uploaded_however_many_they_are(tmp_path, monkeypatch):
     run.upload(b"1")
     assert run.uploader.remote.store.read("metrics.jsonl") == b"a line of more\n"
     assert run.uploader.remote.store.read("notes.json") is None
+
+
+def test_a_run_that_was_taken_over_removes_nothing_of_the_others(s3, tmp_path, monkeypatch):
+    first, second = Run(tmp_path / "a", keep=1), Run(tmp_path / "b", keep=1)
+    first.uploader.start()
+    first.save(b"one")
+    first.uploader.add(0, 0)
+    first.wait()
+    send = first.uploader._send
+
+    def begin_meanwhile(*arguments) -> None:
+        send(*arguments)
+        second.uploader.start()
+
+    monkeypatch.setattr(first.uploader, "_send", begin_meanwhile)
+    first.save(b"two")
+    first.uploader.add(1, 0)
+    first.uploader.close(20)
+    assert any(sha(b"one") in name for name in checkpoints(s3))
+    second.uploader.close(20)

@@ -245,6 +245,17 @@ def test_a_continued_run_keeps_what_it_was_started_with():
         ("--mode preact --qa 2 --fixed-qa", "--no_fixed_qa", "fixed_qa", True, False),
         ("--class-weights balanced", "--class-weights none", "class_weights", "balanced", None),
         ("--on-nonfinite skip 3", "--on-nonfinite stop", "on_nonfinite", ("skip", "3"), ("stop",)),
+        ("--norm-lr-mult 5", "--norm-lr-mult 1", "norm_lr_mult", 5.0, 1.0),
+        ("--layer-decay 0.7", "--layer-decay 1", "layer_decay", 0.7, 1.0),
+        (
+            "--loss bce --bce-target-thresh 0.2",
+            "--bce-target-thresh 0",
+            "bce_target_thresh",
+            0.2,
+            0.0,
+        ),
+        ("--teacher-temperature 3", "--teacher-temperature 1", "teacher_temperature", 3.0, 1.0),
+        ("--teacher-weight 3", "--teacher-weight 1", "teacher_weight", 3.0, 1.0),
     ],
 )
 def test_a_continued_run_trains_as_before_unless_it_is_told_otherwise(

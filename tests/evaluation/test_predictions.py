@@ -17,6 +17,7 @@ from pipelines.batch import Batch
 from pipelines.utils.errors import RunError
 from rsnet.distributed import process_group
 from rsnet.evaluation import metrics
+from rsnet.evaluation.detailed import _write_csv
 from rsnet.evaluation.evaluate import evaluate
 from rsnet.evaluation.label_sets import match_classes
 from rsnet.evaluation.predictions import Predictions, predict, write_parquet
@@ -289,3 +290,8 @@ def test_a_single_class_is_a_confusion_matrix_too(random):
     assert found.images.tolist() == [500]
     assert len(found.wrong) == 0
     assert metrics.calibration_errors(alone) == dict.fromkeys(NAMES, 0.0)
+
+
+def test_a_files_name_that_is_no_text_is_written_as_it_is_and_as_text_into_parquet(tmp_path):
+    _write_csv(tmp_path / "a.csv", [["a\udcff.jpg", 1]])
+    assert (tmp_path / "a.csv").read_bytes() == b"a\xff.jpg,1\r\n"

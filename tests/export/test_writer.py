@@ -21,9 +21,11 @@ import torch
 
 from pipelines.utils.errors import DataError, UsageError
 from rsnet.__main__ import main
-from rsnet.export import onnx_export
+from rsnet.config.model_config import ModelConfig
+from rsnet.export import onnx_export, writer
 from rsnet.export.torch_export import Levels
 from rsnet.inference.classifier import SwitchableClassifier
+from rsnet.models.factory import create_model
 from rsnet.models.quantization.lq_nets import ActivationQuantizer
 from rsnet.release import package as release
 from tests.helpers import releases
@@ -316,3 +318,15 @@ def test_a_damaged_release_is_named_and_leaves_nothing(folder, tmp_path, capsys)
         (damaged / path.name).write_bytes(path.read_bytes()[:-1])
     words = [str(damaged), "--format", "torch.export", "--output", str(tmp_path / "out")]
     assert "config.json" in _refused(words, DataError.exit_code, capsys, tmp_path)
+
+
+def test_an_export_that_gives_nan_computes_something_else():
+    model = create_model(
+        ModelConfig("parallel_resnet10", 3, (32,), width_mult=0.125, stem="small")
+    ).eval()
+
+    def exported(images, _size):
+        return torch.full((len(images), 3), torch.nan)
+
+    with pytest.raises(DataError, match=r"x\.onnx computes something else"):
+        writer._errors(model, exported, Path("x.onnx"), 32)

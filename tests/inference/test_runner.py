@@ -89,3 +89,11 @@ def test_graphs_compute_what_the_network_does(fold, dtype, gpu):
             # Rounding of the largest logit to bfloat16 alone is 0.4 % of it.
             off = 1e-2 if dtype is None else 3e-2
             assert (answer - expected).abs().max() <= off * expected.abs().max()
+
+
+def test_weights_are_kept_in_the_precision_that_is_computed_in():
+    model = create_model(
+        ModelConfig("parallel_resnet10", 3, (32,), width_mult=0.125, stem="small")
+    ).eval()
+    ModelRunner(model, torch.device("cpu"), torch.bfloat16, 2, fold=False, cuda_graphs=False)
+    assert model.network.conv1.weight.dtype == torch.bfloat16

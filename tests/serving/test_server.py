@@ -221,6 +221,8 @@ def test_a_page_of_another_name_or_site_gets_nothing(classifier, client):
     for host in ("evil.example", "127.0.0.1.evil.example", "", "[::1"):
         found = client.post("/classify", content=PHOTO, headers={"Host": host})
         assert (found.status_code, found.text) == (400, "Invalid host header")
+    foreign = {"Sec-Fetch-Site": "cross-site"}
+    assert client.post("/compare", content=PHOTO, headers=foreign).status_code == 403
     for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200)):
         found = client.post("/classify", content=PHOTO, headers={"Sec-Fetch-Site": site})
         assert found.status_code == status

@@ -198,3 +198,13 @@ def test_batches_of_one_image_cost_what_one_image_does():
     costs = {64: Cost(30.0, 30.0), 32: Cost(10.0, 10.0)}
     chosen = [SizeController(100.0, costs, (64, 32), 1).choose(0.0, {64: n}) for n in (0, 1, 2)]
     assert chosen == [64, 64, 32]
+
+
+def test_answers_of_the_size_before_say_nothing_of_the_one_that_is_chosen_now():
+    controller = SizeController(100.0, COSTS, (64, 48, 32), 8)
+    for _ in range(3):
+        controller.answered(64, 500.0)
+    assert [controller.choose(now, {}) for now in (0.0, 0.1)] == [48, 48]
+    for _ in range(9):  # that were still under way at the change
+        controller.answered(64, 500.0)
+    assert controller.choose(0.2, {}) == 48

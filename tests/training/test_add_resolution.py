@@ -216,3 +216,18 @@ def test_a_calibrated_network_can_be_trained_on(saved, photos, tmp_path, monkeyp
         alpha = getattr(content, key)["alpha"]
         torch.testing.assert_close(alpha, torch.ones(4), rtol=0, atol=0.01)
         assert not torch.equal(alpha, torch.ones(4))
+
+
+def test_distilled_statistics_are_running_means_whatever_was_estimated_before():
+    torch.manual_seed(0)
+    network, model = ModelConfig.from_dict(NETWORK), _trained()
+    sizes = (48, 40, 32, 24)
+    batches = [
+        Batch(tuple(torch.randn(2, 3, s, s) for s in sizes), torch.zeros(2)) for _ in range(2)
+    ]
+    found = candidates(Checkpoint(network, model.state_dict()), 32, batches, torch.device("cpu"))
+    key = "network.bn1.by_resolution.2.running_mean"
+    mean = found["interpolate"][key]
+    for batch in batches:
+        mean = 0.9 * mean + 0.1 * model.network.conv1(batch.images[2]).mean((0, 2, 3))
+    torch.testing.assert_close(found["distil"][key], mean.detach())

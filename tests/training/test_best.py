@@ -163,3 +163,10 @@ def test_epochs_between_two_evaluations_have_none_but_the_last_one_has(train):
     lines = [json.loads(line) for line in Path("run", "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if "val/top1@16" in line] == [3]
     assert _load("last.pt").best[0] == _load("best.pt").best[0] == TOP1[0]
+
+
+@pytest.mark.slow
+def test_of_equally_good_epochs_the_first_is_the_best(train, monkeypatch):
+    monkeypatch.setitem(globals(), "TOP1", [60.0] * 3)
+    assert train()[0] == 0
+    assert _load("best.pt").epoch == 1

@@ -8,12 +8,14 @@ from unittest import mock
 import pytest
 import torch
 
+from pipelines.batch import Batch
 from pipelines.dali import DaliOptions
 from pipelines.utils.errors import UsageError
 from rsnet.checkpoint.checkpoint import Checkpoint
 from rsnet.config.command_line import parse
 from rsnet.config.model_config import ModelConfig
 from rsnet.config.resolve import resolve
+from rsnet.distributed import process_group as distributed
 from rsnet.models.factory import create_model
 from rsnet.training import state
 from rsnet.training.trainer import make_trainer
@@ -119,3 +121,22 @@ def test_other_data_at_a_resume_are_told_in_words(changed, message):
         state.restore_position(checkpoint, resolved, loader, 8, 1)
     assert f"{message}: the run would not go on with the images that come next" in str(error.value)
     assert "ab12" not in str(error.value)
+
+
+@pytest.mark.parametrize(("words", "static"), [((), True), (("--accumulate", "2"), False)])
+def test_ddp_takes_no_graph_for_static_whose_reduction_is_left_out(monkeypatch, words, static):
+    given = {}
+    monkeypatch.setattr(
+        distributed, "wrap_ddp", lambda objective, *_, **more: given.update(more) or objective
+    )
+    _trainer(*words)
+    assert given["static"] is static
+
+
+def test_each_rank_mixes_by_draws_of_its_own(monkeypatch):
+    images = (torch.rand(4, 3, 32, 32), torch.rand(4, 3, 24, 24))
+    batch, labels = Batch(images, torch.tensor([0, 1, 2, 0])), []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        labels.append(_trainer("--mixup", "0.2")[0].mix(batch, 0).labels)
+    assert not torch.equal(*labels)

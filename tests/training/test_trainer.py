@@ -20,6 +20,7 @@ from rsnet.models.autocast import autocast
 from rsnet.models.fold import fold_batchnorm
 from rsnet.models.state_dict import select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
+from rsnet.training import loop
 from rsnet.training.loop import train_one_epoch
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective, SizeSampler
@@ -459,3 +460,11 @@ def test_gradients_that_are_not_finite_leave_weights_and_statistics_alone(
             RunError, match=r"^a gradient is not finite at step 1, although the loss"
         ):
             raise_if_not_finite(trainer)
+
+
+def test_images_a_second_are_those_since_the_last_report(monkeypatch):
+    monkeypatch.setattr(loop._LoaderClock, "lap", lambda _: (2.0, 0.5))
+    reports = []
+    trainer = _trainer(ResolutionSwitchable(_tiny(), SIZES))
+    train_one_epoch(trainer, _loader(64, 8).train, 3, reports.append)
+    assert [report.images_per_s for report in reports] == [12, 12, 8]

@@ -480,3 +480,17 @@ def test_threads_read_a_few_images_ahead_whatever_a_batch_has(tmp_path, monkeypa
     assert len(read) <= 100 + (2 * 4 + 2) * 16  # by thread four times 16, and what is under way
     batches.close()
     train.close()
+
+
+def test_a_shard_that_does_not_read_back_as_it_was_written_is_none(
+    photos, tmp_path, monkeypatch, capsys
+):
+    add = writing._add
+
+    def damaged(tar, name, data):
+        add(tar, name, data if name.endswith(".cls") else data[:-1] + b"\0")
+
+    monkeypatch.setattr(writing, "_add", damaged)
+    assert main(["shards", "-d", str(photos), "-o", str(tmp_path / "s")]) == 1
+    assert "does not read back as it was written" in capsys.readouterr().err
+    assert not list((tmp_path / "s").glob("*.tar"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -149,3 +150,17 @@ def test_weights_that_are_not_written_are_said(tmp_path, capsys):
     assert (
         f"warning: {weighted} (train): the column weight is not written" in capsys.readouterr().err
     )
+
+
+def test_a_share_for_validation_that_takes_all_images_of_a_class_is_refused(tmp_path):
+    names = [f"{i}.jpg" for i in range(8)]
+    for i, name in enumerate(names):
+        write_photo(tmp_path / name, 40, 40, seed=i)
+    place = {
+        n: int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big") / 2**64 for n in names
+    }
+    rare = min(names, key=place.get)
+    rows = [{"path": name, "label": "rare" if name == rare else "common"} for name in names]
+    file = write_table(tmp_path / "t.csv", rows)
+    with pytest.raises(UsageError, match="leaves train without rare"):
+        open_splits(file, SplitOptions(val_fraction=place[rare] + 1e-6))
