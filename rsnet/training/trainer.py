@@ -161,7 +161,10 @@ class Trainer:
             return nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         if self.scaler.is_enabled() or not parameters:
             return None
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # As torch.nn.utils.get_total_norm, but by few operations also where tensors are fake, to be counted.
+        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def _no_all_reduce(self) -> AbstractContextManager[None]:
         if isinstance(self.objective, DistributedDataParallel):
