@@ -22,7 +22,7 @@ from pipelines.sources.patterns import is_pattern
 from pipelines.sources.source import Source
 from pipelines.utils.errors import UsageError, error_context
 from pipelines.utils.location import Location, Url, location
-from pipelines.utils.output import say
+from pipelines.utils.output import note_once, say
 from pipelines.utils.text import distinct, first_names
 
 Kind = Literal["folder", "manifest", "shards"]
@@ -94,6 +94,8 @@ def open_each(data: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> list[Sou
             *([open_split(data, "val", cache)] if _has_val(data) else []),
         ]
     splits = [data / split for split in ("train", "val") if (data / split).is_dir()]
+    if splits:
+        _note_other_folders(data)
     return [scan_folder(folder) for folder in splits or [data]]
 
 
@@ -222,10 +224,25 @@ def open_split(data: str | Path, split: str, cache: CacheOptions = DEFAULT_CACHE
     if kind == "shards":
         return shards.open_shards(data, split)
     if (data / split).is_dir():
+        _note_other_folders(data)
         return scan_folder(data / split)
     if split == "train" and (data / "val").is_dir():
         raise UsageError(f"{data} has no folder 'train'")
     return dataclasses.replace(scan_folder(data), split=split)
+
+
+def _note_other_folders(data: Path) -> None:
+    """Say which folders beside train, or val, are not used if it is there alone: it may be a class."""
+    found = folders_in(data)
+    (split, *more) = [name for name in ("train", "val") if name in found]
+    others = [
+        distinct(n) for n in found if n not in ("train", "val", "test") and n[0] not in (".", "@")
+    ]
+    if others and not more:
+        note_once(
+            str(data),
+            f"{data}/{split} is taken for the images of {split}; not used are {first_names(others)}",
+        )
 
 
 def _has_val(data: Location) -> bool:

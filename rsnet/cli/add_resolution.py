@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pipelines.utils.location import url_of
 from pipelines.utils.output import say
 from pipelines.utils.tables import text_table
 from rsnet.cli.classifier import SOURCE, say_source
+from rsnet.cli.output import require_new
 from rsnet.config.bounds import MANY, MAX_IMAGES, MAX_LR, MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -172,10 +172,7 @@ def _require_addable(options: Options, source: SavedNetwork, output: Path) -> No
             f"{source.path}: a release has the values of its {network.qw}-bit weights alone; give its run "
             "or checkpoint"
         )
-    if output.exists():
-        raise UsageError(f"--output: {output} exists; give another name")
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"--output: cannot write into {output.parent}")
+    require_new("--output", output)
 
 
 def _require_classes(options: Options, network: ModelConfig, classes: Sequence[str]) -> None:

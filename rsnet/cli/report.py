@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from pipelines.utils.atomic_io import atomic_write
 from pipelines.utils.errors import UsageError
 from pipelines.utils.text import printable
 
@@ -35,9 +36,9 @@ def run(options: Options) -> int:
     differing = differing_options({label: found[0] for label, found in groups.items()})
     if len(groups) > 1:
         text += f"\n\n{differing or 'The runs have the same options.'}"
+    print(text)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "report.md").write_text(text + "\n", "utf-8")
+        atomic_write(options.output / "report.md", f"{text}\n".encode())
         plot(options.output / "report.png", groups)
-    print(text)
     return 0

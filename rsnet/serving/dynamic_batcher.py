@@ -101,17 +101,24 @@ class DynamicBatcher:
         with self._changed:
             while not self._stopping:
                 self._jobs = [job for job in self._jobs if not job.future.cancelled()]
-                batch = self._oldest()
-                patience = batch[0].since + self._wait - time.monotonic() if batch else None
-                if len(batch) == self._batch_size or (patience is not None and patience <= 0):
+                oldest = self._of_size(self._jobs[0].size) if self._jobs else []
+                patience = oldest[0].since + self._wait - time.monotonic() if oldest else None
+                batch = oldest if patience is not None and patience <= 0 else self._full()
+                if batch:
                     self._jobs = [job for job in self._jobs if job not in batch]
                     return batch
                 self._changed.wait(patience)
             return []
 
-    def _oldest(self) -> list[_Job]:
-        same = [job for job in self._jobs if job.size == self._jobs[0].size]
-        return same[: self._batch_size]
+    def _full(self) -> list[_Job]:
+        """Return a batch that nothing can be added to, of the size whose image has waited the longest."""
+        for size in dict.fromkeys(job.size for job in self._jobs):
+            if len(batch := self._of_size(size)) == self._batch_size:
+                return batch
+        return []
+
+    def _of_size(self, size: int) -> list[_Job]:
+        return [job for job in self._jobs if job.size == size][: self._batch_size]
 
 
 def _goes_on(job: _Job, prediction: Prediction) -> bool:

@@ -465,3 +465,19 @@ def test_what_is_not_installed_is_named_with_what_to_do(folder, monkeypatch, cap
     assert main(["serve", str(folder)]) == 2
     expected = 'rsnet serve: error: uvicorn is not installed: pip install "rsnet-trainer[serve]"\n'
     assert capsys.readouterr().err == expected
+
+
+def test_a_full_batch_does_not_wait_for_an_image_of_another_size(classifier, pool):
+    sizes = []
+    predict = classifier.predict
+    classifier.predict = lambda pixels, size: (
+        sizes.append((size, len(pixels))) or predict(pixels, size)
+    )
+    with serving(classifier, batch_size=4, batch_wait_ms=20_000.0) as client:
+        lone = pool.submit(client.post, "/classify?size=64", content=PHOTO)
+        until(lambda: client.service.batches._jobs)
+        full = [pool.submit(client.post, "/classify?size=32", content=PHOTO) for _ in range(4)]
+        assert [f.result().status_code for f in full] == [200] * 4
+        assert sizes == [(32, 4)]
+        rest = [pool.submit(client.post, "/classify?size=64", content=PHOTO) for _ in range(3)]
+        assert [f.result().status_code for f in (lone, *rest)] == [200] * 4

@@ -157,7 +157,7 @@ def test_estimated_statistics_are_the_mean_over_batches(saved, photos, tmp_path)
         (["--seed", "-1"], "--seed -1: at least 0"),
         (["--lr", "inf"], "--lr inf: must be a positive number"),
         (["--val-fraction", "30"], "--val-fraction 30: a share above 0 and below 1"),
-        (["--output", "/nowhere/out.pt"], "--output: cannot write into /nowhere"),
+        (["--output", "/dev/null/out.pt"], "--output: cannot write into /dev/null"),
     ],
 )
 def test_a_mistake_is_one_line(saved, photos, tmp_path, capsys, more, message):

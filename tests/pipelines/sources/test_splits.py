@@ -164,3 +164,11 @@ def test_a_share_for_validation_that_takes_all_images_of_a_class_is_refused(tmp_
     file = write_table(tmp_path / "t.csv", rows)
     with pytest.raises(UsageError, match="leaves train without rare"):
         open_splits(file, SplitOptions(val_fraction=place[rare] + 1e-6))
+
+
+def test_classes_beside_one_that_is_called_train_are_not_left_out_without_a_word(tmp_path, capsys):
+    for name in ("train/steam/a", "train/electric/b", "car/c", "bus/d", "test/e"):
+        write_photo(tmp_path / f"{name}.JPEG", 40, 40, seed=0)
+    assert main(["verify", str(tmp_path)]) == 0
+    line = f"note: {tmp_path}/train is taken for the images of train; not used are bus, car\n"
+    assert line in capsys.readouterr().err
