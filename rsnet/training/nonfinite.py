@@ -51,16 +51,25 @@ class FiniteGuard:
         # By the names of a step's terms, which need not be the same in every step: whether each was
         # not finite in one of the updates that were left out.
         self._bad: dict[tuple[str, ...], Tensor] = {}
+        self._here: dict[
+            tuple[str, ...], Tensor
+        ] = {}  # the same of this update's batches on this rank
 
-    def check(self, terms: dict[str, Tensor]) -> Tensor:
-        """Return a () float32: 1 if this update is to be left out, on all ranks, else 0."""
+    def check(self, terms: dict[str, Tensor], last: bool = True) -> Tensor:
+        """Return a () float32: 1 if this update is to be left out, else 0; on all ranks alike if it is the
+        last of an update's batches, so that ranks wait for each other once.
+        """
         bad = ~torch.isfinite(torch.stack([v.detach() for v in terms.values()]))
-        bad = distributed.all_reduce_max(bad.to(torch.float32)) > 0
         names = tuple(terms)
-        is_running = self._tripped_at < 0
         if names not in self._bad:
-            self._bad[names] = torch.zeros_like(bad)
-        self._bad[names] |= is_running & bad
+            self._bad[names], self._here[names] = torch.zeros_like(bad), torch.zeros_like(bad)
+        here = self._here[names]
+        here |= bad
+        if not last:
+            return (here.any() | (self._tripped_at >= 0)).to(torch.float32)
+        bad = distributed.all_reduce_max(here.to(torch.float32)) > 0
+        here.zero_()
+        self._bad[names] |= (self._tripped_at < 0) & bad
         self.is_bad |= bad.any()
         return self._left_out()
 

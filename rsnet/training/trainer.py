@@ -128,7 +128,7 @@ class Trainer:
                 terms: dict[str, Tensor] = self.objective(
                     batch.images, batch.labels, self.sizes_at(self.step), batch.weights, taught
                 )
-            left_out = self.guard.check(terms)
+            left_out = self.guard.check(terms, last)
             loss = terms["total"] / self.accumulate
             if self.scaler.is_enabled():
                 # The scaler skips an update whose gradients are NaN; without one `found_inf` does.

@@ -20,7 +20,7 @@ from rsnet.models.autocast import autocast
 from rsnet.models.fold import fold_batchnorm
 from rsnet.models.state_dict import select_sizes
 from rsnet.models.switchable import ResolutionSwitchable
-from rsnet.training import loop
+from rsnet.training import loop, nonfinite
 from rsnet.training.loop import train_one_epoch
 from rsnet.training.mixup import Mixup
 from rsnet.training.objective import Objective, SizeSampler
@@ -468,3 +468,25 @@ def test_images_a_second_are_those_since_the_last_report(monkeypatch):
     trainer = _trainer(ResolutionSwitchable(_tiny(), SIZES))
     train_one_epoch(trainer, _loader(64, 8).train, 3, reports.append)
     assert [report.images_per_s for report in reports] == [12, 12, 8]
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1, 2])
+def test_ranks_agree_once_an_update_on_what_is_not_finite_in_any_of_its_batches(
+    monkeypatch, broken
+):
+    reduced = []
+    monkeypatch.setattr(
+        nonfinite.distributed, "all_reduce_max", lambda value: reduced.append(value) or value
+    )
+    model = ResolutionSwitchable(_tiny(), SIZES)
+    trainer = _trainer(model, accumulate=3, most_skipped=5)
+    before = [p.detach().clone() for p in model.parameters()]
+    for i, batch in zip(range(3), _loader().train, strict=False):
+        bad = torch.full_like(batch.images[1], torch.nan) if i == broken else batch.images[1]
+        images = (batch.images[0], bad, batch.images[2])
+        trainer.forward_backward(Batch(images, batch.labels), last=i == 2)
+    trainer.update()
+    assert len(reduced) == 1
+    assert trainer.guard.skipped() == (broken is not None)
+    same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert all(same) if broken is not None else not any(same)
