@@ -22,7 +22,6 @@ VERBS = {
         "ConvertOptions",
         "convert_or_verify",
         extra="ffcv",
-        trains=True,
     ),
     "shards": Verb(
         "pipelines.sources.shards_options",
@@ -30,7 +29,6 @@ VERBS = {
         "ShardsOptions",
         "write_shards",
         extra="train",
-        trains=True,
     ),
     "demo": Verb("pipelines.demo", "render a small data set", "DemoOptions", "write_demo"),
 }

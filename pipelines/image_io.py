@@ -90,7 +90,7 @@ def _walk(root: str, entered: set[str], result: Found) -> list[str]:
         folder, real = left.pop()
         for path, kind in list_folder(folder):
             name = path[len(folder.rstrip("/")) + 1 :]
-            if kind == "special":
+            if kind == "special" and not name.startswith("."):
                 result.passed_over["no regular file"] += 1
             elif kind == "file":
                 _count(path, name, result)

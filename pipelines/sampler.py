@@ -261,7 +261,8 @@ class ScheduledLoader(ABC):
         prefetch them.
         """
         batches = list(self.schedule.batches(epoch, first_step))
-        ranks = self._spec.local_ranks
+        # Without the nodes of the ranks it is not known who reads here.
+        ranks = self._spec.local_ranks if self._spec.node_of_rank else []
         of_machine = partial(self.schedule.reads_of, ranks, epoch, first_step)
         source.expect(self.schedule.rows_of(batches), of_machine if len(ranks) > 1 else None)
         return batches

@@ -374,9 +374,10 @@ class _Feed:
                 yield from np.split(indices, range(READ_TOGETHER, len(indices), READ_TOGETHER))
 
         found: list[Any] = []
-        with closing(
-            ordered_map(self._encoded, parts(), self._threads, self._source.stop)
-        ) as encoded:
+        # The next batch is read while the device computes this one.
+        ahead = 2 * -(-self._spec.batch_size // READ_TOGETHER)
+        read = ordered_map(self._encoded, parts(), self._threads, self._source.stop, ahead)
+        with closing(read) as encoded:
             for part in encoded:
                 found += part
                 if len(found) == len(begun[0]):

@@ -64,8 +64,8 @@ LOCK = ".lock"  # in the output folder while a conversion writes into it
 def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     """Write `output`/SPLIT.beton for each of the splits, unless the same file is there already.
 
-    Raises UsageError for a malformed folder, a lack of space or another file in the way, DataError for
-    a broken image without --skip-bad or a file that cannot be written.
+    Raises UsageError for a malformed folder or another file in the way, RunError for a lack of space,
+    DataError for a broken image without --skip-bad or a file that cannot be written.
     """
     splits = _scan_splits(options, data)  # before anything is created
     require_apart_of_both(output, data, options.placed)
@@ -74,8 +74,9 @@ def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     except OSError as error:
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     with _locked(output):
-        remove_partial(output, "*.beton.partial")
         splits = [split for split in splits if not _is_there(output, split, options)]
+        for split in splits:
+            remove_partial(_partial(output, split))
         encoder = Encoder(options)
         _check_space(output, splits, encoder, options.workers)
         for split in splits:
@@ -211,8 +212,13 @@ def _is_there(output: Path, split: _Split, options: ConvertOptions) -> bool:
     return True
 
 
+def _partial(output: Path, split: _Split) -> Path:
+    """Return the name of a split's file until it is complete."""
+    return output / f"{split.name}.beton.partial"
+
+
 def _check_space(output: Path, splits: list[_Split], encoder: Encoder, workers: int) -> None:
-    """Raise UsageError if the files will not fit on the disk, estimated from a few encoded images."""
+    """Raise RunError if the files will not fit on the disk, estimated from a few encoded images."""
     total = 0.0
     for split in splits:
         probes = split.probes
@@ -235,8 +241,7 @@ def _check_space(output: Path, splits: list[_Split], encoder: Encoder, workers: 
 
 def _convert_split(output: Path, split: _Split, encoder: Encoder, options: ConvertOptions) -> None:
     """Write one split under a temporary name, check it, and rename it. Raises DataError."""
-    final = output / f"{split.name}.beton"
-    partial = final.with_name(final.name + ".partial")
+    final, partial = output / f"{split.name}.beton", _partial(output, split)
     started = time.perf_counter()
     try:
         skipped, stored, encoded = _write(partial, split, encoder, options)

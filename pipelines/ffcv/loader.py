@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,8 +133,10 @@ class FfcvLoader(ScheduledLoader):
 
     def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._workers is None:
-            self._workers = _Workers(self._options.workers, self._beton)
+            self._workers = _Workers(self._options.workers, self._beton.path)
         workers = self._workers
+        if self._beton.stamp is not None:
+            require_unchanged(workers.file, self._beton.stamp, self._beton.path)
         batches = list(self.schedule.batches(epoch, first_step))
         rows = [self.schedule.rows(indices) for indices in batches]
         pages = _PageAdvice(self._options, workers, self._beton, rows)
@@ -308,12 +309,8 @@ def _schedule(options: FfcvOptions, spec: LoaderSpec, beton: Beton, training: bo
 class _Workers:
     """Threads that share an open file."""
 
-    def __init__(self, threads: int, beton: Beton) -> None:
-        with ExitStack() as stack:
-            self._file = stack.enter_context(beton.path.open("rb", buffering=0))
-            if beton.stamp is not None:
-                require_unchanged(self._file.fileno(), beton.stamp, beton.path)
-            stack.pop_all()
+    def __init__(self, threads: int, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
 
     @property

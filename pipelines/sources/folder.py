@@ -97,7 +97,10 @@ def scan_folder(root: Path) -> ImageFolder:
         raise UsageError(f"{root} holds {what}; expected {root}/CLASS/IMAGE.JPEG")
     _require_different([root / name for name in classes])
     found = find_images([root / name for name in classes])
-    beside = sum(kind == "file" and path.lower().endswith(SUFFIXES) for path, kind in entries)
+    beside = sum(
+        kind == "file" and path.lower().endswith(SUFFIXES) and not Path(path).name.startswith(".")
+        for path, kind in entries
+    )
     passed_over = Counter({"images beside the class folders": beside} if beside else {})
     for name, (images, others) in zip(classes, found, strict=True):
         passed_over += others

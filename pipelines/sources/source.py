@@ -178,7 +178,9 @@ class Source(ABC):
 def ordered_classes(labels: Iterable[str]) -> list[str]:
     """Return the distinct labels, sorted; as numbers if all are."""
     names = set(labels)
-    are_numbers = all(re.fullmatch("-?[0-9]+", name) and str(int(name)) == name for name in names)
+    are_numbers = all(
+        re.fullmatch("-?[0-9]{1,300}", name) and str(int(name)) == name for name in names
+    )
     return sorted(names, key=int) if are_numbers else sorted(names)
 
 

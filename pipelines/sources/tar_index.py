@@ -26,7 +26,9 @@ from pipelines.utils.text import encodable, first_names
 
 LABELS = ("cls", "json")
 NAME = ".{}.index.parquet"  # beside the shards; by the shards' names
-VERSION = b"1"
+# 2: hard links are samples, negative numbers keep their order, and what lies behind a tar's end is an error.
+# Shards that `rsnet shards` wrote, whose index notes them, have none of these.
+VERSION = b"2"
 WITHOUT_IMAGE = "labels without an image"
 DOTTED = "images of no key, as their names have further dots"
 OTHER_LABEL = "labels in .json that are other than those in .cls, which are taken"
@@ -230,9 +232,12 @@ def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[
                     raise DataError(
                         f"{place}: {member.name} is stored sparse: write it without tar -S"
                     )
-                if member.islnk() and member.linkname in regular:
-                    member.offset_data, member.size = regular[member.linkname]
-                elif member.islnk() or (member.issym() and _is_of_sample(member.name)):
+                target = regular.get(_path_in(member.linkname)) if member.islnk() else None
+                if target is not None:
+                    member.offset_data, member.size = target
+                elif member.islnk() or member.issym():
+                    if not _is_of_sample(member.name):
+                        continue
                     raise DataError(
                         f"{place}: {member.name} is a link to {member.linkname}: write the shard with tar -h "
                         "--hard-dereference"
@@ -241,7 +246,7 @@ def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[
                 if start + size > os.fstat(file.fileno()).st_size:
                     raise DataError(f"{place} is cut off within {member.name}")
                 if member.isreg() or member.islnk():
-                    regular[member.name] = start, size
+                    regular[_path_in(member.name)] = start, size
                     yield member, partial(os.pread, file.fileno(), size, start)
                 tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
             _require_end(file.fileno(), tar.offset, place)
@@ -249,10 +254,15 @@ def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[
         raise DataError(f"{place} is no tar file, or damaged: {first_line(error)}") from None
 
 
+def _path_in(name: str) -> str:
+    """Return a path in a tar as links and members alike may have it: ./a and /a are a."""
+    return os.path.normpath(name).lstrip("/")
+
+
 def _is_of_sample(name: str) -> bool:
     """Return whether a file is an image or a label, by its name."""
-    extension = name.rpartition("/")[2].partition(".")[2].lower()
-    return extension in LABELS or f".{extension}" in SUFFIXES
+    stem, _, extension = name.rpartition("/")[2].lower().partition(".")
+    return bool(stem) and (extension in LABELS or f".{extension}" in SUFFIXES)
 
 
 def _require_end(file: int, end: int, place: str) -> None:
@@ -300,9 +310,9 @@ def decoded(data: bytes | None) -> Index | None:
                 for name in file.schema_arrow.names
             }
         table, notes = pa.table(columns), file.schema_arrow.metadata or {}
-        if notes.get(b"version") != VERSION:
-            return None
         shards = [ShardNote(*note) for note in json.loads(notes.get(b"shards", b"[]"))]
+        if notes.get(b"version") != VERSION and not (shards and notes.get(b"version") == b"1"):
+            return None
         labels, fingerprint = json.loads(notes[b"labels"]), notes[b"fingerprint"].decode()
         # Files of earlier versions have none.
         passed_over = json.loads(notes.get(b"passed_over", b"[]"))

@@ -45,8 +45,8 @@ OVERHEAD = 2560  # bytes of tar per sample: two headers, the label's block, the 
 def write_shards(train: Source, val: Source, output: Path, shard_bytes: int) -> None:
     """Write the shards of both splits into the folder `output`, each of `shard_bytes` at most.
 
-    Raises UsageError for a lack of space or other files in the way, DataError for an image that is missing
-    or a shard that cannot be written.
+    Raises UsageError for other files in the way, RunError for a lack of space, DataError for an image that
+    is missing or a shard that cannot be written.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,6 @@ def write_shards(train: Source, val: Source, output: Path, shard_bytes: int) -> 
         raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
     taken = f"--output: another command is writing into {output}"
     with exclusive_lock(output / ".lock", taken, remove=True):
-        remove_partial(output, "*.tar.partial")
         _write_all(output, [train, val], shard_bytes)
 
 
@@ -80,7 +79,9 @@ def _write_all(output: Path, sources: list[Source], shard_bytes: int) -> None:
 
 
 def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
-    """Raise UsageError if the shards do not fit, or the folder has others than the beginning of these."""
+    """Raise RunError if the shards do not fit, UsageError if the folder has others than the beginning of
+    these.
+    """
     path, advice = output / NOTES, "name an empty folder"
     there = sorted(output.glob("*.tar"))
     known = read_json(path, advice) if path.exists() else {}
@@ -90,6 +91,9 @@ def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
     taken = ["shards"] if there else [n for n in (NOTES, CLASSES) if (output / n).exists()]
     if taken and not is_ours:
         raise UsageError(f"--output: {output} has {taken[0]} already; {advice}")
+    for split in notes["images"] if is_ours else ():
+        for partial in output.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar.partial"):
+            remove_partial(partial)
     total, free = total - sum(shard.stat().st_size for shard in there), free_space(output)
     if total > free:
         raise RunError(
@@ -215,14 +219,13 @@ def suffix_of(name: str) -> str:
 
 
 def _suffix_by_content(place: str, image: bytes) -> str:
-    """Return the suffix of an image whose name has none. Raises DataError if it is no image."""
+    """Return the suffix of an image whose name has none. Raises DataError if it is none of a shard's."""
     try:
         with open_image(image) as opened:
-            suffix = f".{(opened.format or 'JPEG').lower()}".replace(
-                ".mpo", ".jpg"
-            )  # phones' JPEGs
-        if suffix not in SUFFIXES:
-            raise DataError(f"shards have no {suffix[1:].upper()} images: save it as PNG")
-        return suffix
+            # Phones' JPEGs of several pictures are MPO.
+            suffix = f".{(opened.format or 'JPEG').lower()}".replace(".mpo", ".jpg")
     except DataError as error:
         raise DataError(f"broken image {place}: {error}") from None
+    if suffix not in SUFFIXES:
+        raise DataError(f"{place}: shards have no {suffix[1:].upper()} images: save it as PNG")
+    return suffix

@@ -91,9 +91,9 @@ def fsync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_partial(folder: Path, pattern: str) -> None:
-    """Delete what a killed command left unfinished in a folder: hundreds of GB, which the next one needs."""
-    for path in folder.glob(pattern):
+def remove_partial(path: Path) -> None:
+    """Delete a file that a killed command left unfinished: hundreds of GB, which the next one needs."""
+    with contextlib.suppress(OSError):
         if path.is_file():
             path.unlink()
 

@@ -284,7 +284,7 @@ def run_verb(name: str, verb: Verb, words: Sequence[str]) -> int:
     """Run a verb with its arguments and return the exit code. name: what begins its messages."""
 
     def action() -> int:
-        if verb.trains:
+        if verb.trains and not {"-h", "--help"} & {*words}:
             require_memory()
         module = importlib.import_module(verb.module)
         run: Callable[[Any], int] = getattr(module, verb.run)

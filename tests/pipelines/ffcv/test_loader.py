@@ -144,9 +144,18 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(beton):
     os.truncate(beton / "val.beton", (beton / "val.beton").stat().st_size // 2 + 4_200_000)
     with pytest.raises(RunError, match=r"val\.beton changed after the command began to read it"):
         list(val)
-    val._beton = replace(val._beton, stamp=None)  # as if it had been open before
+    val._beton = replace(val._beton, stamp=None)  # as if it shrank within the epoch
     with pytest.raises(DataError, match="is broken: the file ends before it does"):
         list(val)
+
+
+def test_a_file_that_is_written_over_between_epochs_ends_the_run(beton):
+    val = loaders_of(beton).val
+    list(val)
+    os.utime(beton / "val.beton", ns=(0, 0))
+    with pytest.raises(RunError, match=r"val\.beton changed after the command began to read it"):
+        list(val)
+    val.close()
 
 
 def test_an_exception_in_a_thread_reaches_the_caller(beton, monkeypatch):

@@ -194,3 +194,27 @@ def test_a_pipe_is_no_table_no_shard_and_no_image(tmp_path):
     (tmp_path / "u.csv").write_text("path,label\na.jpg,x\n")
     with pytest.raises(UsageError, match=r"u\.csv lists files that are not there: .*a\.jpg"):
         manifest.read(tmp_path / "u.csv", "train")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"path": "a.jpg", "label": "x", "meta": ' + "[" * 9999 + "]" * 9999 + "}", "line 1: "),
+        ('{"path": "a.jpg", "label": "\\ud800"}', "in column label, which is no text"),
+        (
+            '{"path": "a.jpg", "label": "x", "weight": 1' + "0" * 400 + "}",
+            "row 1 has the weight 1000",
+        ),
+    ],
+)
+def test_what_python_cannot_hold_is_a_mistake_of_the_table(tmp_path, row, message):
+    write_photo(tmp_path / "a.jpg", 40, 40, seed=0)
+    (tmp_path / "t.jsonl").write_text(row)
+    with pytest.raises(UsageError, match=message):
+        manifest.read(tmp_path / "t.jsonl", "train")
+
+
+def test_a_label_of_thousands_of_digits_is_a_name(tmp_path):
+    write_photo(tmp_path / "a.jpg", 40, 40, seed=0)
+    (tmp_path / "t.csv").write_text(f"path,label\na.jpg,{'1' * 5000}\n")
+    assert manifest.read(tmp_path / "t.csv", "train").classes == ["1" * 5000]

@@ -449,18 +449,63 @@ def test_images_without_a_suffix_become_shards_that_are_read_back(tmp_path, caps
 def test_what_a_killed_command_left_unfinished_does_not_take_the_next_ones_space(
     photos, tmp_path, monkeypatch
 ):
-    output = tmp_path / "s"
-    output.mkdir()
-    (output / "train-000000.tar.partial").write_bytes(bytes(1000))
+    words, output = (
+        ["shards", "--data", str(photos), "--output", str(tmp_path / "s")],
+        tmp_path / "s",
+    )
+    assert main(words) == 0
+    for path in output.glob("val-*.tar"):
+        path.unlink()
+    (output / "val-000000.tar.partial").write_bytes(bytes(1000))
+    (output / "imagenet.tar.partial").write_bytes(bytes(1000))  # somebody's download
     seen = []
 
     def free(folder):
-        seen.append(list(folder.glob("*.partial")))
+        seen.append(sorted(path.name for path in folder.glob("*.partial")))
         return 10**9
 
     monkeypatch.setattr(writing, "free_space", free)
-    assert main(["shards", "--data", str(photos), "--output", str(output)]) == 0
-    assert seen == [[]]
+    assert main(words) == 0
+    assert seen == [["imagenet.tar.partial"]]
+
+
+def test_a_folder_that_is_refused_keeps_what_it_has(photos, tmp_path):
+    (tmp_path / "s").mkdir()
+    for name in ("train-000000.tar.partial", "other.tar"):
+        (tmp_path / "s" / name).write_bytes(b"x")
+    assert main(["shards", "--data", str(photos), "--output", str(tmp_path / "s")]) == 2
+    assert (tmp_path / "s" / "train-000000.tar.partial").exists()
+
+
+def test_links_of_other_files_and_other_names_of_one_path_are_no_fault(tmp_path, photo):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"ant")])
+    links = (
+        (tarfile.SYMTYPE, "latest", "a.jpg"), (tarfile.LNKTYPE, "latest2", "latest"),
+        (tarfile.SYMTYPE, ".jpg", "a.jpg"), (tarfile.LNKTYPE, "x/b.jpg", "./a.jpg"),
+        (tarfile.LNKTYPE, "x/b.cls", "/a.cls"),
+    )  # fmt: skip
+    with tarfile.open(data / "train-0.tar", "a") as tar:
+        for kind, name, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    found = shards.open_shards(data, "train")
+    assert found.names == ["a.jpg", "x/b.jpg"]
+    assert [found.read(i) for i in range(2)] == [photo, photo]
+
+
+@pytest.mark.parametrize(("with_sha256", "is_kept"), [(False, False), (True, True)])
+def test_an_index_of_before_is_made_anew_but_of_shards_that_were_written_here(
+    tmp_path, photo, monkeypatch, with_sha256, is_kept
+):
+    data = write_tar(tmp_path / "s" / "train-0.tar", [("a.jpg", photo), ("a.cls", b"ant")])
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "VERSION", b"1")
+        shards.open_shards(data, "train", with_sha256=with_sha256)
+    (path,) = data.glob("*.parquet") if list(data.glob("*.parquet")) else data.glob(".*")
+    before = path.read_bytes()
+    shards.open_shards(data, "train")
+    assert (path.read_bytes() == before) is is_kept
 
 
 def test_threads_read_a_few_images_ahead_whatever_a_batch_has(tmp_path, monkeypatch):
@@ -477,7 +522,7 @@ def test_threads_read_a_few_images_ahead_whatever_a_batch_has(tmp_path, monkeypa
     batches = train._feed._read(train.schedule.batches(0, 0))
     indices, found = next(batches)
     assert len(indices) == len(found) == 100
-    assert len(read) <= 100 + (2 * 4 + 2) * 16  # by thread four times 16, and what is under way
+    assert len(read) <= 100 + (2 * 7 + 2) * 16  # two batches, and what is under way
     batches.close()
     train.close()
 
