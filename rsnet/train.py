@@ -55,7 +55,7 @@ from rsnet.training.network import (
     normalized_as_pretrained,
     read_initial,
 )
-from rsnet.training.resume import Start, adopted, find_start
+from rsnet.training.resume import Start, adopted, find_start, require_same_data
 from rsnet.training.run import evaluate_with_progress, train
 from rsnet.training.signals import TrainingInterrupted, handlers_put_back
 from rsnet.training.size_schedule import used_images
@@ -138,11 +138,10 @@ def run(
         require_trainable(resolved, device)
         swept = names_of(resolved.profile_sweep, options, distributed.world_size())
         start.require_same(config, resolved, resolved.global_batch(distributed.world_size()))
-        if distributed.is_main() and (note := start.require_same_data(config, resolved)):
-            console.say(note)
         return resolved, swept
 
     resolved, swept = distributed.run_on_all(checked)
+    require_same_data(config, resolved, start, console.say)
     require_same("options", lambda: _options_of_all(resolved))
     start = dataclasses.replace(start, adopted=_adopted(config, start, resolved, device))
     _set_up_torch(resolved)

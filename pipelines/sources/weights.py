@@ -51,7 +51,9 @@ def loss_weights(
 def _read(path: Path, classes: Sequence[str]) -> NDArray[np.float64]:
     """Return the weight of each class."""
     if not path.exists():
-        raise UsageError(f"--class-weights: there is no file {path}; {BALANCED}, or a JSON file")
+        raise UsageError(
+            f"--class-weights: there is no file {path}; {BALANCED}, a JSON file, or none"
+        )
     with parsing(path, "expected {class: weight}"):
         found = json.loads(path.read_bytes())
         require("it", OBJECT, found)

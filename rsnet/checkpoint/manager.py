@@ -38,6 +38,9 @@ class CheckpointManager:
         if is_best:
             _copy(pending, self.best)
         self.take_in(pending)
+        for age in range(self.keep, MAX_KEPT):  # --keep is smaller than before
+            if self._aged(age).exists():
+                io.remove(self._aged(age))
 
     def take_in(self, pending: Path, is_best: bool = False) -> None:
         """Make a file in the folder last.pt, the older ones one older, or make it best.pt instead."""
@@ -48,9 +51,6 @@ class CheckpointManager:
                 if self._aged(age - 1).exists():
                     _copy(self._aged(age - 1), self._aged(age))
             _copy(pending, self.last)
-            for age in range(self.keep, MAX_KEPT):  # of a run that kept more
-                if self._aged(age).exists():
-                    io.remove(self._aged(age))
         io.remove(pending)
 
     def lasts(self) -> list[Path]:

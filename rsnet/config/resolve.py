@@ -24,6 +24,7 @@ from rsnet.config.optimizers import (
     rate_and_decay,
 )
 from rsnet.config.recipes import RecipeName, get_recipe
+from rsnet.config.run_topics import DEFAULT_KEEP
 from rsnet.config.size_schedule import Phase
 from rsnet.config.topics import DEFAULT_ARCH, DEFAULT_BATCH_SIZE
 from rsnet.config.train_config import TrainConfig, TrainOptions
@@ -46,11 +47,11 @@ OF_A_RECIPE = {
     "warmup",
 }
 TAKEN_OVER = OF_A_RECIPE | {
-    "balanced_sampling", "bce_target_thresh", "class_weights", "clip_grad", "drop_path", "epochs", "fixed_qa",
-    "freeze", "gamma", "kd", "kd_type", "layer_decay", "loss", "momentum", "norm_lr_mult", "on_nonfinite",
-    "pretrained", "ra_magnitude", "recipe", "schedule", "seed", "size_schedule", "sizes_per_step", "step",
-    "teacher", "teacher_size", "teacher_temperature", "teacher_weight", "val_data", "val_fraction",
-    "weight_decay",
+    "balanced_sampling", "bce_target_thresh", "class_weights", "clip_grad", "drop_path", "epochs",
+    "fixed_qa", "freeze", "gamma", "kd", "kd_type", "keep", "layer_decay", "loss", "momentum",
+    "norm_lr_mult", "on_nonfinite", "pretrained", "ra_magnitude", "recipe", "schedule", "seed",
+    "size_schedule", "sizes_per_step", "step", "teacher", "teacher_size", "teacher_temperature",
+    "teacher_weight", "val_data", "val_fraction", "weight_decay",
 }  # fmt: skip
 
 # Options that no recipe sets.
@@ -58,7 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0, "clip_grad": 0.0, "ra_magnitude": 9, "freeze": "none", "layer_decay": 1.0, "norm_lr_mult": 1.0,
     "loss": "ce", "bce_target_thresh": 0.0, "teacher": "none", "teacher_weight": 1.0,
     "teacher_temperature": 1.0, "size_schedule": size_schedule.WITHOUT, "momentum": 0.9,
-    "kd": True, "kd_type": "ens_topdown", "balanced_sampling": False, "fixed_qa": False,
+    "kd": True, "kd_type": "ens_topdown", "balanced_sampling": False, "fixed_qa": False, "keep": DEFAULT_KEEP,
     "on_nonfinite": ("stop",), "step": 30, "schedule": (30, 60, 85, 95, 105), "gamma": 0.1,
 }  # fmt: skip
 
@@ -119,7 +120,7 @@ class ResolvedConfig(TrainOptions[Never]):
 
     @property
     def most_skipped(self) -> int:
-        """Updates in a row that may be left out because of a loss that is not finite."""
+        """Updates in a row that may be left out because a loss or gradient is not finite."""
         return int(self.on_nonfinite[1]) if self.on_nonfinite[0] == "skip" else 0
 
 
@@ -258,7 +259,9 @@ def _check_combinations(c: ResolvedConfig) -> None:
     _check_quantization(c)
     _check_cuda_graphs(c)
     if c.bce_target_thresh and c.loss != "bce":
-        raise UsageError(f"--bce-target-thresh {c.bce_target_thresh}: needs --loss bce")
+        raise UsageError(
+            f"--bce-target-thresh {c.bce_target_thresh}: needs --loss bce; give 0, or that loss"
+        )
 
 
 def recipe_defaults(config: ResolvedConfig, world_size: int) -> dict[str, Any]:

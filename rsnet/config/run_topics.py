@@ -9,6 +9,8 @@ from tyro.conf import arg
 
 from rsnet.config.topics import UNSET, Unset
 
+DEFAULT_KEEP = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions(Generic[Unset]):
@@ -77,8 +79,8 @@ class CheckpointOptions(Generic[Unset]):
     checkpoint_every: Annotated[str, arg(metavar="UPDATES|MINUTESm")] = "10m"
     """Updates, or minutes as in 10m, between checkpoints within an epoch; 0: only after epochs."""
 
-    keep: Annotated[int, arg(aliases=("--keep-checkpoints",))] = 2
-    """Last checkpoints to keep; the best one is kept in addition."""
+    keep: Annotated[int | Unset, arg(aliases=("--keep-checkpoints",), metavar="INT")] = UNSET
+    """Last checkpoints to keep; the best one is kept in addition. Unset: 2."""
 
     on_save_error: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written, or three in a row cannot be uploaded: stop, or continue

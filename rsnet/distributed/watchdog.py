@@ -110,10 +110,12 @@ class Watchdog:
             return f"rank 0's machine does not answer: {first_line(error)}"
         silent = [r for r in self._others if r not in after or after[r][0] == before[r][0]]
         if silent:
-            return f"{_ranks(silent)} has ended, hangs, or has lost its connection"
+            return f"{_ranks(silent)} ended, hung, or lost the connection"
         behind = [r for r in self._others if after[r][1] < self._ticks]
         if behind:
-            return f"{_ranks(behind)} is alive but makes no progress: is its data loading stuck?"
+            return (
+                f"no progress of {_ranks(behind)}, which still runs: is the loading of data stuck?"
+            )
         return f"rank {self._rank} itself does not go on: its data?"
 
 

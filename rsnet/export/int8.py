@@ -155,20 +155,31 @@ def quantize(source: Path, target: Path, inputs: Iterable[NDArray[np.float32]]) 
         onnx_export.save(target, model, about | {"dtype": "int8"})
 
 
-def _leave_output_in_float(graph: Any) -> None:
-    """Take the last pair of quantization and dequantization out of an ONNX graph.
+# Operations that may follow the classifier, by which the quantizer passes its ranges on.
+_SHAPES = ("Flatten", "Gather", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
-    It would cut logits off at the range of the images of the calibration, and round many to the same.
+
+def _leave_output_in_float(graph: Any) -> None:
+    """Take the pairs of quantization and dequantization behind the classifier out of an ONNX graph.
+
+    They would cut logits off at the range of the images of the calibration, and round many to the same.
     """
-    (output,) = graph.output
-    producers = {name: node for node in graph.node for name in node.output}
-    back = producers[output.name]
-    if back.op_type != "DequantizeLinear":
-        return
-    there = producers[back.input[0]]
-    (producers[there.input[0]].output[0],) = (output.name,)
-    for node in (there, back):
-        graph.node.remove(node)
+    (name,) = [output.name for output in graph.output]
+    while True:
+        producers = {output: node for node in graph.node for output in node.output}
+        node = producers[name]
+        if node.op_type == "DequantizeLinear":
+            quantize = producers[node.input[0]]
+            (producers[quantize.input[0]].output[0],) = (name,)
+            for one in (quantize, node):
+                graph.node.remove(one)
+        elif node.op_type in _SHAPES and node.input[0] in producers:
+            name = node.input[0]
+        else:
+            break
+    used = {value for node in graph.node for value in node.input}
+    for value in [value for value in graph.initializer if value.name not in used]:
+        graph.initializer.remove(value)
 
 
 @contextlib.contextmanager

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.normalize import PixelNormalizer
 from pipelines.utils.errors import DataError, UsageError, first_line
@@ -35,7 +34,7 @@ from rsnet.inference.cascade import (
 )
 from rsnet.inference.onnx_runner import OnnxRunner, is_export
 from rsnet.inference.preprocess import ImageInput
-from rsnet.inference.runner import ModelRunner, bucket
+from rsnet.inference.runner import CopiedLock, ModelRunner, bucket
 from rsnet.release import package as release
 from rsnet.release.config import output_names
 
@@ -75,10 +74,12 @@ class SwitchableClassifier:
         """
         network = content.config["network"]
         self._forward: ModelRunner | OnnxRunner
-        self._alone = _Lock()  # which BatchNorm is used is a state of the network
+        self._alone = CopiedLock()
+        self._modules: list[nn.Module] = []  # to look through the network takes ten times as long
         if onnx is None:
             model = release.build(content, network["sizes"])
             self.model = model.to(device).to(memory_format=torch.channels_last)
+            self._modules = list(model.modules())
             self.sizes, self._sha256 = model.sizes, content.config["weights"]["sha256"]
             self._forward = ModelRunner(
                 self.model, device, dtype, batch_size, fold=fold, cuda_graphs=cuda_graphs
@@ -281,9 +282,7 @@ class SwitchableClassifier:
         Raises DataError if the batch does not fit into memory.
         """
         try:
-            with self._alone:
-                if (model := getattr(self, "model", None)) is not None and model.training:
-                    model.eval()  # or BatchNorm would learn from what is classified
+            with self._of_one_thread():
                 return self._forward(self.normalized(pixels), size).float()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -292,6 +291,25 @@ class SwitchableClassifier:
                 f"{len(pixels)} images at size {size} do not fit into the memory of {self.device}; "
                 f"give a smaller --batch-size than {self.batch_size}"
             ) from error
+
+    @contextmanager
+    def _of_one_thread(self) -> Iterator[None]:
+        """Let one thread alone use the network, in eval mode: BatchNorm would learn from what is classified.
+
+        Which BatchNorm is used is a state of the network. ONNX Runtime has none.
+        """
+        if not self._modules:
+            yield
+            return
+        with self._alone:
+            training = [module for module in self._modules if module.training]
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Return the network's input, (N, 3, size, size), of such pixels."""
@@ -364,22 +382,6 @@ class SwitchableClassifier:
             Prediction(tuple(self._names[i] for i in indices), tuple(values), size, ms)
             for values, indices in zip(probabilities, classes, strict=True)
         ]
-
-
-class _Lock:
-    """A lock that is copied and pickled as one that nobody holds."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
-        return _Lock, ()
 
 
 def _require_device(device: str | torch.device) -> torch.device:

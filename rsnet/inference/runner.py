@@ -5,6 +5,7 @@ CUDA graphs replace the launches of single kernels by one call; they were not me
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -161,3 +162,19 @@ def _reason(error: RuntimeError) -> Exception:
 def bucket(count: int, largest: int) -> int:
     """Return the batch size that `count` images are padded to: the next power of two, or `largest`."""
     return min(1 << (count - 1).bit_length(), largest)
+
+
+class CopiedLock:
+    """A lock of threads that is copied and pickled as one that nobody holds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[CopiedLock], tuple[()]]:
+        return CopiedLock, ()

@@ -38,9 +38,8 @@ PACKAGES = (
 )
 
 
-# What may lie in a run's folder before its first checkpoint.
-BESIDE_A_RUN = ("evaluation.json", "evaluation.png", "libraries.log", "lock", "log.txt", "profile",
-                "tensorboard", "wandb", "wandb.json")  # fmt: skip
+# Folders that may lie in a run's before its first checkpoint.
+BESIDE_A_RUN = ("lost+found", "profile", "tensorboard", "wandb")
 
 WRITTEN_WHOLE = ("config.json", "env.json", "command.txt", "results.json", "curves.png")
 
@@ -63,12 +62,16 @@ def is_last_typed(commands: bytes, typed: str) -> bool:
 
 
 def _others(path: Path) -> list[str]:
-    """Return what a folder has that no run has written, but hidden files."""
-    if not path.is_dir():
-        return []
-    own = {*WRITTEN_WHOLE, *BESIDE_A_RUN}
-    names = sorted(entry.name for entry in path.iterdir())
-    return [name for name in names if name not in own and not name.startswith(".")]
+    """Return what makes a folder something else than a run's: other folders, releases, data.
+
+    Logs of launchers, such as slurm-1.out, may lie in it.
+    """
+    found = []
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        is_known = entry.name in BESIDE_A_RUN or entry.name.startswith(".")
+        if not is_known and (entry.is_dir() or entry.suffix in (".safetensors", ".beton", ".csv")):
+            found.append(entry.name)
+    return found
 
 
 def _advice(error: OSError) -> str:

@@ -26,7 +26,7 @@ def train_one_epoch(
     arrives and `after_update`, which may end the epoch by raising, after each update. done: updates of this
     epoch that an earlier run did; the loader resumes after them.
 
-    Raises RunError if a loss was not finite: the weights are those before that step.
+    Raises RunError if a loss or gradient was not finite: the weights are those before that step.
     """
     trainer.objective.train()
     steps = len(loader) // trainer.accumulate

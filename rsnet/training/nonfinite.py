@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from rsnet.distributed import process_group as distributed
 
+GRADIENTS = ("a gradient",)  # beside the names of losses
+
 
 class BatchNormBackup:
     """Saves and restores BatchNorm's running statistics, on the device and in few kernels. A batch with a
@@ -78,7 +80,12 @@ class FiniteGuard:
 
         A backward may make NaN of a finite loss: of a square root at 0, or by an overflow.
         """
-        self.is_bad |= ~torch.isfinite(norm)
+        bad = ~torch.isfinite(norm)
+        if GRADIENTS not in self._bad:
+            self._bad[GRADIENTS] = torch.zeros_like(bad[None])
+        # Of a loss that is not finite the gradients are not either.
+        self._bad[GRADIENTS] |= (self._tripped_at < 0) & bad & ~self.is_bad
+        self.is_bad |= bad
         return self._left_out()
 
     def _left_out(self) -> Tensor:
@@ -90,6 +97,8 @@ class FiniteGuard:
         trips = (self._tripped_at < 0) & (self._in_a_row > self._most)
         self._tripped_at.copy_(torch.where(trips, step, self._tripped_at))
         self._skipped.add_(self.is_bad)
+        for flags in self._bad.values():  # of updates in a row, up to the one that was too many
+            flags &= self.is_bad | (self._tripped_at >= 0)
         self.is_bad.zero_()
 
     def state(self) -> list[int]:

@@ -20,8 +20,10 @@ from rsnet.checkpoint.remote import RemoteRun, fetch_newest, require_of_run
 from rsnet.config.model_config import FULL
 from rsnet.config.recipes import by_new_names
 from rsnet.config.resolve import ResolvedConfig, output_directory
+from rsnet.config.run_topics import DEFAULT_KEEP
 from rsnet.config.topics import DEFAULT_ARCH
 from rsnet.config.train_config import TrainConfig, require_options, to_plain_dict
+from rsnet.distributed import process_group as distributed
 from rsnet.loggers.run_dir import COMMANDS, is_last_typed, was_typed_last
 from rsnet.release.source import open_source
 
@@ -93,26 +95,16 @@ class Start:
                 "resume it with --resume auto, or choose another --output"
             )
 
-    def require_same_data(self, given: TrainConfig, config: ResolvedConfig) -> str:
-        """Return a note if the run in --output is continued, without --resume, on images of another place.
-
-        Raises UsageError if its folder was not named either: folders of images that are called alike have
-        the same one by default, and images of the same names are taken for the same. Looks at this machine's
-        paths.
-        """
+    def moved_data(self, config: ResolvedConfig) -> list[str]:
+        """Return where images lie now, and where before, if a run is continued without --resume."""
         if not self.must_be_same:
-            return ""
+            return []
         moved = []
         for name in ("data", "val_data"):
             before, now = self.config.get(name), getattr(config, name)
             if before is not None and now is not None and _place(before) != _place(now):
                 moved.append(f"--{name.replace('_', '-')} {before} -> {now}")
-        if moved and given.output is None:
-            raise UsageError(
-                f"{config.output} holds a run on images of another place ({', '.join(moved)}); give a folder "
-                "of its own by --output, or --resume auto if the same images were moved"
-            )
-        return f"not as before: {', '.join(moved)}" if moved else ""
+        return moved
 
     def require_unfinished(self, config: ResolvedConfig) -> str:
         """Return a message if the same command has finished already; else "".
@@ -140,6 +132,27 @@ class Start:
                 f"--pretrained {given.pretrained}: --resume goes on with the weights in {self.source}; "
                 "leave out one of the two"
             )
+
+
+def require_same_data(
+    given: TrainConfig, config: ResolvedConfig, start: Start, say: Callable[[str], None]
+) -> None:
+    """Say that a run is continued, without --resume, on images of another place than before.
+
+    Raises UsageError if its folder was not named either: folders of images that are called alike have the
+    same one by default, and images of the same names are taken for the same. Nodes may have their images in
+    different places, and take turns in being the first.
+    """
+    moved = distributed.all_gather_object(start.moved_data(config))
+    if not all(moved):
+        return
+    changed = ", ".join(moved[0])
+    if given.output is None:
+        raise UsageError(
+            f"{config.output} holds a run on images of another place ({changed}); give a folder of its own "
+            "by --output, or --resume auto if the same images were moved"
+        )
+    say(f"not as before: {changed}")
 
 
 def find_start(config: TrainConfig, say: Callable[[str], None], typed: str = "") -> Start:
@@ -247,7 +260,7 @@ def _fetch(config: TrainConfig, output: Path, say: Callable[[str], None]) -> Non
     if config.url is not None:
         remote = _remote_of(config.url, output)
         with error_context("--output"):
-            fetch_newest(remote, output, config.keep, say)
+            fetch_newest(remote, output, config.keep or DEFAULT_KEEP, say)
 
 
 def _noted(path: Path) -> dict[str, Any]:

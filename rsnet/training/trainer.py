@@ -25,7 +25,7 @@ from rsnet.training.cuda_graph import UpdateGraphs
 from rsnet.training.drop_path import DropPathSampler
 from rsnet.training.loss_meter import LossMeter
 from rsnet.training.mixup import Mixup
-from rsnet.training.nonfinite import BatchNormBackup, FiniteGuard
+from rsnet.training.nonfinite import GRADIENTS, BatchNormBackup, FiniteGuard
 from rsnet.training.objective import Objective, SizeSampler
 from rsnet.training.optim import LrSchedule, ModelEma, make_optimizer, set_lr
 
@@ -38,7 +38,7 @@ class Trainer:
     clip_grad: largest norm of the gradients, or None.
     sizes_at: optimizer step -> the sizes that take part in it, or None for all.
     mix: (batch, its number in the training) -> a batch of mixed samples.
-    most_skipped: consecutive updates that may be skipped because of a non-finite loss.
+    most_skipped: consecutive updates that may be skipped because of a non-finite loss or gradient.
     bases: updates the bases of learned quantizers after every optimizer step.
     teacher: a frozen network that teaches every size; it sees each batch as it was mixed.
     drop_path: draws which residual branches each sample skips.
@@ -179,7 +179,7 @@ def raise_if_not_finite(trainer: Trainer) -> None:
     step, terms = verdict
     names = ", ".join(t for t in terms if t != "total")
     what = f"the loss is not finite at step {step}: {names or 'total'}"
-    if not terms:
+    if {*GRADIENTS} >= {*terms}:
         what = f"a gradient is not finite at step {step}, although the loss is"
     raise RunError(
         f"{what}; the weights were not updated with it. Lower --lr, set --clip-grad, try --amp off, or "

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 
-from rsnet.checkpoint import manager
+from rsnet.checkpoint import io, manager
+from rsnet.checkpoint.checkpoint import Checkpoint
+from rsnet.config.model_config import ModelConfig
+
+NETWORK = ModelConfig("parallel_resnet10", 3, (32,), width_mult=0.125, stem="small")
 
 
 def test_a_copy_where_there_are_no_hard_links_is_on_the_disk_before_it_gets_its_name(
@@ -26,12 +30,17 @@ def test_a_copy_where_there_are_no_hard_links_is_on_the_disk_before_it_gets_its_
 
 
 def test_a_run_that_keeps_fewer_checkpoints_than_before_leaves_no_older_ones(tmp_path):
-    for keep, steps in ((4, range(4)), (2, [4])):
+    for keep, epochs in ((4, range(4)), (2, [4])):
         store = manager.CheckpointManager(tmp_path, keep)
-        for step in steps:
-            pending = tmp_path / "next.pt"
-            pending.write_bytes(b"%d" % step)
-            store.take_in(pending)
-    contents = {path.name: path.read_bytes() for path in tmp_path.glob("last*.pt")}
-    assert contents == {"last.pt": b"4", "last-1.pt": b"3"}
+        for epoch in epochs:
+            store.save(Checkpoint(NETWORK, {}, epoch=epoch))
+    found = {path.name: io.load(path).epoch for path in tmp_path.glob("last*.pt")}
+    assert found == {"last.pt": 4, "last-1.pt": 3}
     assert not list(tmp_path.glob("*last-2*"))
+
+
+def test_a_checkpoint_that_is_fetched_pushes_out_none_of_a_run_that_keeps_more(tmp_path):
+    for keep, data in ((3, b"1"), (3, b"2"), (3, b"3"), (2, b"4")):
+        (tmp_path / "next.pt").write_bytes(data)
+        manager.CheckpointManager(tmp_path, keep).take_in(tmp_path / "next.pt")
+    assert len(list(tmp_path.glob("last*.pt"))) == 3

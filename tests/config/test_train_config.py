@@ -245,6 +245,7 @@ def test_a_continued_run_keeps_what_it_was_started_with():
         ("--mode preact --qa 2 --fixed-qa", "--no_fixed_qa", "fixed_qa", True, False),
         ("--class-weights balanced", "--class-weights none", "class_weights", "balanced", None),
         ("--on-nonfinite skip 3", "--on-nonfinite stop", "on_nonfinite", ("skip", "3"), ("stop",)),
+        ("--keep 6", "--keep 2", "keep", 6, 2),
         ("--norm-lr-mult 5", "--norm-lr-mult 1", "norm_lr_mult", 5.0, 1.0),
         ("--layer-decay 0.7", "--layer-decay 1", "layer_decay", 0.7, 1.0),
         (

@@ -104,7 +104,7 @@ def _asked_together(dogs: list[Watchdog]) -> list[str]:
 def test_ranks_that_ask_at_the_same_time_do_not_take_each_other_for_lost():
     *asking, _silent = _watchdogs(4)
     lines = _asked_together(asking)
-    assert lines == ["rank 3 has ended, hangs, or has lost its connection"] * 3
+    assert lines == ["rank 3 ended, hung, or lost the connection"] * 3
 
 
 def test_the_rank_that_has_no_data_is_behind_those_that_wait_for_it():
@@ -113,6 +113,8 @@ def test_the_rank_that_has_no_data_is_behind_those_that_wait_for_it():
         dogs[rank].tick()  # their batches arrived
     lines = _asked_together(dogs)
     assert (
-        lines[0] == lines[2] == "rank 1 is alive but makes no progress: is its data loading stuck?"
+        lines[0]
+        == lines[2]
+        == "no progress of rank 1, which still runs: is the loading of data stuck?"
     )
     assert lines[1] == "rank 1 itself does not go on: its data?"

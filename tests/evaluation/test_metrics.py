@@ -148,3 +148,21 @@ def test_confusions_are_the_pairs_of_the_matrix_that_occur_the_most_frequent_fir
     assert found.images.tolist() == [images[label] for label, _ in pairs]
     wrong = [found.counts[i, 0] for i in found.wrong]
     assert wrong == sorted(wrong, reverse=True)
+
+
+def test_a_guard_names_what_was_not_finite_in_the_updates_that_were_too_many():
+    guard = FiniteGuard(CPU, most=1)
+    good, bad = {"ce": torch.tensor(1.0)}, {"ce": torch.tensor(torch.nan)}
+
+    def update(step, terms, norm):
+        guard.check(terms)
+        guard.check_gradients(torch.tensor(norm))
+        guard.close(step)
+
+    update(0, bad, 1.0)
+    update(1, good, 1.0)
+    update(2, good, torch.inf)
+    assert guard.verdict() is None
+    update(3, good, torch.nan)
+    update(4, good, 1.0)  # before anybody looks
+    assert guard.verdict() == (3, ["a gradient"])

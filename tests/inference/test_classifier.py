@@ -347,10 +347,13 @@ def test_threads_that_share_a_classifier_get_the_answers_of_one(folder):
 def test_a_network_in_training_mode_is_classified_with_as_it_is(folder):
     classifier = SwitchableClassifier.load(folder, batch_size=4)
     (before,) = classifier.classify(_photo(0))
-    classifier.model.train()
-    for _ in range(2):
-        (after,) = classifier.classify(_photo(0))
-        assert after.probabilities == before.probabilities
+    for part in (classifier.model, classifier.model.network.bn1):
+        classifier.model.eval()
+        part.train()
+        for _ in range(2):
+            (after,) = classifier.classify(_photo(0))
+            assert after.probabilities == before.probabilities
+        assert part.training
 
 
 def test_a_classifier_is_copied_and_pickled(folder):

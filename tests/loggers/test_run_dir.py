@@ -208,8 +208,8 @@ def test_a_folder_of_other_things_does_not_become_a_run(tmp_path):
     ):
         RunDir(tmp_path / "runs", continues=False, active=True)
     assert not (tmp_path / "runs" / "metrics.jsonl").exists()
-    for name in (".gitkeep", "libraries.log", "lock", "evaluation.json"):
-        (tmp_path / "new").mkdir(exist_ok=True)
+    (tmp_path / "new" / "lost+found").mkdir(parents=True)
+    for name in (".gitkeep", "libraries.log", "train.log", "slurm-12.out", "model_best.pth.tar"):
         (tmp_path / "new" / name).touch()
     RunDir(tmp_path / "new", continues=False, active=True)
 
