@@ -357,3 +357,41 @@ def test_logits_are_neither_rounded_nor_cut_off(exported, data, size):
 
 def test_images_to_calibrate_with_are_spread_over_all():
     assert int8._spread([*"abcdefghi"], 3) == ["a", "d", "g"]
+
+
+def test_logits_stay_in_float_also_where_shapes_change_behind_the_classifier():
+    """As of timm's networks that classify by a convolution."""
+
+    def pair(before: str, after: str) -> list[onnx.NodeProto]:
+        names = [f"{before}_scale", f"{before}_zero"]
+        return [
+            onnx.helper.make_node("QuantizeLinear", [before, *names], [f"{before}_q"]),
+            onnx.helper.make_node("DequantizeLinear", [f"{before}_q", *names], [after]),
+        ]
+
+    nodes = [
+        onnx.helper.make_node("Conv", ["images", "weight"], ["conv"]),
+        *pair("conv", "conv_back"),
+        onnx.helper.make_node("Flatten", ["conv_back"], ["flat"]),
+        *pair("flat", "logits"),
+    ]
+    constants = {"weight": np.ones((3, 3, 1, 1), np.float32)}
+    for name in ("conv", "flat"):
+        constants |= {f"{name}_scale": np.float32(0.5), f"{name}_zero": np.uint8(0)}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "toy",
+        [onnx.helper.make_tensor_value_info("images", 1, [1, 3, 1, 1])],
+        [onnx.helper.make_tensor_value_info("logits", 1, [1, 3])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    int8._leave_output_in_float(graph)
+    assert [node.op_type for node in graph.node] == ["Conv", "Flatten"]
+    assert [value.name for value in graph.initializer] == ["weight"]
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (logits,) = session.run(None, {"images": np.full((1, 3, 1, 1), 0.123, np.float32)})
+    assert logits == pytest.approx(np.full((1, 3), 0.369), rel=1e-5)
