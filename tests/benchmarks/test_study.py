@@ -50,7 +50,7 @@ def test_every_run_is_a_command_of_train_dali(options):
     configs = [parse(DaliOptions, ["--data", "x", *job.options])[0] for job in jobs]
     assert len({job.name for job in jobs}) == len(jobs) == 1 + 2 * (5 + 6) + 9 + 5 + 3
     first = {
-        job.row: (c.sizes, c.kd, c.kd_type or "ens_topdown", c.norm)
+        job.row: (c.sizes, c.kd is not False, c.kd_type or "ens_topdown", c.norm)
         for job, c in zip(jobs, configs, strict=True)
     }
     five, far = options.sizes, options.far_sizes
