@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines.ffcv.options import ConvertOptions, FfcvOptions, not_installed
+from pipelines.ffcv.options import ConvertOptions, FfcvOptions, importing_ffcv
 from pipelines.utils.errors import UsageError
-from pipelines.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from pipelines.batch import Loaders, LoaderSpec
@@ -22,12 +21,8 @@ def make_loaders(options: FfcvOptions, spec: LoaderSpec, with_train: bool = True
 
     Raises UsageError if FFCV or a file is missing, DataError if a file is broken.
     """
-    try:
+    with importing_ffcv():
         from pipelines.ffcv.loader import open_loaders
-    except ImportError as error:
-        if is_out_of_memory(error):
-            raise
-        raise not_installed(error) from error
     return open_loaders(options, spec, with_train)
 
 
@@ -36,13 +31,9 @@ def convert_or_verify(options: ConvertOptions) -> int:
 
     Raises UsageError for a mistake in the options or a missing FFCV, DataError for broken data.
     """
-    try:
+    with importing_ffcv():
         from pipelines.ffcv.convert import convert
         from pipelines.ffcv.verify import verify
-    except ImportError as error:
-        if is_out_of_memory(error):
-            raise
-        raise not_installed(error) from error
     if options.verify is not None:
         return verify(options.verify, options.workers)
     if options.data is None or options.output is None:

@@ -44,15 +44,15 @@ from pipelines.sources.options import NO_OPTIONS
 from pipelines.sources.source import Source
 from pipelines.sources.splits import announce, open_split, open_splits, warn_of_lost_weights
 from pipelines.utils.atomic_io import (
-    free_space,
     fsync,
     fsync_directory,
     remove_partial,
     sha256_file,
 )
-from pipelines.utils.errors import DataError, RunError, UsageError, error_context, way_out
+from pipelines.utils.errors import DataError, UsageError, error_context, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.output import say
+from pipelines.utils.output_folder import make_folder, require_space
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.reading import cannot_read
 from pipelines.utils.thread_map import ordered_map
@@ -69,10 +69,7 @@ def convert(options: ConvertOptions, data: str | Path, output: Path) -> None:
     """
     splits = _scan_splits(options, data)  # before anything is created
     require_apart_of_both(output, data, options.placed)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
+    make_folder(output)
     with _locked(output):
         splits = [split for split in splits if not _is_there(output, split, options)]
         for split in splits:
@@ -232,11 +229,7 @@ def _check_space(output: Path, splits: list[_Split], encoder: Encoder, workers: 
         say(f"{split.name}: {len(split.chosen)} images of {format_bytes(split.bytes)}, "
               f"about {format_bytes(size)} to write")  # fmt: skip
         total += size
-    free = free_space(output)
-    if total > free:
-        raise RunError(
-            f"--output: about {format_bytes(total)} are to be written, {output} has {format_bytes(free)} free"
-        )
+    require_space(output, total)
 
 
 def _convert_split(output: Path, split: _Split, encoder: Encoder, options: ConvertOptions) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +21,7 @@ from pipelines.sources.options import SplitOptions
 from pipelines.utils.bounds import require_prefetch, require_workers
 from pipelines.utils.cores import default_workers
 from pipelines.utils.errors import UsageError
+from pipelines.utils.memory import is_out_of_memory
 
 Order = Literal["random", "quasi-random"]
 
@@ -56,12 +59,18 @@ class FfcvOptions:
             )
 
 
-def not_installed(error: ImportError) -> UsageError:
-    """Return the error for a machine on which FFCV is not installed."""
-    return UsageError(
-        f"FFCV cannot be imported ({error}); install it with make install in a "
-        "checkout, or train by DALI (rsnet train --pipeline dali), which needs no FFCV"
-    )
+@contextmanager
+def importing_ffcv() -> Iterator[None]:
+    """Raise UsageError if FFCV, which the block imports, is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"FFCV cannot be imported ({error}); install it with make install in a "
+            "checkout, or train by DALI (rsnet train --pipeline dali), which needs no FFCV"
+        ) from error
 
 
 Split = Literal["train", "val"]

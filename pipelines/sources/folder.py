@@ -147,17 +147,18 @@ def scan_train_val(data: Path, with_train: bool = True) -> tuple[ImageFolder | N
         return None, val
     if train.classes != val.classes:
         lone = {
-            split: first_names(
-                [distinct(name) for name in sorted({*one.classes} - {*other.classes})]
-            )
-            for split, one, other in (("train", train, val), ("val", val, train))
-            if {*one.classes} - {*other.classes}
+            "train": {*train.classes} - {*val.classes},
+            "val": {*val.classes} - {*train.classes},
         }
-        differing = "; ".join(f"only in {split}: {names}" for split, names in lone.items())
+        differing = "; ".join(
+            f"only in {split}: {first_names([distinct(name) for name in sorted(names)])}"
+            for split, names in lone.items()
+            if names
+        )
         advice = f"; with --data {data}/train --val-data {data}/val some classes are enough in val"
         raise UsageError(
             f"--data: the classes of {data}/train and {data}/val differ: {differing}"
-            f"{advice if 'val' not in lone else ''}"
+            f"{'' if lone['val'] else advice}"
         )
     return train, val
 

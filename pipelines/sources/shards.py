@@ -48,7 +48,7 @@ class TarShards(Source):
     shard: NDArray[np.int64]
     offset: NDArray[np.int64]
     length: NDArray[np.int64]
-    states: Sequence[Stamp] = ()
+    shard_stamps: Sequence[Stamp] = ()
     """The stamp that each shard had when it was opened: one that changed has other images at these places."""
 
     passed_over: Sequence[str] = ()
@@ -101,10 +101,11 @@ class TarShards(Source):
         return data
 
     def _read_range(self, shard: int, offset: int, length: int) -> bytes:
-        path = Path(self.shards[shard])
+        path = self.shards[shard]
+        stamp = self.shard_stamps[shard] if self.shard_stamps else None
         with reading(path):
             # Opened each time: 10 us, of the milliseconds that decoding takes.
-            return bytes_of(path, offset, length, self.states[shard] if self.states else None)
+            return bytes_of(path, offset, length, stamp)
 
     def locate(self, index: int) -> str:
         """Return the shard's path and the image's name."""
@@ -179,7 +180,7 @@ def open_shards(data: Path, split: str, *, with_sha256: bool = False) -> TarShar
     classes = class_names(str(folder / CLASSES), _content(folder / CLASSES), index.labels)
     stamps = [(size, time) for _, size, time in states]
     return TarShards(
-        data=data, split=split, shards=shards, states=stamps, **columns(index, classes)
+        data=data, split=split, shards=shards, shard_stamps=stamps, **columns(index, classes)
     )
 
 

@@ -234,11 +234,13 @@ def open_split(data: str | Path, split: str, cache: CacheOptions = DEFAULT_CACHE
 def _note_other_folders(data: Path) -> None:
     """Say which folders beside train, or val, are not used if it is there alone: it may be a class."""
     found = folders_in(data)
-    (split, *more) = [name for name in ("train", "val") if name in found]
+    if {"train", "val"} <= {*found}:
+        return
+    split = "train" if "train" in found else "val"
     others = [
-        distinct(n) for n in found if n not in ("train", "val", "test") and n[0] not in (".", "@")
+        distinct(n) for n in found if n not in (split, "test") and not n.startswith((".", "@"))
     ]
-    if others and not more:
+    if others:
         note_once(
             str(data),
             f"{data}/{split} is taken for the images of {split}; not used are {first_names(others)}",

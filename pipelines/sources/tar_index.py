@@ -228,27 +228,22 @@ def _members(path: str, place: str) -> Iterator[tuple[tarfile.TarInfo, Callable[
         ):
             regular: dict[str, tuple[int, int]] = {}  # where the target of a hard link lies
             for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
                 if member.issparse():
                     raise DataError(
                         f"{place}: {member.name} is stored sparse: write it without tar -S"
                     )
-                target = regular.get(_path_in(member.linkname)) if member.islnk() else None
-                if target is not None:
+                if member.islnk() and (target := regular.get(_path_in(member.linkname))):
                     member.offset_data, member.size = target
                 elif member.islnk() or member.issym():
-                    if not _is_of_sample(member.name):
-                        continue
-                    raise DataError(
-                        f"{place}: {member.name} is a link to {member.linkname}: write the shard with tar -h "
-                        "--hard-dereference"
-                    )
+                    _require_no_sample(member, place)
+                    continue
                 start, size = member.offset_data, member.size
                 if start + size > os.fstat(file.fileno()).st_size:
                     raise DataError(f"{place} is cut off within {member.name}")
                 if member.isreg() or member.islnk():
                     regular[_path_in(member.name)] = start, size
                     yield member, partial(os.pread, file.fileno(), size, start)
-                tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
             _require_end(file.fileno(), tar.offset, place)
     except tarfile.TarError as error:
         raise DataError(f"{place} is no tar file, or damaged: {first_line(error)}") from None
@@ -259,10 +254,14 @@ def _path_in(name: str) -> str:
     return os.path.normpath(name).lstrip("/")
 
 
-def _is_of_sample(name: str) -> bool:
-    """Return whether a file is an image or a label, by its name."""
-    stem, _, extension = name.rpartition("/")[2].lower().partition(".")
-    return bool(stem) and (extension in LABELS or f".{extension}" in SUFFIXES)
+def _require_no_sample(link: tarfile.TarInfo, place: str) -> None:
+    """Raise DataError for a link whose target is unknown, if it is an image or a label by its name."""
+    stem, _, extension = link.name.rpartition("/")[2].lower().partition(".")
+    if stem and (extension in LABELS or f".{extension}" in SUFFIXES):
+        raise DataError(
+            f"{place}: {link.name} is a link to {link.linkname}: write the shard with tar -h "
+            "--hard-dereference"
+        )
 
 
 def _require_end(file: int, end: int, place: str) -> None:

@@ -26,14 +26,14 @@ from pipelines.sources.tar_index import samples_of
 from pipelines.utils.atomic_io import (
     atomic_write,
     atomic_write_json,
-    free_space,
     fsync,
     fsync_directory,
     remove_partial,
 )
-from pipelines.utils.errors import DataError, RunError, UsageError, first_line, way_out
+from pipelines.utils.errors import DataError, UsageError, first_line, way_out
 from pipelines.utils.locks import exclusive_lock
 from pipelines.utils.output import say
+from pipelines.utils.output_folder import make_folder, require_space
 from pipelines.utils.progress import ProgressBar, format_bytes
 from pipelines.utils.schema import read_json
 
@@ -48,10 +48,7 @@ def write_shards(train: Source, val: Source, output: Path, shard_bytes: int) -> 
     Raises UsageError for other files in the way, RunError for a lack of space, DataError for an image that
     is missing or a shard that cannot be written.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output: cannot make {output}: {error.strerror}") from None
+    make_folder(output)
     taken = f"--output: another command is writing into {output}"
     with exclusive_lock(output / ".lock", taken, remove=True):
         _write_all(output, [train, val], shard_bytes)
@@ -94,11 +91,7 @@ def _check_folder(output: Path, notes: dict[str, Any], total: int) -> None:
     for split in notes["images"] if is_ours else ():
         for partial in output.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar.partial"):
             remove_partial(partial)
-    total, free = total - sum(shard.stat().st_size for shard in there), free_space(output)
-    if total > free:
-        raise RunError(
-            f"--output: about {format_bytes(total)} are to be written, {output} has {format_bytes(free)} free"
-        )
+    require_space(output, total - sum(shard.stat().st_size for shard in there))
 
 
 def _write_split(output: Path, source: Source, plan: list[list[int]]) -> None:

@@ -67,7 +67,7 @@ def read_file(path: str | Path) -> bytes:
     return data
 
 
-def bytes_of(path: Path, offset: int, length: int, stamp: Stamp = None) -> bytes:
+def bytes_of(path: str | Path, offset: int, length: int, stamp: Stamp = None) -> bytes:
     """Return a part of a file. Raises OSError; RunError if it has another stamp, where one is given."""
     file = os.open(path, os.O_RDONLY)
     try:
@@ -82,11 +82,6 @@ def require_unchanged(file: int, stamp: Stamp, path: str | Path) -> None:
     """Raise RunError if an open file has changed since it had this stamp: labels would be of other images."""
     state = os.fstat(file)
     if (state.st_size, state.st_mtime_ns) != stamp:
-        raise changed(path)
-
-
-def changed(path: str | Path) -> RunError:
-    """Return the error that ends a command whose file is not the one that it began with."""
-    return RunError(
-        f"{path} changed after the command began to read it; start again once it no longer changes"
-    )
+        raise RunError(
+            f"{path} changed after the command began to read it; start again once it no longer changes"
+        )

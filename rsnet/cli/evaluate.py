@@ -234,8 +234,6 @@ def _open(options: Options) -> tuple[SavedNetwork, ResolutionSwitchable]:
     """Open what is to be evaluated, and say on rank 0, on stderr, what it is."""
     import torch
 
-    from pipelines.utils.errors import error_context
-    from rsnet.checkpoint.weights import require_finite
     from rsnet.distributed import process_group as distributed
     from rsnet.release.source import open_source
 
@@ -244,8 +242,6 @@ def _open(options: Options) -> tuple[SavedNetwork, ResolutionSwitchable]:
     if options.sizes and not set(options.sizes) <= set(known):
         there, here = (" ".join(map(str, sizes)) for sizes in (known, options.sizes))
         raise UsageError(f"--sizes is {there} in {options.source} and {here} here")
-    with error_context(str(source.file)):
-        require_finite(source.checkpoint.eval_weights)
     model = source.build(sorted(set(options.sizes or known), reverse=True))
     if distributed.is_main():
         say_source(source, sys.stderr)

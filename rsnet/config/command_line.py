@@ -28,8 +28,11 @@ SHORTHANDS = {
     "--norm-weight-decay": ("--decay", "all"),
     "--no-norm-weight-decay": ("--decay", "weights"),
     # tyro has no flags that may be unset.
-    **{f"--{name}": (f"--{name}=True",) for name in ("balanced-sampling", "fixed-qa", "kd")},
-    **{f"--no-{name}": (f"--{name}=False",) for name in ("balanced-sampling", "fixed-qa", "kd")},
+    **{
+        f"--{no}{name}": (f"--{name}={value}",)
+        for name in ("balanced-sampling", "fixed-qa", "kd")
+        for no, value in (("", True), ("no-", False))
+    },
 }
 
 # Values by other names: the original's, and torchvision's.

@@ -186,8 +186,8 @@ def resolve(
     batch_size = given["batch_size"] or DEFAULT_BATCH_SIZE[device_type]
     accumulate = given["accumulate"] or 1
     global_batch = batch_size * world_size * accumulate
-    keeps_lr = previous and not is_of_other_optimizer(given["opt"], previous)
-    if previous and keeps_lr and given["lr"] is None and previous_global_batch and "lr" in previous:
+    is_other = given["lr"] is not None or is_of_other_optimizer(given["opt"], previous or {})
+    if previous and previous_global_batch and "lr" in previous and not is_other:
         given["lr"] = previous["lr"] * (global_batch / previous_global_batch)
     recipe_name: RecipeName = given["recipe"] or "paper"
     bits = [given[name] or known.get(name, FULL) for name in ("qw", "qa")]

@@ -170,7 +170,7 @@ def _leave_output_in_float(graph: Any) -> None:
         node = producers[name]
         if node.op_type == "DequantizeLinear":
             quantize = producers[node.input[0]]
-            (producers[quantize.input[0]].output[0],) = (name,)
+            producers[quantize.input[0]].output[0] = name
             for one in (quantize, node):
                 graph.node.remove(one)
         elif node.op_type in _SHAPES and node.input[0] in producers:

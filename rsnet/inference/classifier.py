@@ -34,7 +34,7 @@ from rsnet.inference.cascade import (
 )
 from rsnet.inference.onnx_runner import OnnxRunner, is_export
 from rsnet.inference.preprocess import ImageInput
-from rsnet.inference.runner import CopiedLock, ModelRunner, bucket
+from rsnet.inference.runner import ModelRunner, PicklableLock, bucket
 from rsnet.release import package as release
 from rsnet.release.config import output_names
 
@@ -74,7 +74,7 @@ class SwitchableClassifier:
         """
         network = content.config["network"]
         self._forward: ModelRunner | OnnxRunner
-        self._alone = CopiedLock()
+        self._alone = PicklableLock()
         self._modules: list[nn.Module] = []  # to look through the network takes ten times as long
         if onnx is None:
             model = release.build(content, network["sizes"])

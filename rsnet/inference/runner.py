@@ -164,7 +164,7 @@ def bucket(count: int, largest: int) -> int:
     return min(1 << (count - 1).bit_length(), largest)
 
 
-class CopiedLock:
+class PicklableLock:
     """A lock of threads that is copied and pickled as one that nobody holds."""
 
     def __init__(self) -> None:
@@ -176,5 +176,5 @@ class CopiedLock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def __reduce__(self) -> tuple[type[CopiedLock], tuple[()]]:
-        return CopiedLock, ()
+    def __reduce__(self) -> tuple[type[PicklableLock], tuple[()]]:
+        return PicklableLock, ()

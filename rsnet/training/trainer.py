@@ -179,7 +179,7 @@ def raise_if_not_finite(trainer: Trainer) -> None:
     step, terms = verdict
     names = ", ".join(t for t in terms if t != "total")
     what = f"the loss is not finite at step {step}: {names or 'total'}"
-    if {*GRADIENTS} >= {*terms}:
+    if terms == [*GRADIENTS]:
         what = f"a gradient is not finite at step {step}, although the loss is"
     raise RunError(
         f"{what}; the weights were not updated with it. Lower --lr, set --clip-grad, try --amp off, or "

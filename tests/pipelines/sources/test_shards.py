@@ -27,6 +27,7 @@ from pipelines.sources.folder import scan_folder
 from pipelines.sources.options import SplitOptions
 from pipelines.sources.shards_options import ShardsOptions, write_shards
 from pipelines.sources.splits import announce, kind_of, open_splits
+from pipelines.utils import output_folder
 from pipelines.utils.errors import DataError, RunError, UsageError
 from tests.conftest import write_photo
 from tests.pipelines.sources.conftest import source_of, write_table
@@ -464,7 +465,7 @@ def test_what_a_killed_command_left_unfinished_does_not_take_the_next_ones_space
         seen.append(sorted(path.name for path in folder.glob("*.partial")))
         return 10**9
 
-    monkeypatch.setattr(writing, "free_space", free)
+    monkeypatch.setattr(output_folder, "free_space", free)
     assert main(words) == 0
     assert seen == [["imagenet.tar.partial"]]
 
